@@ -1,0 +1,133 @@
+"""Settings of the model: shapes and layer pattern, nothing about devices.
+
+Try alone: ``python -c "from models.config import ModelConfig; print(ModelConfig())"``. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LayerKind = Literal["full", "swa", "memory"]
+"""full: causal attention over everything before; swa: sliding window; memory: a memory module (``model.memory``)."""
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every configuration section: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class RopeConfig(Section):
+    """Rotary position embedding."""
+
+    theta: float = Field(default=10_000.0, gt=1.0)
+    """Base of the rotation frequencies."""
+    scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
+    """How a model is stretched past its original length."""
+    factor: float = Field(default=1.0, ge=1.0)
+    """Stretch: new length over original length (used by every scaling except none)."""
+    original_max_positions: PositiveInt = 8192
+    """Positions the unscaled rotation was meant for (used by yarn)."""
+
+
+class MemoryModuleConfig(Section):
+    """The memory architecture used by layers of kind ``memory``."""
+
+    kind: Literal["gated_deltanet"] = "gated_deltanet"
+    """Which architecture: one file each in models/memory/."""
+    n_heads: PositiveInt | None = None
+    """Heads of the memory; null means model.n_heads."""
+    head_dim: PositiveInt | None = None
+    """Key size per head; null means d_model / n_heads."""
+    expand_v: float = Field(default=1.0, gt=0)
+    """Value size per head as a multiple of the key size."""
+    conv_kernel: Annotated[int, Field(ge=1, le=16)] = 4
+    """Taps of the causal depthwise convolution on q, k and v; 1 switches it off."""
+    chunk_size: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Tokens per chunk of the parallel form; changes speed, not results."""
+
+
+class ModelConfig(Section):
+    """Shapes of a Llama-style decoder with a layer pattern."""
+
+    d_model: PositiveInt = 128
+    """Width of the residual stream."""
+    n_heads: PositiveInt = 4
+    """Query heads."""
+    n_kv_heads: PositiveInt | None = None
+    """Key/value heads (grouped-query attention); null means n_heads."""
+    head_dim: PositiveInt | None = None
+    """Size of an attention head; null means d_model / n_heads."""
+    d_ff: PositiveInt | None = None
+    """Hidden width of the SwiGLU feed-forward; null means 8/3 d_model rounded up to a multiple of 32."""
+    layers: Annotated[tuple[LayerKind, ...], Field(min_length=1, strict=False)] = ("swa", "memory")
+    """Layer kinds from the input up; repeated until n_layers layers exist."""
+    n_layers: PositiveInt | None = None
+    """Number of layers; null means one per entry of layers."""
+    window: PositiveInt = 512
+    """Tokens a sliding-window layer sees, its own included."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding; null means the tokenizer's vocabulary rounded up to a multiple of 64."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as output projection too."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the mean square in RMSNorm."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; projections back into the residual stream are divided by sqrt(2 n_layers)."""
+    rope: RopeConfig = RopeConfig()
+    """Rotary position embedding."""
+    memory: MemoryModuleConfig = MemoryModuleConfig()
+    """The memory architecture."""
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> ModelConfig:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; set head_dim or change one of them")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}")
+        if self.attention_head_dim % 2:
+            raise ValueError(f"head_dim {self.attention_head_dim} is odd; rotary embedding needs an even size")
+        memory_heads = self.memory.n_heads or self.n_heads
+        if self.memory.head_dim is None and self.d_model % memory_heads:
+            raise ValueError(f"d_model {self.d_model} is not divisible by memory.n_heads {memory_heads}; set memory.head_dim")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads after defaults."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Attention head size after defaults."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def ff_width(self) -> int:
+        """Feed-forward width after defaults."""
+        return self.d_ff or -(-(8 * self.d_model // 3) // 32) * 32
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """One kind per layer, the pattern repeated and cut to n_layers."""
+        n_layers = self.n_layers or len(self.layers)
+        return tuple(self.layers[i % len(self.layers)] for i in range(n_layers))
+
+    @property
+    def memory_heads(self) -> int:
+        """Heads of the memory module after defaults."""
+        return self.memory.n_heads or self.n_heads
+
+    @property
+    def memory_key_dim(self) -> int:
+        """Key size per memory head after defaults."""
+        return self.memory.head_dim or self.d_model // self.memory_heads
+
+    @property
+    def memory_value_dim(self) -> int:
+        """Value size per memory head after defaults."""
+        return max(1, round(self.memory.expand_v * self.memory_key_dim))

@@ -1,0 +1,150 @@
+"""The settings of one run: what is validated once, saved resolved, and never changed. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from memory_mgmt.config import MemoryConfig
+from models.config import ModelConfig, PositiveInt, Section
+from optim.config import OptimConfig
+from parallel.config import ParallelConfig
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class RunSection(Section):
+    """Where a run lives."""
+
+    root: str = "runs"
+    """Directory that holds run directories."""
+    name: str | None = None
+    """Name of the run directory; null makes one from the config file's name and the time."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str | None) -> str | None:
+        if name is not None and not RUN_NAME.fullmatch(name):
+            raise ValueError("a run name is 1 to 128 letters, digits, '.', '_' or '-' and begins with a letter or digit")
+        return name
+
+
+class DataSection(Section):
+    """What is read and how it is packed into sequences."""
+
+    source: Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"] = "python_stdlib"
+    """python_stdlib: the running Python's standard library, one package one document; text, jsonl, parquet, arrow: local
+    files or folders at data.path; hub: a data set name for the datasets library."""
+    path: str | None = None
+    """File, folder or glob (local sources), or data set name (hub)."""
+    hub_config: str | None = None
+    """Configuration (subset) name of a hub data set."""
+    hub_split: str = "train"
+    """Split of a hub data set."""
+    text_field: str = "text"
+    """Column or JSON key that holds the document."""
+    valid_path: str | None = None
+    """Held-out data of the same source kind; null holds out documents of data.path by valid_fraction."""
+    valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of documents held out when valid_path is null: chosen by a hash of the document, at least one when above 0."""
+    tokenizer: str = "bytes"
+    """bytes: built-in byte-level tokenizer; else a local path of a Hugging Face tokenizer (folder or tokenizer.json)."""
+    seq_len: PositiveInt = 1024
+    """Tokens of one sequence (before it is split over parallel.cp ranks)."""
+    document_mask: bool = True
+    """Attention and memory stop at document bounds; false lets packed documents see one another."""
+    shuffle: Literal["sequences", "documents", "none"] = "sequences"
+    """sequences: documents and then packed sequences are permuted each epoch; documents: only documents; none: file order."""
+    streaming: bool = False
+    """Tokenise while reading, in file order with an exact cursor, instead of tokenising the source once."""
+    on_bad_document: Literal["error", "skip"] = "error"
+    """error: stop at an unreadable document, naming file and line; skip: leave it out and count it."""
+    cache_dir: str | None = None
+    """Where tokenised sources are cached; null means ~/.cache/longstride/tokens."""
+    tokenize_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that tokenise; 0 uses every core."""
+    prefetch_batches: Annotated[int, Field(ge=0, le=64)] = 2
+    """Batches made ready in the background."""
+
+    @model_validator(mode="after")
+    def _check_path(self) -> DataSection:
+        if self.source != "python_stdlib" and not self.path:
+            raise ValueError(f"source '{self.source}' needs data.path")
+        return self
+
+
+class TrainSection(Section):
+    """Steps, precision and determinism."""
+
+    steps: PositiveInt = 100
+    """Optimizer steps."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of initial weights and data order."""
+    deterministic: bool = True
+    """Only deterministic kernels: two runs of one configuration are bit-identical."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA when there is a device."""
+    precision: Literal["bf16", "fp32", "fp64"] = "fp32"
+    """bf16: fp32 parameters with bf16 autocast; fp32; fp64 (for exactness tests)."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per data-parallel rank in one forward and backward pass."""
+    grad_accum: PositiveInt = 1
+    """Forward and backward passes per optimizer step."""
+    threads_per_rank: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of each rank; 0 shares the cores evenly among the ranks of this machine."""
+    eval_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Held-out loss every so many steps; 0 only at the end."""
+    eval_sequences: Annotated[int, Field(ge=0)] = 8
+    """Held-out sequences per evaluation; 0 switches evaluation off."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak rate of one device for MFU; null takes the data-sheet rate of a known GPU, or measures a matmul on CPU."""
+
+
+class CheckpointSection(Section):
+    """When the run is saved and what is kept."""
+
+    save_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Save every so many steps; 0 only at the end and when stopped by a signal."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept (at least 2, so that a damaged one has a predecessor)."""
+    keep_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints at multiples of this are kept for ever; 0 keeps none beyond keep_last."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+
+
+class RunConfig(Section):
+    """Everything about one run."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig = ModelConfig()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    @model_validator(mode="after")
+    def _check_across(self) -> RunConfig:
+        parts = self.parallel.cp * (2 if self.layout == "zigzag" else 1)
+        if self.data.seq_len % parts:
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} is not divisible by {parts} "
+                f"(parallel.cp {self.parallel.cp}, {self.layout} layout); the next length that is: {-(-self.data.seq_len // parts) * parts}"
+            )
+        return self
+
+    @property
+    def layout(self) -> Literal["contiguous", "zigzag"]:
+        """Sequence layout after resolving ``auto``."""
+        if self.parallel.layout != "auto":
+            return self.parallel.layout
+        return "zigzag" if self.parallel.cp > 1 and "full" in self.model.layer_kinds else "contiguous"
+
+    @property
+    def global_batch_sequences(self) -> int:
+        """Sequences consumed by one optimizer step over all ranks."""
+        return self.parallel.dp_replicate * self.parallel.dp_shard * self.train.micro_batch_size * self.train.grad_accum
