@@ -1,0 +1,42 @@
+"""Build the optimizer a configuration names. Try alone: ``build_optimizer(torch.nn.Linear(4, 4), OptimConfig())``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+
+from optim.config import OptimConfig
+from optim.param_groups import split_by_decay
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of ``config`` over the trainable parameters of ``model``, sharded or not, with its states allocated.
+
+    Learning rates are set by the caller at each step (``optim.schedule.learning_rate``).
+    """
+    decayed, kept = split_by_decay(model)
+    groups = [
+        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
+        {"params": list(kept.values()), "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
+    allocate_states(optimizer)
+    return optimizer
+
+
+def allocate_states(optimizer: torch.optim.Optimizer) -> None:
+    """Create the (zero) states now instead of in the first step: a checkpoint can be loaded into them, and a run that does
+    not fit fails before its first step. Works for every optimizer whose step with zero gradient and zero rate changes no
+    parameter."""
+    saved = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 0.0, 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, (lr, weight_decay) in zip(optimizer.param_groups, saved, strict=True):
+        group["lr"], group["weight_decay"] = lr, weight_decay
+        for parameter in group["params"]:
+            for value in optimizer.state[parameter].values():
+                value.zero_()

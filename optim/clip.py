@@ -1,0 +1,38 @@
+"""Clipping by the global gradient norm, exact however the gradients are sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.tensor import DTensor
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of ``tensor`` this rank holds."""
+    return cast(DTensor, tensor).to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, shard_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Scale gradients in place so that their global L2 norm is at most ``max_norm`` (None: only measure).
+
+    ``shard_group``: the ranks over which each gradient is sharded (None: not sharded). Squares are summed in float64, so
+    the norm does not depend on how the elements are dealt to ranks beyond 1e-15. Returns the norm before scaling, a
+    float64 scalar; it is the same on every rank.
+    """
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    if not gradients:
+        raise ValueError("no parameter has a gradient")
+    squares = torch.stack([gradient.double().square().sum() for gradient in gradients])
+    total = squares.sum()
+    if shard_group is not None:
+        dist.all_reduce(total, group=shard_group)
+    norm = total.sqrt()
+    if max_norm is not None:
+        scale = torch.clamp(max_norm / (norm + 1e-12), max=1.0)
+        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+    return norm

@@ -1,0 +1,54 @@
+"""How many ranks lie along each mesh axis, as plain integers before any process group exists. Imports no torch.
+
+Rank order: ``cp`` varies fastest (neighbours on one node share a sequence), then ``dp_shard``, then ``dp_replicate``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.errors import UserError
+from parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Validated sizes of the mesh axes."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+
+    @staticmethod
+    def from_config(config: ParallelConfig, world_size: int | None = None) -> ParallelDims:
+        """The degrees of ``config``; raises UserError when their product is not ``world_size`` (if given)."""
+        dims = ParallelDims(config.dp_replicate, config.dp_shard, config.cp)
+        if world_size is not None and dims.world_size != world_size:
+            raise UserError(
+                f"parallel: dp_replicate {dims.dp_replicate} x dp_shard {dims.dp_shard} x cp {dims.cp} = {dims.world_size} ranks, "
+                f"but {world_size} were started; start {dims.world_size} or change one of parallel.dp_replicate, parallel.dp_shard, parallel.cp"
+            )
+        return dims
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.dp_replicate * self.dp_shard * self.cp
+
+    @property
+    def dp(self) -> int:
+        """Ranks (groups of cp ranks) that read different sequences."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def shard(self) -> int:
+        """Ranks over which one copy of the parameters is sharded: dp_shard x cp."""
+        return self.dp_shard * self.cp
+
+    def cp_rank(self, global_rank: int) -> int:
+        """Position of a rank among those that share its sequence."""
+        return global_rank % self.cp
+
+    def dp_rank(self, global_rank: int) -> int:
+        """Which sequences of a step a rank reads, 0 to dp - 1."""
+        return global_rank // self.cp

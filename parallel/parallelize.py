@@ -1,0 +1,33 @@
+"""Turn a plain single-device Transformer into this rank's part of a parallel one. The order matters and is all here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from models.attention import Attention
+from models.memory.protocol import MemoryModule
+from models.transformer import Transformer
+from parallel.fsdp import shard_parameters
+from parallel.mesh import Mesh
+from parallel.ring_attention import RingAttention
+from parallel.state_passing import RingCarry
+
+
+def split_sequence(model: Transformer, mesh: Mesh, layout: Literal["contiguous", "zigzag"]) -> None:
+    """Fill the seams through which a layer reaches tokens of other ranks: attention and the carry of memory states."""
+    if mesh.dims.cp == 1:
+        return
+    for block in model.blocks:
+        mixer = block.mixer
+        if isinstance(mixer, Attention):
+            mixer.inner_attention = RingAttention(mesh.cp_group, layout, mixer.window)
+        elif isinstance(mixer, MemoryModule):
+            mixer.carry = RingCarry(mesh.cp_group, layout)
+        else:
+            raise TypeError(f"no way to split a sequence over ranks is known for {type(mixer).__name__}")
+
+
+def parallelize(model: Transformer, mesh: Mesh, layout: Literal["contiguous", "zigzag"]) -> None:
+    """Sequence seams first, then FSDP2 around blocks that already hold their recompute and tiling wrappers."""
+    split_sequence(model, mesh, layout)
+    shard_parameters(model, model.blocks, mesh)
