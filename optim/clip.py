@@ -27,7 +27,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, s
     gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
     if not gradients:
         raise ValueError("no parameter has a gradient")
-    squares = torch.stack([gradient.double().square().sum() for gradient in gradients])
+    squares = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients])
     total = squares.sum()
     if shard_group is not None:
         dist.all_reduce(total, group=shard_group)

@@ -1,0 +1,162 @@
+"""One model, its optimizer and its ranks: forward and backward over the micro-batches of a step, then the update.
+
+The engine owns every tensor of a run. It knows nothing of data sources, files or schedules. Losses are sums over tokens,
+divided once by the number of valid tokens of the whole step on all ranks, so a rank without a valid token is legal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from models.batch import IGNORE_INDEX, Batch
+from models.transformer import Transformer
+from optim.clip import clip_grad_norm
+from parallel.mesh import Mesh
+from parallel.sequence import shard_batch
+
+Precision = Literal["bf16", "fp32", "fp64"]
+POSITION_BUCKET_TOKENS = 65_536
+"""Width of the buckets in which losses are reported by position in the sequence."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Summed negative log likelihood in nats and token counts over all ranks, in all and per position bucket."""
+
+    nll: float
+    valid_tokens: int
+    bucket_nll: tuple[float, ...]
+    bucket_tokens: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per valid token in nats; nan without valid tokens."""
+        return self.nll / self.valid_tokens if self.valid_tokens else float("nan")
+
+    @property
+    def loss_by_position(self) -> list[float | None]:
+        """Mean loss of each bucket of ``POSITION_BUCKET_TOKENS``; None where it holds no valid token."""
+        return [nll / count if count else None for nll, count in zip(self.bucket_nll, self.bucket_tokens, strict=True)]
+
+
+class Engine:
+    """See the module. ``mesh`` None means one process without a process group."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        mesh: Mesh | None,
+        device: torch.device,
+        precision: Precision,
+        layout: Literal["contiguous", "zigzag"],
+        clip_norm: float | None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.mesh = mesh
+        self.device = device
+        self.precision: Precision = precision
+        self.layout: Literal["contiguous", "zigzag"] = layout
+        self.clip_norm = clip_norm
+
+    def forward_backward(self, micro_batches: list[Batch]) -> LossSums:
+        """Add to every parameter's gradient that of the step's mean loss; ``micro_batches`` hold whole sequences, the same
+        on all sequence-parallel ranks of one data-parallel rank. Every rank must give equally many."""
+        shards = [self._shard(batch) for batch in micro_batches]
+        valid_tokens = self._count_valid(shards)
+        sums = self._zero_sums(micro_batches[0].bounds.seq_len)
+        for shard in shards:
+            nll_BT = self._forward(shard.to(self.device))
+            # Dividing before the backward pass keeps gradients in range; the sum over ranks then is the gradient of the mean.
+            (nll_BT.sum() / max(valid_tokens, 1)).backward()
+            self._add(sums, nll_BT.detach(), shard)
+        return self._reduce(sums)
+
+    def step(self, lr: float) -> float:
+        """Clip, update every parameter with learning rate ``lr``, clear gradients. Returns the global norm before clipping.
+
+        A gradient that is not finite changes nothing: the caller decides what to do with the returned nan or inf.
+        """
+        shard_group = self.mesh.shard_group if self.mesh is not None else None
+        norm = float(clip_grad_norm(self.model.parameters(), self.clip_norm, shard_group))
+        if norm == norm and norm != float("inf"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> LossSums:
+        """Loss over ``batches`` without gradients; every rank must give equally many."""
+        sums: torch.Tensor | None = None
+        self.model.eval()
+        for batch in batches:
+            if sums is None:
+                sums = self._zero_sums(batch.bounds.seq_len)
+            shard = self._shard(batch)
+            self._add(sums, self._forward(shard.to(self.device)), shard)
+        self.model.train()
+        if sums is None:
+            raise ValueError("evaluate needs at least one batch")
+        return self._reduce(sums)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors only (DTensors when sharded): parameters and optimizer states by fully qualified parameter name."""
+        optim: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                optim[f"{name}.{key}"] = value
+        return {"model": dict(self.model.named_parameters()), "optim": optim}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy ``state`` (as ``state_dict`` returns it, equally sharded) into parameters and optimizer states in place."""
+        own = self.state_dict()
+        for part in ("model", "optim"):
+            if own[part].keys() != state[part].keys():
+                raise ValueError(f"{part} state differs in keys: {sorted(own[part].keys() ^ state[part].keys())[:5]}")
+            with torch.no_grad():
+                for name, tensor in own[part].items():
+                    if tensor is not state[part][name]:
+                        tensor.copy_(state[part][name])
+
+    def _shard(self, batch: Batch) -> Batch:
+        if self.mesh is None or self.mesh.dims.cp == 1:
+            return batch
+        return shard_batch(batch, self.layout, self.mesh.cp_rank, self.mesh.dims.cp)
+
+    def _forward(self, shard: Batch) -> torch.Tensor:
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
+        with autocast:
+            return self.model(shard)
+
+    def _count_valid(self, shards: list[Batch]) -> int:
+        """Valid tokens of the whole step over all ranks."""
+        count = torch.tensor(sum(int((shard.labels_BT != IGNORE_INDEX).sum()) for shard in shards), device=self.device)
+        if self.mesh is not None:
+            dist.all_reduce(count)
+        return int(count)
+
+    def _zero_sums(self, seq_len: int) -> torch.Tensor:
+        """[2, buckets] float64: summed loss and valid tokens per position bucket."""
+        return torch.zeros(2, -(-seq_len // POSITION_BUCKET_TOKENS), dtype=torch.float64, device=self.device)
+
+    def _add(self, sums: torch.Tensor, nll_BT: torch.Tensor, shard: Batch) -> None:
+        index_T = torch.cat([torch.arange(start, end, device=self.device) for start, end in shard.bounds.ranges])
+        bucket_T = index_T // POSITION_BUCKET_TOKENS
+        valid_BT = (shard.labels_BT != IGNORE_INDEX).to(self.device)
+        sums[0].index_add_(0, bucket_T, nll_BT.double().sum(0))
+        sums[1].index_add_(0, bucket_T, valid_BT.double().sum(0))
+
+    def _reduce(self, sums: torch.Tensor) -> LossSums:
+        if self.mesh is not None:
+            dist.all_reduce(sums)
+        nll, count = sums.tolist()
+        return LossSums(sum(nll), int(sum(count)), tuple(nll), tuple(int(c) for c in count))

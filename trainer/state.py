@@ -1,0 +1,28 @@
+"""The only counters that survive a restart."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Where a run stands after ``step`` completed optimizer steps. JSON-able; the one mutable object besides the engine.
+
+    ``cursor`` is the data position *after* those steps, as the loader handed it out. No random state is kept: the only
+    consumer of randomness is the initialisation, which is a pure function of the seed and the parameter's name.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    cursor: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> TrainState:
+        """The state ``to_json`` wrote."""
+        return TrainState(int(value["step"]), int(value["tokens"]), dict(value["cursor"]))
