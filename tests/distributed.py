@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing as mp
+import pickle
 import queue
 import tempfile
 import traceback
@@ -39,7 +40,8 @@ def _worker(fn: Callable, rank: int, world_size: int, store: str, args: tuple, t
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout),
         )
-        results.put((rank, True, fn(*args)))
+        # Pickled here: the queue would pass tensors as shared-memory handles that die with this process.
+        results.put((rank, True, pickle.dumps(fn(*args))))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
@@ -66,7 +68,7 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
             while len(answers) < world_size:
                 rank, ok, value = results.get(timeout=timeout)
                 assert ok, f"rank {rank} of {world_size} failed:\n{value}"
-                answers[rank] = value
+                answers[rank] = pickle.loads(value)
         except queue.Empty:
             raise AssertionError(f"ranks {sorted(set(range(world_size)) - set(answers))} gave no result in {timeout} s") from None
         finally:

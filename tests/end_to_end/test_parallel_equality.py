@@ -1,0 +1,119 @@
+"""One experiment, five ways to spread it over ranks: losses, gradient norms and parameters are the same.
+
+Model with full attention, sliding window and memory layers, fewer KV heads than sequence ranks, packed documents that start
+and end anywhere, also across shard bounds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from tests.distributed import run_distributed
+from trainer.build import build_engine, mesh_for
+from trainer.config import RunConfig
+from trainer.data.build import build_data
+
+STEPS = 5
+SEQUENCES_PER_STEP = 4
+
+
+def experiment(data_path: str, cache: str, precision: str, layout: str, dp_replicate: int, dp_shard: int, cp: int) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {
+                "d_model": 32,
+                "n_heads": 4,
+                "n_kv_heads": 2,
+                "layers": ["full", "swa", "memory"],
+                "window": 24,
+                "memory": {"chunk_size": 16},
+            },
+            "data": {"source": "jsonl", "path": data_path, "seq_len": 96, "cache_dir": cache, "valid_fraction": 0.0, "tokenize_workers": 1},
+            "train": {
+                "steps": STEPS,
+                "precision": precision,
+                "grad_accum": SEQUENCES_PER_STEP // (dp_replicate * dp_shard),
+                "seed": 3,
+                "device": "cpu",
+            },
+            "optim": {"lr": 1e-2, "clip_norm": 0.5, "schedule": {"warmup_steps": 2}},
+            "parallel": {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "layout": layout},
+            "memory": {"loss_tile_tokens": 20},
+        }
+    )
+
+
+def train_steps(config: RunConfig) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses and gradient norms of STEPS steps, and the whole final parameters."""
+    device = torch.device("cpu")
+    mesh = mesh_for(config, device) if dist.is_initialized() and dist.get_world_size() > 1 else None
+    dp_rank, dp_size = (mesh.dp_rank, mesh.dims.dp) if mesh else (0, 1)
+    data = build_data(config, dp_rank, dp_size)
+    engine = build_engine(config, data.vocab_size, mesh, device)
+    losses, norms = [], []
+    for step, (micro_batches, _) in enumerate(data.train({}), start=1):
+        losses.append(engine.forward_backward(micro_batches).loss)
+        norms.append(engine.step(config.optim.lr))
+        if step == STEPS:
+            break
+    parameters = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in engine.model.named_parameters()
+    }
+    return losses, norms, parameters
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A JSONL file whose documents are shorter and longer than a sequence, and a token cache made from it."""
+    import json
+    import random
+
+    folder = tmp_path_factory.mktemp("documents")
+    source = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    lengths = [3, 1, 7, 60, 2, 25, 4, 9, 90, 5, 12, 30, 2, 2, 2, 40, 8, 120]
+    lines = [json.dumps({"text": " ".join(source.choice(words) for _ in range(n))}) for n in lengths]
+    path = folder / "documents.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path), str(folder / "cache")
+
+
+_REFERENCE: dict[tuple[str, Path], tuple] = {}
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("dp_replicate", "dp_shard", "cp", "layout"),
+    [
+        (1, 1, 2, "zigzag"),
+        (1, 1, 2, "contiguous"),
+        (1, 1, 4, "zigzag"),
+        (1, 1, 4, "contiguous"),
+        (1, 2, 1, "auto"),
+        (2, 1, 1, "auto"),
+        (1, 2, 2, "zigzag"),
+        (2, 1, 2, "contiguous"),
+    ],
+)
+def test_same_training_on_any_mesh(
+    documents: tuple[str, str], precision: str, dp_replicate: int, dp_shard: int, cp: int, layout: str
+) -> None:
+    key = (precision, Path(documents[0]))
+    if key not in _REFERENCE:
+        _REFERENCE[key] = train_steps(experiment(*documents, precision, "auto", 1, 1, 1))
+    losses, norms, parameters = _REFERENCE[key]
+    assert losses[-1] < losses[0], "the experiment must learn for the comparison to mean something"
+    config = experiment(*documents, precision, layout, dp_replicate, dp_shard, cp)
+    for rank_losses, rank_norms, rank_parameters in run_distributed(train_steps, dp_replicate * dp_shard * cp, config):
+        tolerance = 1e-9 if precision == "fp64" else 1e-5
+        assert rank_losses == pytest.approx(losses, rel=tolerance, abs=0)
+        assert rank_norms == pytest.approx(norms, rel=tolerance, abs=0)
+        assert rank_parameters.keys() == parameters.keys()
+        if precision == "fp64":
+            for name, value in parameters.items():
+                torch.testing.assert_close(rank_parameters[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
