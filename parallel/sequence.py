@@ -1,0 +1,82 @@
+"""Which tokens of a sequence a sequence-parallel rank holds, and the only place that cuts a batch accordingly.
+
+``contiguous``: rank r of P holds the r-th of P equal chunks. ``zigzag``: the sequence has 2P chunks and rank r holds
+chunks r and 2P-1-r, so that causal attention costs every rank the same. The arithmetic is pure (a given rank, no process
+group). Try alone: ``python -c "from parallel.sequence import ranges_for; print(ranges_for('zigzag', 32, 1, 4))"``.
+
+Legend: B batch row, T tokens of the whole sequence or of one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from models.batch import Batch, Range
+from models.errors import UserError
+
+Layout = Literal["contiguous", "zigzag"]
+"""How the tokens of one sequence are spread over the cp ranks."""
+
+
+def zigzag_chunks(cp_rank: int, cp_size: int) -> list[int]:
+    """Chunks (of 2 * cp_size) that a rank holds: one from the head of the sequence and its mirror from the tail."""
+    _check_rank(cp_rank, cp_size)
+    return [cp_rank, 2 * cp_size - 1 - cp_rank]
+
+
+def ranges_for(layout: Layout, seq_len: int, cp_rank: int, cp_size: int) -> tuple[Range, ...]:
+    """Half-open global token ranges held by ``cp_rank``, in local order; ``((0, seq_len),)`` when cp_size is 1.
+
+    Raises ValueError for an unknown layout or rank, UserError when the length cannot be divided evenly.
+    """
+    _check_rank(cp_rank, cp_size)
+    if layout not in ("contiguous", "zigzag"):
+        raise ValueError(f"layout is {layout!r}; it must be 'contiguous' or 'zigzag' ('auto' is resolved before this point)")
+    if cp_size == 1:
+        return ((0, seq_len),)
+    n_chunks = cp_size if layout == "contiguous" else 2 * cp_size
+    chunk, rest = divmod(seq_len, n_chunks)
+    if rest or chunk == 0:
+        raise UserError(
+            f"data.seq_len {seq_len} cannot be split into {n_chunks} equal chunks (parallel.cp {cp_size}, layout {layout}); "
+            f"set data.seq_len to a multiple of {n_chunks}, e.g. {max(chunk, 1) * n_chunks}, or change parallel.cp"
+        )
+    held = [cp_rank] if layout == "contiguous" else zigzag_chunks(cp_rank, cp_size)
+    return tuple((i * chunk, (i + 1) * chunk) for i in held)
+
+
+def shard_batch(batch: Batch, layout: Layout, cp_rank: int, cp_size: int) -> Batch:
+    """The part of a whole batch that ``cp_rank`` computes; positions, labels and document bounds stay global.
+
+    This is the only place that splits a sequence. Raises UserError when the batch was already split (two layers that
+    each split would silently train on 1/cp of the data) or when the length does not divide.
+    """
+    bounds = batch.bounds
+    held = batch.tokens_BT.shape[1]
+    if bounds.ranges != ((0, bounds.seq_len),) or held != bounds.seq_len:
+        raise UserError(
+            f"this batch is already split: it holds ranges {bounds.ranges} ({held} tokens) of data.seq_len {bounds.seq_len}; "
+            f"parallel.cp {cp_size} may split a sequence only once"
+        )
+    ranges = ranges_for(layout, bounds.seq_len, cp_rank, cp_size)
+    if cp_size == 1:
+        return batch
+    return replace(
+        batch,
+        tokens_BT=_take(batch.tokens_BT, ranges),
+        labels_BT=_take(batch.labels_BT, ranges),
+        positions_BT=_take(batch.positions_BT, ranges),
+        bounds=bounds.with_ranges(ranges),
+    )
+
+
+def _take(x_BT: torch.Tensor, ranges: tuple[Range, ...]) -> torch.Tensor:
+    return torch.cat([x_BT[:, start:end] for start, end in ranges], dim=1)
+
+
+def _check_rank(cp_rank: int, cp_size: int) -> None:
+    if not 0 <= cp_rank < cp_size:
+        raise ValueError(f"cp_rank {cp_rank} is not in 0..{cp_size - 1}")
