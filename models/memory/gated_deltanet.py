@@ -1,0 +1,339 @@
+"""Gated DeltaNet (arXiv 2412.06464): a matrix memory per head, written by a gated delta rule, read by a query.
+
+    q, k, v = silu(conv4(W x)), q and k on the unit sphere      b = sigmoid(W_b x)    log a = -exp(A_log) softplus(W_a x + dt)
+    S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T       o_t = S_t^T q_t / sqrt(K)
+    y = W_o (RMSNorm(o) * silu(W_g x))
+
+Layer-local and affine in the state, so a sequence splits over ranks with one exchange of (M, S_ext) per token range:
+the chunked op runs once on the state [0 | I], which gives the range's own outputs, its read-out of whatever comes in, and
+its summary; ``carry.affine`` turns summaries into incoming states. State arithmetic is float32 (float64 in float64).
+
+Legend: B row, T token, C channel, H head, K key, V value, G = B*H, N chunk, c token in chunk, W columns of the carried state.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models.batch import Bounds, Range
+from models.config import ModelConfig
+from models.memory.delta_rule import gated_delta_rule
+from models.memory.documents import plan_documents
+from models.memory.protocol import MemoryCost, MemoryModule, MemoryTraits, State, last_tokens, local_offsets, ranges_in_order
+from models.memory.short_conv import conv_silu_chunks, gated_norm, to_chunks
+
+_L2_EPS = 1e-6
+_DT_RANGE = (1e-3, 0.1)
+_A_RANGE = (1.0, 16.0)
+
+
+class _Weights(NamedTuple):
+    """The parameters in the dtype in which their gradients add up over tiles."""
+
+    w_q: Tensor
+    w_k: Tensor
+    w_v: Tensor
+    w_gate: Tensor
+    w_beta: Tensor
+    w_decay: Tensor
+    w_out: Tensor
+    conv_q: Tensor
+    conv_k: Tensor
+    conv_v: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+    norm: Tensor
+
+
+class GatedDeltaNet(MemoryModule):
+    """One Gated DeltaNet mixer. Parameters: six projections in, one out, depthwise convolutions, decay scale and bias per head."""
+
+    traits: ClassVar[MemoryTraits] = MemoryTraits(
+        carry="layer",
+        transition="affine_dense",
+        read_at="token",
+        halo_tokens=3,
+        head_splittable=1,
+        layouts=frozenset({"contiguous", "zigzag"}),
+    )
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        key_dim: int,
+        value_dim: int,
+        conv_kernel: int = 4,
+        chunk_size: int = 64,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.key_dim, self.value_dim = n_heads, key_dim, value_dim
+        self.halo, self.chunk_size, self.norm_eps = conv_kernel - 1, chunk_size, norm_eps
+        keys, values = n_heads * key_dim, n_heads * value_dim
+        self.w_q = nn.Linear(d_model, keys, bias=False)
+        self.w_k = nn.Linear(d_model, keys, bias=False)
+        self.w_v = nn.Linear(d_model, values, bias=False)
+        self.w_gate = nn.Linear(d_model, values, bias=False)
+        self.w_beta = nn.Linear(d_model, n_heads, bias=False)
+        self.w_decay = nn.Linear(d_model, n_heads, bias=False)
+        self.w_out = nn.Linear(values, d_model, bias=False)
+        if self.halo:
+            self.conv_q = nn.Parameter(torch.empty(keys, conv_kernel))
+            self.conv_k = nn.Parameter(torch.empty(keys, conv_kernel))
+            self.conv_v = nn.Parameter(torch.empty(values, conv_kernel))
+        self.A_log = nn.Parameter(torch.empty(n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(n_heads))
+        self.norm_weight = nn.Parameter(torch.empty(value_dim))
+
+    def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        """A ~ U(1, 16) and dt log-uniform in [1e-3, 0.1] (section 3.4 of the Mamba-2 paper), convolutions ~ U(+-kernel^-1/2)."""
+        if name == "A_log":
+            return torch.empty(shape).uniform_(*_A_RANGE, generator=generator).log_()
+        if name == "dt_bias":
+            dt = torch.empty(shape).uniform_(*map(math.log, _DT_RANGE), generator=generator).exp_()
+            return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
+        if name.startswith("conv_"):
+            bound = shape[-1] ** -0.5
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        if name == "norm_weight":
+            return torch.ones(shape)
+        return None
+
+    def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> State:
+        """``state`` [B, H, K, V] and ``conv`` [B, kernel - 1, d_model], the last inputs of the layer."""
+        return {
+            "state": torch.zeros(batch_size, self.n_heads, self.key_dim, self.value_dim, device=device, dtype=dtype),
+            "conv": torch.zeros(batch_size, self.halo, self.w_q.in_features, device=device, dtype=dtype),
+        }
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def forward(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
+        """See `MemoryModule.forward`."""
+        start = self.init_state(len(x_BTC), x_BTC.device, _state_dtype(x_BTC)) if state is None else state
+        halos = self._halos(x_BTC, start["conv"], bounds)
+        offsets = local_offsets(bounds)
+        pieces = [x_BTC[:, offsets[i] : offsets[i + 1]] for i in range(len(bounds.ranges))]
+        initial_BHKV = start["state"].to(_state_dtype(x_BTC))
+        if self.carry.local:
+            outputs, final_BHKV = self._carried_through(pieces, halos, initial_BHKV, bounds)
+        else:
+            outputs, final_BHKV = self._exchanged(pieces, halos, initial_BHKV, bounds)
+        y_BTC = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return y_BTC, self._state_after(x_BTC, state, final_BHKV, pieces, halos, bounds)
+
+    def _carried_through(
+        self, pieces: list[Tensor], halos: list[Tensor], state_BHKV: Tensor, bounds: Bounds
+    ) -> tuple[list[Tensor], Tensor]:
+        """One process: the state goes from tile to tile and from range to range."""
+        outputs = list(pieces)
+        weights, state_GKV = self._weights(), state_BHKV.flatten(0, 1)
+        for i in ranges_in_order(bounds):
+            tiles, before = [], halos[i]
+            for span, x in self._tiles(pieces[i], bounds.ranges[i]):
+                y, state_GKV = self._run(partial(self._whole_tile, bounds, span), weights, x, before, state_GKV)
+                tiles.append(y)
+                before = last_tokens(before, x, self.halo)
+            outputs[i] = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
+        return outputs, state_GKV.unflatten(0, state_BHKV.shape[:2])
+
+    def _exchanged(self, pieces: list[Tensor], halos: list[Tensor], initial_BHKV: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
+        """Several ranks: run every range on [0 | I], exchange summaries once, add what the incoming state contributes."""
+        B, H, K, V = initial_BHKV.shape
+        weights = self._weights()
+        identity = torch.eye(K, dtype=initial_BHKV.dtype, device=initial_BHKV.device).expand(B * H, K, K)
+        blank_GKW = torch.cat([identity.new_zeros(B * H, K, V), identity], dim=-1)
+        own: list[list[Tensor]] = []
+        transitions, updates = [], []
+        for i, piece in enumerate(pieces):
+            own.append([])
+            state_GKW, before = blank_GKW, halos[i]
+            for span, x in self._tiles(piece, bounds.ranges[i]):
+                o_NGcW, state_GKW = self._run(partial(self._recur, bounds, span), weights, x, before, state_GKW)
+                own[i].append(o_NGcW)
+                before = last_tokens(before, x, self.halo)
+            summary = state_GKW.unflatten(0, (B, H))
+            transitions.append(summary[..., V:])
+            updates.append(summary[..., :V])
+        incoming, final_BHKV = self.carry.affine(transitions, updates, initial_BHKV, bounds)
+        outputs = []
+        for i, piece in enumerate(pieces):
+            state_GKV = incoming[i].flatten(0, 1)
+            spans = self._tiles(piece, bounds.ranges[i])
+            tiles = [self._run(self._read_out, weights, x, o, state_GKV) for (_, x), o in zip(spans, own[i], strict=True)]
+            outputs.append(tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1))
+        return outputs, final_BHKV
+
+    def _run(self, body: Any, *args: Any) -> Any:
+        """One tile; with tiles its inside is recomputed in the backward pass."""
+        return checkpoint(body, *args, use_reentrant=False) if self.tile_tokens else body(*args)
+
+    def _tiles(self, x_BTC: Tensor, span: Range) -> list[tuple[Range, Tensor]]:
+        """Global spans and their tokens."""
+        start, end = span
+        size = self.tile_tokens or end - start
+        return [((a, min(a + size, end)), x_BTC[:, a - start : a - start + size]) for a in range(start, end, size)]
+
+    def _weights(self) -> _Weights:
+        """The parameters; with tiles, low-precision ones are widened once so that tile gradients add up in float32."""
+
+        def wide(weight: Tensor) -> Tensor:
+            return weight.to(_state_dtype(weight)) if self.tile_tokens else weight
+
+        convs = (self.conv_q, self.conv_k, self.conv_v) if self.halo else self._no_convolution()
+        linears = (self.w_q, self.w_k, self.w_v, self.w_gate, self.w_beta, self.w_decay, self.w_out)
+        small = (p.to(_state_dtype(p)) for p in (*convs, self.A_log, self.dt_bias, self.norm_weight))
+        return _Weights(*(wide(linear.weight) for linear in linears), *small)
+
+    def _no_convolution(self) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(self.A_log.new_ones(linear.out_features, 1) for linear in (self.w_q, self.w_k, self.w_v))  # type: ignore[return-value]
+
+    def _whole_tile(
+        self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, before_BnC: Tensor, state_GKV: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        o_NGcV, state_GKV = self._recur(bounds, span, weights, x_BTC, before_BnC, state_GKV)
+        return self._write_out(weights, x_BTC, o_NGcV), state_GKV
+
+    def _recur(
+        self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, before_BnC: Tensor, state_GKW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Projections, convolutions and the delta rule of one tile: o_NGcW and the state after it."""
+        plan = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device)
+
+        def stream(weight: Tensor, conv: Tensor, scale: float) -> Tensor:
+            x, before = F.linear(x_BTC, weight), F.linear(before_BnC.to(x_BTC.dtype), weight)
+            return conv_silu_chunks(x, before, conv, plan, self.n_heads, self.chunk_size, scale)
+
+        q_NGcK = stream(weights.w_q, weights.conv_q, self.key_dim**-0.5)
+        k_NGcK = stream(weights.w_k, weights.conv_k, 1.0)
+        v_NGcV = stream(weights.w_v, weights.conv_v, 0.0)
+        beta_BTH = F.linear(x_BTC, weights.w_beta).to(q_NGcK.dtype).sigmoid()
+        step_BTH = F.softplus(F.linear(x_BTC, weights.w_decay).to(q_NGcK.dtype) + weights.dt_bias)
+        log_decay_BTH = -weights.A_log.exp() * step_BTH
+        beta_NGc, log_decay_NGc = (to_chunks(z.unsqueeze(-1), self.chunk_size).squeeze(-1) for z in (beta_BTH, log_decay_BTH))
+        return gated_delta_rule(q_NGcK, k_NGcK, v_NGcV, beta_NGc, log_decay_NGc, state_GKW, plan.segment_NBC)
+
+    def _read_out(self, weights: _Weights, x_BTC: Tensor, o_NGcW: Tensor, state_GKV: Tensor) -> Tensor:
+        """Add Qhat S_in, held in the columns after V, to a range's own outputs."""
+        own_NGcV, query_NGcK = o_NGcW.split([self.value_dim, self.key_dim], dim=-1)
+        with torch.autocast(x_BTC.device.type, enabled=False):
+            o_NGcV = own_NGcV + query_NGcK @ state_GKV
+        return self._write_out(weights, x_BTC, o_NGcV)
+
+    def _write_out(self, weights: _Weights, x_BTC: Tensor, o_NGcV: Tensor) -> Tensor:
+        gate_BTC = F.linear(x_BTC, weights.w_gate)
+        return F.linear(gated_norm(o_NGcV, gate_BTC, weights.norm, self.norm_eps), weights.w_out)
+
+    # ------------------------------------------------------------------------------------------------ edges of the sequence
+
+    def _halos(self, x_BTC: Tensor, conv_BnC: Tensor, bounds: Bounds) -> list[Tensor]:
+        """Inputs before every range; what lies before the sequence comes from the state."""
+        if not self.halo:
+            return [x_BTC[:, :0] for _ in bounds.ranges]
+        origin = min(start for start, _ in bounds.ranges) if self.carry.local else 0
+        halos = self.carry.halo(x_BTC, self.halo, bounds)
+        for i, (start, _) in enumerate(bounds.ranges):
+            inside = start - origin
+            if inside < self.halo:
+                halos[i] = torch.cat([conv_BnC[:, inside:].to(x_BTC.dtype), halos[i][:, self.halo - inside :]], dim=1)
+        return halos
+
+    def _state_after(
+        self, x_BTC: Tensor, given: State | None, final_BHKV: Tensor, pieces: list[Tensor], halos: list[Tensor], bounds: Bounds
+    ) -> State:
+        """The state to hand to the next sequence; over several ranks only for a caller that carries states at all."""
+        if self.carry.local:
+            last = ranges_in_order(bounds)[-1]
+            return {"state": final_BHKV, "conv": last_tokens(halos[last], pieces[last], self.halo)}
+        if given is None:
+            return {}
+        before_BnC = given["conv"].to(x_BTC.dtype)
+        conv = self.carry.tail(x_BTC, self.halo, bounds)
+        short = self.halo - min(self.halo, bounds.seq_len)
+        return {"state": final_BHKV, "conv": torch.cat([before_BnC[:, self.halo - short :], conv[:, short:]], dim=1)}
+
+    # ------------------------------------------------------------------------------------------------ twin and arithmetic
+
+    def oracle(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
+        """The recurrence token by token, written independently of the chunked form (one range)."""
+        B, T, _ = x_BTC.shape
+        H, K, V, n = self.n_heads, self.key_dim, self.value_dim, self.halo
+        state = state or self.init_state(B, x_BTC.device, x_BTC.dtype)
+        inputs = torch.cat([state["conv"], x_BTC], dim=1)
+        convs = (self.conv_q, self.conv_k, self.conv_v) if n else self._no_convolution()
+        offset, outputs = bounds.ranges[0][0], []
+        S = state["state"].clone()
+        for t in range(T):
+            fresh = [offset + t > 0 and offset + t in row for row in bounds.documents]
+            begins = [max([s - offset for s in row if 0 < s <= offset + t], default=-n) for row in bounds.documents]
+            S = S.masked_fill(torch.tensor(fresh, device=S.device).view(B, 1, 1, 1), 0)
+            window = inputs[:, t : t + n + 1].clone()
+            for b in range(B):
+                window[b, : max(0, begins[b] - (t - n))] = 0
+            q, k, v = (
+                F.silu((linear(window) * conv.t()).sum(1)).view(B, H, -1)
+                for linear, conv in zip((self.w_q, self.w_k, self.w_v), convs, strict=True)
+            )
+            q, k = (z * (z.square().sum(-1, keepdim=True) + _L2_EPS).rsqrt() for z in (q, k))
+            x = x_BTC[:, t]
+            a = torch.exp(-self.A_log.exp() * F.softplus(self.w_decay(x) + self.dt_bias)).view(B, H, 1, 1)
+            b = self.w_beta(x).sigmoid().view(B, H, 1, 1)
+            S = a * (S - b * k.unsqueeze(-1) * (k.unsqueeze(-2) @ S)) + b * k.unsqueeze(-1) * v.unsqueeze(-2)
+            o = (q.unsqueeze(-2) @ S).squeeze(-2) / math.sqrt(K)
+            o = o * (o.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt() * self.norm_weight
+            outputs.append(self.w_out(o.reshape(B, H * V) * F.silu(self.w_gate(x))))
+        return torch.stack(outputs, 1), {"state": S, "conv": inputs[:, inputs.shape[1] - n :]}
+
+    def cost(self, batch_size: int, tokens: int, itemsize: int) -> MemoryCost:
+        """See `MemoryModule.cost`. With tiles only one tile's inside is alive; recomputation is not in ``flops_backward``."""
+        H, K, V, c = self.n_heads, self.key_dim, self.value_dim, self.chunk_size
+        d, split = self.w_q.in_features, not self.carry.local
+        W = V + K if split else V
+        n = batch_size * tokens
+        projections = 2 * d * H * (2 * K + 3 * V + 2)
+        # Per token and head: two Gram products, the inverse, T [bV | bK], W S and K^T U of the scan, read U and q S.
+        op = 2 * H * (2 * c * K + c * c / 6 + c * (K + V) + 2 * K * W + c * W + K * W)
+        # Gram products again, dU and dread, two of the scan, four with S, the solve, dlower, three into q and k.
+        op_backward = 2 * H * (5 * c * K + 4 * c * W + 6 * K * W)
+        read_out = 2 * H * K * V if split else 0
+        wide = max(itemsize, 4)
+        projected = itemsize * (d + H * (2 * K + 3 * V))
+        inside = wide * H * (2 * K + V + c + K + W + K * W / c + V)
+        joined = wide * H * (K + V) if split else 0
+        if self.tile_tokens and self.tile_tokens < tokens:
+            saved = n * (itemsize * d + joined) + batch_size * wide * H * K * W * -(-tokens // self.tile_tokens)
+        else:
+            saved = n * (projected + inside + joined)
+        return MemoryCost(
+            flops_forward=n * (projections + op + read_out),
+            flops_backward=n * (2 * projections + op_backward + 2 * read_out),
+            saved_bytes=int(saved),
+            state_bytes=batch_size * H * K * V * wide,
+            exchange_bytes=batch_size * (H * K * (K + V) * wide + self.halo * d * itemsize) if split else 0,
+        )
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def build(config: ModelConfig) -> GatedDeltaNet:
+    """The module that ``config.memory`` describes (see `models.memory.protocol.build_memory`)."""
+    return GatedDeltaNet(
+        d_model=config.d_model,
+        n_heads=config.memory_heads,
+        key_dim=config.memory_key_dim,
+        value_dim=config.memory_value_dim,
+        conv_kernel=config.memory.conv_kernel,
+        chunk_size=config.memory.chunk_size,
+        norm_eps=config.norm_eps,
+    )

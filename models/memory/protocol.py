@@ -1,0 +1,208 @@
+"""What every memory architecture is to the rest of the model: traits, a state, a carry, one module class, one registry.
+
+A new architecture is one file in this folder with ``build(config) -> MemoryModule`` and one line in ``BUILDERS``.
+The module never knows of other ranks: what crosses from one token range to another goes through ``self.carry``.
+
+Legend: B row, T local token, C channel, H head, K key, V value, n tokens of halo.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.batch import Bounds
+from models.config import ModelConfig
+
+State = dict[str, Tensor]
+"""What a memory remembers, batch first. Plain tensors handed in and out, never buffers: they are not model weights."""
+
+BUILDERS: dict[str, str] = {
+    "gated_deltanet": "models.memory.gated_deltanet",
+}
+"""``model.memory.kind`` -> module that defines ``build``; imported only when asked for."""
+
+
+@dataclass(frozen=True)
+class MemoryTraits:
+    """Static facts of an architecture; planner and parallelisation decide from these and nothing else."""
+
+    carry: Literal["none", "layer", "stack"]
+    """layer: state of (layer, segment s) follows from (layer, s-1) and the layer below; stack: top of s-1 feeds the bottom of s."""
+    transition: Literal["affine_diag", "affine_dense", "token_sum", "nonlinear", "append_detached"]
+    """How the outgoing state depends on the incoming one."""
+    read_at: Literal["segment_start", "token"]
+    """What a token may see of its own segment."""
+    granularity: int = 1
+    """Token ranges held by a rank must be multiples of this."""
+    halo_tokens: int = 0
+    """Preceding tokens needed besides the state (convolutions); -1: data dependent."""
+    reset_every: int = 0
+    """Tokens after which the state starts anew; 0: never."""
+    head_splittable: int = 1
+    """Into how many independent heads the state splits."""
+    layouts: frozenset[str] = frozenset({"contiguous"})
+    """Sequence layouts the carry can serve exactly; empty: one rank only."""
+    attach: Literal["mixer", "pre_attn", "post_attn", "parallel_attn", "ffn_replace", "ffn_parallel", "context_prefix"] = "mixer"
+    """Where in the block the module sits; mixer: in place of attention."""
+
+
+@dataclass(frozen=True)
+class MemoryCost:
+    """What one layer costs for the given tokens of one rank. Flops count 2 per multiply-add."""
+
+    flops_forward: float
+    flops_backward: float
+    saved_bytes: int
+    """Bytes kept from forward to backward, the module's input included, parameters excluded."""
+    state_bytes: int
+    """Bytes of the recurrent state of all rows."""
+    exchange_bytes: int
+    """Bytes one rank contributes to the exchange of one forward pass when the sequence is split."""
+
+
+class Carry(Protocol):
+    """How memory crosses from one token range to the next. ``LocalCarry`` here; the exchange over ranks in parallel/."""
+
+    local: bool
+    """True when no other rank is involved: a module may then simply carry its state through."""
+
+    def halo(self, x_BTC: Tensor, n: int, bounds: Bounds) -> list[Tensor]:
+        """For each local range the n tokens [B, n, C] before it in the global sequence, zeros where there are none."""
+        ...
+
+    def affine(
+        self, transitions: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
+    ) -> tuple[list[Tensor], Tensor]:
+        """Compose ``S_out = M S_in + E`` over all ranges of the sequence.
+
+        transitions M_BHKK and updates E_BHKV per local range, initial S_BHKV before the sequence. Returns each local
+        range's incoming state and the state after the last token of the sequence.
+        """
+        ...
+
+    def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
+        """The last n tokens [B, n, C] of the sequence, on every rank, zeros where the sequence is shorter."""
+        ...
+
+
+def ranges_in_order(bounds: Bounds) -> list[int]:
+    """Local range indices in global order. Raises ValueError if the ranges leave a gap (a carry would skip tokens)."""
+    order = sorted(range(len(bounds.ranges)), key=lambda i: bounds.ranges[i])
+    for left, right in zip(order, order[1:], strict=False):
+        if bounds.ranges[left][1] != bounds.ranges[right][0]:
+            raise ValueError(
+                f"ranges {bounds.ranges} leave a gap: a memory on one rank needs adjoining ranges (parallel.cp sets the carry)"
+            )
+    return order
+
+
+def local_offsets(bounds: Bounds) -> list[int]:
+    """Where each local range begins in the local token dim."""
+    offsets = [0]
+    for start, end in bounds.ranges:
+        offsets.append(offsets[-1] + end - start)
+    return offsets
+
+
+class LocalCarry:
+    """One process holds everything there is: adjoining ranges in any local order."""
+
+    local = True
+
+    def halo(self, x_BTC: Tensor, n: int, bounds: Bounds) -> list[Tensor]:
+        """See `Carry.halo`; tokens before the first range are zeros."""
+        offsets = local_offsets(bounds)
+        before = x_BTC.new_zeros(x_BTC.shape[0], n, x_BTC.shape[2])
+        halos: list[Tensor] = [before] * len(bounds.ranges)
+        for i in ranges_in_order(bounds):
+            halos[i] = before
+            before = last_tokens(before, x_BTC[:, offsets[i] : offsets[i + 1]], n)
+        return halos
+
+    def affine(
+        self, transitions: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Carry.affine`."""
+        incoming: list[Tensor] = [initial] * len(bounds.ranges)
+        state = initial
+        for i in ranges_in_order(bounds):
+            incoming[i] = state
+            state = transitions[i] @ state + updates[i]
+        return incoming, state
+
+    def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
+        """See `Carry.tail`."""
+        offsets = local_offsets(bounds)
+        tail = x_BTC.new_zeros(x_BTC.shape[0], n, x_BTC.shape[2])
+        for i in ranges_in_order(bounds):
+            tail = last_tokens(tail, x_BTC[:, offsets[i] : offsets[i + 1]], n)
+        return tail
+
+
+def last_tokens(before_BnC: Tensor, x_BTC: Tensor, n: int) -> Tensor:
+    """The last n tokens of ``before`` followed by ``x``; a view of ``x`` when it is long enough."""
+    if x_BTC.shape[1] >= n:
+        return x_BTC[:, x_BTC.shape[1] - n :]
+    return torch.cat([before_BnC, x_BTC], dim=1)[:, -n:]
+
+
+class MemoryModule(nn.Module):
+    """Base of all memory architectures.
+
+    ``carry`` is the seam that parallel/ fills; ``tile_tokens`` the one memory_mgmt/ fills (0: whole shard at once,
+    otherwise tiles of that many tokens, each recomputed in backward with the state carried).
+    """
+
+    traits: ClassVar[MemoryTraits]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.carry: Carry = LocalCarry()
+        self.tile_tokens: int = 0
+
+    def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The state before the first token. Hand it in to get the state after the last token back on every rank."""
+        raise NotImplementedError
+
+    def reset(self, state: State, rows_B: Tensor) -> State:
+        """``state`` with the rows where the boolean ``rows_B`` is true as before the first token."""
+        fresh = self.init_state(len(rows_B), rows_B.device, torch.float32)
+        return {
+            name: torch.where(rows_B.view(-1, *[1] * (value.dim() - 1)), fresh[name].to(value.dtype), value)
+            for name, value in state.items()
+        }
+
+    def forward(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
+        """``y_BTC`` and the state after the sequence.
+
+        ``state`` is the one before the first token described by ``bounds``. A document start resets it, except at
+        global index 0, where the given state is what the sequence continues from. With ``state=None`` the sequence
+        begins afresh, and when other ranks are involved the returned state is empty (no extra exchange).
+        """
+        raise NotImplementedError
+
+    def oracle(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
+        """The same by the plain token recurrence, slow, for tests; one process, the whole sequence from its first range on."""
+        raise NotImplementedError
+
+    def cost(self, batch_size: int, tokens: int, itemsize: int) -> MemoryCost:
+        """Arithmetic and bytes for ``tokens`` per row on one rank, activations of ``itemsize`` bytes."""
+        raise NotImplementedError
+
+    def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        """Initial value (CPU, float32) of the module's own parameter ``name``; None: the model's default rule."""
+        return None
+
+
+def build_memory(config: ModelConfig) -> MemoryModule:
+    """The memory module that ``config.memory.kind`` names. Raises ValueError for an unknown kind."""
+    kind = config.memory.kind
+    if kind not in BUILDERS:
+        raise ValueError(f"model.memory.kind {kind!r} is unknown; known: {', '.join(sorted(BUILDERS))}")
+    return importlib.import_module(BUILDERS[kind]).build(config)
