@@ -5,21 +5,36 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+import hashlib
+import math
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from memory_mgmt.apply import apply_memory_settings
+from memory_mgmt.monitor import MemoryMonitor
+from memory_mgmt.plan import MemoryPlan, gib
 from models.errors import UserError
+from models.flops import model_flops_per_token
 from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer
 from parallel.dims import ParallelDims
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import parallelize
+from trainer.checkpoint import CheckpointManager
 from trainer.config import RunConfig
+from trainer.config_file import dump
+from trainer.console import RunConsole
+from trainer.data.build import build_data
 from trainer.engine import Engine
+from trainer.metrics import MetricsWriter
+from trainer.preemption import StopSignal
+from trainer.run_dir import RunDir
+from trainer.state import TrainState
+from trainer.throughput import peak_flops
+from trainer.trainer import DONE, Trainer
 
 _DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 VOCAB_MULTIPLE = 64
@@ -64,3 +79,102 @@ def mesh_for(config: RunConfig, device: torch.device) -> Mesh | None:
         ParallelDims.from_config(config.parallel, world_size=1)
         return None
     return build_mesh(ParallelDims.from_config(config.parallel, dist.get_world_size()), device.type)
+
+
+def train(config: RunConfig, run_dir_path: Path | str, resume: bool, device: torch.device) -> int:
+    """Train on this rank until the end or a stop signal; every rank of the run calls this. Returns the exit code.
+
+    The process group is initialised before when there is more than one rank, and ``memory_plan.json`` is written. Raises UserError before anything is changed
+    in the run directory, RunFailed afterwards.
+    """
+    run_dir = RunDir(run_dir_path)
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    with contextlib.ExitStack() as cleanup:
+        stop = cleanup.enter_context(StopSignal())
+        if is_main:
+            cleanup.enter_context(run_dir.lock())
+        trainer = _build_trainer(config, run_dir, device, stop, resume, is_main, cleanup)
+        try:
+            exit_code = trainer.run()
+        except BaseException as error:
+            if is_main:
+                reason = str(error) or type(error).__name__
+                run_dir.write_state("failed", step=trainer.state.step, total_steps=config.train.steps, reason=reason)
+            raise
+        trainer.console.close()
+        if is_main:
+            status = "done" if exit_code == DONE else "stopped"
+            run_dir.write_state(status, step=trainer.state.step, total_steps=config.train.steps, reason=trainer.stop_reason)
+        for line in closing_lines(trainer):
+            trainer.console.note(line)
+    return exit_code
+
+
+def _build_trainer(
+    config: RunConfig, run_dir: RunDir, device: torch.device, stop: StopSignal, resume: bool, is_main: bool, cleanup: contextlib.ExitStack
+) -> Trainer:
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    mesh = mesh_for(config, device)
+    dp_rank, dp_size = (mesh.dp_rank, mesh.dims.dp) if mesh else (0, 1)
+    data = build_data(config, dp_rank, dp_size)
+    monitor = MemoryMonitor(device)  # before the model: its baseline is the process without one
+    vocab_size = model_vocab_size(config, data.vocab_size)
+    engine = build_engine(config, vocab_size, mesh, device)
+    checkpoints = CheckpointManager(run_dir, config.checkpoint, config_hash=hashlib.sha256(dump(config).encode()).hexdigest())
+    cleanup.callback(checkpoints.close)
+    state, notes = _starting_state(checkpoints, engine) if resume else (TrainState(), [])
+    metrics = MetricsWriter(run_dir, state.step, enabled=is_main)
+    cleanup.callback(metrics.close)
+    console = RunConsole(config.train.steps, state.step, enabled=is_main)
+    cleanup.callback(console.close)
+    for note in notes:
+        console.note(note)
+    if is_main:
+        run_dir.write_state("running", step=state.step, total_steps=config.train.steps)
+    return Trainer(
+        config=config,
+        run_dir=run_dir,
+        engine=engine,
+        state=state,
+        train_steps=data.train,
+        valid_batches=lambda: data.valid(config.train.eval_sequences),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        console=console,
+        monitor=monitor,
+        stop=stop,
+        plan=MemoryPlan.from_json(run_dir.memory_plan.read_text()),
+        flops_per_token=model_flops_per_token(config.model, vocab_size, config.data.seq_len),
+        peak_flops=peak_flops(config, device) * (dist.get_world_size() if mesh else 1),
+    )
+
+
+def _starting_state(checkpoints: CheckpointManager, engine: Engine) -> tuple[TrainState, list[str]]:
+    """Load the newest good checkpoint into ``engine``; a run without any starts from the beginning. Also notes for people."""
+    checkpoints.clean()
+    good = checkpoints.latest_good(set_aside=True)
+    if good is None:
+        return TrainState(), ["no checkpoint yet: starting from the beginning"]
+    state = {**engine.state_dict(), "train": {}}
+    checkpoints.load(good, state)
+    notes = [f"checkpoint {refused} is damaged and set aside" for refused in good.refused]
+    return TrainState.from_json(state["train"]), [*notes, f"resumed from {good.path.name}"]
+
+
+def closing_lines(trainer: Trainer) -> list[str]:
+    """What a person wants to know at the end of a run, and what to type next."""
+    path, planned = trainer.run_dir.path, trainer.plan.measurable_peak_bytes
+    lines = []
+    if trainer.last_valid is not None:
+        loss = trainer.last_valid.loss
+        lines.append(f"held-out loss {loss:.4f} nats per token = {loss / math.log(2):.3f} bits per token, perplexity {math.exp(loss):.2f}")
+    lines.append(f"peak memory per rank: planned {gib(planned)}, measured {gib(trainer.peak_bytes)} ({trainer.monitor.source})")
+    if trainer.stop_reason:
+        lines.append(f"{trainer.stop_reason} after step {trainer.state.step}; everything is saved")
+    lines += [
+        "next:",
+        f"  tensorboard --logdir {path / 'tensorboard'}",
+        f"  longstride resume {path} train.steps={2 * trainer.config.train.steps}",
+        f"  longstride plan {path / 'config.yaml'} data.seq_len={4 * trainer.config.data.seq_len}",
+    ]
+    return lines

@@ -1,0 +1,137 @@
+"""The loop of a run: read, compute, update, record, save, stop. It creates nothing; ``trainer/build.py`` hands it everything."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from memory_mgmt.monitor import MemoryMonitor
+from memory_mgmt.plan import MemoryPlan
+from models.batch import Batch
+from models.errors import RunFailed
+from optim.schedule import learning_rate
+from trainer.checkpoint import CheckpointManager
+from trainer.config import RunConfig
+from trainer.console import RunConsole
+from trainer.engine import Engine, LossSums
+from trainer.metrics import MetricsWriter
+from trainer.preemption import StopSignal
+from trainer.run_dir import RunDir
+from trainer.state import TrainState
+
+DONE = 0
+RESUMABLE = 75
+"""Exit codes: all steps done; stopped early by a signal with everything saved."""
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, made elsewhere. ``metrics`` and ``console`` do nothing on ranks other than 0."""
+
+    config: RunConfig
+    run_dir: RunDir
+    engine: Engine
+    state: TrainState
+    train_steps: Callable[[dict[str, Any]], Iterator[tuple[list[Batch], dict[str, Any]]]]
+    """From a data cursor: the micro-batches of each step and the cursor after them."""
+    valid_batches: Callable[[], Iterable[Batch]]
+    """The held-out batches of one evaluation, the same number on every rank; empty when there are none."""
+    checkpoints: CheckpointManager
+    metrics: MetricsWriter
+    console: RunConsole
+    monitor: MemoryMonitor
+    stop: StopSignal
+    plan: MemoryPlan
+    flops_per_token: float
+    peak_flops: float
+    """Of all devices of the run together, in FLOP/s."""
+    last_valid: LossSums | None = None
+    """Result of the last evaluation."""
+    peak_bytes: int = 0
+    """Most memory measured in any training step on this rank."""
+    stop_reason: str = ""
+
+    def run(self) -> int:
+        """Train until ``train.steps``, a signal or an error; everything is saved when this returns.
+
+        Returns the exit code. Raises RunFailed, on all ranks alike, when the loss is not finite or a save failed.
+        """
+        steps = self.config.train.steps
+        with contextlib.closing(self.train_steps(self.state.cursor)) as batches:
+            while self.state.step < steps:
+                started = time.perf_counter()
+                self.monitor.reset()
+                micro_batches, cursor = next(batches)
+                self._one_step(micro_batches, cursor, started)
+                last = self.state.step == steps
+                if self._due(self.config.train.eval_every_steps) or last:
+                    self.evaluate()
+                stop = self.stop.agreed(failed=self.checkpoints.failure is not None)
+                if stop.failed:
+                    self.checkpoints.wait()  # raises the background save's error where it happened
+                    raise RunFailed(f"another rank could not save a checkpoint; see logs in {self.run_dir.logs}")
+                if last or stop or self._due(self.config.checkpoint.save_every_steps):
+                    self._save(block=bool(last or stop))
+                if stop and not last:
+                    self.stop_reason = stop.reason
+                    return RESUMABLE
+        return DONE
+
+    def _one_step(self, micro_batches: list[Batch], cursor: dict[str, Any], started: float) -> None:
+        rate = learning_rate(self.state.step + 1, self.config.optim, self.config.train.steps)
+        sums = self.engine.forward_backward(micro_batches)
+        norm = self.engine.step(rate)
+        # Both numbers are sums over all ranks, so every rank takes the same branch.
+        if not (math.isfinite(sums.loss) or sums.valid_tokens == 0) or not math.isfinite(norm):
+            raise RunFailed(
+                f"step {self.state.step + 1}: loss {sums.loss}, gradient norm {norm}; stopped without saving, the last checkpoint is intact. "
+                f"Lower optim.lr or lengthen optim.schedule.warmup_steps, then: longstride resume {self.run_dir.path}"
+            )
+        tokens = self.config.global_batch_sequences * self.config.data.seq_len
+        self.state.step += 1
+        self.state.tokens += tokens
+        self.state.cursor = cursor
+        seconds = time.perf_counter() - started
+        speed = tokens / seconds
+        mfu = speed * self.flops_per_token / self.peak_flops
+        self._record("train", sums, tokens_per_second=speed, mfu=mfu, lr=rate, grad_norm=norm, step_seconds=seconds)
+
+    def _record(self, split: str, sums: LossSums, **values: float) -> None:
+        peak_bytes = self.monitor.read().peak_bytes
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        record: dict[str, Any] = {
+            "step": self.state.step,
+            "split": split,
+            "loss": sums.loss,
+            "tokens": self.state.tokens,
+            "valid_tokens": sums.valid_tokens,
+            **values,
+            "memory_peak_bytes": peak_bytes,
+            "memory_planned_bytes": self.plan.measurable_peak_bytes,
+            "memory_budget_bytes": self.plan.budget_bytes,
+            "data_cursor": self.state.cursor,
+        }
+        if len(sums.bucket_nll) > 1:
+            record["loss_by_position"] = sums.loss_by_position
+        self.metrics.write(record)
+        (self.console.step if split == "train" else self.console.valid)(record)
+
+    def evaluate(self) -> None:
+        """Loss on held-out data, recorded under the current step."""
+        started = time.perf_counter()
+        batches = list(self.valid_batches())
+        if not batches:
+            return
+        self.last_valid = self.engine.evaluate(batches)
+        seconds = time.perf_counter() - started
+        self._record("valid", self.last_valid, tokens_per_second=self.last_valid.valid_tokens / seconds, step_seconds=seconds)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.state.step % every == 0
+
+    def _save(self, block: bool) -> None:
+        self.checkpoints.save(self.state.step, {**self.engine.state_dict(), "train": self.state.to_json()}, block=block)
