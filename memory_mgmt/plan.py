@@ -1,0 +1,222 @@
+"""The memory plan of a run: what one rank holds, when it holds most, and whether that fits.
+
+A plan is made once, before the run, saved as ``memory_plan.json`` and read by everything that shows or checks memory. How it
+was made is in ``method``. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+GIB = 2**30
+FORMAT_VERSION = 1
+
+Kind = Literal[
+    "parameters",  # this rank's shard, and what is gathered for computing
+    "gradients",
+    "optimizer",
+    "activations",  # kept from forward to backward
+    "transient",  # made and freed inside one layer's forward or backward, clipping or the optimizer step
+    "loss",  # logits of one tile and what the loss keeps
+    "communication",  # buffers of collectives, ring and halo exchange
+    "batch",
+    "overhead",  # known to exist, not derived from shapes
+    "outside",  # taken by the process but not visible to the allocator's counters (interpreter, CUDA context, NCCL)
+]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One owner of memory. ``bytes`` at the moment of the peak, ``max_bytes`` the most over the step, ``formula`` in words."""
+
+    name: str
+    kind: Kind
+    bytes: int
+    max_bytes: int
+    formula: str = ""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One point of the step and what is held then, all terms together."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings that lower the peak: ``settings`` as command-line overrides, the peak they give, and what they cost."""
+
+    settings: str
+    peak_bytes: int
+    cost: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of one rank through a training step. Bytes everywhere; GiB only when shown."""
+
+    method: str
+    device: str
+    ranks: int
+    terms: tuple[Term, ...]
+    moments: tuple[Moment, ...]
+    budget_bytes: int | None
+    """What ``memory.budget_gib`` allows; None: no limit was set."""
+    device_bytes: int | None
+    """What the device has; None: not known."""
+    not_counted: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most this rank holds at one moment, everything included; what a budget is compared with."""
+        return sum(term.bytes for term in self.terms)
+
+    @property
+    def measurable_peak_bytes(self) -> int:
+        """The part of the peak that ``memory_mgmt.monitor`` can see: without what lies outside the allocator."""
+        return sum(term.bytes for term in self.terms if term.kind != "outside")
+
+    @property
+    def peak_moment(self) -> str:
+        """Name of the moment at which most is held."""
+        return max(self.moments, key=lambda moment: moment.bytes).name if self.moments else ""
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The smaller of budget and device memory, None when neither is known."""
+        known = [limit for limit in (self.budget_bytes, self.device_bytes) if limit is not None]
+        return min(known) if known else None
+
+    @property
+    def fits(self) -> bool:
+        """True when the peak is within the limit (or there is none)."""
+        return self.limit_bytes is None or self.peak_bytes <= self.limit_bytes
+
+    @property
+    def smallest_budget_gib(self) -> float:
+        """The smallest ``memory.budget_gib`` that this plan fits in, rounded up to two decimals."""
+        return math.ceil(self.peak_bytes / GIB * 100) / 100
+
+    def by_kind(self) -> dict[str, int]:
+        """Bytes at the peak, summed by kind, in the order of ``Kind``; kinds that hold nothing are left out."""
+        sums = {kind: sum(term.bytes for term in self.terms if term.kind == kind) for kind in get_args(Kind)}
+        return {kind: total for kind, total in sums.items() if total}
+
+    def to_json(self) -> str:
+        """The plan as JSON, with the derived figures beside the stored ones for readers that are not this class."""
+        derived = {
+            "peak_bytes": self.peak_bytes,
+            "measurable_peak_bytes": self.measurable_peak_bytes,
+            "peak_moment": self.peak_moment,
+            "fits": self.fits,
+            "smallest_budget_gib": self.smallest_budget_gib,
+        }
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self), "derived": derived}, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> MemoryPlan:
+        """Read what ``to_json`` wrote. Raises ValueError for another format version or a file that is no plan."""
+        try:
+            data: dict[str, Any] = json.loads(text)
+            version = data.pop("format_version")
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"not a memory plan: {error}") from None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"memory plan of format version {version}; this longstride reads version {FORMAT_VERSION}")
+        data.pop("derived", None)
+        parts = {"terms": Term, "moments": Moment, "changes": Change}
+        try:
+            lists = {key: tuple(part(**entry) for entry in data.pop(key)) for key, part in parts.items()}
+            return MemoryPlan(not_counted=tuple(data.pop("not_counted")), **lists, **data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a memory plan: {error}") from None
+
+
+def gib(n_bytes: int) -> str:
+    """Bytes for people: GiB with two decimals, MiB below a tenth of a GiB."""
+    return f"{n_bytes / GIB:.2f} GiB" if n_bytes >= GIB / 10 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def verdict(plan: MemoryPlan) -> str:
+    """One line: planned peak against the limits."""
+    limits = []
+    if plan.budget_bytes is not None:
+        limits.append(f"memory.budget_gib {plan.budget_bytes / GIB:g}")
+    if plan.device_bytes is not None:
+        limits.append(f"{plan.device} with {gib(plan.device_bytes)}")
+    against = " and ".join(limits) or "no limit"
+    outcome = "fits" if plan.fits else "does not fit"
+    return f"planned peak {gib(plan.peak_bytes)} per rank at '{plan.peak_moment}'; {outcome} ({against})"
+
+
+def refusal(plan: MemoryPlan) -> str:
+    """Why a plan that does not fit is refused and what would fit: two lines for a UserError.
+
+    Raises ValueError when the plan fits.
+    """
+    if plan.fits or plan.limit_bytes is None:
+        raise ValueError("the plan fits: there is nothing to refuse")
+    over_budget = plan.budget_bytes is not None and plan.peak_bytes > plan.budget_bytes
+    limit = f"memory.budget_gib {plan.limit_bytes / GIB:g}" if over_budget else f"{gib(plan.limit_bytes)} on {plan.device}"
+    first = (
+        f"{limit}: one rank is estimated to need {gib(plan.peak_bytes)} (at '{plan.peak_moment}'); "
+        f"the smallest budget that fits is memory.budget_gib={plan.smallest_budget_gib:.2f}"
+    )
+    fitting = [change for change in plan.changes if change.peak_bytes <= plan.limit_bytes]
+    shown = fitting or sorted(plan.changes, key=lambda change: change.peak_bytes)[:3]
+    if not shown:
+        return first + "\nno memory setting lowers it: shorten data.seq_len, shrink the model or use more ranks"
+    listed = "; ".join(f"{change.settings} -> {gib(change.peak_bytes)} ({change.cost})" for change in shown[:4])
+    lead = "settings that fit, cheapest first: " if fitting else "no single setting fits; the nearest: "
+    return f"{first}\n{lead}{listed}"
+
+
+def table_rows(plan: MemoryPlan) -> list[tuple[str, str, str, str]]:
+    """(term, kind, at the peak, formula), largest first; the last row is the total."""
+    terms = sorted((term for term in plan.terms if term.max_bytes), key=lambda term: (-term.bytes, -term.max_bytes))
+    rows = [(term.name, term.kind, gib(term.bytes), term.formula) for term in terms]
+    return [*rows, ("total", "", gib(plan.peak_bytes), f"peak at '{plan.peak_moment}'")]
+
+
+def plain(plan: MemoryPlan) -> str:
+    """The plan as aligned text, for pipes and log files."""
+    rows = [("what one rank holds", "kind", "at the peak", "how it is computed"), *table_rows(plan)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    body = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows]
+    return "\n".join([f"memory plan ({plan.method}; {plan.device}, {plan.ranks} rank(s))", *body, *_footer(plan)])
+
+
+def render(plan: MemoryPlan) -> Group:
+    """The plan as a rich renderable, for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"memory plan ({plan.method}; {plan.device}, {plan.ranks} rank(s))", title_justify="left")
+    table.add_column("what one rank holds")
+    table.add_column("kind")
+    table.add_column("at the peak", justify="right")
+    table.add_column("how it is computed", style="dim")
+    *body, total = table_rows(plan)
+    for row in body:
+        table.add_row(*(Text(cell) for cell in row))
+    table.add_section()
+    table.add_row(*(Text(cell, style="bold") for cell in total))
+    return Group(table, *(Text(line) for line in _footer(plan)))
+
+
+def _footer(plan: MemoryPlan) -> list[str]:
+    lines = [verdict(plan)]
+    lines += [f"  would lower it: {change.settings} -> {gib(change.peak_bytes)} ({change.cost})" for change in plan.changes]
+    if plan.not_counted:
+        lines.append("not counted: " + "; ".join(plan.not_counted))
+    return lines

@@ -1,0 +1,117 @@
+"""Counts that follow from shapes alone: parameters by owner, and model FLOPs per token for MFU. Imports no torch.
+
+Try alone: ``python -c "from models.flops import *; from models.config import *; print(parameter_count(ModelConfig(), 256))"``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.config import LayerKind, ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by owner, summed over layers. ``matmul``: those that take part in a matrix product with every token."""
+
+    embedding: int
+    head: int
+    """0 when the embedding is tied: the output projection then has no parameters of its own."""
+    attention: int
+    memory: int
+    ffn: int
+    norms: int
+    """RMSNorm weights of the blocks and the final norm; norms inside a mixer belong to the mixer."""
+    matmul: int
+
+    @property
+    def total(self) -> int:
+        """All parameters, each counted once."""
+        return self.embedding + self.head + self.attention + self.memory + self.ffn + self.norms
+
+
+def attention_parameters(config: ModelConfig) -> int:
+    """Parameters of one attention layer: wq, wk, wv, wo without biases."""
+    query_width = config.n_heads * config.attention_head_dim
+    key_width = config.kv_heads * config.attention_head_dim
+    return config.d_model * (2 * query_width + 2 * key_width)
+
+
+def ffn_parameters(config: ModelConfig) -> int:
+    """Parameters of one SwiGLU: w_gate, w_up, w_down without biases."""
+    return 3 * config.d_model * config.ff_width
+
+
+def memory_matmul_parameters(config: ModelConfig) -> int:
+    """Parameters of one Gated DeltaNet that are linear projections of every token: q, k, v, write strength, decay, gate, out."""
+    heads, key_dim, value_dim = config.memory_heads, config.memory_key_dim, config.memory_value_dim
+    return config.d_model * heads * (2 * key_dim + 2 * value_dim + 2) + heads * value_dim * config.d_model
+
+
+def memory_other_parameters(config: ModelConfig) -> int:
+    """Parameters of one Gated DeltaNet outside projections: convolutions, decay scale and bias per head, output norm."""
+    heads, key_dim, value_dim = config.memory_heads, config.memory_key_dim, config.memory_value_dim
+    taps = config.memory.conv_kernel if config.memory.conv_kernel > 1 else 0
+    return taps * heads * (2 * key_dim + value_dim) + 2 * heads + value_dim
+
+
+def block_parameters(config: ModelConfig, kind: LayerKind) -> int:
+    """Parameters of one block of ``kind``: mixer, feed-forward and its two norms."""
+    if kind == "memory":
+        mixer = memory_matmul_parameters(config) + memory_other_parameters(config)
+    else:
+        mixer = attention_parameters(config)
+    return mixer + ffn_parameters(config) + 2 * config.d_model
+
+
+def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
+    """Parameters of ``models.transformer.Transformer(config, vocab_size)``, exactly."""
+    kinds = config.layer_kinds
+    n_memory = kinds.count("memory")
+    n_attention = len(kinds) - n_memory
+    attention = n_attention * attention_parameters(config)
+    memory_matmul = n_memory * memory_matmul_parameters(config)
+    ffn = len(kinds) * ffn_parameters(config)
+    embedding = vocab_size * config.d_model
+    return ParameterCount(
+        embedding=embedding,
+        head=0 if config.tie_embeddings else embedding,
+        attention=attention,
+        memory=memory_matmul + n_memory * memory_other_parameters(config),
+        ffn=ffn,
+        norms=(2 * len(kinds) + 1) * config.d_model,
+        matmul=attention + memory_matmul + ffn + embedding,
+    )
+
+
+def mean_window_keys(seq_len: int, window: int) -> float:
+    """Keys a token sees on average over a sequence: token t sees min(t + 1, window)."""
+    full = min(window, seq_len)
+    return (full * (full + 1) / 2 + (seq_len - full) * full) / seq_len
+
+
+def mixing_flops_per_token(config: ModelConfig, kind: LayerKind, seq_len: int) -> float:
+    """Forward and backward FLOPs per token of one layer's token mixing, projections not included. See ``model_flops_per_token``."""
+    if kind == "memory":
+        heads, key_dim, value_dim = config.memory_heads, config.memory_key_dim, config.memory_value_dim
+        taps = config.memory.conv_kernel if config.memory.conv_kernel > 1 else 0
+        return 18.0 * heads * key_dim * value_dim + 6.0 * taps * heads * (2 * key_dim + value_dim)
+    width = config.n_heads * config.attention_head_dim
+    return 6.0 * seq_len * width if kind == "full" else 12.0 * width * mean_window_keys(seq_len, config.window)
+
+
+def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:
+    """Model FLOPs of one token's forward and backward pass; a multiply-add counts 2, backward counts twice forward.
+
+    6 P + sum over layers of
+      full attention     6 S Hq D                    (2 products x 2 FLOPs x S/2 causal keys x 3)
+      sliding window    12 Hq D mean_t min(t + 1, W)
+      Gated DeltaNet    18 H K V + 6 c H (2K + V)    (per head and token: k S, the rank-1 write and q S, 2 K V each, x 3;
+                                                      causal convolution of c taps on q, k and v)
+    P: parameters of matrix products (output projection included even when tied, embedding lookup excluded), S: seq_len,
+    Hq, D: query heads and their size, W: window, H, K, V: memory heads, key and value size, c: conv_kernel.
+    Not counted: recomputation, norms, activations, softmax, the optimizer, the extra products of chunked forms, and the
+    savings of document bounds (a token is counted as if the whole sequence before it were its document).
+    """
+    mixing = sum(mixing_flops_per_token(config, kind, seq_len) for kind in config.layer_kinds)
+    return 6.0 * parameter_count(config, vocab_size).matmul + mixing
