@@ -1,0 +1,284 @@
+"""Causal attention with documents and an optional sliding window, as a sum over blocks, and the layer around it.
+
+``attend`` and ``attend_backward`` run a plan (models/attention_plan.py) over the kernels of models/kernels.py and merge the
+blocks in float32; parallel/ring_attention.py uses them too, block after block as keys arrive. ``LocalAttention`` is the
+single-device form, ``Attention`` the layer, whose seam ``inner_attention`` is what parallel replaces.
+
+Legend: B batch row, H query heads, G key/value heads, T queries, S keys, D head size, C width of the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from models.attention_plan import Pair, RowTiles, Tile, TileLimits, plan_rows, plan_tiles
+from models.batch import Bounds
+from models.config import RopeConfig
+from models.kernels import (
+    CAUSAL,
+    NONE,
+    BlockMask,
+    block_attention,
+    block_attention_backward,
+    block_attention_reference,
+    has_native_band,
+)
+from models.rope import Rope, rotate
+
+__all__ = ["Attention", "LocalAttention", "attend", "attend_backward", "attention_reference", "plan_tiles"]
+
+InnerAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Bounds], torch.Tensor]
+"""(q_BHTD after rope, k_BGTD after rope, v_BGTD, bounds) -> out_BHTD"""
+Plan = tuple[RowTiles, ...]
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention with rotary positions.
+
+    Args:
+        d_model: width of the residual stream.
+        n_heads, n_kv_heads, head_dim: query heads, key/value heads (a divisor), size of a head.
+        window: tokens a query sees, its own included; None for all before it.
+        rope: settings of the rotary embedding.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, window: int | None, rope: RopeConfig) -> None:
+        super().__init__()
+        if n_heads % n_kv_heads:
+            raise ValueError(f"model.n_heads {n_heads} is not a multiple of model.n_kv_heads {n_kv_heads}")
+        self.head_dim = head_dim
+        self.window = window
+        self.wq = nn.Linear(d_model, n_heads * head_dim, bias=False)
+        self.wk = nn.Linear(d_model, n_kv_heads * head_dim, bias=False)
+        self.wv = nn.Linear(d_model, n_kv_heads * head_dim, bias=False)
+        self.wo = nn.Linear(n_heads * head_dim, d_model, bias=False)
+        self.rope = Rope(rope, head_dim)
+        self.inner_attention: InnerAttention = LocalAttention(window)
+
+    def forward(self, x_BTC: torch.Tensor, positions_BT: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """[B, T, C] -> [B, T, C]; ``positions_BT`` count from the start of each document."""
+        # [B, T, heads * D] -> [B, heads, T, D], a view
+        q_BHTD, k_BGTD, v_BGTD = (w(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        cos_sin = self._rope_table(positions_BT, q_BHTD.dtype, bounds)
+        out_BHTD = self.inner_attention(rotate(q_BHTD, *cos_sin), rotate(k_BGTD, *cos_sin), v_BGTD, bounds)
+        return self.wo(out_BHTD.transpose(1, 2).flatten(2))
+
+    def _rope_table(self, positions_BT: torch.Tensor, dtype: torch.dtype, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
+        """The table of this micro-step, computed by the first layer that asks and shared by all layers with the same rotation."""
+        key = ("rope", dtype, *self.rope.frequencies, self.rope.temperature)
+        cached = bounds._cache.get(key)
+        if cached is None or cached[0] is not positions_BT:
+            cached = bounds._cache[key] = (positions_BT, self.rope.table(positions_BT, dtype))
+        return cached[1]
+
+
+class LocalAttention:
+    """Attention of a whole sequence on one device: ``(q_BHTD, k_BGTD, v_BGTD, bounds) -> out_BHTD``, differentiable."""
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+
+    def __call__(self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        if bounds.ranges != ((0, bounds.seq_len),):
+            raise ValueError(
+                f"LocalAttention got ranges {bounds.ranges} of {bounds.seq_len} tokens; with parallel.cp > 1 use RingAttention"
+            )
+        check_shapes(q_BHTD, k_BGTD, bounds)
+        limits = tile_limits(q_BHTD, self.window)
+        key = ("local attention", self.window, limits)
+        plan = bounds._cache.get(key)
+        if plan is None:
+            whole = (0, bounds.seq_len)
+            plan = bounds._cache[key] = plan_rows(bounds.documents, [Pair(whole, 0, whole, 0)], self.window, limits)
+        return _TiledAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan)  # pyright: ignore[reportReturnType]
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, plan):
+        only = _only_tile(plan, q_BHTD)
+        if only is not None:
+            out_BHTD, lse_BHT = block_attention(q_BHTD, k_BGTD, v_BGTD, tile_mask(only, q_BHTD.device))
+        else:
+            out_BHTD, lse_BHT = new_accumulators(q_BHTD)
+            attend(q_BHTD, k_BGTD, v_BGTD, plan, out_BHTD, lse_BHT)
+            out_BHTD = out_BHTD.to(q_BHTD.dtype)
+        ctx.plan = plan
+        ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT)
+        return out_BHTD
+
+    @staticmethod
+    def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT = ctx.saved_tensors
+        only = _only_tile(ctx.plan, q_BHTD)
+        if only is not None:
+            mask = tile_mask(only, q_BHTD.device)
+            return *block_attention_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, mask), None
+        grads = [new_gradient(x) for x in (q_BHTD, k_BGTD, v_BGTD)]
+        attend_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, ctx.plan, *grads)
+        return *(grad.to(q_BHTD.dtype) for grad in grads), None
+
+
+def attend(
+    q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, plan: Plan, out_acc_BHTD: torch.Tensor, lse_acc_BHT: torch.Tensor
+) -> None:
+    """Merge the blocks of ``plan`` into the accumulators (``new_accumulators``), in place.
+
+    The plan with every query's own token must run first: its blocks overwrite, all others merge.
+    """
+    for rows, tile, mask in _calls(plan, q_BHTD.device):
+        q, out_acc, lse_acc = q_BHTD[rows], out_acc_BHTD[rows], lse_acc_BHT[rows]
+        q_block, k_block, v_block = _stack_q(q, tile), _stack_k(k_BGSD[rows], tile), _stack_k(v_BGSD[rows], tile)
+        out, lse = block_attention(q_block, k_block, v_block, mask)
+        if tile.own:
+            _unstack(out_acc, tile).copy_(out.unflatten(0, (-1, tile.count)))
+            _unstack(lse_acc, tile).copy_(lse.unflatten(0, (-1, tile.count)))
+        else:
+            merge(out_acc.narrow(2, tile.q_start, tile.q_len), lse_acc.narrow(2, tile.q_start, tile.q_len), out, lse)
+
+
+def merge(out_acc_BHTD: torch.Tensor, lse_acc_BHT: torch.Tensor, out_BHTD: torch.Tensor, lse_BHT: torch.Tensor) -> None:
+    """Add one more block of keys to an accumulated softmax, in place; ``lse_acc`` is finite, ``lse`` may be -inf (no effect)."""
+    weight_BHT1 = torch.sigmoid(lse_BHT - lse_acc_BHT).unsqueeze(-1)
+    out_acc_BHTD.lerp_(out_BHTD.to(out_acc_BHTD.dtype), weight_BHT1)
+    lse_acc_BHT.copy_(torch.logaddexp(lse_acc_BHT, lse_BHT))
+
+
+def attend_backward(
+    dout_BHTD: torch.Tensor,
+    q_BHTD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    out_BHTD: torch.Tensor,
+    lse_BHT: torch.Tensor,
+    plan: Plan,
+    dq_acc_BHTD: torch.Tensor,
+    dk_acc_BGSD: torch.Tensor,
+    dv_acc_BGSD: torch.Tensor,
+) -> None:
+    """Add the gradients of the blocks of ``plan`` to the accumulators, in place.
+
+    ``out`` (in q's dtype) and ``lse`` are the merged ones, over all plans of these queries.
+    """
+    for rows, tile, mask in _calls(plan, q_BHTD.device):
+        k_block, v_block = _stack_k(k_BGSD[rows], tile), _stack_k(v_BGSD[rows], tile)
+        dout, q, out, lse = (_stack_q(x[rows], tile) for x in (dout_BHTD, q_BHTD, out_BHTD, lse_BHT))
+        dq, dk, dv = block_attention_backward(dout, q, k_block, v_block, out, lse, mask)
+        _unstack(dq_acc_BHTD[rows], tile).add_(dq.unflatten(0, (-1, tile.count)))
+        _add_overlapping(dk_acc_BGSD[rows], dk, tile)
+        _add_overlapping(dv_acc_BGSD[rows], dv, tile)
+
+
+def new_accumulators(q_BHTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised (out, lse) for ``attend``, float32 (float64 for float64)."""
+    dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
+    return torch.empty_like(q_BHTD, dtype=dtype), torch.empty(q_BHTD.shape[:3], dtype=dtype, device=q_BHTD.device)
+
+
+def new_gradient(x: torch.Tensor) -> torch.Tensor:
+    """Zeros to add gradients of ``x`` to, float32 (float64 for float64)."""
+    return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def tile_limits(q_BHTD: torch.Tensor, window: int | None) -> TileLimits:
+    """How to cut a window on this device: small masked blocks, or large ones where the kernel skips what a band hides."""
+    if window is not None and has_native_band(q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[-1]):
+        return TileLimits(block=max(4096, window), keys_per_call=1 << 17, triangle=1 << 40)
+    return TileLimits()
+
+
+def tile_mask(tile: Tile, device: torch.device) -> BlockMask:
+    """The mask of a tile as the kernels take it."""
+    if tile.kind == "none":
+        return NONE
+    if tile.kind == "causal":
+        return CAUSAL
+    if tile.kind == "band":
+        return BlockMask.band(tile.low, tile.high)
+    index_T = torch.arange(tile.q_len, device=device)
+    document_T = torch.bucketize(index_T, torch.tensor(tile.starts, device=device), right=True)
+    distance_TT = index_T[:, None] - index_T
+    visible_TT = (document_T[:, None] == document_T) & (distance_TT >= 0)
+    if tile.high is not None:
+        visible_TT &= distance_TT <= tile.high
+    return BlockMask.dense(visible_TT, no_empty_rows=True)
+
+
+def check_shapes(q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, bounds: Bounds) -> None:
+    """Raise ValueError unless q and k hold the tokens and rows that ``bounds`` describes."""
+    rows, tokens = len(bounds.documents), bounds.local_len
+    if not (q_BHTD.shape[0] == k_BGTD.shape[0] == rows and q_BHTD.shape[2] == k_BGTD.shape[2] == tokens):
+        raise ValueError(f"q {tuple(q_BHTD.shape)} and k {tuple(k_BGTD.shape)} do not hold the {rows} rows of {tokens} tokens in bounds")
+
+
+def attention_reference(
+    q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, documents: Sequence[Sequence[int]], window: int | None
+) -> torch.Tensor:
+    """The readable twin of attention on a whole sequence: one explicit mask in global coordinates, float64, differentiable."""
+    index_T = torch.arange(q_BHTD.shape[2], device=q_BHTD.device)
+    distance_TT = index_T[:, None] - index_T
+    near_TT = (distance_TT >= 0) & (distance_TT < (window or q_BHTD.shape[2]))
+    starts = [torch.tensor(list(row), device=q_BHTD.device) for row in documents]
+    document_BT = torch.stack([(index_T[:, None] >= row).sum(1) for row in starts])
+    visible_B1TT = (near_TT & (document_BT[:, :, None] == document_BT[:, None, :])).unsqueeze(1)
+    return block_attention_reference(q_BHTD, k_BGTD, v_BGTD, BlockMask.dense(visible_B1TT))[0]
+
+
+def _only_tile(plan: Plan, q_BHTD: torch.Tensor) -> Tile | None:
+    """The tile, if a single unstacked one covers all rows and tokens, so that nothing needs merging."""
+    if len(plan) != 1 or len(plan[0].tiles) != 1:
+        return None
+    tile = plan[0].tiles[0]
+    covers_all = (plan[0].first, plan[0].last, tile.q_len, tile.k_len) == (0, q_BHTD.shape[0], q_BHTD.shape[2], q_BHTD.shape[2])
+    return tile if covers_all and tile.count == 1 else None
+
+
+def _calls(plan: Plan, device: torch.device):
+    for first, last, tiles in plan:
+        rows = slice(first, last)
+        for tile in tiles:
+            yield rows, tile, tile_mask(tile, device)
+
+
+def _stack_q(x: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """[B, H, T, ...] -> [B * count, H, q_len, ...]; a view for one row or one block."""
+    return _stack(x, tile.q_start, tile.q_len, tile)
+
+
+def _stack_k(x: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """[B, G, S, D] -> [B * count, G, k_len, D]; blocks may overlap."""
+    return _stack(x, tile.k_start, tile.k_len, tile)
+
+
+def _stack(x: torch.Tensor, start: int, length: int, tile: Tile) -> torch.Tensor:
+    if tile.count == 1:
+        return x.narrow(2, start, length)
+    blocks = x.narrow(2, start, (tile.count - 1) * tile.step + length).unfold(2, length, tile.step)
+    # [B, H, count, (D,) length] -> [B, count, H, length, (D)] -> [B * count, H, length, (D)]
+    blocks = blocks.transpose(1, 2) if x.ndim == 3 else blocks.permute(0, 2, 1, 4, 3)
+    return blocks.flatten(0, 1)
+
+
+def _unstack(acc: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """The part of [B, H, T, ...] that a tile's queries occupy, as a view [B, count, H, q_len, ...]."""
+    part = acc.narrow(2, tile.q_start, tile.count * tile.q_len)
+    return part.unflatten(2, (tile.count, tile.q_len)).transpose(1, 2)
+
+
+def _add_overlapping(acc_BGSD: torch.Tensor, grad_NGSD: torch.Tensor, tile: Tile) -> None:
+    """Add [B * count, G, k_len, D] to the key positions of a tile's blocks, which may overlap."""
+    grad_BNGSD = grad_NGSD.unflatten(0, (-1, tile.count))
+    pieces = -(-tile.k_len // tile.step) if tile.step else tile.count
+    if tile.count <= pieces:
+        for i in range(tile.count):
+            acc_BGSD.narrow(2, tile.k_start + i * tile.step, tile.k_len).add_(grad_BNGSD[:, i])
+        return
+    # The p-th stretch of ``step`` keys of every block: these do not overlap, so that one strided add takes all blocks.
+    for p in range(pieces):
+        length = min(tile.step, tile.k_len - p * tile.step)
+        covered = acc_BGSD.narrow(2, tile.k_start + p * tile.step, (tile.count - 1) * tile.step + length).unfold(2, length, tile.step)
+        # [B, G, count, D, length] -> [B, count, G, length, D]
+        covered.permute(0, 2, 1, 4, 3).add_(grad_BNGSD[:, :, :, p * tile.step : p * tile.step + length])
