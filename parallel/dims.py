@@ -26,7 +26,7 @@ class ParallelDims:
         if world_size is not None and dims.world_size != world_size:
             raise UserError(
                 f"parallel: dp_replicate {dims.dp_replicate} x dp_shard {dims.dp_shard} x cp {dims.cp} = {dims.world_size} ranks, "
-                f"but {world_size} were started; start {dims.world_size} or change one of parallel.dp_replicate, parallel.dp_shard, parallel.cp"
+                f"but {world_size} were started; start {dims.world_size} or change parallel.dp_replicate, parallel.dp_shard or parallel.cp"
             )
         return dims
 

@@ -84,8 +84,8 @@ def mesh_for(config: RunConfig, device: torch.device) -> Mesh | None:
 def train(config: RunConfig, run_dir_path: Path | str, resume: bool, device: torch.device) -> int:
     """Train on this rank until the end or a stop signal; every rank of the run calls this. Returns the exit code.
 
-    The process group is initialised before when there is more than one rank, and ``memory_plan.json`` is written. Raises UserError before anything is changed
-    in the run directory, RunFailed afterwards.
+    When there is more than one rank the process group is initialised before; ``memory_plan.json`` is written. Raises
+    UserError before anything is changed in the run directory, RunFailed afterwards.
     """
     run_dir = RunDir(run_dir_path)
     is_main = not dist.is_initialized() or dist.get_rank() == 0

@@ -88,7 +88,7 @@ class Trainer:
         # Both numbers are sums over all ranks, so every rank takes the same branch.
         if not (math.isfinite(sums.loss) or sums.valid_tokens == 0) or not math.isfinite(norm):
             raise RunFailed(
-                f"step {self.state.step + 1}: loss {sums.loss}, gradient norm {norm}; stopped without saving, the last checkpoint is intact. "
+                f"step {self.state.step + 1}: loss {sums.loss}, gradient norm {norm}; stopped unsaved, the last checkpoint is intact. "
                 f"Lower optim.lr or lengthen optim.schedule.warmup_steps, then: longstride resume {self.run_dir.path}"
             )
         tokens = self.config.global_batch_sequences * self.config.data.seq_len

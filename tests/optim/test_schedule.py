@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from optim.config import OptimConfig
@@ -23,7 +25,7 @@ def test_wsd_stays_then_falls_linearly_to_the_minimum() -> None:
     assert rate[10:81] == pytest.approx([2.0] * 71)
     assert rate[90] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
     assert rate[100] == pytest.approx(0.2)
-    falls = [a - b for a, b in zip(rate[80:100], rate[81:101], strict=True)]
+    falls = [a - b for a, b in itertools.pairwise(rate[80:101])]
     assert falls == pytest.approx([falls[0]] * 20)
 
 
