@@ -123,8 +123,8 @@ def _errors(dtype: torch.dtype, window: int | None, documents: list[tuple[int, .
     out.backward(dout)
     assert out.dtype == dtype and all(x.grad is not None and x.grad.dtype == dtype for x in leaves)
     pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]
-    # at least 1: with window 1 the exact dq and dk are 0
-    return [float(((a.double() - b).norm() / b.norm().clamp_min(1.0)).detach()) for a, b in pairs if a is not None and b is not None]
+    # at least 10 (others are about 30 to 80): with window 1 the exact dq and dk are 0
+    return [float(((a.double() - b).norm() / b.norm().clamp_min(10.0)).detach()) for a, b in pairs if a is not None and b is not None]
 
 
 CASES = [
