@@ -49,6 +49,20 @@ def invert_unit_lower(lower_NGCC: Tensor) -> Tensor:
     return inverse
 
 
+def _running_sum(x_NGC: Tensor, segment_NBC: Tensor | None, reverse: bool = False) -> Tensor:
+    """Sum up to (or from) each token within chunk and document, so that not even rounding depends on another document.
+
+    A product with ones, because cumsum is not deterministic on CUDA.
+    """
+    N, G, C = x_NGC.shape
+    ones_CC = torch.ones(C, C, dtype=x_NGC.dtype, device=x_NGC.device)
+    ones_CC = ones_CC.tril_() if reverse else ones_CC.triu_()
+    if segment_NBC is None:
+        return x_NGC @ ones_CC
+    same_NBCC = ones_CC * (segment_NBC.unsqueeze(-1) == segment_NBC.unsqueeze(-2))
+    return (x_NGC.view(N, same_NBCC.shape[1], -1, C) @ same_NBCC).view(N, G, C)
+
+
 class _Decays:
     """Decay factors of all chunks: pair (t, i), chunk start -> t, t -> chunk end; exact zeros across document starts."""
 
@@ -88,7 +102,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         segment_NBC: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(q_NGCK.device.type, enabled=False):
-            g_NGC = log_decay_NGC.cumsum(-1)
+            g_NGC = _running_sum(log_decay_NGC, segment_NBC)
             decay = _Decays(g_NGC, segment_NBC)
             lower = _bmm(k_NGCK, k_NGCK.mT).mul_(decay.pair_NGCC).mul_(beta_NGC.unsqueeze(-1)).tril_(-1)
             inverse_NGCC = invert_unit_lower(lower)
@@ -144,8 +158,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             dk = dk_end.mul_(end).addcmul_(dk_start, (beta * decay.from_start_NGC).unsqueeze(-1))
             dk.flatten(0, 1).baddbmm_(dread.mT.flatten(0, 1), q.flatten(0, 1))
             dk.flatten(0, 1).baddbmm_((dlower + dlower.mT).flatten(0, 1), k.flatten(0, 1))
-            dlog_decay = dg.flip(-1).cumsum(-1).flip(-1)
-            return dq, dk, dvalue * beta.unsqueeze(-1), dbeta, dlog_decay, ds[0], None
+            return dq, dk, dvalue * beta.unsqueeze(-1), dbeta, _running_sum(dg, segment, reverse=True), ds[0], None
 
 
 def _values(inverse_NGCC: Tensor, value_NGCV: Tensor, width: int) -> Tensor:

@@ -174,7 +174,7 @@ class GatedDeltaNet(MemoryModule):
 
     def _run(self, body: Any, *args: Any) -> Any:
         """One tile; with tiles its inside is recomputed in the backward pass."""
-        return checkpoint(body, *args, use_reentrant=False) if self.tile_tokens else body(*args)
+        return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=False) if self.tile_tokens else body(*args)
 
     def _tiles(self, x_BTC: Tensor, span: Range) -> list[tuple[Range, Tensor]]:
         """Global spans and their tokens."""

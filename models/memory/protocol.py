@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -94,7 +95,7 @@ class Carry(Protocol):
 def ranges_in_order(bounds: Bounds) -> list[int]:
     """Local range indices in global order. Raises ValueError if the ranges leave a gap (a carry would skip tokens)."""
     order = sorted(range(len(bounds.ranges)), key=lambda i: bounds.ranges[i])
-    for left, right in zip(order, order[1:], strict=False):
+    for left, right in pairwise(order):
         if bounds.ranges[left][1] != bounds.ranges[right][0]:
             raise ValueError(
                 f"ranges {bounds.ranges} leave a gap: a memory on one rank needs adjoining ranges (parallel.cp sets the carry)"

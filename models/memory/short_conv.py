@@ -25,7 +25,7 @@ def to_chunks(x_BTHD: Tensor, chunk: int) -> Tensor:
     out = x_BTHD.new_empty(N, B, H, chunk, D)
     view = out.permute(1, 0, 3, 2, 4)  # [B, N, chunk, H, D]
     view[:, :whole] = x_BTHD[:, : whole * chunk].unflatten(1, (whole, chunk))
-    if N > whole:
+    if T % chunk:
         view[:, whole, : T - whole * chunk] = x_BTHD[:, whole * chunk :]
         view[:, whole, T - whole * chunk :] = 0
     return out.flatten(1, 2)
@@ -164,7 +164,7 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         o_NGcD, gate_BTC, weight_D, rnorm_NGc1 = ctx.saved_tensors
         B, T, _ = gate_BTC.shape
-        N, G, chunk, D = o_NGcD.shape
+        _, G, chunk, D = o_NGcD.shape
         dtype = weight_D.dtype
         dout, gate = grads[0].to(dtype), gate_BTC.to(dtype)
         normed_NGcD = o_NGcD * rnorm_NGc1

@@ -1,0 +1,131 @@
+"""Memory states across sequence shards: one exchange of affine summaries per layer, forward and backward.
+
+Every token range j of the sequence has a summary S_out = M_j S_in + E_j. All ranks gather all (M_j, E_j) in one
+collective and fold them in global order, so contiguous and zigzag layouts are the same code. Backward gathers the
+gradients of the incoming states once and folds the transposed recurrence G_j = M_j^T G_{j+1} + dS_j.
+
+Everything runs in the dtype of the summaries (float32 or float64), never under autocast: errors of a product of many M
+grow with their number. Every rank of the group joins every exchange, whatever its documents look like.
+
+Legend: B row, H head, K key, V value, P ranks, R ranges per rank, J = P*R ranges of the sequence in global order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.batch import Bounds
+from parallel.halo import exchange_halo
+from parallel.sequence import Layout, ranges_for
+
+
+class RingCarry:
+    """`models.memory.protocol.Carry` over a sequence-parallel group."""
+
+    local = False
+
+    def __init__(self, group: dist.ProcessGroup | None, layout: Layout) -> None:
+        self.group = group
+        self.layout: Layout = layout
+
+    def halo(self, x_BTC: Tensor, n: int, bounds: Bounds) -> list[Tensor]:
+        """See `Carry.halo`; gradients flow to the rank that holds the token."""
+        return exchange_halo(x_BTC, n, 1, bounds, self.layout, self.group)
+
+    def affine(
+        self, transitions: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Carry.affine`. ``initial`` must be equal on all ranks; its gradient lands on one rank (the sum over ranks counts)."""
+        order = self._places(bounds)
+        with torch.autocast(initial.device.type, enabled=False):
+            *incoming, final = _AffineExchange.apply(self.group, order, torch.stack(list(transitions)), torch.stack(list(updates)), initial)
+        return incoming, final
+
+    def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
+        """See `Carry.tail`; one exchange, gradients flow to the rank that holds the token."""
+        return _GatherTail.apply(self.group, self._places(bounds), bounds, x_BTC, n)  # type: ignore[return-value]
+
+    def _places(self, bounds: Bounds) -> list[tuple[int, int]]:
+        """(rank, local range) of every range of the sequence in global order. Raises ValueError if ``bounds`` is not this rank's part."""
+        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        held = [ranges_for(self.layout, bounds.seq_len, r, size) for r in range(size)]
+        if bounds.ranges != held[rank]:
+            raise ValueError(f"rank {rank} of {size} holds {bounds.ranges}, but layout {self.layout!r} gives it {held[rank]}")
+        return sorted(((r, i) for r in range(size) for i in range(len(held[r]))), key=lambda place: held[place[0]][place[1]])
+
+
+class _AffineExchange(torch.autograd.Function):
+    """(M_RBHKK, E_RBHKV, initial_BHKV) -> R incoming states and the final state."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: Any, order: list[tuple[int, int]], m_RBHKK: Tensor, e_RBHKV: Tensor, initial: Tensor
+    ) -> tuple[Tensor, ...]:
+        K = m_RBHKK.shape[-1]
+        both_PR = _gather(torch.cat([m_RBHKK, e_RBHKV], dim=-1), group)  # [P, R, B, H, K, K + V]
+        rank = dist.get_rank(group)
+        mine: list[Tensor] = [initial] * len(m_RBHKK)
+        state = initial
+        for r, i in order:
+            if r == rank:
+                mine[i] = state.clone()
+            state = torch.matmul(both_PR[r, i, ..., :K], state).add_(both_PR[r, i, ..., K:])
+        ctx.group, ctx.order = group, order
+        ctx.save_for_backward(both_PR[..., :K].contiguous(), *mine)
+        return (*mine, state)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        m_PR, *mine = ctx.saved_tensors
+        rank = dist.get_rank(ctx.group)
+        with torch.autocast(m_PR.device.type, enabled=False):
+            given_PR = _gather(torch.stack(grads), ctx.group)  # [P, R + 1, B, H, K, V]; the last is of the final state
+            grad = given_PR[:, -1].sum(0)
+            dm, de = [grad] * len(mine), [grad] * len(mine)
+            for r, i in reversed(ctx.order):
+                if r == rank:
+                    de[i] = grad
+                    dm[i] = torch.matmul(grad, mine[i].mT)
+                grad = torch.matmul(m_PR[r, i].mT, grad).add_(given_PR[r, i])
+        initial = grad if rank == 0 else torch.zeros_like(grad)
+        return None, None, torch.stack(dm), torch.stack(de), initial
+
+
+class _GatherTail(torch.autograd.Function):
+    """The last n tokens of every range are gathered; the last n of all of them, in global order, are the tail."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, order: list[tuple[int, int]], bounds: Bounds, x_BTC: Tensor, n: int) -> Tensor:
+        B, _, C = x_BTC.shape
+        length = bounds.ranges[0][1] - bounds.ranges[0][0]  # all ranges of a layout are equally long
+        keep = min(n, length)
+        ctx.group, ctx.order, ctx.length, ctx.keep, ctx.shape = group, order, length, keep, x_BTC.shape
+        ends_RBkC = x_BTC.unflatten(1, (-1, length))[:, :, length - keep :].transpose(0, 1)
+        ends_PR = _gather(ends_RBkC, group)
+        joined = torch.cat([x_BTC.new_zeros(B, n, C), *(ends_PR[r, i] for r, i in order)], dim=1)
+        return joined[:, joined.shape[1] - n :].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_BnC = _gather(grads[0].unsqueeze(0), ctx.group).sum((0, 1))
+        rank, keep, end = dist.get_rank(ctx.group), ctx.keep, grad_BnC.shape[1]
+        dx = grad_BnC.new_zeros(ctx.shape)
+        ranges = dx.unflatten(1, (-1, ctx.length))
+        for r, i in reversed(ctx.order):
+            part = grad_BnC[:, max(0, end - keep) : max(0, end)]
+            if r == rank:
+                ranges[:, i, ctx.length - part.shape[1] :] = part
+            end -= keep
+        return None, None, None, dx, None
+
+
+def _gather(x: Tensor, group: Any) -> Tensor:
+    """[P, *x.shape]: every rank's ``x``, in one collective."""
+    out = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out.unflatten(0, (-1, x.shape[0]))
