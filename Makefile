@@ -1,0 +1,49 @@
+# make quickstart   install and train a small model on real text: about 10 minutes on two cores
+# make million      two optimizer steps on one sequence of 1,048,576 tokens
+# make test         lint and test                 make lint      only ruff, pyright and the import rules
+# make install      only the environment          make clean     remove what the others made, runs excepted
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := pyproject.toml scripts/install.sh $(wildcard constraints/*.txt)
+# A real book, one document, where it is at hand; else million.yaml's own source.
+BOOK := $(firstword $(wildcard ../shared/data/books/war-and-peace.txt))
+MILLION := $(if $(BOOK),data.source=text data.path=$(BOOK))
+SOURCES := longstride.py trainer parallel memory_mgmt optim models slurm tests benchmarks
+PYTEST_ARGS ?=
+
+.PHONY: help install quickstart million test lint clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(PINS)
+	@scripts/install.sh $(VENV)
+	@touch $@
+
+$(VENV)/.installed-dev: $(PINS)
+	@scripts/install.sh $(VENV) dev
+	@touch $@ $(VENV)/.installed
+
+quickstart: install
+	@$(BIN)/longstride train quickstart
+	@echo 'The commands are in $(BIN): source $(BIN)/activate'
+
+million: install
+	@$(BIN)/longstride train million $(MILLION)
+
+# Two workers: the suite is a few long files that start ranks and many short ones. A file stays in one worker, its runs are shared.
+test: lint
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

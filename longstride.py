@@ -1,0 +1,392 @@
+"""The front door: one subcommand per verb, heavy imports only inside the verb that needs them.
+
+``longstride train``, ``python -m longstride train`` and ``python longstride.py train`` are the same command. Exit codes: 0 done,
+1 failed, 2 bad usage or configuration (nothing was started), 75 stopped early and resumable, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from parallel.distributed import Env
+    from trainer.config import RunConfig
+    from trainer.run_dir import RunDir
+
+HOME = Path(__file__).resolve().parent
+ROOMS = ("trainer", "parallel", "memory_mgmt", "optim", "models", "slurm")
+RANK = "_rank"
+"""Hidden verb: one rank of a run that ``longstride train`` or ``resume`` started on this machine."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    foreign = _foreign_rooms()
+    if foreign:
+        print("\n".join(f"error: {line}" for line in foreign), file=sys.stderr)
+        return 2
+    if arguments[:1] == [RANK]:
+        return _run_rank(*arguments[1:])
+    return _guarded(lambda: _dispatch(arguments), sys.stderr, debug)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    args, rest = _parser().parse_known_args(arguments)
+    if rest:  # argparse does not put key=value that follow an option with those before it
+        options = [word for word in rest if word.startswith("-")]
+        if options or not hasattr(args, "overrides"):
+            _parser().error(f"unrecognized arguments: {' '.join(options or rest)}")
+        args.overrides += rest
+    return args.run(args)
+
+
+def _guarded(run: Any, stream: TextIO, debug: bool, prefix: str = "") -> int:
+    """Call ``run`` and turn what it raises into one or two lines on ``stream`` and an exit code."""
+    from models.errors import UserError
+
+    try:
+        return run()
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {prefix}{error}", file=stream, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; a run that was going on resumes from its last checkpoint", file=stream, flush=True)
+        return 130
+    except BrokenPipeError:  # longstride runs | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        detail = " ".join(str(error).split())[:300]
+        print(f"error: {prefix}{type(error).__name__}: {detail} (not an expected error; --debug shows where)", file=stream, flush=True)
+        return 1
+
+
+# --- rooms
+
+
+def _foreign_rooms() -> list[str]:
+    """One line for each room that would be, or was, imported from another place than beside this file."""
+    lines = []
+    for room in ROOMS:
+        loaded = sys.modules.get(room)
+        spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec(room)
+        places = [Path(place).resolve() for place in (spec.submodule_search_locations or [])] if spec is not None else []
+        if places != [HOME / room]:
+            found = str(places[0]) if places else str(spec.origin) if spec is not None else "nowhere"
+            lines.append(
+                f"'import {room}' finds {found}, not {HOME / room}; remove the other one from PYTHONPATH or this environment, "
+                f"or run: {sys.executable} {HOME / 'longstride.py'}"
+            )
+    return lines
+
+
+# --- train and resume
+
+
+def _train(args: argparse.Namespace) -> int:
+    from trainer import config_file
+
+    path = config_file.find(args.config, HOME / "configs")
+    config = config_file.resolve(path, args.overrides)
+    return _start(config, None, path.stem, args.nproc)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from trainer import config_file, resume_rules
+
+    run_dir = _find_run(args.name, args.root)
+    old = config_file.resolve(run_dir.config)
+    new = config_file.resolve(run_dir.config, args.overrides)
+    resume_rules.check(old, new)
+    return _start(new, run_dir, run_dir.name, args.nproc)
+
+
+def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | None) -> int:
+    """Train ``config`` on the ranks it asks for: these, if a launcher started them; else ones started here.
+
+    ``run_dir`` None: a new run, named after ``name`` and the time unless run.name says otherwise; else the run to resume.
+    """
+    from parallel.dims import ParallelDims
+    from parallel.distributed import check_launch, environment
+
+    env = environment()
+    started = env.world_size if env.is_rank else nproc
+    ranks = ParallelDims.from_config(config.parallel, started).world_size
+    check_launch(env, config.train.precision, config.train.device, config.train.grad_accum, ranks)
+    if env.is_rank or ranks == 1:
+        return _train_here(config, run_dir, name, env)
+    return _train_on_local_ranks(config, run_dir, name, ranks, env)
+
+
+def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, ranks: int, env: Env) -> int:
+    from models.errors import RunFailed
+    from parallel.distributed import threads_for
+    from parallel.launcher import launch_local
+
+    resume = run_dir is not None
+    if env.accelerate is not None and env.accelerate.use_cpu:
+        config = _with(config, "train", device="cpu")
+        print(f"accelerate launch started one process without GPUs; longstride starts the {ranks} ranks", file=sys.stderr)
+    _prepare(config, name, run_dir)
+    run_dir = _open_run(config, run_dir, name)
+    command = [sys.executable, str(HOME / "longstride.py"), RANK, str(run_dir.path), str(os.getpid()), "resume" if resume else "new"]
+    logs = [run_dir.log(rank) for rank in range(ranks)]
+    threads = threads_for(config.train.threads_per_rank, ranks)
+    try:
+        return launch_local(command, logs, threads, config.parallel.timeout_seconds + 60.0, lambda line: print(line, file=sys.stderr))
+    except RunFailed as error:
+        state = run_dir.read_state()
+        if state is None or state.status == "running":  # the ranks could not write why they ended
+            run_dir.write_state("failed", step=state.step if state else 0, reason=str(error).splitlines()[0])
+        raise
+
+
+def _train_here(config: RunConfig, run_dir: RunDir | None, name: str, env: Env) -> int:
+    """This process is the only rank, or one of several that torchrun, srun, mpirun or accelerate started."""
+    from parallel.distributed import end_distributed, init_distributed, on_one_rank, select_device, use_threads
+    from trainer import build
+
+    resume = run_dir is not None
+    device = select_device(config.train.device, env)
+    if env.accelerate is not None and env.accelerate.use_cpu:
+        config = _with(config, "train", device="cpu")
+    use_threads(config.train.threads_per_rank, env)
+    init_distributed(env, device, config.parallel.timeout_seconds)
+    on_one_rank(env, lambda: _prepare(config, name, run_dir), per_machine=True)
+    run_dir = on_one_rank(env, lambda: _open_run(config, run_dir, name))
+    code = build.train(_reload(run_dir), run_dir.path, resume)
+    end_distributed()
+    return code
+
+
+def _run_rank(path: str, launcher_pid: str, how: str) -> int:
+    """One rank that ``_train_on_local_ranks`` started. Its errors go to its log, from where the launcher reads them."""
+    from parallel.distributed import environment
+    from parallel.launcher import join_launcher
+    from trainer.run_dir import RunDir
+
+    env = environment()
+    run_dir = RunDir(path)
+    log = join_launcher(int(launcher_pid), env.rank, run_dir.log(env.rank))
+
+    def train() -> int:
+        from parallel.distributed import end_distributed, init_distributed, select_device, use_threads
+        from trainer import build
+
+        config = _reload(run_dir)
+        device = select_device(config.train.device, env)
+        use_threads(config.train.threads_per_rank, env)
+        init_distributed(env, device, config.parallel.timeout_seconds)
+        code = build.train(config, run_dir.path, how == "resume")
+        end_distributed()
+        return code
+
+    return _guarded(lambda: _with_traceback(train, log), log, debug=False)
+
+
+def _with_traceback(run: Any, log: TextIO) -> int:
+    """Call ``run``; an unexpected exception leaves its traceback in the log."""
+    from models.errors import UserError
+
+    try:
+        return run()
+    except UserError:
+        raise
+    except Exception:
+        import traceback
+
+        traceback.print_exc(file=log)
+        raise
+
+
+def _prepare(config: RunConfig, name: str, run_dir: RunDir | None) -> None:
+    """All that can refuse a run before its directory is made: an existing run, the memory budget, the data."""
+    from memory_mgmt.plan import refusal
+    from models.errors import UserError
+    from trainer.data.build import prepare
+
+    if run_dir is None and config.run.name is not None:
+        _refuse_existing(Path(config.run.root) / config.run.name)
+    plan = _plan(config, None)
+    if not plan.fits:
+        raise UserError(refusal(plan))
+    prepare(config)
+
+
+def _refuse_existing(path: Path) -> None:
+    from trainer.run_dir import RunDir
+
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        RunDir(path).create()  # says what is in the way
+
+
+def _open_run(config: RunConfig, run_dir: RunDir | None, name: str) -> RunDir:
+    """Make the directory of a new run, or note in an old one with which settings it goes on."""
+    import time
+
+    from trainer import config_file
+    from trainer.run_dir import RunDir, write_atomic
+
+    if run_dir is None:
+        name = config.run.name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        config = _with(config, "run", name=name)
+        run_dir = RunDir(Path(config.run.root) / name)
+        run_dir.create()
+    text = config_file.dump(config)
+    with run_dir.lock():
+        if run_dir.config.exists() and run_dir.config.read_text() != text:
+            earlier = len(list(run_dir.path.glob("config.before_resume_*.yaml"))) + 1
+            run_dir.config.replace(run_dir.path / f"config.before_resume_{earlier}.yaml")
+        write_atomic(run_dir.config, text.encode())
+        write_atomic(run_dir.memory_plan, _plan(config, None).to_json().encode())
+        run_dir.snapshot_code(HOME)
+    return run_dir
+
+
+def _reload(run_dir: RunDir) -> RunConfig:
+    from trainer import config_file
+
+    return config_file.resolve(run_dir.config)
+
+
+def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    """``config`` with some values of one section replaced."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _find_run(name: str, root: str) -> RunDir:
+    """The run called ``name`` in ``root``, or at the path ``name``. Raises UserError naming the runs there are."""
+    from models.errors import UserError
+    from trainer.run_dir import RunDir
+
+    for path in (Path(root) / name, Path(name)):
+        if (path / "config.yaml").is_file():
+            return RunDir(path)
+    known = sorted(path.parent.name for path in Path(root).glob("*/config.yaml"))
+    there = f"runs in {root}: {', '.join(known[-8:])}" if known else f"there are no runs in {root}; give its path or --root"
+    raise UserError(f"no run '{name}' ({Path(root) / name / 'config.yaml'} does not exist)\n{there}")
+
+
+# --- plan, runs, eval
+
+
+def _plan(config: RunConfig, device: str | None) -> Any:
+    from memory_mgmt.estimate import estimate
+
+    return estimate(config, device)
+
+
+def _show_plan(args: argparse.Namespace) -> int:
+    from memory_mgmt import plan as plans
+    from trainer import config_file
+
+    config = config_file.resolve(config_file.find(args.config, HOME / "configs"), args.overrides)
+    plan = _plan(config, args.device)
+    if args.json:
+        print(plan.to_json(), end="")
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(plans.render(plan))
+    else:
+        print(plans.plain(plan))
+    return 0
+
+
+def _runs(args: argparse.Namespace) -> int:
+    from trainer import runs_table
+
+    raise NotImplementedError(runs_table)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from trainer.evals import perplexity
+
+    raise NotImplementedError(perplexity)
+
+
+# --- the command line
+
+
+class _HelpConfig(argparse.Action):
+    """Prints every configuration key and ends, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from trainer.config_file import help_config
+
+        print(help_config())
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="longstride",
+        description="Pretrain memory-augmented language models on long sequences, planned before the run.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 75 stopped early and resumable. "
+        "--debug with any verb shows tracebacks.",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    train = verbs.add_parser("train", help="train a configuration, on one process or on N local ranks")
+    _add_config(train)
+    _add_nproc(train)
+    train.set_defaults(run=_train)
+
+    resume = verbs.add_parser("resume", help="go on with a run from its newest good checkpoint")
+    _add_run(resume)
+    _add_overrides(resume, "settings to change, such as train.steps=400 or parallel.cp=4; others are refused")
+    _add_nproc(resume)
+    resume.set_defaults(run=_resume)
+
+    plan = verbs.add_parser("plan", help="show the memory one rank will need, without running anything")
+    _add_config(plan)
+    plan.add_argument("--device", help="plan for this device: cpu, h100, ... (default: this machine's)")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.set_defaults(run=_show_plan)
+
+    runs = verbs.add_parser("runs", help="list runs and how they stand")
+    _add_run(runs, nargs="?")
+    runs.set_defaults(run=_runs)
+
+    evaluate = verbs.add_parser("eval", help="perplexity of a run's checkpoint on held-out data")
+    _add_run(evaluate)
+    evaluate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest good one)")
+    evaluate.add_argument("--data", metavar="PATH", help="held-out data of the run's source kind (default: the run's own)")
+    evaluate.set_defaults(run=_eval)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one in configs/")
+    _add_overrides(parser, "settings that override the file, such as train.steps=100")
+    parser.add_argument("--help-config", action=_HelpConfig, nargs=0, help="list every key with its type, default and meaning")
+
+
+def _add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=text)
+
+
+def _add_run(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("name", metavar="RUN", nargs=nargs, help="name or path of a run directory")
+    parser.add_argument("--root", default="runs", help="directory that holds runs (default: runs)")
+
+
+def _add_nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine; must equal the product of the degrees")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Which settings may change when a run is resumed: those that move it, lengthen it or watch it, not those that make it another
+experiment under the same name. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from models.errors import UserError
+from trainer.config import RunConfig
+from trainer.config_file import changed_keys, value_of
+
+LAWFUL_SECTIONS = ("parallel.", "checkpoint.", "memory.")
+LAWFUL_KEYS = (
+    "train.steps",
+    "train.device",
+    "train.deterministic",
+    "train.threads_per_rank",
+    "train.eval_every_steps",
+    "train.eval_sequences",
+    "train.peak_tflops",
+    "train.micro_batch_size",  # with grad_accum and the data-parallel degrees: only their product matters, and it is checked
+    "train.grad_accum",
+    "data.cache_dir",
+    "data.tokenize_workers",
+    "data.prefetch_batches",
+    "model.memory.chunk_size",
+)
+
+
+def check(old: RunConfig, new: RunConfig) -> None:
+    """Raise UserError naming every changed setting that would make the resumed run another experiment."""
+    unlawful = [key for key in changed_keys(old, new) if not key.startswith(LAWFUL_SECTIONS) and key not in LAWFUL_KEYS]
+    if unlawful:
+        changes = ", ".join(f"{key} ({value_of(old, key)} -> {value_of(new, key)})" for key in unlawful)
+        raise UserError(
+            f"resume: {changes} would change the experiment under the same name\n"
+            f"may change: train.steps, {', '.join(section + '*' for section in LAWFUL_SECTIONS)} and how it runs; "
+            "for anything else start a new run with longstride train"
+        )
+    if old.global_batch_sequences != new.global_batch_sequences:
+        per_pass = new.global_batch_sequences // new.train.grad_accum
+        if old.global_batch_sequences % per_pass == 0:
+            way_out = f"also set train.grad_accum={old.global_batch_sequences // per_pass}"
+        else:
+            way_out = f"choose parallel.dp_replicate x parallel.dp_shard x train.micro_batch_size to divide {old.global_batch_sequences}"
+        raise UserError(
+            f"resume: parallel.dp_replicate x parallel.dp_shard x train.micro_batch_size x train.grad_accum would change the sequences "
+            f"per step from {old.global_batch_sequences} to {new.global_batch_sequences}; {way_out}"
+        )
