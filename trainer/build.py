@@ -73,6 +73,13 @@ def build_engine(config: RunConfig, vocab_size: int, mesh: Mesh | None, device: 
     return Engine(model, optimizer, mesh, device, config.train.precision, config.layout, config.optim.clip_norm)
 
 
+def current_device(config: RunConfig) -> torch.device:
+    """The device this rank computes on; the front door has made the rank's own GPU the current one."""
+    if config.train.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def mesh_for(config: RunConfig, device: torch.device) -> Mesh | None:
     """The mesh of ``config`` over the running process group; None for a single process without one."""
     if not dist.is_initialized():
@@ -81,7 +88,7 @@ def mesh_for(config: RunConfig, device: torch.device) -> Mesh | None:
     return build_mesh(ParallelDims.from_config(config.parallel, dist.get_world_size()), device.type)
 
 
-def train(config: RunConfig, run_dir_path: Path | str, resume: bool, device: torch.device) -> int:
+def train(config: RunConfig, run_dir_path: Path | str, resume: bool) -> int:
     """Train on this rank until the end or a stop signal; every rank of the run calls this. Returns the exit code.
 
     When there is more than one rank the process group is initialised before; ``memory_plan.json`` is written. Raises
@@ -93,7 +100,7 @@ def train(config: RunConfig, run_dir_path: Path | str, resume: bool, device: tor
         stop = cleanup.enter_context(StopSignal())
         if is_main:
             cleanup.enter_context(run_dir.lock())
-        trainer = _build_trainer(config, run_dir, device, stop, resume, is_main, cleanup)
+        trainer = _build_trainer(config, run_dir, stop, resume, is_main, cleanup)
         try:
             exit_code = trainer.run()
         except BaseException as error:
@@ -111,9 +118,10 @@ def train(config: RunConfig, run_dir_path: Path | str, resume: bool, device: tor
 
 
 def _build_trainer(
-    config: RunConfig, run_dir: RunDir, device: torch.device, stop: StopSignal, resume: bool, is_main: bool, cleanup: contextlib.ExitStack
+    config: RunConfig, run_dir: RunDir, stop: StopSignal, resume: bool, is_main: bool, cleanup: contextlib.ExitStack
 ) -> Trainer:
     torch.use_deterministic_algorithms(config.train.deterministic)
+    device = current_device(config)
     mesh = mesh_for(config, device)
     dp_rank, dp_size = (mesh.dp_rank, mesh.dims.dp) if mesh else (0, 1)
     data = build_data(config, dp_rank, dp_size)
@@ -136,8 +144,9 @@ def _build_trainer(
         run_dir=run_dir,
         engine=engine,
         state=state,
-        train_steps=data.train,
+        train_steps=lambda cursor: data.train(cursor or None),
         valid_batches=lambda: data.valid(config.train.eval_sequences),
+        valid_bytes_per_label=data.valid_bytes_per_label,
         checkpoints=checkpoints,
         metrics=metrics,
         console=console,
@@ -161,13 +170,18 @@ def _starting_state(checkpoints: CheckpointManager, engine: Engine) -> tuple[Tra
     return TrainState.from_json(state["train"]), [*notes, f"resumed from {good.path.name}"]
 
 
+def describe_loss(loss: float, bytes_per_label: float | None) -> str:
+    """A loss in nats per token in every unit a person may know it in; ``bytes_per_label``: UTF-8 bytes per predicted token."""
+    per_byte = f" = {loss / math.log(2) / bytes_per_label:.3f} bits per byte" if bytes_per_label else ""
+    return f"loss {loss:.4f} nats per token{per_byte}, perplexity {math.exp(loss):.2f}"
+
+
 def closing_lines(trainer: Trainer) -> list[str]:
     """What a person wants to know at the end of a run, and what to type next."""
     path, planned = trainer.run_dir.path, trainer.plan.measurable_peak_bytes
     lines = []
     if trainer.last_valid is not None:
-        loss = trainer.last_valid.loss
-        lines.append(f"held-out loss {loss:.4f} nats per token = {loss / math.log(2):.3f} bits per token, perplexity {math.exp(loss):.2f}")
+        lines.append(f"held-out {describe_loss(trainer.last_valid.loss, trainer.valid_bytes_per_label)}")
     lines.append(f"peak memory per rank: planned {gib(planned)}, measured {gib(trainer.peak_bytes)} ({trainer.monitor.source})")
     if trainer.stop_reason:
         lines.append(f"{trainer.stop_reason} after step {trainer.state.step}; everything is saved")

@@ -45,6 +45,53 @@ class LossSums:
         return [nll / count if count else None for nll, count in zip(self.bucket_nll, self.bucket_tokens, strict=True)]
 
 
+def forward(model: Transformer, shard: Batch, device: torch.device, precision: Precision) -> torch.Tensor:
+    """nll_BT of one shard on ``device``, with bf16 autocast if ``precision`` says so."""
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    with autocast:
+        return model(shard.to(device))
+
+
+class _RunningSums:
+    """Loss and token counts per position bucket, [2, buckets] float64 on the device."""
+
+    def __init__(self, seq_len: int, device: torch.device) -> None:
+        self.sums = torch.zeros(2, -(-seq_len // POSITION_BUCKET_TOKENS), dtype=torch.float64, device=device)
+
+    def add(self, nll_BT: torch.Tensor, shard: Batch) -> None:
+        device = self.sums.device
+        index_T = torch.cat([torch.arange(start, end, device=device) for start, end in shard.bounds.ranges])
+        bucket_T = index_T // POSITION_BUCKET_TOKENS
+        valid_BT = (shard.labels_BT != IGNORE_INDEX).to(device)
+        self.sums[0].index_add_(0, bucket_T, nll_BT.detach().double().sum(0))
+        self.sums[1].index_add_(0, bucket_T, valid_BT.double().sum(0))
+
+    def total(self, distributed: bool) -> LossSums:
+        if distributed:
+            dist.all_reduce(self.sums)
+        nll, count = self.sums.tolist()
+        return LossSums(sum(nll), int(sum(count)), tuple(nll), tuple(int(c) for c in count))
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer, shards: Iterable[Batch], device: torch.device, precision: Precision, distributed: bool = False
+) -> LossSums:
+    """Loss over ``shards`` (this rank's parts; at least one, equally many on every rank) without gradients.
+
+    ``distributed``: sum over all ranks of the default process group.
+    """
+    sums: _RunningSums | None = None
+    model.eval()
+    for shard in shards:
+        sums = sums or _RunningSums(shard.bounds.seq_len, device)
+        sums.add(forward(model, shard, device, precision), shard)
+    model.train()
+    if sums is None:
+        raise ValueError("evaluate needs at least one batch")
+    return sums.total(distributed)
+
+
 class Engine:
     """See the module. ``mesh`` None means one process without a process group."""
 
@@ -71,13 +118,13 @@ class Engine:
         on all sequence-parallel ranks of one data-parallel rank. Every rank must give equally many."""
         shards = [self._shard(batch) for batch in micro_batches]
         valid_tokens = self._count_valid(shards)
-        sums = self._zero_sums(micro_batches[0].bounds.seq_len)
+        sums = _RunningSums(micro_batches[0].bounds.seq_len, self.device)
         for shard in shards:
-            nll_BT = self._forward(shard.to(self.device))
+            nll_BT = forward(self.model, shard, self.device, self.precision)
             # Dividing before the backward pass keeps gradients in range; the sum over ranks then is the gradient of the mean.
             (nll_BT.sum() / max(valid_tokens, 1)).backward()
-            self._add(sums, nll_BT.detach(), shard)
-        return self._reduce(sums)
+            sums.add(nll_BT, shard)
+        return sums.total(self.mesh is not None)
 
     def step(self, lr: float) -> float:
         """Clip, update every parameter with learning rate ``lr``, clear gradients. Returns the global norm before clipping.
@@ -93,49 +140,24 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
-        """Loss over ``batches`` without gradients; every rank must give equally many."""
-        sums: torch.Tensor | None = None
-        self.model.eval()
-        for batch in batches:
-            if sums is None:
-                sums = self._zero_sums(batch.bounds.seq_len)
-            shard = self._shard(batch)
-            self._add(sums, self._forward(shard.to(self.device)), shard)
-        self.model.train()
-        if sums is None:
-            raise ValueError("evaluate needs at least one batch")
-        return self._reduce(sums)
+        """Loss over whole-sequence ``batches`` without gradients; every rank must give equally many, at least one."""
+        shards = (self._shard(batch) for batch in batches)
+        return evaluate(self.model, shards, self.device, self.precision, self.mesh is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors only (DTensors when sharded): parameters and optimizer states by fully qualified parameter name."""
+        """Tensors only (DTensors when sharded): parameters and optimizer states by fully qualified parameter name. They are the live
+        ones: a checkpoint is loaded by writing into them."""
         optim: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 optim[f"{name}.{key}"] = value
         return {"model": dict(self.model.named_parameters()), "optim": optim}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy ``state`` (as ``state_dict`` returns it, equally sharded) into parameters and optimizer states in place."""
-        own = self.state_dict()
-        for part in ("model", "optim"):
-            if own[part].keys() != state[part].keys():
-                raise ValueError(f"{part} state differs in keys: {sorted(own[part].keys() ^ state[part].keys())[:5]}")
-            with torch.no_grad():
-                for name, tensor in own[part].items():
-                    if tensor is not state[part][name]:
-                        tensor.copy_(state[part][name])
-
     def _shard(self, batch: Batch) -> Batch:
         if self.mesh is None or self.mesh.dims.cp == 1:
             return batch
         return shard_batch(batch, self.layout, self.mesh.cp_rank, self.mesh.dims.cp)
-
-    def _forward(self, shard: Batch) -> torch.Tensor:
-        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
-        with autocast:
-            return self.model(shard)
 
     def _count_valid(self, shards: list[Batch]) -> int:
         """Valid tokens of the whole step over all ranks."""
@@ -143,20 +165,3 @@ class Engine:
         if self.mesh is not None:
             dist.all_reduce(count)
         return int(count)
-
-    def _zero_sums(self, seq_len: int) -> torch.Tensor:
-        """[2, buckets] float64: summed loss and valid tokens per position bucket."""
-        return torch.zeros(2, -(-seq_len // POSITION_BUCKET_TOKENS), dtype=torch.float64, device=self.device)
-
-    def _add(self, sums: torch.Tensor, nll_BT: torch.Tensor, shard: Batch) -> None:
-        index_T = torch.cat([torch.arange(start, end, device=self.device) for start, end in shard.bounds.ranges])
-        bucket_T = index_T // POSITION_BUCKET_TOKENS
-        valid_BT = (shard.labels_BT != IGNORE_INDEX).to(self.device)
-        sums[0].index_add_(0, bucket_T, nll_BT.double().sum(0))
-        sums[1].index_add_(0, bucket_T, valid_BT.double().sum(0))
-
-    def _reduce(self, sums: torch.Tensor) -> LossSums:
-        if self.mesh is not None:
-            dist.all_reduce(sums)
-        nll, count = sums.tolist()
-        return LossSums(sum(nll), int(sum(count)), tuple(nll), tuple(int(c) for c in count))

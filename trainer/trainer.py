@@ -40,6 +40,8 @@ class Trainer:
     """From a data cursor: the micro-batches of each step and the cursor after them."""
     valid_batches: Callable[[], Iterable[Batch]]
     """The held-out batches of one evaluation, the same number on every rank; empty when there are none."""
+    valid_bytes_per_label: float | None
+    """UTF-8 bytes of held-out text per predicted token; None without held-out data."""
     checkpoints: CheckpointManager
     metrics: MetricsWriter
     console: RunConsole

@@ -56,7 +56,7 @@ def train_steps(config: RunConfig) -> tuple[list[float], list[float], dict[str, 
     data = build_data(config, dp_rank, dp_size)
     engine = build_engine(config, data.vocab_size, mesh, device)
     losses, norms = [], []
-    for step, (micro_batches, _) in enumerate(data.train({}), start=1):
+    for step, (micro_batches, _) in enumerate(data.train(), start=1):
         losses.append(engine.forward_backward(micro_batches).loss)
         norms.append(engine.step(config.optim.lr))
         if step == STEPS:
