@@ -1,0 +1,152 @@
+"""The decoder: embedding, blocks of (norm, mixer, norm, feed-forward) with a residual stream, norm, tiled loss.
+
+What parallel/ and memory_mgmt/ replace from outside: a mixer's own seams, `Block.run`, `Block.run_ffn` and
+`Transformer.loss_tile_tokens`. Nothing here knows of other ranks.
+
+The residual stream stays in the embedding's dtype (float32) under bf16 autocast: the sum over layers is the one place
+where bf16 loses small updates for good (8 bits of mantissa against a stream that grows with depth), it is what Hugging
+Face models do under autocast (losses can be compared digit for digit), and everything inside a block is bf16 anyway.
+
+Legend: B row, T token held here, C channel, V vocabulary.
+Try alone: ``pytest tests/models/test_transformer.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from models.attention import Attention
+from models.batch import Batch, Bounds
+from models.config import LayerKind, ModelConfig
+from models.feedforward import RMSNorm, SwiGLU
+from models.loss import chunked_cross_entropy
+from models.memory.protocol import MemoryModule, build_memory
+
+__all__ = ["Block", "LossHead", "RMSNorm", "SwiGLU", "Transformer", "init_weights"]
+
+_INTO_RESIDUAL = ("wo", "w_out", "w_down")
+"""Projections back into the residual stream; their initial scale is divided by sqrt(2 n_layers)."""
+
+
+def call(body: Callable[..., Any], *args: Any) -> Any:
+    """The default of the seams ``Block.run`` and ``Block.run_ffn``: just call it."""
+    return body(*args)
+
+
+class Block(nn.Module):
+    """One layer. ``run(body, *args)`` decides how the inside is executed (recompute), ``run_ffn(module, x)`` how the
+    feed-forward is (tiles); both stay inside ``forward`` so that FSDP's hooks are outside of any recomputation."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = _build_mixer(config, kind)
+        self.norm2 = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = SwiGLU(config.d_model, config.ff_width)
+        self.run: Callable[..., Tensor] = call
+        self.run_ffn: Callable[[nn.Module, Tensor], Tensor] = call
+
+    def forward(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
+        """The residual stream after this layer."""
+        return self.run(self._body, x_BTC, positions_BT, bounds)
+
+    def _body(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
+        x_BTC = x_BTC + self._mix(self.norm1(x_BTC), positions_BT, bounds)
+        return x_BTC + self.run_ffn(self.ffn, self.norm2(x_BTC))
+
+    def _mix(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
+        if isinstance(self.mixer, MemoryModule):
+            return self.mixer(x_BTC, None, bounds)[0]
+        return self.mixer(x_BTC, positions_BT, bounds)
+
+
+def _build_mixer(config: ModelConfig, kind: LayerKind) -> nn.Module:
+    if kind == "memory":
+        return build_memory(config)
+    window = config.window if kind == "swa" else None
+    return Attention(config.d_model, config.n_heads, config.kv_heads, config.attention_head_dim, window, config.rope)
+
+
+class LossHead(nn.Module):
+    """Output projection and loss in one, so that logits never leave it."""
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def forward(self, h_BTC: Tensor, labels_BT: Tensor, tile_tokens: int) -> Tensor:
+        """Negative log likelihood per token."""
+        return chunked_cross_entropy(h_BTC, self.weight, labels_BT, tile_tokens)
+
+
+class Transformer(nn.Module):
+    """A Llama-style decoder whose mixers follow ``config.layers``. Parameters are empty until `init_weights`."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.loss_tile_tokens = 4096
+        self.embed = nn.Embedding(vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else LossHead(vocab_size, config.d_model)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """h_BTC after the final norm: what the output projection reads."""
+        x_BTC = self.embed(batch.tokens_BT)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, batch.positions_BT, batch.bounds)
+        return self.norm(x_BTC)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """nll_BT: negative log likelihood per token, float32 (float64), 0 where there is no label."""
+        h_BTC = self.hidden(batch)
+        if self.head is not None:
+            return self.head(h_BTC, batch.labels_BT, self.loss_tile_tokens)
+        return chunked_cross_entropy(h_BTC, self.embed.weight, batch.labels_BT, self.loss_tile_tokens)
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fill every parameter in place: a pure function of (seed, its name), whatever device, dtype or sharding it has.
+
+    The whole tensor is drawn on the CPU in float32 from a generator of its own; a DTensor takes its shard of it without
+    communication. Modules may define ``init_parameter(name, shape, generator)`` for their own parameters; matrices are
+    otherwise normal with ``config.init_std``. Raises ValueError for a parameter that no rule covers.
+    """
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}" if module_name else name
+            digest = hashlib.sha256(f"{seed}/{full_name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            value = _initial_value(model.config, module, full_name, parameter.shape, generator)
+            _assign(parameter, value.to(parameter.dtype))
+
+
+def _initial_value(config: ModelConfig, module: nn.Module, full_name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    module_name, _, name = full_name.rpartition(".")
+    rule = getattr(module, "init_parameter", None)
+    value = None if rule is None else rule(name, shape, generator)
+    if value is not None:
+        return value
+    if len(shape) < 2:
+        raise ValueError(f"no initial value is defined for {full_name}; give {type(module).__name__} an init_parameter method")
+    std = config.init_std
+    if module_name.rpartition(".")[2] in _INTO_RESIDUAL:
+        std /= (2 * len(config.layer_kinds)) ** 0.5
+    return torch.empty(shape).normal_(0, std, generator=generator)
+
+
+def _assign(parameter: Tensor, value: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        value = value.to(parameter.to_local().device)
+        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None))
+    else:
+        parameter.copy_(value)
