@@ -217,13 +217,22 @@ def _prepare(config: RunConfig, name: str, run_dir: RunDir | None) -> None:
     from memory_mgmt.plan import refusal
     from models.errors import UserError
     from trainer.data.build import prepare
+    from trainer.planning import plan_run
 
     if run_dir is None and config.run.name is not None:
         _refuse_existing(Path(config.run.root) / config.run.name)
-    plan = _plan(config, None)
+    plan = plan_run(config)
     if not plan.fits:
         raise UserError(refusal(plan))
-    prepare(config)
+    if not sys.stderr.isatty():
+        prepare(config)
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading and tokenising documents", total=None)
+        prepare(config, lambda done, total: progress.update(task, completed=done, total=total))
 
 
 def _refuse_existing(path: Path) -> None:
@@ -238,6 +247,7 @@ def _open_run(config: RunConfig, run_dir: RunDir | None, name: str) -> RunDir:
     import time
 
     from trainer import config_file
+    from trainer.planning import plan_run
     from trainer.run_dir import RunDir, write_atomic
 
     if run_dir is None:
@@ -251,7 +261,7 @@ def _open_run(config: RunConfig, run_dir: RunDir | None, name: str) -> RunDir:
             earlier = len(list(run_dir.path.glob("config.before_resume_*.yaml"))) + 1
             run_dir.config.replace(run_dir.path / f"config.before_resume_{earlier}.yaml")
         write_atomic(run_dir.config, text.encode())
-        write_atomic(run_dir.memory_plan, _plan(config, None).to_json().encode())
+        write_atomic(run_dir.memory_plan, plan_run(config).to_json().encode())
         run_dir.snapshot_code(HOME)
     return run_dir
 
@@ -283,18 +293,13 @@ def _find_run(name: str, root: str) -> RunDir:
 # --- plan, runs, eval
 
 
-def _plan(config: RunConfig, device: str | None) -> Any:
-    from memory_mgmt.estimate import estimate
-
-    return estimate(config, device)
-
-
 def _show_plan(args: argparse.Namespace) -> int:
     from memory_mgmt import plan as plans
     from trainer import config_file
+    from trainer.planning import plan_run
 
     config = config_file.resolve(config_file.find(args.config, HOME / "configs"), args.overrides)
-    plan = _plan(config, args.device)
+    plan = plan_run(config, args.device)
     if args.json:
         print(plan.to_json(), end="")
     elif sys.stdout.isatty():
@@ -309,13 +314,24 @@ def _show_plan(args: argparse.Namespace) -> int:
 def _runs(args: argparse.Namespace) -> int:
     from trainer import runs_table
 
-    raise NotImplementedError(runs_table)
+    rows = runs_table.read_runs(_find_run(args.name, args.root).path if args.name else args.root)
+    if rows:
+        runs_table.render(rows)
+    else:
+        print(f"no runs in {args.root}")
+    return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from trainer.evals import perplexity
+    from parallel.distributed import Env, select_device, use_threads
+    from trainer.evals.perplexity import perplexity
 
-    raise NotImplementedError(perplexity)
+    run_dir = _find_run(args.name, args.root)
+    config = _reload(run_dir)
+    select_device(config.train.device, Env())
+    use_threads(config.train.threads_per_rank, Env())
+    print("\n".join(perplexity(run_dir, args.checkpoint, args.data, args.sequences).lines()))
+    return 0
 
 
 # --- the command line
@@ -365,6 +381,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(evaluate)
     evaluate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest good one)")
     evaluate.add_argument("--data", metavar="PATH", help="held-out data of the run's source kind (default: the run's own)")
+    evaluate.add_argument("--sequences", type=int, metavar="N", help="held-out sequences (default: train.eval_sequences of the run)")
     evaluate.set_defaults(run=_eval)
     return parser
 

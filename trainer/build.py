@@ -16,7 +16,6 @@ import torch.distributed as dist
 from memory_mgmt.apply import apply_memory_settings
 from memory_mgmt.monitor import MemoryMonitor
 from memory_mgmt.plan import MemoryPlan, gib
-from models.errors import UserError
 from models.flops import model_flops_per_token
 from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer
@@ -30,6 +29,7 @@ from trainer.console import RunConsole
 from trainer.data.build import build_data
 from trainer.engine import Engine
 from trainer.metrics import MetricsWriter
+from trainer.planning import model_vocab_size
 from trainer.preemption import StopSignal
 from trainer.run_dir import RunDir
 from trainer.state import TrainState
@@ -37,21 +37,6 @@ from trainer.throughput import peak_flops
 from trainer.trainer import DONE, Trainer
 
 _DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
-VOCAB_MULTIPLE = 64
-"""Embedding rows are rounded up to a multiple of this, so that they shard and tile evenly."""
-
-
-def model_vocab_size(config: RunConfig, tokenizer_vocab: int) -> int:
-    """Rows of the embedding; raises UserError when model.vocab_size is too small for the tokenizer."""
-    configured = config.model.vocab_size
-    if configured is None:
-        return -(-tokenizer_vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if configured < tokenizer_vocab:
-        raise UserError(
-            f"model.vocab_size: {configured} is smaller than the {tokenizer_vocab} tokens of data.tokenizer '{config.data.tokenizer}'; "
-            "leave it null or raise it"
-        )
-    return configured
 
 
 def build_model(config: RunConfig, vocab_size: int, mesh: Mesh | None, device: torch.device) -> Transformer:
