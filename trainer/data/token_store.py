@@ -1,0 +1,99 @@
+"""A tokenised source on disk: opened memory-mapped, never written again. store_builder.py makes it.
+
+One folder: ``tokens.bin`` (all documents end to end, each with its end token, in the smallest integer type that holds the
+vocabulary), ``documents.npy`` (one DOCUMENT record each), ``origins.txt`` (one line each) and ``meta.json`` (counts, sizes, SHA-256).
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.errors import UserError
+from trainer.data.files import sha256_file
+
+STORE_VERSION = 1
+
+DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("key", "<u8"), ("train_only", "?")])
+"""Of one document: tokens with the end token, UTF-8 bytes, hash that decides whether it is held out."""
+
+
+class DamagedStore(Exception):
+    """A store that is incomplete or altered; the builder makes it anew."""
+
+
+class TokenStore:
+    """Documents of one tokenised source.
+
+    Opening checks the format, the sizes and the hash of everything but the tokens; ``verify`` reads the tokens too. Raises DamagedStore.
+    """
+
+    def __init__(self, folder: Path, verify: bool = False) -> None:
+        self.folder = folder
+        try:
+            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            if self.meta["version"] != STORE_VERSION:
+                raise DamagedStore(f"{folder} has format {self.meta['version']}, not {STORE_VERSION}")
+            self._check(verify)
+            self.documents = np.load(folder / "documents.npy", allow_pickle=False)
+            if self.documents.dtype != DOCUMENT or len(self.documents) == 0:
+                raise DamagedStore(f"{folder / 'documents.npy'} is no list of documents")
+            self._tokens = np.memmap(folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedStore(f"{folder}: {error!r}") from error
+        self._starts = np.concatenate(([0], np.cumsum(self.documents["tokens"])))
+        if self._starts[-1] != len(self._tokens):
+            raise DamagedStore(f"{folder}: {len(self._tokens)} tokens where the documents have {self._starts[-1]}")
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a document, as stored (a view of the mapped file)."""
+        first = self._starts[document]
+        return self._tokens[first + start : first + stop]
+
+    @cached_property
+    def origins(self) -> list[str]:
+        """Where each document stands in its source."""
+        return (self.folder / "origins.txt").read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Bad documents left out, by reason."""
+        return dict(self.meta["skipped"])
+
+    @property
+    def content_hash(self) -> str:
+        """Equal for equal tokens and documents, wherever they were read from."""
+        files = self.meta["files"]
+        return hashlib.sha256(f"{files['tokens.bin']['sha256']} {files['documents.npy']['sha256']}".encode()).hexdigest()
+
+    def _check(self, verify: bool) -> None:
+        files: dict[str, dict[str, Any]] = self.meta["files"]
+        for name, entry in files.items():
+            size = (self.folder / name).stat().st_size
+            if size != entry["size"]:
+                raise DamagedStore(f"{self.folder / name} has {size} bytes, not {entry['size']}")
+        names = [name for name in files if verify or name != "tokens.bin"]
+        with ThreadPoolExecutor(max(1, len(names))) as threads:
+            for name, digest in zip(names, threads.map(lambda name: sha256_file(self.folder / name), names), strict=True):
+                if digest != files[name]["sha256"]:
+                    raise DamagedStore(f"{self.folder / name} does not have the content that was written")
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Smallest unsigned type for ids below ``vocab_size``."""
+    for dtype in ("<u1", "<u2", "<u4"):
+        if vocab_size - 1 <= np.iinfo(dtype).max:
+            return dtype
+    raise UserError(f"data.tokenizer: a vocabulary of {vocab_size} ids is not supported")
+
+
+def document_key(identity: str) -> int:
+    """The hash in 0..2**64 that decides whether a document is held out; the same everywhere and for ever."""
+    return int.from_bytes(hashlib.blake2b(identity.encode("utf-8"), digest_size=8, person=b"held-out").digest(), "big")
