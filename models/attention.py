@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from models.attention_plan import Pair, RowTiles, Tile, TileLimits, plan_rows, plan_tiles
+from models.attention_plan import DEFAULT_LIMITS, NATIVE_BAND_LIMITS, Pair, RowTiles, Tile, TileLimits, plan_rows, plan_tiles
 from models.batch import Bounds
 from models.config import RopeConfig
 from models.kernels import (
@@ -184,10 +184,10 @@ def new_gradient(x: torch.Tensor) -> torch.Tensor:
 
 
 def tile_limits(q_BHTD: torch.Tensor, window: int | None) -> TileLimits:
-    """How to cut a window on this device: small masked blocks, or large ones where the kernel skips what a band hides."""
+    """How to cut a window on this device: small masked blocks, or one call where the kernel skips what a band hides."""
     if window is not None and has_native_band(q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[-1]):
-        return TileLimits(block=max(4096, window), keys_per_call=1 << 17, triangle=1 << 40)
-    return TileLimits()
+        return NATIVE_BAND_LIMITS
+    return DEFAULT_LIMITS
 
 
 def tile_mask(tile: Tile, device: torch.device) -> BlockMask:

@@ -58,6 +58,8 @@ class TileLimits(NamedTuple):
 
 
 DEFAULT_LIMITS = TileLimits()
+NATIVE_BAND_LIMITS = TileLimits(block=1 << 40, triangle=1 << 40)
+"""For kernels that skip what a band hides: a window is then one call, however long."""
 
 
 class Pair(NamedTuple):

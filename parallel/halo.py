@@ -110,8 +110,10 @@ class PendingHalo:
         return self.halos
 
 
-def start_halo(x: torch.Tensor, n: int, dim: int, bounds: Bounds, layout: Layout, group: dist.ProcessGroup | None) -> PendingHalo:
-    """Begin an exchange (see ``exchange_halo``; no gradient here). ``x`` may change at once: what is sent was copied."""
+def start_halo(
+    x: torch.Tensor, n: int, dim: int, bounds: Bounds, layout: Layout, group: dist.ProcessGroup | None, tag: int = HALO_TAG
+) -> PendingHalo:
+    """Begin an exchange (see ``exchange_halo``; no gradient here). Exchanges in flight together need different tags."""
     rank, segments = _segments(n, bounds, layout, group)
     shape = list(x.shape)
     shape[dim] = n
@@ -128,7 +130,7 @@ def start_halo(x: torch.Tensor, n: int, dim: int, bounds: Bounds, layout: Layout
     messages = {peer: torch.cat([x.narrow(dim, s.src_start, s.length) for s in part], dim) for peer, part in outgoing.items()}
     buffers = {peer: _empty_message(x, dim, part) for peer, part in incoming.items()}
     pending.arrivals = [(buffers[peer], incoming[peer]) for peer in incoming]
-    pending.works, pending.in_flight = _post(messages, buffers, HALO_TAG, group)
+    pending.works, pending.in_flight = _post(messages, buffers, tag, group)
     return pending
 
 
@@ -154,7 +156,13 @@ class PendingReturn:
 
 
 def start_return(
-    grads: Sequence[torch.Tensor], n: int, dim: int, bounds: Bounds, layout: Layout, group: dist.ProcessGroup | None
+    grads: Sequence[torch.Tensor],
+    n: int,
+    dim: int,
+    bounds: Bounds,
+    layout: Layout,
+    group: dist.ProcessGroup | None,
+    tag: int = RETURN_TAG,
 ) -> PendingReturn:
     """Begin to send gradients of the halos (one per local range) to the ranks that hold the tokens."""
     rank, segments = _segments(n, bounds, layout, group)
@@ -173,7 +181,7 @@ def start_return(
     }
     buffers = {peer: _empty_message(grads[0], dim, part) for peer, part in incoming.items()}
     pending.arrivals = [(buffers[peer], incoming[peer]) for peer in incoming]
-    pending.works, pending.in_flight = _post(messages, buffers, RETURN_TAG, group)
+    pending.works, pending.in_flight = _post(messages, buffers, tag, group)
     return pending
 
 

@@ -9,7 +9,7 @@ import torch
 
 from models import attention
 from models.attention import Attention, LocalAttention, attention_reference
-from models.attention_plan import Pair, Tile, TileLimits, plan_rows, plan_tiles, sees
+from models.attention_plan import DEFAULT_LIMITS, NATIVE_BAND_LIMITS, Pair, Tile, TileLimits, plan_rows, plan_tiles, sees
 from models.batch import Bounds
 from models.config import RopeConfig
 
@@ -50,7 +50,9 @@ DOCUMENTS = [(0,), (0, 1), (0, 5), (0, 12), (0, 13, 21), (0, 3, 5, 6, 8, 9, 10, 
 WINDOWS = [None, 1, 2, 3, 5, 8, 13, 23, 24, 100]
 
 
-@pytest.mark.parametrize("limits", [TINY, TileLimits(), TINY._replace(block=None, small=1)], ids=["tiny", "default", "unpacked"])
+@pytest.mark.parametrize(
+    "limits", [TINY, DEFAULT_LIMITS, TINY._replace(block=None, small=1), NATIVE_BAND_LIMITS], ids=["tiny", "default", "unpacked", "native"]
+)
 def test_tiles_cover_every_visible_pair_once_and_nothing_else(limits: TileLimits) -> None:
     ranges = [((0, 24), (0, 24)), ((6, 18), (6, 18)), ((12, 24), (0, 12)), ((12, 24), (3, 9)), ((18, 24), (0, 18)), ((16, 17), (4, 16)),
               ((0, 12), (12, 24)), ((20, 24), (0, 3))]  # fmt: skip
@@ -95,6 +97,7 @@ def test_number_of_calls_stays_small() -> None:
     assert len(plan_tiles(whole, whole, (0, 20000, 40000), None)) == 3
     assert len(plan_tiles(whole, whole, tuple(range(0, 65536, 8)), None)) == 256, "tiny documents share blocks of 256"
     assert len(plan_tiles(whole, whole, (0,), 512)) < 30, "window blocks are stacked"
+    assert len(plan_tiles(whole, whole, (0,), 512, NATIVE_BAND_LIMITS)) == 2
     zigzag = [Pair((0, 8), 0, (16, 24), 8), Pair((48, 56), 8, (0, 8), 0), Pair((48, 56), 8, (8, 16), 8)]
     assert sum(len(rows.tiles) for rows in plan_rows([(0,)], zigzag, None)) == 1, "adjacent rectangles become one"
 
@@ -138,7 +141,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("limits", [TINY, TileLimits()], ids=["tiny", "default"])
+@pytest.mark.parametrize("limits", [TINY, DEFAULT_LIMITS, NATIVE_BAND_LIMITS], ids=["tiny", "default", "native"])
 @pytest.mark.parametrize(("window", "documents"), CASES)
 def test_tiled_attention_equals_dense_float64(monkeypatch, window, documents, limits: TileLimits) -> None:
     monkeypatch.setattr(attention, "tile_limits", lambda q, window: limits)

@@ -1,0 +1,213 @@
+"""Exact attention over a sequence that is spread over ranks: the seam ``Attention.inner_attention`` filled by parallel.
+
+Keys and values travel, queries stay (Liu et al. 2023, arXiv 2310.01889): while a rank computes with the keys it has, the
+next ones are on their way. Blocks are merged in float32, so that the error does not grow with the number of ranks. In the
+backward pass keys and values travel again, and their float32 gradients follow one hop behind and then return home. A window
+not longer than a shard moves only the tokens it needs (parallel/halo.py). Which blocks exist comes from
+models/attention_plan.py: documents and windows are exact in every case, and hops that no rank needs are not made.
+
+Every rank of the group must call it together, forward and backward.
+
+Legend: B batch row, H query heads, G key/value heads, T local tokens, S received tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from models.attention import LocalAttention, Plan, attend, attend_backward, check_shapes, new_accumulators, new_gradient, tile_limits
+from models.attention_plan import Pair, TileLimits, plan_rows, sees
+from models.batch import Bounds, Range
+from parallel.halo import start_halo, start_return
+from parallel.sequence import Layout, ranges_for
+
+KEY_TAG, VALUE_TAG, GRADIENT_TAG = 21, 22, 23
+
+
+class RingPlan(NamedTuple):
+    """Blocks by the hop at which their keys are here: hop h holds the keys of rank ``cp_rank - h``; hop 0 are the own ones."""
+
+    hops: tuple[Plan, ...]
+
+
+class HaloPlan(NamedTuple):
+    """Blocks of each local range with itself, and with the ``n`` tokens before it."""
+
+    n: int
+    own: Plan
+    halos: tuple[Plan, ...]
+
+
+class RingAttention:
+    """``(q_BHTD, k_BGTD, v_BGTD, bounds) -> out_BHTD`` over all tokens of the group's sequence; differentiable.
+
+    Args:
+        group: the sequence-parallel process group.
+        layout: how its ranks share the sequence.
+        window: tokens a query sees, its own included; None for all before it.
+    Raises (on call):
+        ValueError: when tensors or bounds are not this rank's part of the sequence.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, layout: Layout, window: int | None) -> None:
+        self.group = group
+        self.layout: Layout = layout
+        self.window = window
+        self.cp_rank, self.cp_size = dist.get_rank(group), dist.get_world_size(group)
+        self._alone = LocalAttention(window)
+
+    def __call__(self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        if self.cp_size == 1:
+            return self._alone(q_BHTD, k_BGTD, v_BGTD, bounds)
+        check_shapes(q_BHTD, k_BGTD, bounds)
+        plan = self._plan(bounds, tile_limits(q_BHTD, self.window))
+        if isinstance(plan, HaloPlan):
+            return _HaloAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, bounds, self.layout, self.group)  # pyright: ignore[reportReturnType]
+        return _RingAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, self.group)  # pyright: ignore[reportReturnType]
+
+    def _plan(self, bounds: Bounds, limits: TileLimits) -> RingPlan | HaloPlan:
+        """The plan of this rank, made once per micro-step and shared by all layers with the same window."""
+        key = ("ring attention", self.layout, self.window, self.cp_size, limits)
+        if key not in bounds._cache:
+            held = [ranges_for(self.layout, bounds.seq_len, rank, self.cp_size) for rank in range(self.cp_size)]
+            if bounds.ranges != held[self.cp_rank]:
+                raise ValueError(f"cp rank {self.cp_rank} got ranges {bounds.ranges}; layout {self.layout!r} gives it {held[self.cp_rank]}")
+            if self.window is not None and self.window - 1 <= bounds.local_len:
+                bounds._cache[key] = plan_halo(held, self.cp_rank, bounds.documents, self.window, limits)
+            else:
+                bounds._cache[key] = plan_ring(held, self.cp_rank, bounds.documents, self.window, limits)
+        return bounds._cache[key]
+
+
+def plan_ring(
+    held: Sequence[tuple[Range, ...]], cp_rank: int, documents: Sequence[tuple[int, ...]], window: int | None, limits: TileLimits
+) -> RingPlan:
+    """The blocks of ``cp_rank`` at each hop, up to the last hop at which any rank has one (the same number on all ranks).
+
+    ``held[r]`` are the ranges of rank r. Pure integers.
+    """
+    size = len(held)
+    n_hops = max(hop for hop in range(size) if any(_any_sees(held[r], held[(r - hop) % size], documents, window) for r in range(size)))
+    plans = []
+    for hop in range(n_hops + 1):
+        q_ranges, k_ranges = held[cp_rank], held[(cp_rank - hop) % size]
+        pairs = [Pair(q, q0, k, k0) for q, q0 in _offsets(q_ranges) for k, k0 in _offsets(k_ranges)]
+        plans.append(plan_rows(documents, pairs, window, limits))
+    return RingPlan(tuple(plans))
+
+
+def plan_halo(
+    held: Sequence[tuple[Range, ...]], cp_rank: int, documents: Sequence[tuple[int, ...]], window: int, limits: TileLimits
+) -> HaloPlan:
+    """The blocks of ``cp_rank`` when each of its ranges comes with the ``window - 1`` tokens before it. Pure integers."""
+    n = window - 1
+    ranges = list(_offsets(held[cp_rank]))
+    own = plan_rows(documents, [Pair(q, q0, q, q0) for q, q0 in ranges], window, limits)
+    halos = []
+    for (start, end), offset in ranges:
+        reach = min(n, start)  # what lies before index 0 is padding at the front of the halo
+        pair = Pair((start, end), offset, (start - reach, start), n - reach)
+        halos.append(plan_rows(documents, [pair], window, limits) if reach else ())
+    return HaloPlan(n, own, tuple(halos))
+
+
+def _any_sees(q_ranges: Sequence[Range], k_ranges: Sequence[Range], documents: Sequence[tuple[int, ...]], window: int | None) -> bool:
+    return any(sees(q, k, starts, window) for q in q_ranges for k in k_ranges for starts in set(documents))
+
+
+def _offsets(ranges: Sequence[Range]) -> list[tuple[Range, int]]:
+    """Each range with its local start."""
+    return list(zip(ranges, accumulate((end - start for start, end in ranges), initial=0), strict=False))
+
+
+class _Transfer:
+    """One tensor to the rank ``shift`` further on, while one arrives from the rank ``shift`` before; ``wait`` gives the latter."""
+
+    def __init__(self, tensor: torch.Tensor, shift: int, tag: int, group: dist.ProcessGroup) -> None:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        self._sent, self._arriving = tensor, torch.empty_like(tensor)  # held here: nobody may reuse them before wait
+        send = dist.P2POp(dist.isend, tensor, group=group, tag=tag, group_peer=(rank + shift) % size)
+        receive = dist.P2POp(dist.irecv, self._arriving, group=group, tag=tag, group_peer=(rank - shift) % size)
+        self._works = dist.batch_isend_irecv([send, receive])
+
+    def wait(self) -> torch.Tensor:
+        for work in self._works:
+            work.wait()
+        return self._arriving
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, plan, group):
+        out_BHTD, lse_BHT = new_accumulators(q_BHTD)
+        last_hop = len(plan.hops) - 1
+        kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
+        for hop, blocks in enumerate(plan.hops):
+            transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
+            attend(q_BHTD, kv_2BGSD[0], kv_2BGSD[1], blocks, out_BHTD, lse_BHT)
+            if transfer is not None:
+                kv_2BGSD = transfer.wait()
+        out_BHTD = out_BHTD.to(q_BHTD.dtype)
+        ctx.plan, ctx.group = plan, group
+        ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT)
+        return out_BHTD
+
+    @staticmethod
+    def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT = ctx.saved_tensors
+        hops, group = ctx.plan.hops, ctx.group
+        last_hop = len(hops) - 1
+        dq_BHTD = new_gradient(q_BHTD)
+        # The keys in hand are an argument of each step, never what was saved: those are this rank's own, at every hop.
+        kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
+        own_2BGTD = new_gradient(kv_2BGSD)
+        followers = None  # gradients of the keys in hand, from the ranks that had them before; one hop behind the keys
+        for hop, blocks in enumerate(hops):
+            transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
+            dkv_2BGSD = own_2BGTD if hop == 0 else new_gradient(kv_2BGSD)
+            attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, blocks, dq_BHTD, dkv_2BGSD[0], dkv_2BGSD[1])
+            if followers is not None:
+                dkv_2BGSD += followers.wait()
+            if hop > 0:  # to the rank that gets these keys next, and from the last hop back home
+                followers = _Transfer(dkv_2BGSD, 1 if hop < last_hop else -last_hop, GRADIENT_TAG, group)
+            if transfer is not None:
+                kv_2BGSD = transfer.wait()
+        if followers is not None:
+            own_2BGTD += followers.wait()
+        return dq_BHTD.to(q_BHTD.dtype), *own_2BGTD.to(k_BGTD.dtype), None, None
+
+
+class _HaloAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, plan, bounds, layout, group):
+        pending = [start_halo(x, plan.n, 2, bounds, layout, group, tag) for x, tag in ((k_BGTD, KEY_TAG), (v_BGTD, VALUE_TAG))]
+        out_BHTD, lse_BHT = new_accumulators(q_BHTD)
+        attend(q_BHTD, k_BGTD, v_BGTD, plan.own, out_BHTD, lse_BHT)
+        k_halos, v_halos = (p.wait() for p in pending)
+        for blocks, k_halo, v_halo in zip(plan.halos, k_halos, v_halos, strict=True):
+            attend(q_BHTD, k_halo, v_halo, blocks, out_BHTD, lse_BHT)
+        out_BHTD = out_BHTD.to(q_BHTD.dtype)
+        ctx.plan, ctx.exchange = plan, (bounds, layout, group)
+        ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, *k_halos, *v_halos)
+        return out_BHTD
+
+    @staticmethod
+    def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, *halos = ctx.saved_tensors
+        plan, (bounds, layout, group) = ctx.plan, ctx.exchange
+        k_halos, v_halos = halos[: len(plan.halos)], halos[len(plan.halos) :]
+        dq_BHTD, dk_BGTD, dv_BGTD = (new_gradient(x) for x in (q_BHTD, k_BGTD, v_BGTD))
+        dk_halos, dv_halos = [new_gradient(x) for x in k_halos], [new_gradient(x) for x in v_halos]
+        for i, blocks in enumerate(plan.halos):
+            attend_backward(dout_BHTD, q_BHTD, k_halos[i], v_halos[i], out_BHTD, lse_BHT, blocks, dq_BHTD, dk_halos[i], dv_halos[i])
+        pending = [start_return(x, plan.n, 2, bounds, layout, group, tag) for x, tag in ((dk_halos, KEY_TAG), (dv_halos, VALUE_TAG))]
+        attend_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, plan.own, dq_BHTD, dk_BGTD, dv_BGTD)
+        pending[0].add_to(dk_BGTD)
+        pending[1].add_to(dv_BGTD)
+        grads = (dq_BHTD.to(q_BHTD.dtype), dk_BGTD.to(k_BGTD.dtype), dv_BGTD.to(v_BGTD.dtype))
+        return *grads, None, None, None, None
