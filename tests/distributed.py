@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor", "numpy"]
+_PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor", "trainer.build"]
+"""Imported once by the fork server, so that a rank does not spend seconds on it; ``trainer.build`` reaches every room."""
 _context: Any = None
 
 
