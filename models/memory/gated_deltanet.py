@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +55,6 @@ class _Weights(NamedTuple):
 class GatedDeltaNet(MemoryModule):
     """One Gated DeltaNet mixer. Parameters: six projections in, one out, depthwise convolutions, decay scale and bias per head."""
 
-    traits: ClassVar[MemoryTraits] = MemoryTraits(
-        carry="layer",
-        transition="affine_dense",
-        read_at="token",
-        halo_tokens=3,
-        head_splittable=1,
-        layouts=frozenset({"contiguous", "zigzag"}),
-    )
-
     def __init__(
         self,
         d_model: int,
@@ -75,6 +66,14 @@ class GatedDeltaNet(MemoryModule):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        self.traits = MemoryTraits(
+            carry="layer",
+            transition="affine_dense",
+            read_at="token",
+            halo_tokens=conv_kernel - 1,
+            head_splittable=n_heads,
+            layouts=frozenset({"contiguous", "zigzag"}),
+        )
         self.n_heads, self.key_dim, self.value_dim = n_heads, key_dim, value_dim
         self.halo, self.chunk_size, self.norm_eps = conv_kernel - 1, chunk_size, norm_eps
         keys, values = n_heads * key_dim, n_heads * value_dim

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ class MemoryModule(nn.Module):
     otherwise tiles of that many tokens, each recomputed in backward with the state carried).
     """
 
-    traits: ClassVar[MemoryTraits]
+    traits: MemoryTraits
 
     def __init__(self) -> None:
         super().__init__()

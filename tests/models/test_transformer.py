@@ -130,7 +130,7 @@ def test_initial_values_have_the_stated_distribution():
     assert torch.equal(values["norm.weight"], torch.ones(128, dtype=torch.float64))
     memory = model.blocks[2].mixer
     dt = F.softplus(memory.dt_bias)
-    assert 1e-3 <= dt.min() and dt.max() <= 0.1 and 1 <= memory.A_log.exp().min() and memory.A_log.exp().max() <= 16
+    assert dt.min() >= 1e-3 and dt.max() <= 0.1 and memory.A_log.exp().min() >= 1 and memory.A_log.exp().max() <= 16
 
 
 def sharded_values(mesh_shape):
