@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if foreign:
         print("\n".join(f"error: {line}" for line in foreign), file=sys.stderr)
         return 2
-    if arguments[:1] == [RANK]:
-        return _run_rank(*arguments[1:])
-    return _guarded(lambda: _dispatch(arguments), sys.stderr, debug)
+    code = _run_rank(*arguments[1:]) if arguments[:1] == [RANK] else _guarded(lambda: _dispatch(arguments), sys.stderr, debug)
+    _leave_if_failed(code)
+    return code
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -49,16 +49,18 @@ def _dispatch(arguments: list[str]) -> int:
     return args.run(args)
 
 
-def _guarded(run: Any, stream: TextIO, debug: bool, prefix: str = "") -> int:
+def _guarded(run: Any, stream: TextIO, debug: bool) -> int:
     """Call ``run`` and turn what it raises into one or two lines on ``stream`` and an exit code."""
+    import traceback
+
     from models.errors import UserError
 
     try:
         return run()
     except UserError as error:
         if debug:
-            raise
-        print(f"error: {prefix}{error}", file=stream, flush=True)
+            traceback.print_exc(file=stream)
+        print(f"error: {error}", file=stream, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; a run that was going on resumes from its last checkpoint", file=stream, flush=True)
@@ -68,10 +70,19 @@ def _guarded(run: Any, stream: TextIO, debug: bool, prefix: str = "") -> int:
         return 1
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc(file=stream)
         detail = " ".join(str(error).split())[:300]
-        print(f"error: {prefix}{type(error).__name__}: {detail} (not an expected error; --debug shows where)", file=stream, flush=True)
+        print(f"error: {type(error).__name__}: {detail} (not an expected error; --debug shows where)", file=stream, flush=True)
         return 1
+
+
+def _leave_if_failed(code: int) -> None:
+    """End a rank that failed at once: the threads of a process group whose peers are gone would abort or hang Python's own exit."""
+    distributed = sys.modules.get("torch.distributed")
+    if code not in (0, 75) and distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 # --- rooms
@@ -126,6 +137,9 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
     started = env.world_size if env.is_rank else nproc
     ranks = ParallelDims.from_config(config.parallel, started).world_size
     check_launch(env, config.train.precision, config.train.device, config.train.grad_accum, ranks)
+    _check_plan(config)
+    if run_dir is None and config.run.name is not None and env.rank == 0:
+        _refuse_existing(Path(config.run.root) / config.run.name)
     if env.is_rank or ranks == 1:
         return _train_here(config, run_dir, name, env)
     return _train_on_local_ranks(config, run_dir, name, ranks, env)
@@ -140,7 +154,7 @@ def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, 
     if env.accelerate is not None and env.accelerate.use_cpu:
         config = _with(config, "train", device="cpu")
         print(f"accelerate launch started one process without GPUs; longstride starts the {ranks} ranks", file=sys.stderr)
-    _prepare(config, name, run_dir)
+    _prepare(config)
     run_dir = _open_run(config, run_dir, name)
     command = [sys.executable, str(HOME / "longstride.py"), RANK, str(run_dir.path), str(os.getpid()), "resume" if resume else "new"]
     logs = [run_dir.log(rank) for rank in range(ranks)]
@@ -165,7 +179,7 @@ def _train_here(config: RunConfig, run_dir: RunDir | None, name: str, env: Env) 
         config = _with(config, "train", device="cpu")
     use_threads(config.train.threads_per_rank, env)
     init_distributed(env, device, config.parallel.timeout_seconds)
-    on_one_rank(env, lambda: _prepare(config, name, run_dir), per_machine=True)
+    on_one_rank(env, lambda: _prepare(config), per_machine=True)
     run_dir = on_one_rank(env, lambda: _open_run(config, run_dir, name))
     code = build.train(_reload(run_dir), run_dir.path, resume)
     end_distributed()
@@ -173,7 +187,8 @@ def _train_here(config: RunConfig, run_dir: RunDir | None, name: str, env: Env) 
 
 
 def _run_rank(path: str, launcher_pid: str, how: str) -> int:
-    """One rank that ``_train_on_local_ranks`` started. Its errors go to its log, from where the launcher reads them."""
+    """One rank that ``_train_on_local_ranks`` started. Its errors go to its log with their tracebacks; the launcher reads the
+    last lines there."""
     from parallel.distributed import environment
     from parallel.launcher import join_launcher
     from trainer.run_dir import RunDir
@@ -194,36 +209,23 @@ def _run_rank(path: str, launcher_pid: str, how: str) -> int:
         end_distributed()
         return code
 
-    return _guarded(lambda: _with_traceback(train, log), log, debug=False)
+    return _guarded(train, log, debug=True)
 
 
-def _with_traceback(run: Any, log: TextIO) -> int:
-    """Call ``run``; an unexpected exception leaves its traceback in the log."""
-    from models.errors import UserError
-
-    try:
-        return run()
-    except UserError:
-        raise
-    except Exception:
-        import traceback
-
-        traceback.print_exc(file=log)
-        raise
-
-
-def _prepare(config: RunConfig, name: str, run_dir: RunDir | None) -> None:
-    """All that can refuse a run before its directory is made: an existing run, the memory budget, the data."""
+def _check_plan(config: RunConfig) -> None:
     from memory_mgmt.plan import refusal
     from models.errors import UserError
-    from trainer.data.build import prepare
     from trainer.planning import plan_run
 
-    if run_dir is None and config.run.name is not None:
-        _refuse_existing(Path(config.run.root) / config.run.name)
     plan = plan_run(config)
     if not plan.fits:
         raise UserError(refusal(plan))
+
+
+def _prepare(config: RunConfig) -> None:
+    """Check and tokenise the data, with a progress bar on a terminal."""
+    from trainer.data.build import prepare
+
     if not sys.stderr.isatty():
         prepare(config)
         return
@@ -323,11 +325,12 @@ def _runs(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    run_dir = _find_run(args.name, args.root)
+    config = _reload(run_dir)
+
     from parallel.distributed import Env, select_device, use_threads
     from trainer.evals.perplexity import perplexity
 
-    run_dir = _find_run(args.name, args.root)
-    config = _reload(run_dir)
     select_device(config.train.device, Env())
     use_threads(config.train.threads_per_rank, Env())
     print("\n".join(perplexity(run_dir, args.checkpoint, args.data, args.sequences).lines()))

@@ -218,6 +218,7 @@ def on_one_rank(env: Env, make: Callable[[], T], per_machine: bool = False) -> T
     if env.world_size == 1:
         return make()
     group = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
     answer: tuple[T | None, UserError | None] = (None, None)
     if env.rank == 0 or (per_machine and env.local_rank == 0):
         try:

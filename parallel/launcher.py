@@ -15,7 +15,9 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,11 +57,11 @@ def launch_local(
     KeyboardInterrupt when ranks left in the middle of a step, RunFailed naming rank, exit code or signal, log file and the
     log's last lines otherwise.
     """
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
     nproc = len(logs)
     log_starts = [_size(log) for log in logs]
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = _Ranks(command, nproc, {rank: rank_variables(rank, nproc, store.port, threads) for rank in range(nproc)})
     hangup_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
     with _held_signals() as received:
@@ -264,7 +266,21 @@ def join_launcher(launcher_pid: int, rank: int, log_path: Path) -> TextIO:
         sys.stdout.flush()
         os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+    _keep_warnings_of_libraries_in(log)
     return log
+
+
+def _keep_warnings_of_libraries_in(log: TextIO) -> None:
+    """What a library warns its programmer of is for the log; warnings of this project are for the person at the terminal too."""
+    show = warnings.showwarning
+    installed = sysconfig.get_path("purelib")
+
+    def route(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    ) -> None:
+        show(message, category, filename, lineno, log if file is None and filename.startswith(installed) else file, line)
+
+    warnings.showwarning = route
 
 
 def die_with_parent(parent_pid: int) -> None:

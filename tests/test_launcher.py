@@ -27,8 +27,9 @@ LAUNCH = """
 
     folder = Path(sys.argv[1])
     command = [sys.executable, str(folder / "worker.py"), str(os.getpid()), str(folder)]
+    logs = [folder / f"rank_{rank}.log" for rank in range(2)]
     try:
-        sys.exit(launch_local(command, [folder / f"rank_{rank}.log" for rank in range(2)], 1, 2.0, lambda line: print(line, file=sys.stderr)))
+        sys.exit(launch_local(command, logs, 1, 2.0, lambda line: print(line, file=sys.stderr)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -246,6 +247,7 @@ def test_a_rank_that_stays_behind_is_named(launch: Callable[[str], Launch]) -> N
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_ID": "0"}
+MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in {"RANK": "0", "LOCAL_RANK": "0", "SIZE": "1", "LOCAL_SIZE": "1"}.items()}
 MASTER = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "ACCELERATE_DYNAMO_BACKEND": "NO"}
 
@@ -259,7 +261,12 @@ ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", 
         ({**SRUN, **MASTER}, Env(3, 1, 4, 2, "srun")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Env()),  # a batch script, not a step
         (
-            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+            {
+                "OMPI_COMM_WORLD_RANK": "0",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+                "OMPI_COMM_WORLD_SIZE": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+            },
             Env(launched_by="mpirun"),
         ),
         ({**TORCHRUN, **ACCELERATE}, Env(1, 1, 2, 2, "accelerate", Accelerate("no", True, False, None))),
