@@ -16,7 +16,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +147,8 @@ class MetricsWriter:
 
     def _show(self, record: Mapping[str, Any]) -> None:
         try:
-            for key, value in record.items():
-                if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                    self._board.add_scalar(f"{record['split']}/{key}", value, record["step"])
+            for name, value in _scalars(record):
+                self._board.add_scalar(f"{record['split']}/{name}", value, record["step"])
             self._board.flush()
         except OSError as error:  # its writer thread is dead then, so TensorBoard ends here; metrics.jsonl goes on
             self._board = None
@@ -161,6 +160,15 @@ class MetricsWriter:
             warnings.warn(
                 f"cannot write metrics below {self.path.parent}: {error.strerror or error}; training goes on", RuntimeWarning, stacklevel=3
             )
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of a record by name, those in nested dicts (the data position) as ``outer/inner``."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and f"{prefix}{key}" != "step":
+            yield f"{prefix}{key}", value
 
 
 def _wait_for_later_name(earlier: list[Path]) -> None:

@@ -176,7 +176,7 @@ def test_tensorboard_curves_have_one_point_per_step_after_a_resume(tmp_path, res
     run = RunDir(tmp_path)
     first = MetricsWriter(run, 0)
     for step in range(10):
-        first.write(record(step, lr=0.5, text="no number", flag=True))
+        first.write(record(step, lr=0.5, text="no number", flag=True, cursor={"epoch": 0, "step": step, "name": "x"}))
         first.write(record(step, "valid"))
     del first  # as after a kill: never closed, yet flushed
     second = MetricsWriter(run, resume_at)
@@ -189,6 +189,7 @@ def test_tensorboard_curves_have_one_point_per_step_after_a_resume(tmp_path, res
     assert [value for _, value in points[cut:]] == [100.0 + step for step in range(cut, 12)]
     assert [step for step, _ in _scalars(run.tensorboard, "train/lr")] == list(range(cut))
     if cut:
+        assert _scalars(run.tensorboard, "train/cursor/step") == [(step, step) for step in range(cut)]
         assert [step for step, _ in _scalars(run.tensorboard, "valid/loss")] == list(range(cut))
 
 

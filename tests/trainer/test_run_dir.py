@@ -75,6 +75,17 @@ def test_write_atomic_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatc
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_write_atomic_leaves_permissions_to_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        write_atomic(tmp_path / "private", b"x")
+        os.umask(0o022)
+        write_atomic(tmp_path / "public", b"x")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("private", "public")] == [0o600, 0o644]
+
+
 def test_write_atomic_under_kill_is_old_or_new(tmp_path):
     path = tmp_path / "file"
     write_atomic(path, b"0" * 1_000_000)
