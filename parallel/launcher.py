@@ -61,7 +61,7 @@ def launch_local(
 
     nproc = len(logs)
     log_starts = [_size(log) for log in logs]
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage] (documented)
     ranks = _Ranks(command, nproc, {rank: rank_variables(rank, nproc, store.port, threads) for rank in range(nproc)})
     hangup_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
     with _held_signals() as received:
