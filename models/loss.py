@@ -46,7 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 h = h_nC[tile].to(ctx.dtype)
                 dlogits = torch.mm(h, weight.t()).to(lse_n.dtype).sub_(lse_n[tile].unsqueeze(1)).exp_()
                 target = labels_n[tile].where(valid_n[tile], 0).unsqueeze(1)
-                dlogits.scatter_add_(1, target, dlogits.new_full((), -1.0).expand(target.shape))
+                dlogits.scatter_(1, target, dlogits.gather(1, target) - 1)
                 # A token without label contributes exactly nothing, even if its logits are not finite.
                 dlogits = dlogits.mul_(scale_n[tile].unsqueeze(1)).masked_fill_(~valid_n[tile].unsqueeze(1), 0).to(ctx.dtype)
                 if dh_nC is not None:

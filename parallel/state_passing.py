@@ -126,6 +126,6 @@ class _GatherTail(torch.autograd.Function):
 
 def _gather(x: Tensor, group: Any) -> Tensor:
     """[P, *x.shape]: every rank's ``x``, in one collective."""
-    out = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out.unflatten(0, (-1, x.shape[0]))
+    out = x.new_empty(dist.get_world_size(group), *x.shape)
+    dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
+    return out

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.batch import Bounds
 from models.config import MemoryModuleConfig, ModelConfig
-from models.memory.protocol import BUILDERS, build_memory
+from models.memory.protocol import BUILDERS, LocalCarry, build_memory
 
 D, B, T = 12, 2, 41
 DOCUMENTS = ((0, 1, 7, 8, 16, 33), (0, 20, 21, 22))
@@ -205,11 +205,18 @@ def test_state_survives_saving(kind):
     assert not list(module.buffers())  # a state is handed in and out, never part of the weights
 
 
+class OneOfMany(LocalCarry):
+    """Makes a module take the path of a split sequence while there is one rank only."""
+
+    local = False
+
+
 @kinds
+@pytest.mark.parametrize("carry", [LocalCarry(), OneOfMany()], ids=["whole", "split"])
 @pytest.mark.parametrize("tile_tokens", [0, 256])
-def test_cost_is_within_a_fifth_of_what_is_measured(kind, tile_tokens):
+def test_cost_is_within_a_fifth_of_what_is_measured(kind, tile_tokens, carry):
     module = make(kind, torch.float32, chunk=64, d_model=64, heads=2)
-    module.tile_tokens = tile_tokens
+    module.tile_tokens, module.carry = tile_tokens, carry
     x = torch.randn(2, 1024, 64, requires_grad=True)
     cost = module.cost(2, 1024, 4)
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
