@@ -181,8 +181,8 @@ def refusal(plan: MemoryPlan) -> str:
 
 
 def table_rows(plan: MemoryPlan) -> list[tuple[str, str, str, str]]:
-    """(term, kind, at the peak, formula), largest first; the last row is the total."""
-    terms = sorted((term for term in plan.terms if term.max_bytes), key=lambda term: (-term.bytes, -term.max_bytes))
+    """(term, kind, at the peak, formula) of what is held at the peak, largest first; the last row is the total."""
+    terms = sorted((term for term in plan.terms if term.bytes), key=lambda term: -term.bytes)
     rows = [(term.name, term.kind, gib(term.bytes), term.formula) for term in terms]
     return [*rows, ("total", "", gib(plan.peak_bytes), f"peak at '{plan.peak_moment}'")]
 

@@ -1,0 +1,230 @@
+"""Bytes of activations, from shapes: what each part of a layer keeps for backward, and what its backward makes on top.
+
+The formulas follow the code of models/ tensor by tensor and are tested against what autograd really saves and what the CPU
+allocator really hands out (tests/memory_mgmt/test_estimate.py). A change of what a module saves belongs here too.
+Imports no torch.
+
+Legend: n tokens of one rank times rows, e bytes of a computed value (bf16 2), w bytes of a wide value (fp32 4, fp64 8; the
+residual stream, statistics and recurrent states), d width of the residual stream, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from models.attention_plan import TileLimits
+from models.config import LayerKind, ModelConfig
+from models.flops import attention_parameters, ffn_parameters, memory_matmul_parameters
+
+ELEMENT = {"bf16": 2, "fp32": 4, "fp64": 8}
+WIDE = {"bf16": 4, "fp32": 4, "fp64": 8}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the bytes of one rank's layers depend on. Build it once; the methods are the formulas."""
+
+    config: ModelConfig
+    rows: int
+    tokens: int
+    """Tokens per row held by this rank."""
+    precision: str
+    ffn_tile: int = 0
+    memory_tile: int = 0
+    cp: int = 1
+    """Ranks that share a sequence."""
+    ranges: int = 1
+    """Ranges of the sequence that each of them holds (zigzag: 2)."""
+    cuda: bool = False
+
+    @property
+    def split(self) -> bool:
+        """The sequence is shared with other ranks: states and halos are exchanged."""
+        return self.cp > 1
+
+    @property
+    def n(self) -> int:
+        """Tokens of this rank, all rows."""
+        return self.rows * self.tokens
+
+    @property
+    def e(self) -> int:
+        """Bytes of a value computed under the run's precision."""
+        return ELEMENT[self.precision]
+
+    @property
+    def w(self) -> int:
+        """Bytes of a wide value."""
+        return WIDE[self.precision]
+
+    @property
+    def stream(self) -> int:
+        """One copy of the residual stream."""
+        return self.n * self.config.d_model * self.w
+
+    @property
+    def narrow(self) -> int:
+        """One tensor of the residual width in the computing dtype."""
+        return self.n * self.config.d_model * self.e
+
+    @property
+    def statistic(self) -> int:
+        """One wide number per token."""
+        return self.n * self.w
+
+    def in_tiles(self, tile: int) -> bool:
+        """Whether a tile of so many tokens really cuts each of this rank's ranges."""
+        return 0 < tile < self.tokens // self.ranges
+
+    # --- kept from forward to backward ------------------------------------------------------------------------------------
+
+    def cast_weights(self, parameters: int) -> int:
+        """Low-precision copies of weights that autocast makes and autograd keeps."""
+        return parameters * self.e if self.precision == "bf16" else 0
+
+    def norm_kept(self) -> int:
+        """The norm's input (the residual stream here) and one statistic per token."""
+        return self.stream + self.statistic
+
+    def attention_kept(self, kind: LayerKind) -> int:
+        """Input; q and k after rope, v, out; log-sum-exp; keys and values of the window before each range of a split sequence.
+        The rope table is shared by all layers (``rope_table``)."""
+        c = self.config
+        values = c.d_model + 2 * (c.n_heads + c.kv_heads) * c.attention_head_dim
+        halo = self._halo_keys(self.e) if kind == "swa" else 0
+        return self.n * (values * self.e + c.n_heads * self.w) + halo + self.cast_weights(attention_parameters(c))
+
+    def _halo_keys(self, itemsize: int) -> int:
+        """Keys and values of the window before each range, when it is not longer than what a rank holds."""
+        c = self.config
+        if not self.split or c.window - 1 > self.tokens:
+            return 0
+        return self.rows * self.ranges * (c.window - 1) * 2 * c.kv_heads * c.attention_head_dim * itemsize
+
+    def memory_kept(self) -> int:
+        """The input, and inside: everything (``memory_inside``), or with tiles one state per tile."""
+        c = self.config
+        halo = self.rows * self._halo * c.d_model * self.e
+        exchanged = (self.cp * self.ranges + 1) * self.rows * c.memory_heads * c.memory_key_dim**2 * self.w if self.split else 0
+        if not self.in_tiles(self.memory_tile):
+            return self.narrow + halo + exchanged + self.memory_inside()
+        n_tiles = -(-self.tokens // self.memory_tile)
+        states = exchanged + n_tiles * self.rows * c.memory_heads * c.memory_key_dim * self._state_width * self.w
+        joined = self.n * c.memory_heads * self._state_width * self.w if self.split else 0
+        return self.narrow + halo + states + joined
+
+    def memory_inside(self) -> int:
+        """What one Gated DeltaNet keeps besides its input: projections (e); per head in chunks (w) q, k, v, the inverse, W, U, the
+        state before each chunk, the output; seven statistics per head and token (two norms of q and k, beta, g, sigmoid, softplus
+        in and out) and the norm of the output; a split sequence adds the read-out of the incoming state."""
+        c = self.config
+        heads, key, value, chunk = c.memory_heads, c.memory_key_dim, c.memory_value_dim, c.memory.chunk_size
+        projected = heads * (2 * key + 3 * value)
+        joined = value + key if self.split else 0
+        wide = 2 * key + value + chunk + key + self._state_width + value + 8 + joined
+        states = (-(-self.tokens // chunk) + 1) * self.rows * heads * key * self._state_width * self.w
+        halo = self.rows * self._halo * heads * (2 * key + value) * self.e
+        return self.n * (projected * self.e + heads * wide * self.w) + states + halo + self.cast_weights(memory_matmul_parameters(c))
+
+    def mixer_kept(self, kind: LayerKind) -> int:
+        """What the mixer of a layer keeps, its input (the normed stream) included."""
+        return self.memory_kept() if kind == "memory" else self.attention_kept(kind)
+
+    def ffn_kept(self) -> int:
+        """The normed stream; gate, up and their product unless tiles recompute them."""
+        if self.ffn_tile:
+            return self.narrow
+        return self.narrow + 3 * self.n * self.config.ff_width * self.e + self.cast_weights(ffn_parameters(self.config))
+
+    def block_kept(self, kind: LayerKind) -> int:
+        """Everything one block keeps without recomputation, its input included."""
+        return 2 * self.norm_kept() + self.mixer_kept(kind) + self.ffn_kept()
+
+    def rope_table(self) -> int:
+        """cos and sin of every token, once for all attention layers."""
+        return self.n * self.config.attention_head_dim * self.w
+
+    # --- made and freed in backward, on top of what is kept -----------------------------------------------------------------
+
+    def norm_backward(self) -> int:
+        """Normed input and two products, all wide, and the incoming gradient."""
+        return 3 * self.stream + self.narrow
+
+    def ffn_backward(self) -> int:
+        """Gradients of product, up and gate and one temporary, less the product, which is freed first. With tiles: the input's
+        gradient, float32 totals and one tile's share of the weight gradients, and the inside of one tile with its gradients."""
+        c = self.config
+        if not self.ffn_tile:
+            return 3 * self.n * c.ff_width * self.e
+        in_tile = self.rows * min(self.ffn_tile, self.tokens)
+        weights = ffn_parameters(c) * (self.w + self.w + (2 * self.e if self.precision == "bf16" else 0))
+        incoming = self.narrow if self.precision == "bf16" else 0
+        return self.narrow + incoming + weights + in_tile * (6 * c.ff_width + 3 * c.d_model) * self.e
+
+    def attention_backward(self, kind: LayerKind) -> int:
+        """Gradients of out, q, k and v, then the rotation of q beside them; a window that runs as stacked blocks instead needs wide
+        accumulators and the gradients of one stack."""
+        c = self.config
+        queries, keys = c.n_heads * c.attention_head_dim, c.kv_heads * c.attention_head_dim
+        if kind == "swa" and c.window < self.tokens and not self.cuda:
+            return self.n * (2 * queries * self.e + (queries + 2 * keys) * self.w) + self._window_stack(queries, keys)
+        total = self.n * ((2 * queries + 2 * keys) * self.e + queries * self.w // 2)
+        if self.cuda:
+            # FlashAttention-2 backward: dq accumulates in fp32, dk and dv are made per query head and then summed.
+            total += self.n * queries * (4 + 2 * self.e)
+        return total
+
+    def _window_stack(self, queries: int, keys: int) -> int:
+        """Gradients dk, dv and dq of one call's stack of blocks; with several rows the stacked inputs are copies as well."""
+        limits, lookback = TileLimits(), self.config.window - 1
+        block = limits.block or min(256, max(64, 1 << (lookback // 4).bit_length()))
+        overlap = (block + lookback) / block
+        stacked_keys = min(self.tokens * overlap, limits.keys_per_call) * self.rows
+        copies = 1 if self.rows == 1 else 2
+        return int(stacked_keys * copies * (2 * keys + queries / overlap) * self.e)
+
+    def memory_backward(self) -> int:
+        """The written-out backward of the delta rule: seven chunk x chunk matrices, four of key, three of state and one of value width
+        and two of states per head, less what the gated norm freed before, one range of the sequence at a time; with tiles one
+        tile's inside and backward, and the gradient of the whole input twice while the tiles' parts are added."""
+        if self.in_tiles(self.memory_tile):
+            tile = replace(self, tokens=self.memory_tile, memory_tile=0, ranges=1)
+            return 2 * self.narrow + tile.memory_inside() + tile.memory_backward() + memory_matmul_parameters(self.config) * self.w
+        c = self.config
+        heads, key, value, chunk = c.memory_heads, c.memory_key_dim, c.memory_value_dim, c.memory.chunk_size
+        width = self._state_width
+        per_token = heads * self.w * (7 * chunk + 4 * key + 3 * width + value + key * width / chunk)
+        freed = heads * value * (self.w + 2 * self.e)
+        return int(self.n * (per_token - freed) / self.ranges) + self.narrow
+
+    def mixer_backward(self, kind: LayerKind) -> int:
+        """The most that the backward of a layer's mixer makes."""
+        return self.memory_backward() if kind == "memory" else self.attention_backward(kind)
+
+    # --- exchanged with other ranks -------------------------------------------------------------------------------------------
+
+    def exchange(self, kind: LayerKind) -> int:
+        """Buffers of one layer's exchange in backward, where it is largest. Ring: keys and values in hand and arriving, the wide
+        gradients of the own, of those in hand, and from the third rank on of those sent and arriving, and of the queries. Window:
+        the halo's wide gradients and their messages. Memory: every rank's state gradients."""
+        if not self.split:
+            return 0
+        c = self.config
+        keys = c.kv_heads * c.attention_head_dim
+        if kind == "memory":
+            return 2 * self.cp * (self.ranges + 1) * self.rows * c.memory_heads * c.memory_key_dim * c.memory_value_dim * self.w
+        halo = self._halo_keys(self.w) if kind == "swa" else 0
+        if halo:
+            return 3 * halo
+        more = 2 if self.cp > 2 else 1
+        return self.n * (more * keys * (2 * self.e + 4 * self.w) + c.n_heads * c.attention_head_dim * self.w)
+
+    @property
+    def _halo(self) -> int:
+        return self.config.memory.conv_kernel - 1
+
+    @property
+    def _state_width(self) -> int:
+        """Columns of the carried state: with a split sequence the transition matrix rides along."""
+        c = self.config
+        return c.memory_value_dim + (c.memory_key_dim if self.split else 0)

@@ -1,0 +1,436 @@
+"""The memory plan by arithmetic: what one rank holds at every moment of a training step, computed from shapes.
+
+It is an estimate, not a trace: the formulas of ``activations.py`` for what layers keep and make, and the order in which a step
+(forward, loss, backward block by block, clipping, update) holds parameters, gradients, activations and buffers. The peak is the
+largest moment; every term says how it was computed, and what is left out is listed in the plan. Imports no torch.
+
+Try alone: ``python -m memory_mgmt.estimate`` (the default model at 64K tokens on two ranks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from memory_mgmt.activations import ELEMENT, WIDE, Shapes
+from memory_mgmt.config import MemoryConfig
+from memory_mgmt.devices import DEVICES, MIB, Device
+from memory_mgmt.plan import GIB, Change, Kind, MemoryPlan, Moment, Term
+from models.config import LayerKind, ModelConfig
+from models.flops import (
+    attention_parameters,
+    block_parameters,
+    ffn_parameters,
+    memory_matmul_parameters,
+    memory_other_parameters,
+    model_flops_per_token,
+    parameter_count,
+)
+from optim.config import OptimConfig
+from parallel.config import ParallelConfig
+
+METHOD = "estimate from shapes"
+NOT_COUNTED = (
+    "writing a checkpoint (an asynchronous save copies parameters and optimizer states to host memory)",
+    "fragmentation and rounding of the allocator",
+    "tables of document bounds",
+)
+
+# Measured on Linux x86-64, torch 2.13, by running a model of a few KiB.
+CPU_LIBRARIES = 40 * MIB
+"""Growth of a CPU rank in its first step that no tensor explains: kernels and libraries loaded late, scratch of oneDNN and MKL."""
+CPU_RANK = 30 * MIB
+"""The same for being one of several ranks: FSDP, gloo threads and their buffers."""
+CPU_PROCESS = 400 * MIB
+"""A process that imported torch and the trainer, before it builds anything."""
+CUBLAS_WORKSPACE = 32 * MIB
+NCCL_BUFFERS = GIB // 2
+
+_Live = dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Label:
+    kind: Kind
+    formula: str
+
+
+_LABELS: dict[str, _Label] = {
+    "parameters": _Label("parameters", "this rank's shard, {w} bytes each"),
+    "parameters gathered (one block)": _Label("parameters", "one block whole for computing, in backward the next one's buffer as well"),
+    "parameters gathered (embedding, head)": _Label("parameters", "embedding, final norm and head stay whole through the step"),
+    "gradients": _Label("gradients", "one per parameter of the shard, {w} bytes each"),
+    "gradients before reduction": _Label("gradients", "one block's and the head's gradients whole, and the reduction's copy"),
+    "AdamW moments": _Label("optimizer", "two per parameter of the shard, {w} bytes each"),
+    "block inputs": _Label("activations", "residual stream and norm statistics of every block"),
+    "attention": _Label("activations", "per attention layer: input, q, k, v, out, log-sum-exp"),
+    "memory layers": _Label("activations", "per memory layer: projections, chunk matrices, states (with tiles: one state per tile)"),
+    "feed-forward": _Label("activations", "per layer: input, gate, up and product (with tiles: the input)"),
+    "rotary table": _Label("activations", "cos and sin of every token, shared by all layers"),
+    "bf16 copies of weights": _Label("activations", "2 bytes per projection weight, kept by autocast"),
+    "one block recomputed": _Label("transient", "what recomputation brings back: everything inside one block"),
+    "inside a forward pass": _Label("transient", "made and freed while one block runs forward"),
+    "inside a backward pass": _Label("transient", "made and freed while one part of a block runs backward"),
+    "gradient of the residual stream": _Label("transient", "one copy of the residual stream"),
+    "optimizer step": _Label("transient", "temporaries of AdamW"),
+    "loss inputs": _Label("loss", "last residual stream, its norm, log-sum-exp and loss per token"),
+    "logits of one tile": _Label("loss", "loss_tile_tokens x vocabulary, one or two copies"),
+    "loss gradients": _Label("loss", "gradients of the hidden states and of the output matrix"),
+    "exchange between ranks": _Label("communication", "ring, halo and state buffers of one layer"),
+    "batch": _Label("batch", "tokens, labels and positions of the step, prefetched ones as well"),
+    "libraries": _Label("overhead", "measured, not derived: code and scratch of kernels loaded in the first step"),
+    "cuBLAS workspace": _Label("overhead", "32 MiB per handle"),
+    "process": _Label("outside", "interpreter, torch and the trainer before anything is built"),
+    "CUDA context": _Label("outside", "context and library handles"),
+    "NCCL buffers": _Label("outside", "channels of the process groups"),
+}
+
+
+def estimate(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    memory: MemoryConfig,
+    optim: OptimConfig,
+    *,
+    seq_len: int,
+    micro_batch_size: int,
+    precision: str,
+    vocab_size: int,
+    layout: str,
+    grad_accum: int = 1,
+    device: Device = DEVICES["cpu"],
+    device_bytes: int | None = None,
+) -> MemoryPlan:
+    """The plan of one rank.
+
+    Args:
+        seq_len: tokens of a whole sequence, before it is split over ``parallel.cp`` ranks.
+        micro_batch_size: sequences per data-parallel rank in one forward and backward pass; grad_accum: passes per step.
+        precision: bf16, fp32 or fp64 as in ``train.precision``.
+        vocab_size: rows of the embedding.
+        layout: contiguous or zigzag, resolved (``RunConfig.layout``).
+        device: what the run is planned for; device_bytes: memory it has, default what the device table says.
+    Raises ValueError for a precision or layout that does not exist, or a sequence that the layout cannot split.
+    """
+    parts = parallel.cp * (2 if layout == "zigzag" else 1)
+    if precision not in ELEMENT or layout not in ("contiguous", "zigzag"):
+        raise ValueError(f"precision {precision!r} or layout {layout!r} is unknown")
+    if seq_len % parts:
+        raise ValueError(f"data.seq_len {seq_len} is not divisible by {parts} (parallel.cp {parallel.cp}, {layout} layout)")
+    step = _Step(model, parallel, memory, optim, seq_len, micro_batch_size, grad_accum, precision, vocab_size, layout == "zigzag", device)
+    budget = None if memory.budget_gib is None else int(memory.budget_gib * GIB)
+    plan = _plan(step, budget, device.memory_bytes if device_bytes is None else device_bytes)
+    return replace(plan, changes=tuple(_changes(step, layout, plan)))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step's settings, and what is live at each of its moments."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    memory: MemoryConfig
+    optim: OptimConfig
+    seq_len: int
+    rows: int
+    grad_accum: int
+    precision: str
+    vocab_size: int
+    zigzag: bool
+    device: Device
+
+    @property
+    def shapes(self) -> Shapes:
+        return Shapes(
+            config=self.model,
+            rows=self.rows,
+            tokens=self.seq_len // self.parallel.cp,
+            precision=self.precision,
+            ffn_tile=self.memory.ffn_tile_tokens,
+            memory_tile=self.memory.memory_tile_tokens,
+            cp=self.parallel.cp,
+            ranges=2 if self.zigzag and self.parallel.cp > 1 else 1,
+            cuda=self.device.is_cuda,
+        )
+
+    @property
+    def wide(self) -> int:
+        return WIDE[self.precision]
+
+    @property
+    def ranks(self) -> int:
+        return self.parallel.dp_replicate * self.parallel.dp_shard * self.parallel.cp
+
+    @property
+    def shards(self) -> int:
+        return self.parallel.dp_shard * self.parallel.cp
+
+    @property
+    def recompute(self) -> bool:
+        return self.memory.recompute == "block"
+
+    # --- parameters, gradients, optimizer ------------------------------------------------------------------------------------
+
+    def shard(self, parameters: int) -> int:
+        """Bytes of this rank's part."""
+        return -(-parameters // self.shards) * self.wide
+
+    @property
+    def root_parameters(self) -> int:
+        """Embedding, final norm and head: one FSDP unit."""
+        count = parameter_count(self.model, self.vocab_size)
+        return count.embedding + count.head + self.model.d_model
+
+    def resident(self) -> _Live:
+        """Held from the first moment of the run to the last."""
+        total = parameter_count(self.model, self.vocab_size).total
+        positions = self.rows * self.seq_len * 8 * 3
+        live = {
+            "parameters": self.shard(total),
+            "AdamW moments": 2 * self.shard(total),
+            # Whole sequences of every micro-batch and of the step being prefetched, and this rank's part on the device.
+            "batch": positions * self.grad_accum * (1 if self.device.is_cuda else 3) + positions // self.parallel.cp,
+        }
+        if self.device.is_cuda:
+            live |= {"cuBLAS workspace": CUBLAS_WORKSPACE, "CUDA context": self.device.context_bytes}
+            live |= {"NCCL buffers": NCCL_BUFFERS} if self.ranks > 1 else {}
+        else:
+            live |= {"libraries": CPU_LIBRARIES + (CPU_RANK if self.ranks > 1 else 0), "process": CPU_PROCESS}
+        return live
+
+    def gathered(self, block: int | None, backward: bool) -> _Live:
+        """What FSDP2 holds whole; nothing without it (a single process)."""
+        if self.ranks == 1:
+            return {}
+        live = {"parameters gathered (embedding, head)": self.root_parameters * self.wide}
+        if block is not None:
+            whole = block_parameters(self.model, self.model.layer_kinds[block]) * self.wide
+            live["parameters gathered (one block)"] = whole * (3 if backward and block > 0 else 2)
+        return live
+
+    def gradients(self, done_from: int, block: int | None = None) -> _Live:
+        """Gradients that exist when blocks from ``done_from`` up are done and ``block`` is being worked on."""
+        kinds = self.model.layer_kinds
+        done = sum(block_parameters(self.model, kind) for kind in kinds[done_from:])
+        head = self.vocab_size * self.model.d_model  # tied or not: the loss made it
+        own = block_parameters(self.model, kinds[block]) if block is not None else 0
+        if self.grad_accum > 1:
+            done = parameter_count(self.model, self.vocab_size).total - (0 if self.shards > 1 else own)
+        if self.ranks == 1:
+            return {"gradients": (done + (head if self.grad_accum == 1 else 0) + own) * self.wide}
+        return {"gradients": self.shard(done), "gradients before reduction": (head + 2 * own) * self.wide}
+
+    def all_gradients(self) -> _Live:
+        return {"gradients": self.shard(parameter_count(self.model, self.vocab_size).total)}
+
+    # --- activations -----------------------------------------------------------------------------------------------------------
+
+    def kept(self, n_blocks: int, forward: bool = False) -> _Live:
+        """Kept by the first ``n_blocks`` blocks once they ran forward; until the forward pass ends autocast's cache as well."""
+        s = self.shapes
+        live = {"rotary table": self.shapes.rope_table()} if any(kind != "memory" for kind in self.model.layer_kinds) else {}
+        for kind in self.model.layer_kinds[:n_blocks]:
+            live = _add(live, {"block inputs": s.stream} if self.recompute else self.inside(kind))
+            if self.recompute and forward:
+                live = _add(live, {"bf16 copies of weights": s.cast_weights(self.cached_weights(kind))})
+        return live
+
+    def cached_weights(self, kind: LayerKind) -> int:
+        """Parameters of one block whose low-precision copies autocast caches until the forward pass ends."""
+        mixer = memory_matmul_parameters(self.model) if kind == "memory" else attention_parameters(self.model)
+        return mixer + (0 if self.memory.ffn_tile_tokens else ffn_parameters(self.model))
+
+    def inside(self, kind: LayerKind) -> _Live:
+        """Kept by one block without recomputation."""
+        s, c = self.shapes, self.model
+        owner = "memory layers" if kind == "memory" else "attention"
+        mixer = memory_matmul_parameters(c) if kind == "memory" else attention_parameters(c)
+        casts = 0 if kind == "memory" and s.in_tiles(s.memory_tile) else s.cast_weights(mixer)
+        ffn_casts = 0 if s.ffn_tile else s.cast_weights(ffn_parameters(c))
+        live = {"block inputs": 2 * s.norm_kept(), owner: s.mixer_kept(kind) - casts, "feed-forward": s.ffn_kept() - ffn_casts}
+        return live | ({"bf16 copies of weights": casts + ffn_casts} if casts + ffn_casts else {})
+
+    def loss_inputs(self) -> _Live:
+        s = self.shapes
+        return {"loss inputs": s.norm_kept() + s.narrow + 3 * s.statistic}
+
+    def logits(self, backward: bool) -> int:
+        """Copies of one tile: forward the logits and their exponentials; backward their gradient (and a narrow copy in bf16)."""
+        tile = min(self.memory.loss_tile_tokens, self.shapes.n) * self.vocab_size
+        narrow = ELEMENT["bf16"] if self.precision == "bf16" else 0
+        return tile * (self.wide + narrow if backward else 2 * self.wide)
+
+    def head_cast(self) -> int:
+        return self.shapes.cast_weights(self.vocab_size * self.model.d_model)
+
+    # --- moments ---------------------------------------------------------------------------------------------------------------
+
+    def moments(self) -> list[tuple[str, _Live]]:
+        """Every moment of a step that can be the largest, with what is live beside ``resident``."""
+        n_blocks = len(self.model.layer_kinds)
+        accumulated = self.all_gradients() if self.grad_accum > 1 else {}
+        found = [("build", self.build())]
+        found += [(f"forward of block {i}", _sum(self.forward(i), accumulated)) for i in range(n_blocks)]
+        found.append(("loss forward", _sum(self.loss_forward(), accumulated)))
+        found.append(("loss backward", _sum(self.loss_backward(), accumulated)))
+        for block in reversed(range(n_blocks)):
+            found += [(f"backward of block {block}, {part}", live) for part, live in self.backward(block)]
+        found.append(("backward of the embedding", self.embedding_backward()))
+        return [*found, ("update", self.update())]
+
+    def build(self) -> _Live:
+        """The optimizer's states are made in a step with zero gradients."""
+        return self.update()
+
+    def forward(self, block: int) -> _Live:
+        s, kind = self.shapes, self.model.layer_kinds[block]
+        inside = sum(self.inside(kind).values()) if self.recompute else s.stream
+        return _sum(
+            self.kept(block + (not self.recompute), True), self.gathered(block, False), {"inside a forward pass": inside + s.stream}
+        )
+
+    def loss_forward(self) -> _Live:
+        live = _sum(self.kept(len(self.model.layer_kinds), True), self.gathered(None, False), self.loss_inputs())
+        return _sum(live, {"logits of one tile": self.logits(False) + self.head_cast()})
+
+    def loss_backward(self) -> _Live:
+        s = self.shapes
+        live = _sum(self.kept(len(self.model.layer_kinds)), self.gathered(None, True), self.loss_inputs())
+        gradients = s.narrow + self.vocab_size * self.model.d_model * self.wide
+        return _sum(live, {"logits of one tile": self.logits(True) + self.head_cast(), "loss gradients": gradients})
+
+    def backward(self, block: int) -> list[tuple[str, _Live]]:
+        """The four parts of one block's backward: while one runs, what later parts need is still held."""
+        s, kind = self.shapes, self.model.layer_kinds[block]
+        around = _sum(self.kept(block), self.gathered(block, True), self.gradients(block + 1, block))
+        around = _sum(around, {"gradient of the residual stream": s.stream})
+        if self.recompute:
+            around = _sum(around, {"block inputs": s.stream})
+        ffn, mixer, norm = s.ffn_kept(), s.mixer_kept(kind), s.norm_kept()
+        parts = {
+            "feed-forward": (2 * norm + mixer + ffn, s.ffn_backward(), 0),
+            "second norm": (2 * norm + mixer, s.norm_backward(), 0),
+            "memory" if kind == "memory" else "attention": (norm + mixer, s.mixer_backward(kind), s.exchange(kind)),
+            "first norm": (norm, s.norm_backward(), 0),
+        }
+        return [(name, _sum(around, self._inside_now(kind, held), _working(made, sent))) for name, (held, made, sent) in parts.items()]
+
+    def _inside_now(self, kind: LayerKind, held: int) -> _Live:
+        """What is left of a block's inside: under recomputation one term, else the same names as when it was kept."""
+        if self.recompute:
+            return {"one block recomputed": held - self.shapes.stream}
+        left: _Live = {}
+        for name, size in self.inside(kind).items():
+            left[name] = min(size, held)
+            held -= left[name]
+        return left
+
+    def embedding_backward(self) -> _Live:
+        gradient = self.vocab_size * self.model.d_model * self.wide
+        live = _sum(self.gradients(0), {"gradient of the residual stream": self.shapes.stream}, self.gathered(None, True))
+        if self.ranks == 1:
+            return _sum(live, {"gradients": gradient})
+        return _sum(live, {"gradients before reduction": gradient + self.root_parameters * self.wide})
+
+    @property
+    def largest_parameter(self) -> int:
+        c = self.model
+        widest = max(c.ff_width, c.n_heads * c.attention_head_dim, c.memory_heads * c.memory_value_dim)
+        return c.d_model * max(self.vocab_size, widest)
+
+    def update(self) -> _Live:
+        """AdamW: parameter by parameter on CPU (two temporaries), all parameters at once on CUDA (one temporary each)."""
+        total = parameter_count(self.model, self.vocab_size).total
+        temporaries = self.shard(total) if self.device.is_cuda else 2 * self.shard(self.largest_parameter)
+        return _sum(self.all_gradients(), {"optimizer step": temporaries})
+
+
+def _working(made: int, exchanged: int) -> _Live:
+    return {"inside a backward pass": made} | ({"exchange between ranks": exchanged} if exchanged else {})
+
+
+def _add(left: _Live, right: _Live) -> _Live:
+    return left | {name: left.get(name, 0) + size for name, size in right.items()}
+
+
+def _sum(*parts: _Live) -> _Live:
+    total: _Live = {}
+    for part in parts:
+        total = _add(total, part)
+    return total
+
+
+def _plan(step: _Step, budget_bytes: int | None, device_bytes: int | None) -> MemoryPlan:
+    resident = step.resident()
+    moments = [(name, _sum(resident, live)) for name, live in step.moments()]
+    _, at_peak = max(moments, key=lambda moment: sum(moment[1].values()))
+    terms = []
+    for name, label in _LABELS.items():
+        most = max(live.get(name, 0) for _, live in moments)
+        if most:
+            terms.append(Term(name, label.kind, at_peak.get(name, 0), most, label.formula.format(w=step.wide)))
+    return MemoryPlan(
+        method=METHOD,
+        device=step.device.name,
+        ranks=step.ranks,
+        terms=tuple(terms),
+        moments=tuple(Moment(name, sum(live.values())) for name, live in moments),
+        budget_bytes=budget_bytes,
+        device_bytes=device_bytes,
+        not_counted=NOT_COUNTED,
+    )
+
+
+# --- what would lower the peak ---------------------------------------------------------------------------------------------------
+
+
+def _changes(step: _Step, layout: str, plan: MemoryPlan) -> list[Change]:
+    """Settings that lower the peak by at least one percent, cheapest first; the last one is all cheap ones together."""
+    flops = model_flops_per_token(step.model, step.vocab_size, step.seq_len)
+    ffn_share = 2 * ffn_parameters(step.model) * len(step.model.layer_kinds) / flops
+    memory_parameters = memory_matmul_parameters(step.model) + memory_other_parameters(step.model)
+    memory_share = 2 * memory_parameters * step.model.layer_kinds.count("memory") / flops
+    head_share = 2 * step.vocab_size * step.model.d_model / flops
+    local = step.seq_len // step.parallel.cp
+    options: list[tuple[dict[str, int | str], str]] = []
+    for tile in (1024, 256):
+        if tile < min(step.memory.loss_tile_tokens, local):
+            options.append(({"loss_tile_tokens": tile}, "same arithmetic in smaller pieces"))
+    tile = max(256, min(2048, local // 16))
+    if not step.memory.ffn_tile_tokens and tile < local:
+        options.append(({"ffn_tile_tokens": tile}, f"about {ffn_share:.0%} more compute"))
+    if not step.memory.memory_tile_tokens and tile < local and "memory" in step.model.layer_kinds:
+        options.append(({"memory_tile_tokens": tile}, f"about {memory_share:.0%} more compute"))
+    if not step.recompute:
+        options.append(({"recompute": "block"}, f"about {1 / 3 - head_share:.0%} more compute"))
+    found = [_change(step, settings, cost) for settings, cost in options]
+    together = {key: value for settings, _ in options for key, value in settings.items()}
+    if len(together) > 1:
+        found.append(_change(step, together, "the costs of each added"))
+    wider = step.parallel.model_copy(update={"cp": 2 * step.parallel.cp})
+    if step.seq_len % (wider.cp * (2 if layout == "zigzag" or "full" in step.model.layer_kinds else 1)) == 0:
+        peak = _plan(replace(step, parallel=wider), None, None).peak_bytes
+        found.append(Change(f"parallel.cp={wider.cp}", peak, "twice the ranks"))
+    return [change for change in found if change.peak_bytes < 0.99 * plan.peak_bytes]
+
+
+def _change(step: _Step, settings: dict[str, int | str], cost: str) -> Change:
+    changed = replace(step, memory=step.memory.model_copy(update=settings))
+    overrides = " ".join(f"memory.{key}={value}" for key, value in settings.items())
+    return Change(overrides, _plan(changed, None, None).peak_bytes, cost)
+
+
+if __name__ == "__main__":
+    from memory_mgmt.plan import plain
+
+    shown = estimate(
+        ModelConfig(),
+        ParallelConfig(cp=2),
+        MemoryConfig(budget_gib=1.0),
+        OptimConfig(),
+        seq_len=65_536,
+        micro_batch_size=1,
+        precision="fp32",
+        vocab_size=256,
+        layout="contiguous",
+    )
+    print(plain(shown))
