@@ -9,7 +9,6 @@ PINS := pyproject.toml scripts/install.sh $(wildcard constraints/*.txt)
 # A real book, one document, where it is at hand; else million.yaml's own source.
 BOOK := $(firstword $(wildcard ../shared/data/books/war-and-peace.txt))
 MILLION := $(if $(BOOK),data.source=text data.path=$(BOOK))
-SOURCES := longstride.py trainer parallel memory_mgmt optim models slurm tests benchmarks
 PYTEST_ARGS ?=
 
 .PHONY: help install quickstart million test lint clean
@@ -39,8 +38,8 @@ test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
-	@$(BIN)/ruff check $(SOURCES)
-	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports
 
