@@ -34,5 +34,5 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, s
     norm = total.sqrt()
     if max_norm is not None:
         scale = torch.clamp(max_norm / (norm + 1e-12), max=1.0)
-        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
     return norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from optim.schedule import learning_rate
 from trainer.checkpoint import CheckpointManager
 from trainer.config import RunConfig
 from trainer.console import RunConsole
+from trainer.data.loader import Step
+from trainer.data.prefetch import Prefetcher
 from trainer.engine import Engine, LossSums
 from trainer.metrics import MetricsWriter
 from trainer.preemption import StopSignal
@@ -36,7 +38,7 @@ class Trainer:
     run_dir: RunDir
     engine: Engine
     state: TrainState
-    train_steps: Callable[[dict[str, Any]], Iterator[tuple[list[Batch], dict[str, Any]]]]
+    train_steps: Callable[[dict[str, Any]], Prefetcher[Step]]
     """From a data cursor: the micro-batches of each step and the cursor after them."""
     valid_batches: Callable[[], Iterable[Batch]]
     """The held-out batches of one evaluation, the same number on every rank; empty when there are none."""

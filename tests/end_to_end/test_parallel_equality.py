@@ -61,9 +61,7 @@ def train_steps(config: RunConfig) -> tuple[list[float], list[float], dict[str, 
         norms.append(engine.step(config.optim.lr))
         if step == STEPS:
             break
-    parameters = {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in engine.model.named_parameters()
-    }
+    parameters = {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in engine.model.named_parameters()}
     return losses, norms, parameters
 
 

@@ -29,7 +29,7 @@ def longstride(*arguments: object) -> None:
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps, stopped and resumed to 9."""
     folder = tmp_path_factory.mktemp("watch")
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} of a small corpus " * (3 + n % 5)}) + "\n" for n in range(80)))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} of a small text " * (3 + n % 5)}) + "\n" for n in range(80)))
     settings = [
         f"run.root={folder}",
         "run.name=watched",
