@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from memory_mgmt.apply import apply_memory_settings
+from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.monitor import MemoryMonitor
 from memory_mgmt.plan import MemoryPlan, gib
 from models.flops import model_flops_per_token
@@ -106,7 +107,11 @@ def _build_trainer(
     config: RunConfig, run_dir: RunDir, stop: StopSignal, resume: bool, is_main: bool, cleanup: contextlib.ExitStack
 ) -> Trainer:
     torch.use_deterministic_algorithms(config.train.deterministic)
+    # Deterministic mode also fills every new tensor with nan to expose reads of it; that is for debugging, and costs a pass each.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     device = current_device(config)
+    if device.type == "cpu":
+        return_freed_memory()
     mesh = mesh_for(config, device)
     dp_rank, dp_size = (mesh.dp_rank, mesh.dims.dp) if mesh else (0, 1)
     data = build_data(config, dp_rank, dp_size)
