@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from memory_mgmt.apply import apply_memory_settings
-from memory_mgmt.host_allocator import return_freed_memory
+from memory_mgmt.host_allocator import is_tight, return_freed_memory
 from memory_mgmt.monitor import MemoryMonitor
 from memory_mgmt.plan import MemoryPlan, gib
 from models.flops import model_flops_per_token
@@ -110,7 +110,8 @@ def _build_trainer(
     # Deterministic mode also fills every new tensor with nan to expose reads of it; that is for debugging, and costs a pass each.
     torch.utils.deterministic.fill_uninitialized_memory = False
     device = current_device(config)
-    if device.type == "cpu":
+    plan = MemoryPlan.from_json(run_dir.memory_plan.read_text())
+    if device.type == "cpu" and is_tight(plan):
         return_freed_memory()
     mesh = mesh_for(config, device)
     dp_rank, dp_size = (mesh.dp_rank, mesh.dims.dp) if mesh else (0, 1)
@@ -142,7 +143,7 @@ def _build_trainer(
         console=console,
         monitor=monitor,
         stop=stop,
-        plan=MemoryPlan.from_json(run_dir.memory_plan.read_text()),
+        plan=plan,
         flops_per_token=model_flops_per_token(config.model, vocab_size, config.data.seq_len),
         peak_flops=peak_flops(config, device) * (dist.get_world_size() if mesh else 1),
     )
