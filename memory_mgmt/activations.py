@@ -156,10 +156,9 @@ class Shapes:
         c = self.config
         if not self.ffn_tile:
             return 3 * self.n * c.ff_width * self.e
-        in_tile = self.rows * min(self.ffn_tile, self.tokens)
         weights = ffn_parameters(c) * (self.w + self.w + (2 * self.e if self.precision == "bf16" else 0))
         incoming = self.narrow if self.precision == "bf16" else 0
-        return self.narrow + incoming + weights + in_tile * (6 * c.ff_width + 3 * c.d_model) * self.e
+        return self.narrow + incoming + weights + self.tile_inside(min(self.ffn_tile, self.tokens), memory=False)
 
     def attention_backward(self, kind: LayerKind) -> int:
         """Gradients of out, q, k and v, then the rotation of q beside them; a window that runs as stacked blocks instead needs wide
@@ -188,14 +187,21 @@ class Shapes:
         and two of states per head, less what the gated norm freed before, one range of the sequence at a time; with tiles one
         tile's inside and backward, and the gradient of the whole input twice while the tiles' parts are added."""
         if self.in_tiles(self.memory_tile):
-            tile = replace(self, tokens=self.memory_tile, memory_tile=0, ranges=1)
-            return 2 * self.narrow + tile.memory_inside() + tile.memory_backward() + memory_matmul_parameters(self.config) * self.w
+            inside = self.tile_inside(self.memory_tile, memory=True)
+            return 2 * self.narrow + inside + memory_matmul_parameters(self.config) * self.w
         c = self.config
         heads, key, value, chunk = c.memory_heads, c.memory_key_dim, c.memory_value_dim, c.memory.chunk_size
         width = self._state_width
         per_token = heads * self.w * (7 * chunk + 4 * key + 3 * width + value + key * width / chunk)
         freed = heads * value * (self.w + 2 * self.e)
         return int(self.n * (per_token - freed) / self.ranges) + self.narrow
+
+    def tile_inside(self, tile_tokens: int, memory: bool) -> int:
+        """One tile of a memory layer or a feed-forward while its backward runs: what it keeps and what it makes."""
+        if memory:
+            tile = replace(self, tokens=tile_tokens, memory_tile=0, ranges=1)
+            return tile.memory_inside() + tile.memory_backward()
+        return self.rows * tile_tokens * (6 * self.config.ff_width + 3 * self.config.d_model) * self.e
 
     def mixer_backward(self, kind: LayerKind) -> int:
         """The most that the backward of a layer's mixer makes."""

@@ -31,15 +31,18 @@ from parallel.config import ParallelConfig
 METHOD = "estimate from shapes"
 NOT_COUNTED = (
     "writing a checkpoint (an asynchronous save copies parameters and optimizer states to host memory)",
-    "fragmentation and rounding of the allocator",
+    "fragmentation and rounding of the allocator (on CPU without memory_mgmt/host_allocator.py up to 1.5 times the tensors more)",
     "tables of document bounds",
 )
 
-# Measured on Linux x86-64, torch 2.13, by running a model of a few KiB.
-CPU_LIBRARIES = 40 * MIB
+# Measured on Linux x86-64, torch 2.13, glibc 2.36, with memory_mgmt/host_allocator.py in effect.
+CPU_LIBRARIES = 52 * MIB
 """Growth of a CPU rank in its first step that no tensor explains: kernels and libraries loaded late, scratch of oneDNN and MKL."""
-CPU_RANK = 30 * MIB
+CPU_RANK = 8 * MIB
 """The same for being one of several ranks: FSDP, gloo threads and their buffers."""
+HEAP_BLOCK = 2 * MIB
+HEAP_COPIES = 4
+"""Tensors of tiles below this size live in the heap; its holes keep about four times one tile's inside."""
 CPU_PROCESS = 400 * MIB
 """A process that imported torch and the trainer, before it builds anything."""
 CUBLAS_WORKSPACE = 32 * MIB
@@ -78,6 +81,7 @@ _LABELS: dict[str, _Label] = {
     "exchange between ranks": _Label("communication", "ring, halo and state buffers of one layer"),
     "batch": _Label("batch", "tokens, labels and positions of the step, prefetched ones as well"),
     "libraries": _Label("overhead", "measured, not derived: code and scratch of kernels loaded in the first step"),
+    "heap": _Label("overhead", "measured, not derived: holes that tensors of small tiles leave"),
     "cuBLAS workspace": _Label("overhead", "32 MiB per handle"),
     "process": _Label("outside", "interpreter, torch and the trainer before anything is built"),
     "CUDA context": _Label("outside", "context and library handles"),
@@ -195,7 +199,15 @@ class _Step:
             live |= {"NCCL buffers": NCCL_BUFFERS} if self.ranks > 1 else {}
         else:
             live |= {"libraries": CPU_LIBRARIES + (CPU_RANK if self.ranks > 1 else 0), "process": CPU_PROCESS}
+            live |= {"heap": self.heap()} if self.heap() else {}
         return live
+
+    def heap(self) -> int:
+        """Holes that small tiles leave in a CPU process."""
+        s, c = self.shapes, self.model
+        tiles = [tile for tile in (s.ffn_tile, s.memory_tile if "memory" in c.layer_kinds else 0) if s.in_tiles(tile)]
+        small = [tile for tile in tiles if self.rows * tile * c.d_model * s.e < HEAP_BLOCK]
+        return HEAP_COPIES * max((s.tile_inside(tile, tile == s.memory_tile and "memory" in c.layer_kinds) for tile in small), default=0)
 
     def gathered(self, block: int | None, backward: bool) -> _Live:
         """What FSDP2 holds whole; nothing without it (a single process)."""
