@@ -108,7 +108,7 @@ def _build_trainer(
 ) -> Trainer:
     torch.use_deterministic_algorithms(config.train.deterministic)
     # Deterministic mode also fills every new tensor with nan to expose reads of it; that is for debugging, and costs a pass each.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     device = current_device(config)
     plan = MemoryPlan.from_json(run_dir.memory_plan.read_text())
     if device.type == "cpu" and is_tight(plan):
