@@ -60,7 +60,7 @@ class MemoryMonitor:
             return "cuda max_memory_allocated"
         if self._resettable:
             return "growth of peak resident set (VmHWM, reset each time)"
-        return "growth of peak resident set since process start (ru_maxrss)"
+        return f"growth of peak resident set since process start ({'VmHWM' if _STATUS.exists() else 'ru_maxrss'})"
 
     def reset(self) -> None:
         """Start a new measurement: the next reading is the peak from now on."""
@@ -74,7 +74,7 @@ class MemoryMonitor:
         if self._cuda:
             peak, reserved = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
             return MemoryReading(peak, reserved, self.source, since_reset=True)
-        peak = _peak_resident_bytes() if self._resettable else _process_peak_bytes()
+        peak = _peak_resident_bytes()
         return MemoryReading(max(0, peak - self._baseline), None, self.source, since_reset=self._resettable)
 
     def peak_bytes(self) -> int:
@@ -113,13 +113,13 @@ def _reset_peak_resident() -> bool:
 
 
 def _peak_resident_bytes() -> int:
+    """Peak resident set, since the last reset where there is one."""
     fields = _status_fields()
-    return max(fields["VmHWM"], fields["VmRSS"])
-
-
-def _process_peak_bytes() -> int:
+    if "VmHWM" in fields:
+        return max(fields["VmHWM"], fields["VmRSS"])
+    # Not on Linux if it can be helped: there ru_maxrss starts with the peak of the process that started this one.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def _cgroup_headroom() -> list[int]:

