@@ -171,6 +171,8 @@ def closing_lines(trainer: Trainer) -> list[str]:
     """What a person wants to know at the end of a run, and what to type next."""
     path, planned = trainer.run_dir.path, trainer.plan.measurable_peak_bytes
     lines = []
+    if trainer.last_train is not None and (by_position := trainer.last_train.position_lines()):
+        lines += [f"training loss at step {trainer.state.step} by position in the sequence:", *by_position]
     if trainer.last_valid is not None:
         lines.append(f"held-out {describe_loss(trainer.last_valid.loss, trainer.valid_bytes_per_label)}")
     lines.append(f"peak memory per rank: planned {gib(planned)}, measured {gib(trainer.peak_bytes)} ({trainer.monitor.source})")

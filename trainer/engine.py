@@ -44,6 +44,16 @@ class LossSums:
         """Mean loss of each bucket of ``POSITION_BUCKET_TOKENS``; None where it holds no valid token."""
         return [nll / count if count else None for nll, count in zip(self.bucket_nll, self.bucket_tokens, strict=True)]
 
+    def position_lines(self) -> list[str]:
+        """``loss_by_position`` for people, one line per bucket; nothing for sequences that fit in one bucket."""
+        if len(self.bucket_nll) == 1:
+            return []
+        lines = []
+        for i, loss in enumerate(self.loss_by_position):
+            start, end = i * POSITION_BUCKET_TOKENS, (i + 1) * POSITION_BUCKET_TOKENS
+            lines.append(f"  positions {start:>9,} to {end:>9,}: " + ("no tokens" if loss is None else f"loss {loss:.4f}"))
+        return lines
+
 
 def forward(model: Transformer, shard: Batch, device: torch.device, precision: Precision) -> torch.Tensor:
     """nll_BT of one shard on ``device``, with bf16 autocast if ``precision`` says so."""

@@ -53,6 +53,8 @@ class Trainer:
     flops_per_token: float
     peak_flops: float
     """Of all devices of the run together, in FLOP/s."""
+    last_train: LossSums | None = None
+    """Result of the last step."""
     last_valid: LossSums | None = None
     """Result of the last evaluation."""
     peak_bytes: int = 0
@@ -95,6 +97,7 @@ class Trainer:
                 f"step {self.state.step + 1}: loss {sums.loss}, gradient norm {norm}; stopped unsaved, the last checkpoint is intact. "
                 f"Lower optim.lr or lengthen optim.schedule.warmup_steps, then: longstride resume {self.run_dir.path}"
             )
+        self.last_train = sums
         tokens = self.config.global_batch_sequences * self.config.data.seq_len
         self.state.step += 1
         self.state.tokens += tokens

@@ -14,7 +14,7 @@ from trainer.build import build_model, current_device, describe_loss, model_voca
 from trainer.checkpoint import CheckpointManager
 from trainer.config import RunConfig
 from trainer.data.build import build_data
-from trainer.engine import POSITION_BUCKET_TOKENS, LossSums, evaluate
+from trainer.engine import LossSums, evaluate
 from trainer.run_dir import RunDir
 
 
@@ -29,12 +29,7 @@ class Perplexity:
     def lines(self) -> list[str]:
         """The result for people; one line per position bucket when sequences are longer than a bucket."""
         text = describe_loss(self.sums.loss, self.bytes_per_label)
-        lines = [f"step {self.step}: {text} ({self.sums.valid_tokens:,} tokens)"]
-        if len(self.sums.bucket_nll) > 1:
-            for i, loss in enumerate(self.sums.loss_by_position):
-                span = f"{i * POSITION_BUCKET_TOKENS:>9,} to {(i + 1) * POSITION_BUCKET_TOKENS:>9,}"
-                lines.append(f"  positions {span}: " + ("no tokens" if loss is None else f"loss {loss:.4f}"))
-        return lines
+        return [f"step {self.step}: {text} ({self.sums.valid_tokens:,} tokens)", *self.sums.position_lines()]
 
 
 def perplexity(run_dir: RunDir, step: int | None = None, data_path: str | None = None, sequences: int | None = None) -> Perplexity:
