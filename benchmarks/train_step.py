@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -51,7 +50,7 @@ SYSTEMS = {
     "hf": "Hugging Face Trainer",
     "hf_checkpointing": "Hugging Face Trainer, gradient_checkpointing",
     "longstride": "longstride",
-    "longstride_recompute": "longstride, memory.recompute=block",
+    "longstride_recompute": "longstride, memory.recompute=block, freed blocks given back",
 }
 PAIRS = (("longstride", "hf"), ("longstride_recompute", "hf_checkpointing"))
 
@@ -194,7 +193,8 @@ def run_longstride(case: Case, weights: Path) -> dict[str, Any]:
     from trainer.config import DataSection, RunConfig, TrainSection
 
     device = torch.device("cpu")
-    return_freed_memory()  # what trainer/build.py does on CPU
+    if case.system == "longstride_recompute":
+        return_freed_memory()  # what trainer/build.py does where memory is tight
     if case.ranks > 1:
         dist.init_process_group("gloo")
     monitor = MemoryMonitor(device)
@@ -347,7 +347,6 @@ def machine() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "host": socket.gethostname(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -265,9 +265,8 @@ def _override_value(key: _Key, text: str) -> Any:
     """``text`` as a YAML value; for a key that holds free text, as it stands unless quoted or null."""
     if not text.strip():
         raise UserError(f"{COMMAND_LINE}: {key.path}= has no value; write {key.path}=null for none")
-    if str in (typing.get_args(key.field.annotation) or (key.field.annotation,)):
-        quoted = text.strip()[0] in "\"'"
-        return _parse(text, COMMAND_LINE) if quoted else None if text.strip() == "null" else text
+    if str in (typing.get_args(key.field.annotation) or (key.field.annotation,)) and text.strip()[0] not in "\"'":
+        return None if text.strip() == "null" else text
     try:
         return _parse(text, COMMAND_LINE)
     except UserError as error:
