@@ -146,6 +146,7 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
 
 
 def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, ranks: int, env: Env) -> int:
+    from memory_mgmt.plan import MemoryPlan
     from models.errors import RunFailed
     from parallel.distributed import threads_for
     from parallel.launcher import launch_local
@@ -158,9 +159,11 @@ def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, 
     run_dir = _open_run(config, run_dir, name)
     command = [sys.executable, str(HOME / "longstride.py"), RANK, str(run_dir.path), str(os.getpid()), "resume" if resume else "new"]
     logs = [run_dir.log(rank) for rank in range(ranks)]
+    tight = MemoryPlan.from_json(run_dir.memory_plan.read_text()).return_freed_blocks
     threads = threads_for(config.train.threads_per_rank, ranks)
     try:
-        return launch_local(command, logs, threads, config.parallel.timeout_seconds + 60.0, lambda line: print(line, file=sys.stderr))
+        drain = config.parallel.timeout_seconds + 60.0
+        return launch_local(command, logs, threads, drain, lambda line: print(line, file=sys.stderr), huge_pages=tight)
     except RunFailed as error:
         state = run_dir.read_state()
         if state is None or state.status == "running":  # the ranks could not write why they ended

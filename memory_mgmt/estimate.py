@@ -31,7 +31,7 @@ from parallel.config import ParallelConfig
 METHOD = "estimate from shapes"
 NOT_COUNTED = (
     "writing a checkpoint (an asynchronous save copies parameters and optimizer states to host memory)",
-    "fragmentation and rounding of the allocator (on CPU without memory_mgmt/host_allocator.py up to 1.5 times the tensors more)",
+    "rounding of the allocator",
     "tables of document bounds",
 )
 
@@ -43,6 +43,11 @@ CPU_RANK = 8 * MIB
 HEAP_BLOCK = 2 * MIB
 HEAP_COPIES = 4
 """Tensors of tiles below this size live in the heap; its holes keep about four times one tile's inside."""
+HOLES_SHARE = 0.45
+HOLES_SHARE_TILES = 1.0
+"""Freed blocks that the C library keeps where it is not told to give them back, as a share of all that comes and goes in a step."""
+TIGHT_FACTOR = 2.0
+"""Freed blocks are given back when the limit is below this times the peak; giving them back costs time (memory_mgmt/host_allocator.py)."""
 CPU_PROCESS = 400 * MIB
 """A process that imported torch and the trainer, before it builds anything."""
 CUBLAS_WORKSPACE = 32 * MIB
@@ -82,6 +87,7 @@ _LABELS: dict[str, _Label] = {
     "batch": _Label("batch", "tokens, labels and positions of the step, prefetched ones as well"),
     "libraries": _Label("overhead", "measured, not derived: code and scratch of kernels loaded in the first step"),
     "heap": _Label("overhead", "measured, not derived: holes that tensors of small tiles leave"),
+    "heap holes": _Label("overhead", "measured, not derived: freed blocks that the C library keeps; given back where memory is tight"),
     "cuBLAS workspace": _Label("overhead", "32 MiB per handle"),
     "process": _Label("outside", "interpreter, torch and the trainer before anything is built"),
     "CUDA context": _Label("outside", "context and library handles"),
@@ -122,8 +128,13 @@ def estimate(
         raise ValueError(f"data.seq_len {seq_len} is not divisible by {parts} (parallel.cp {parallel.cp}, {layout} layout)")
     step = _Step(model, parallel, memory, optim, seq_len, micro_batch_size, grad_accum, precision, vocab_size, layout == "zigzag", device)
     budget = None if memory.budget_gib is None else int(memory.budget_gib * GIB)
-    plan = _plan(step, budget, device.memory_bytes if device_bytes is None else device_bytes)
-    return replace(plan, changes=tuple(_changes(step, layout, plan)))
+    available = device.memory_bytes if device_bytes is None else device_bytes
+    plan = _plan(step, budget, available, holes=False)
+    tight = plan.limit_bytes is not None and plan.peak_bytes * TIGHT_FACTOR > plan.limit_bytes
+    holes = not tight and not device.is_cuda
+    if holes:
+        plan = _plan(step, budget, available, holes)
+    return replace(plan, changes=tuple(_changes(step, layout, plan)), return_freed_blocks=tight and not device.is_cuda)
 
 
 @dataclass(frozen=True)
@@ -209,6 +220,13 @@ class _Step:
         small = [tile for tile in tiles if self.rows * tile * c.d_model * s.e < HEAP_BLOCK]
         return HEAP_COPIES * max((s.tile_inside(tile, tile == s.memory_tile and "memory" in c.layer_kinds) for tile in small), default=0)
 
+    def heap_holes(self, coming_and_going: int) -> int:
+        """Holes of an ordinary heap under a step whose tensors take ``coming_and_going`` at most. Blocks above 32 MiB leave none."""
+        s = self.shapes
+        tiles = s.in_tiles(s.ffn_tile) or s.in_tiles(s.memory_tile)
+        share = HOLES_SHARE_TILES if tiles else HOLES_SHARE
+        return 0 if s.stream >= 32 * MIB and not tiles else int(share * coming_and_going) - self.heap()
+
     def gathered(self, block: int | None, backward: bool) -> _Live:
         """What FSDP2 holds whole; nothing without it (a single process)."""
         if self.ranks == 1:
@@ -236,20 +254,13 @@ class _Step:
 
     # --- activations -----------------------------------------------------------------------------------------------------------
 
-    def kept(self, n_blocks: int, forward: bool = False) -> _Live:
-        """Kept by the first ``n_blocks`` blocks once they ran forward; until the forward pass ends autocast's cache as well."""
+    def kept(self, n_blocks: int) -> _Live:
+        """Kept by the first ``n_blocks`` blocks once they ran forward."""
         s = self.shapes
         live = {"rotary table": self.shapes.rope_table()} if any(kind != "memory" for kind in self.model.layer_kinds) else {}
         for kind in self.model.layer_kinds[:n_blocks]:
             live = _add(live, {"block inputs": s.stream} if self.recompute else self.inside(kind))
-            if self.recompute and forward:
-                live = _add(live, {"bf16 copies of weights": s.cast_weights(self.cached_weights(kind))})
         return live
-
-    def cached_weights(self, kind: LayerKind) -> int:
-        """Parameters of one block whose low-precision copies autocast caches until the forward pass ends."""
-        mixer = memory_matmul_parameters(self.model) if kind == "memory" else attention_parameters(self.model)
-        return mixer + (0 if self.memory.ffn_tile_tokens else ffn_parameters(self.model))
 
     def inside(self, kind: LayerKind) -> _Live:
         """Kept by one block without recomputation."""
@@ -296,12 +307,10 @@ class _Step:
     def forward(self, block: int) -> _Live:
         s, kind = self.shapes, self.model.layer_kinds[block]
         inside = sum(self.inside(kind).values()) if self.recompute else s.stream
-        return _sum(
-            self.kept(block + (not self.recompute), True), self.gathered(block, False), {"inside a forward pass": inside + s.stream}
-        )
+        return _sum(self.kept(block + (not self.recompute)), self.gathered(block, False), {"inside a forward pass": inside + s.stream})
 
     def loss_forward(self) -> _Live:
-        live = _sum(self.kept(len(self.model.layer_kinds), True), self.gathered(None, False), self.loss_inputs())
+        live = _sum(self.kept(len(self.model.layer_kinds)), self.gathered(None, False), self.loss_inputs())
         return _sum(live, {"logits of one tile": self.logits(False) + self.head_cast()})
 
     def loss_backward(self) -> _Live:
@@ -371,9 +380,12 @@ def _sum(*parts: _Live) -> _Live:
     return total
 
 
-def _plan(step: _Step, budget_bytes: int | None, device_bytes: int | None) -> MemoryPlan:
+def _plan(step: _Step, budget_bytes: int | None, device_bytes: int | None, holes: bool) -> MemoryPlan:
     resident = step.resident()
-    moments = [(name, _sum(resident, live)) for name, live in step.moments()]
+    live_moments = list(step.moments())
+    if holes:
+        resident["heap holes"] = step.heap_holes(max(sum(live.values()) for _, live in live_moments))
+    moments = [(name, _sum(resident, live)) for name, live in live_moments]
     _, at_peak = max(moments, key=lambda moment: sum(moment[1].values()))
     terms = []
     for name, label in _LABELS.items():
@@ -414,21 +426,22 @@ def _changes(step: _Step, layout: str, plan: MemoryPlan) -> list[Change]:
         options.append(({"memory_tile_tokens": tile}, f"about {memory_share:.0%} more compute"))
     if not step.recompute:
         options.append(({"recompute": "block"}, f"about {1 / 3 - head_share:.0%} more compute"))
-    found = [_change(step, settings, cost) for settings, cost in options]
+    holes = any(term.name == "heap holes" for term in plan.terms)
+    found = [_change(step, settings, cost, holes) for settings, cost in options]
     together = {key: value for settings, _ in options for key, value in settings.items()}
     if len(together) > 1:
-        found.append(_change(step, together, "the costs of each added"))
+        found.append(_change(step, together, "the costs of each added", holes))
     wider = step.parallel.model_copy(update={"cp": 2 * step.parallel.cp})
     if step.seq_len % (wider.cp * (2 if layout == "zigzag" or "full" in step.model.layer_kinds else 1)) == 0:
-        peak = _plan(replace(step, parallel=wider), None, None).peak_bytes
+        peak = _plan(replace(step, parallel=wider), None, None, holes).peak_bytes
         found.append(Change(f"parallel.cp={wider.cp}", peak, "twice the ranks"))
     return [change for change in found if change.peak_bytes < 0.99 * plan.peak_bytes]
 
 
-def _change(step: _Step, settings: dict[str, int | str], cost: str) -> Change:
+def _change(step: _Step, settings: dict[str, int | str], cost: str, holes: bool) -> Change:
     changed = replace(step, memory=step.memory.model_copy(update=settings))
     overrides = " ".join(f"memory.{key}={value}" for key, value in settings.items())
-    return Change(overrides, _plan(changed, None, None).peak_bytes, cost)
+    return Change(overrides, _plan(changed, None, None, holes).peak_bytes, cost)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ class MemoryPlan:
     """What ``memory.budget_gib`` allows; None: no limit was set."""
     device_bytes: int | None
     """What the device has; None: not known."""
+    return_freed_blocks: bool = False
+    """Whether a CPU rank must give freed blocks back to stay within the plan (``memory_mgmt/host_allocator.py``)."""
     not_counted: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
 

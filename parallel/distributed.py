@@ -94,10 +94,11 @@ def environment(variables: Mapping[str, str] | None = None) -> Env:
     return Env(accelerate=accelerate)
 
 
-def rank_variables(rank: int, nproc: int, master_port: int, threads: int) -> dict[str, str]:
+def rank_variables(rank: int, nproc: int, master_port: int, threads: int, huge_pages: bool = False) -> dict[str, str]:
     """Variables that make a process rank ``rank`` of ``nproc`` on this machine; the store listens on ``master_port``.
 
     The launcher itself holds the store (TORCHELASTIC_USE_AGENT_STORE), so no other process can take the port first.
+    ``huge_pages``: torch asks the kernel for 2 MiB pages for large CPU tensors, which halves the cost of making them anew.
     """
     variables = {
         "RANK": str(rank),
@@ -114,6 +115,8 @@ def rank_variables(rank: int, nproc: int, master_port: int, threads: int) -> dic
         "TORCHELASTIC_RUN_ID": "longstride",
         "OMP_NUM_THREADS": str(threads),
     }
+    if huge_pages:
+        variables["THP_MEM_ALLOC_ENABLE"] = "1"
     if "GLOO_SOCKET_IFNAME" not in os.environ and os.path.exists("/sys/class/net/lo"):  # noqa: PTH110 (a device, not a file of ours)
         variables["GLOO_SOCKET_IFNAME"] = "lo"  # a host name that does not resolve would make gloo wait for minutes
     return variables

@@ -44,7 +44,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def launch_local(
-    command: Sequence[str], logs: Sequence[Path], threads: int, drain_seconds: float = 900.0, notify: Callable[[str], None] = print
+    command: Sequence[str],
+    logs: Sequence[Path],
+    threads: int,
+    drain_seconds: float = 900.0,
+    notify: Callable[[str], None] = print,
+    huge_pages: bool = False,
 ) -> int:
     """Run ``command`` as ``len(logs)`` connected ranks on this machine, each with its log, and wait for all of them.
 
@@ -62,7 +67,7 @@ def launch_local(
     nproc = len(logs)
     log_starts = [_size(log) for log in logs]
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage] (documented)
-    ranks = _Ranks(command, nproc, {rank: rank_variables(rank, nproc, store.port, threads) for rank in range(nproc)})
+    ranks = _Ranks(command, nproc, {rank: rank_variables(rank, nproc, store.port, threads, huge_pages) for rank in range(nproc)})
     hangup_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup
     with _held_signals() as received:
         try:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from memory_mgmt.apply import apply_memory_settings
-from memory_mgmt.host_allocator import is_tight, return_freed_memory
+from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.monitor import MemoryMonitor
 from memory_mgmt.plan import MemoryPlan, gib
 from models.flops import model_flops_per_token
@@ -111,7 +111,7 @@ def _build_trainer(
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     device = current_device(config)
     plan = MemoryPlan.from_json(run_dir.memory_plan.read_text())
-    if device.type == "cpu" and is_tight(plan):
+    if device.type == "cpu" and plan.return_freed_blocks:
         return_freed_memory()
     mesh = mesh_for(config, device)
     dp_rank, dp_size = (mesh.dp_rank, mesh.dims.dp) if mesh else (0, 1)

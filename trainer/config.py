@@ -38,7 +38,7 @@ class DataSection(Section):
     """python_stdlib: the running Python's standard library, one package one document; text, jsonl, parquet, arrow: local
     files or folders at data.path; hub: a data set name for the datasets library."""
     path: str | None = None
-    """File, folder or glob (local sources), or data set name (hub)."""
+    """File, folder or glob (local sources), data set name (hub), or another library folder (python_stdlib; null: the running one)."""
     hub_config: str | None = None
     """Configuration (subset) name of a hub data set."""
     hub_split: str = "train"
@@ -58,7 +58,8 @@ class DataSection(Section):
     shuffle: Literal["sequences", "documents", "none"] = "sequences"
     """sequences: documents and then packed sequences are permuted each epoch; documents: only documents; none: file order."""
     streaming: bool = False
-    """Tokenise while reading, in file order with an exact cursor, instead of tokenising the source once."""
+    """Tokenise while reading, in file order with an exact cursor, instead of tokenising the source once; needs data.shuffle none and
+    data.valid_path or data.valid_fraction 0."""
     on_bad_document: Literal["error", "skip"] = "error"
     """error: stop at an unreadable document, naming file and line; skip: leave it out and count it."""
     cache_dir: str | None = None
@@ -66,7 +67,7 @@ class DataSection(Section):
     tokenize_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that tokenise; 0 uses every core."""
     prefetch_batches: Annotated[int, Field(ge=0, le=64)] = 2
-    """Batches made ready in the background."""
+    """Batches made ready in the background, rounded up to whole steps."""
 
     @model_validator(mode="after")
     def _check_path(self) -> DataSection:

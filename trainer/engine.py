@@ -57,7 +57,9 @@ class LossSums:
 
 def forward(model: Transformer, shard: Batch, device: torch.device, precision: Precision) -> torch.Tensor:
     """nll_BT of one shard on ``device``, with bf16 autocast if ``precision`` says so."""
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    # No cache: it would keep a bf16 copy of every (gathered) weight until the end of the forward pass.
+    bf16 = torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+    autocast = bf16 if precision == "bf16" else contextlib.nullcontext()
     with autocast:
         return model(shard.to(device))
 

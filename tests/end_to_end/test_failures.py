@@ -57,7 +57,15 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_never_saved(settings: 
 def test_a_signal_saves_at_the_step_boundary_and_exits_75(settings: list[str], number: signal.Signals) -> None:
     name = f"stopped_{number.name}"
     run = RunDir(folder_of(settings) / name)
-    arguments = ["train", "debug_cpu", *settings, f"run.name={name}", "train.steps=100000", "checkpoint.save_every_steps=0", "parallel.cp=2"]
+    arguments = [
+        "train",
+        "debug_cpu",
+        *settings,
+        f"run.name={name}",
+        "train.steps=100000",
+        "checkpoint.save_every_steps=0",
+        "parallel.cp=2",
+    ]
     process = subprocess.Popen([sys.executable, "-m", "longstride", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 120
     while not (run.metrics.exists() and run.metrics.read_text().count("\n") >= 3):

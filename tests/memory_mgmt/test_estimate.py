@@ -42,7 +42,7 @@ def batch_of(rows: int = 1) -> Batch:
 
 
 def autocast(precision: str):
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def planned_for(config: ModelConfig, memory: MemoryConfig, precision: str = "fp32", rows: int = 1, **changes):
@@ -118,7 +118,7 @@ def test_planned_peak_of_a_step_is_the_allocator_s(kinds, memory, precision):
     plan = planned_for(config, memory, precision)
     at_peak = {term.name: term.bytes for term in plan.terms}
     before = at_peak["parameters"] + at_peak["AdamW moments"]
-    apart = sum(at_peak.get(name, 0) for name in ("libraries", "heap", "process", "batch"))
+    apart = sum(at_peak.get(name, 0) for name in ("libraries", "heap", "heap holes", "process", "batch"))
     assert plan.peak_bytes - apart == pytest.approx(before + peak_allocated(step), rel=0.12)
 
 
