@@ -86,4 +86,5 @@ def chunked_cross_entropy(h_BTC: Tensor, weight_VC: Tensor, labels_BT: Tensor, t
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         nll_n = _ChunkedCrossEntropy.apply(h_BTC.flatten(0, 1), weight_VC, labels_BT.flatten(), tile_tokens, dtype)
-    return nll_n.view(labels_BT.shape)  # type: ignore[union-attr]
+    # A copy of T numbers: FSDP2 hooks the output of its root module and warns about views.
+    return nll_n.view(labels_BT.shape).clone()  # type: ignore[union-attr]
