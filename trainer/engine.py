@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from models.batch import IGNORE_INDEX, Batch
 from models.transformer import Transformer
@@ -99,6 +100,8 @@ def evaluate(
         sums = sums or _RunningSums(shard.bounds.seq_len, device)
         sums.add(forward(model, shard, device, precision), shard)
     model.train()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # the root keeps its parameters gathered for a backward pass that does not come
     if sums is None:
         raise ValueError("evaluate needs at least one batch")
     return sums.total(distributed)
@@ -118,6 +121,9 @@ class Engine:
         clip_norm: float | None,
     ) -> None:
         self.model = model
+        # Taken once, while they are sharded: after a forward pass without a backward pass FSDP2's root module shows its gathered
+        # parameters under the same names, and those have no optimizer state.
+        self.parameters = dict(model.named_parameters())
         self.optimizer = optimizer
         self.mesh = mesh
         self.device = device
@@ -144,7 +150,7 @@ class Engine:
         A gradient that is not finite changes nothing: the caller decides what to do with the returned nan or inf.
         """
         shard_group = self.mesh.shard_group if self.mesh is not None else None
-        norm = float(clip_grad_norm(self.model.parameters(), self.clip_norm, shard_group))
+        norm = float(clip_grad_norm(self.parameters.values(), self.clip_norm, shard_group))
         if norm == norm and norm != float("inf"):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -161,10 +167,10 @@ class Engine:
         """Tensors only (DTensors when sharded): parameters and optimizer states by fully qualified parameter name. They are the live
         ones: a checkpoint is loaded by writing into them."""
         optim: dict[str, torch.Tensor] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 optim[f"{name}.{key}"] = value
-        return {"model": dict(self.model.named_parameters()), "optim": optim}
+        return {"model": dict(self.parameters), "optim": optim}
 
     def _shard(self, batch: Batch) -> Batch:
         if self.mesh is None or self.mesh.dims.cp == 1:

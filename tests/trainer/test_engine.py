@@ -112,3 +112,23 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter() -> None:
     assert norm != norm
     assert all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters())
     assert not gradients(engine)
+
+
+def names_and_kinds_after_evaluation() -> tuple[bool, bool, list[str]]:
+    """Whether all parameters of the state are sharded and all have optimizer states, after an evaluation, and the names."""
+    engine = make()
+    engine.forward_backward([batch(0, 31)])
+    engine.step(1e-2)
+    engine.evaluate([batch(0, 31, seed=5)])
+    state = engine.state_dict()
+    sharded = all(isinstance(p, DTensor) for p in state["model"].values())
+    complete = all(f"{name}.exp_avg" in state["optim"] for name in state["model"])
+    registered = all(isinstance(p, DTensor) for p in engine.model.parameters())
+    engine.forward_backward([batch(0, 31, seed=6)])
+    engine.step(1e-2)
+    return sharded and registered, complete, sorted(state["model"])
+
+
+def test_the_state_after_an_evaluation_is_sharded_and_whole() -> None:
+    expected = sorted(name for name, _ in make().model.named_parameters())
+    assert run_distributed(names_and_kinds_after_evaluation, 2) == [(True, True, expected)] * 2
