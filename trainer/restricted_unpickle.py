@@ -108,6 +108,7 @@ _ALLOWED: dict[tuple[str, str], type[_Record]] = {
     ("pathlib", "PosixPath"): _Dropped,
     ("pathlib", "PurePosixPath"): _Dropped,
     ("pathlib._local", "PosixPath"): _Dropped,  # where Python 3.13 keeps it
+    ("builtins", "getattr"): _Dropped,  # how Python before 3.11.4 pickles the member of an enum; nothing is looked up here
 }
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
