@@ -12,17 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from memory_mgmt.activations import ELEMENT, WIDE, Shapes
+from memory_mgmt.changes import changes
 from memory_mgmt.config import MemoryConfig
 from memory_mgmt.devices import DEVICES, MIB, Device
-from memory_mgmt.plan import GIB, Change, Kind, MemoryPlan, Moment, Term
+from memory_mgmt.plan import GIB, Kind, MemoryPlan, Moment, Term
 from models.config import LayerKind, ModelConfig
 from models.flops import (
     attention_parameters,
     block_parameters,
     ffn_parameters,
     memory_matmul_parameters,
-    memory_other_parameters,
-    model_flops_per_token,
     parameter_count,
 )
 from optim.config import OptimConfig
@@ -134,7 +133,17 @@ def estimate(
     holes = not tight and not device.is_cuda
     if holes:
         plan = _plan(step, budget, available, holes)
-    return replace(plan, changes=tuple(_changes(step, layout, plan)), return_freed_blocks=tight and not device.is_cuda)
+    found = changes(
+        model,
+        parallel,
+        memory,
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        zigzag=layout == "zigzag",
+        peak_bytes=plan.peak_bytes,
+        peak_with=lambda m, p: _plan(replace(step, memory=m, parallel=p), None, None, holes).peak_bytes,
+    )
+    return replace(plan, changes=tuple(found), return_freed_blocks=tight and not device.is_cuda)
 
 
 @dataclass(frozen=True)
@@ -402,46 +411,6 @@ def _plan(step: _Step, budget_bytes: int | None, device_bytes: int | None, holes
         device_bytes=device_bytes,
         not_counted=NOT_COUNTED,
     )
-
-
-# --- what would lower the peak ---------------------------------------------------------------------------------------------------
-
-
-def _changes(step: _Step, layout: str, plan: MemoryPlan) -> list[Change]:
-    """Settings that lower the peak by at least one percent, cheapest first; the last one is all cheap ones together."""
-    flops = model_flops_per_token(step.model, step.vocab_size, step.seq_len)
-    ffn_share = 2 * ffn_parameters(step.model) * len(step.model.layer_kinds) / flops
-    memory_parameters = memory_matmul_parameters(step.model) + memory_other_parameters(step.model)
-    memory_share = 2 * memory_parameters * step.model.layer_kinds.count("memory") / flops
-    head_share = 2 * step.vocab_size * step.model.d_model / flops
-    local = step.seq_len // step.parallel.cp
-    options: list[tuple[dict[str, int | str], str]] = []
-    for tile in (1024, 256):
-        if tile < min(step.memory.loss_tile_tokens, local):
-            options.append(({"loss_tile_tokens": tile}, "same arithmetic in smaller pieces"))
-    tile = max(256, min(2048, local // 16))
-    if not step.memory.ffn_tile_tokens and tile < local:
-        options.append(({"ffn_tile_tokens": tile}, f"about {ffn_share:.0%} more compute"))
-    if not step.memory.memory_tile_tokens and tile < local and "memory" in step.model.layer_kinds:
-        options.append(({"memory_tile_tokens": tile}, f"about {memory_share:.0%} more compute"))
-    if not step.recompute:
-        options.append(({"recompute": "block"}, f"about {1 / 3 - head_share:.0%} more compute"))
-    holes = any(term.name == "heap holes" for term in plan.terms)
-    found = [_change(step, settings, cost, holes) for settings, cost in options]
-    together = {key: value for settings, _ in options for key, value in settings.items()}
-    if len(together) > 1:
-        found.append(_change(step, together, "the costs of each added", holes))
-    wider = step.parallel.model_copy(update={"cp": 2 * step.parallel.cp})
-    if step.seq_len % (wider.cp * (2 if layout == "zigzag" or "full" in step.model.layer_kinds else 1)) == 0:
-        peak = _plan(replace(step, parallel=wider), None, None, holes).peak_bytes
-        found.append(Change(f"parallel.cp={wider.cp}", peak, "twice the ranks"))
-    return [change for change in found if change.peak_bytes < 0.99 * plan.peak_bytes]
-
-
-def _change(step: _Step, settings: dict[str, int | str], cost: str, holes: bool) -> Change:
-    changed = replace(step, memory=step.memory.model_copy(update=settings))
-    overrides = " ".join(f"memory.{key}={value}" for key, value in settings.items())
-    return Change(overrides, _plan(changed, None, None, holes).peak_bytes, cost)
 
 
 if __name__ == "__main__":

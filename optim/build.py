@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn as nn
 
@@ -12,16 +15,26 @@ from optim.param_groups import split_by_decay
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of ``config`` over the trainable parameters of ``model``, sharded or not, with its states allocated.
 
-    Learning rates are set by the caller at each step (``optim.schedule.learning_rate``).
+    Learning rates are set by the caller at each step (``optim.schedule.learning_rate``). Raises ValueError for an unknown preset.
     """
+    if config.preset not in PRESETS:
+        raise ValueError(f"optim.preset {config.preset!r} is unknown; known: {', '.join(sorted(PRESETS))}")
     decayed, kept = split_by_decay(model)
     groups = [
         {"params": list(decayed.values()), "weight_decay": config.weight_decay},
         {"params": list(kept.values()), "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
+    optimizer = PRESETS[config.preset]([group for group in groups if group["params"]], config)
     allocate_states(optimizer)
     return optimizer
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+PRESETS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {"adamw": _adamw}
+"""``optim.preset`` -> optimizer over parameter groups."""
 
 
 def allocate_states(optimizer: torch.optim.Optimizer) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import shlex
 from pathlib import Path
 
 import torch
@@ -180,8 +181,8 @@ def closing_lines(trainer: Trainer) -> list[str]:
         lines.append(f"{trainer.stop_reason} after step {trainer.state.step}; everything is saved")
     lines += [
         "next:",
-        f"  tensorboard --logdir {path / 'tensorboard'}",
-        f"  longstride resume {path} train.steps={2 * trainer.config.train.steps}",
-        f"  longstride plan {path / 'config.yaml'} data.seq_len={4 * trainer.config.data.seq_len}",
+        f"  tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}",
+        f"  longstride resume {shlex.quote(str(path))} train.steps={2 * trainer.config.train.steps}",
+        f"  longstride plan {shlex.quote(str(path / 'config.yaml'))} data.seq_len={4 * trainer.config.data.seq_len}",
     ]
     return lines

@@ -45,6 +45,12 @@ def test_only_linear_weights_are_decayed_and_tied_weights_count_once() -> None:
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.0)]
 
 
+def test_the_preset_decides_which_optimizer_is_built() -> None:
+    assert isinstance(build_optimizer(make(), OptimConfig(preset="adamw")), torch.optim.AdamW)
+    with pytest.raises(ValueError, match=r"optim\.preset 'other' is unknown; known: adamw"):
+        build_optimizer(make(), OptimConfig().model_copy(update={"preset": "other"}))
+
+
 def test_allocating_states_changes_nothing() -> None:
     """Training after allocation equals a plain torch AdamW bit for bit."""
     ids = torch.arange(8)
