@@ -1,4 +1,4 @@
-"""Settings of the memory budget: what is recomputed and in which tile sizes. Imports no torch."""
+"""Settings of the memory budget: what is kept, swapped or recomputed, and in which tile sizes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,28 @@ class MemoryConfig(Section):
     """Residence of activations on one rank."""
 
     budget_gib: float | None = Field(default=None, gt=0)
-    """Bytes one rank may use, in GiB; a plan above it is refused before the run starts. null: no limit."""
-    recompute: Literal["none", "block"] = "none"
-    """block: keep only each block's input and recompute its inside in the backward pass."""
+    """Bytes one rank may use, in GiB; a plan above it is refused before the run starts. null: what the device has."""
+    plan: Literal["trace", "estimate"] = "trace"
+    """trace: run one step on fake tensors before the run and plan from its allocations. estimate: formulas, in a fraction of a second."""
+    recompute: Literal["none", "mixer", "block", "auto"] = "none"
+    """What is computed again in the backward pass. block: everything but each block's input. mixer: also keep the output of attention or
+    memory. auto: the planner decides per layer and class of activations what to keep, swap or recompute within the budget."""
+    group_blocks: PositiveInt = 1
+    """With recompute block: keep the input of every so many-th block only."""
+    offload: Literal["none", "inputs", "kept"] = "none"
+    """What waits in host memory between forward and backward. inputs: block inputs. kept: everything that is not recomputed.
+    With recompute auto: none forbids swapping, else the planner decides."""
+    host_gib: float | None = Field(default=None, gt=0)
+    """Host memory that the ranks of one node may take together for offload, in GiB. null: four fifths of the machine's."""
+    offload_dir: str | None = None
+    """Directory on a local disk that takes what does not fit in host_gib. null: none."""
     loss_tile_tokens: PositiveInt = 4096
     """Tokens whose logits exist at the same time."""
     ffn_tile_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens per feed-forward tile, recomputed in backward; 0 processes the whole shard at once."""
     memory_tile_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens per tile of a memory layer, recomputed in backward with the state carried; 0 processes the whole shard at once."""
+    arena: bool = False
+    """Serve the tensors of a training step from one region at planned addresses (memory_mgmt/arena.py)."""
+    replan_on_oom: bool = False
+    """After running out of memory: plan again with the measured peak and go on from the last checkpoint."""

@@ -11,11 +11,13 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from memory_mgmt.policy import Policy
+
 if TYPE_CHECKING:
     from rich.console import Group
 
 GIB = 2**30
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Kind = Literal[
     "parameters",  # this rank's shard, and what is gathered for computing
@@ -60,6 +62,39 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """Time and traffic of one optimizer step. Seconds and bytes; ``mfu`` None where the device's peak rate is not known."""
+
+    step_seconds: float
+    tokens_per_second: float
+    """Of the whole run, all ranks together."""
+    mfu: float | None
+    compute_seconds: float
+    recompute_seconds: float
+    """Part of ``compute_seconds`` that repeats forward work."""
+    exposed_communication_seconds: float
+    exposed_copy_seconds: float
+    """Waiting for copies to or from host memory that computation does not hide."""
+    host_bytes_per_node: int
+    copied_bytes: int
+    """Moved by one rank to host memory in a step, and back."""
+    source: str = ""
+    """Where the rates come from: data sheet with assumed efficiencies, or a calibration."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Outcome of planning the addresses of a step's tensors in one arena."""
+
+    height_bytes: int
+    lower_bound_bytes: int
+    status: str
+    """``optimal`` when the height equals a proven lower bound, else the gap in words."""
+    method: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Memory of one rank through a training step. Bytes everywhere; GiB only when shown."""
 
@@ -76,6 +111,16 @@ class MemoryPlan:
     """Whether a CPU rank must give freed blocks back to stay within the plan (``memory_mgmt/host_allocator.py``)."""
     not_counted: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
+    host_bytes: int = 0
+    """Host memory of one rank at most (offloaded activations, states and their buffers)."""
+    policy: Policy | None = None
+    """What is kept, swapped or recomputed, layer by layer; None: what the configuration says."""
+    prediction: Prediction | None = None
+    addresses: Addresses | None = None
+    binding: str = ""
+    """The constraint that decides the step time, in words: device memory, host memory, copy bandwidth, or none."""
+    worth: tuple[str, ...] = ()
+    """What one more GiB of device or host memory would buy."""
 
     @property
     def peak_bytes(self) -> int:
@@ -122,7 +167,10 @@ class MemoryPlan:
             "fits": self.fits,
             "smallest_budget_gib": self.smallest_budget_gib,
         }
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self), "derived": derived}, indent=2) + "\n"
+        return json.dumps({"format_version": FORMAT_VERSION, **self._fields(), "derived": derived}, indent=2) + "\n"
+
+    def _fields(self) -> dict[str, Any]:
+        return asdict(self) | {"policy": self.policy.to_dict() if self.policy is not None else None}
 
     @staticmethod
     def from_json(text: str) -> MemoryPlan:
@@ -138,7 +186,10 @@ class MemoryPlan:
         parts = {"terms": Term, "moments": Moment, "changes": Change}
         try:
             lists = {key: tuple(part(**entry) for entry in data.pop(key)) for key, part in parts.items()}
-            return MemoryPlan(not_counted=tuple(data.pop("not_counted")), **lists, **data)
+            lists |= {key: tuple(data.pop(key)) for key in ("not_counted", "worth")}
+            objects = {"policy": Policy.from_dict, "prediction": lambda d: Prediction(**d), "addresses": lambda d: Addresses(**d)}
+            made = {key: make(entry) if (entry := data.pop(key)) is not None else None for key, make in objects.items()}
+            return MemoryPlan(**lists, **made, **data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a memory plan: {error}") from None
 

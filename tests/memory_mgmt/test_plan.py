@@ -60,7 +60,7 @@ def test_json_round_trip_and_refused_files():
     assert data["derived"]["peak_bytes"] == plan.peak_bytes and data["derived"]["fits"] is True
     with pytest.raises(ValueError, match="version 99"):
         MemoryPlan.from_json(json.dumps({**data, "format_version": 99}))
-    for broken in ("", "[]", "{}", '{"format_version": 1}', json.dumps({**data, "terms": [{"nonsense": 1}]})):
+    for broken in ("", "[]", "{}", '{"format_version": 2}', json.dumps({**data, "terms": [{"nonsense": 1}]})):
         with pytest.raises(ValueError, match="not a memory plan"):
             MemoryPlan.from_json(broken)
 

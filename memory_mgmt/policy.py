@@ -1,0 +1,108 @@
+"""What happens to each layer's activations between forward and backward: kept, swapped to host memory, or recomputed.
+
+A layer's activations fall into four classes; each is split over the rank's tokens. The planner chooses a ``Policy``, the apply step
+installs it, the plan file stores it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+ActivationClass = Literal["input", "projections", "mixer", "feed_forward"]
+CLASSES: tuple[ActivationClass, ...] = ("input", "projections", "mixer", "feed_forward")
+"""input: the residual stream that enters the block. projections: queries, keys and values after rotation (a memory layer: nothing).
+mixer: the attention's output and log-sum-exp (a memory layer: everything inside it). feed_forward: the residual stream after the
+mixer, its norm, and gate, up and product of the feed-forward."""
+
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Split:
+    """Shares of a rank's tokens; they add up to 1. The first tokens are swapped, the next kept, the last recomputed."""
+
+    keep: float = 1.0
+    swap: float = 0.0
+    recompute: float = 0.0
+
+    def __post_init__(self) -> None:
+        parts = (self.keep, self.swap, self.recompute)
+        if min(parts) < -_TOLERANCE or abs(sum(parts) - 1) > 1e-6:
+            raise ValueError(f"keep {self.keep}, swap {self.swap} and recompute {self.recompute} are not shares that add up to 1")
+
+    def tokens(self, n_tokens: int, tile_tokens: int) -> tuple[int, int, int]:
+        """(swapped, kept, recomputed) tokens of ``n_tokens``, cut at multiples of ``tile_tokens`` (0: anywhere).
+
+        Rounding never keeps more than the shares say: kept tokens round down, recomputed ones up.
+        """
+        step = tile_tokens or 1
+        swapped = min(n_tokens, round(self.swap * n_tokens / step) * step)
+        kept = int((self.swap + self.keep) * n_tokens + 1e-6) // step * step if self.recompute > _TOLERANCE else n_tokens
+        kept = max(kept, swapped)
+        return swapped, kept - swapped, n_tokens - kept
+
+
+KEEP = Split()
+SWAP = Split(0.0, 1.0, 0.0)
+RECOMPUTE = Split(0.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """One split per class of a layer's activations. ``input`` cannot be recomputed except inside a group (``Policy.group_blocks``)."""
+
+    input: Split = KEEP
+    projections: Split = KEEP
+    mixer: Split = KEEP
+    feed_forward: Split = KEEP
+
+    def of(self, name: ActivationClass) -> Split:
+        """The split of a class."""
+        return getattr(self, name)
+
+
+KEEP_ALL = LayerPolicy()
+RECOMPUTE_BLOCK = LayerPolicy(KEEP, RECOMPUTE, RECOMPUTE, RECOMPUTE)
+"""Only the block's input is kept."""
+KEEP_MIXER = LayerPolicy(KEEP, RECOMPUTE, KEEP, RECOMPUTE)
+"""The block's input and the mixer's output are kept."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The choice for a whole model."""
+
+    layers: tuple[LayerPolicy, ...]
+    group_blocks: int = 1
+    """Blocks per checkpoint group: only the first block's input of each group is kept, the others are recomputed from it."""
+    loss_tile_tokens: int = 4096
+    ffn_tile_tokens: int = 0
+    memory_tile_tokens: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; equal layers are written once."""
+        runs: list[dict[str, Any]] = []
+        for layer in self.layers:
+            entry = asdict(layer)
+            if runs and runs[-1]["policy"] == entry:
+                runs[-1]["count"] += 1
+            else:
+                runs.append({"count": 1, "policy": entry})
+        rest = {key: value for key, value in asdict(self).items() if key != "layers"}
+        return {"layers": runs, **rest}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Policy:
+        """Read what ``to_dict`` made. Raises ValueError for anything else."""
+        try:
+            rest = {key: value for key, value in data.items() if key != "layers"}
+            layers: list[LayerPolicy] = []
+            for run in data["layers"]:
+                splits = {name: Split(**run["policy"][name]) for name in CLASSES}
+                layers += [LayerPolicy(**splits)] * int(run["count"])
+            return Policy(tuple(layers), **rest)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a memory policy: {error}") from None
