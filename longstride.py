@@ -299,7 +299,7 @@ def _find_run(name: str, root: str) -> RunDir:
 
 
 def _show_plan(args: argparse.Namespace) -> int:
-    from memory_mgmt import plan as plans
+    from memory_mgmt import plan_view
     from trainer import config_file
     from trainer.planning import plan_run
 
@@ -310,9 +310,9 @@ def _show_plan(args: argparse.Namespace) -> int:
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(plans.render(plan))
+        Console().print(plan_view.render(plan))
     else:
-        print(plans.plain(plan))
+        print(plan_view.plain(plan))
     return 0
 
 

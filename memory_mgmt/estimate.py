@@ -414,7 +414,7 @@ def _plan(step: _Step, budget_bytes: int | None, device_bytes: int | None, holes
 
 
 if __name__ == "__main__":
-    from memory_mgmt.plan import plain
+    from memory_mgmt.plan_view import plain
 
     shown = estimate(
         ModelConfig(),

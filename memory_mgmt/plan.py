@@ -9,12 +9,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from memory_mgmt.policy import Policy
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 GIB = 2**30
 FORMAT_VERSION = 2
@@ -231,45 +228,3 @@ def refusal(plan: MemoryPlan) -> str:
     listed = "; ".join(f"{change.settings} -> {gib(change.peak_bytes)} ({change.cost})" for change in shown[:4])
     lead = "settings that fit, cheapest first: " if fitting else "no single setting fits; the nearest: "
     return f"{first}\n{lead}{listed}"
-
-
-def table_rows(plan: MemoryPlan) -> list[tuple[str, str, str, str]]:
-    """(term, kind, at the peak, formula) of what is held at the peak, largest first; the last row is the total."""
-    terms = sorted((term for term in plan.terms if term.bytes), key=lambda term: -term.bytes)
-    rows = [(term.name, term.kind, gib(term.bytes), term.formula) for term in terms]
-    return [*rows, ("total", "", gib(plan.peak_bytes), f"peak at '{plan.peak_moment}'")]
-
-
-def plain(plan: MemoryPlan) -> str:
-    """The plan as aligned text, for pipes and log files."""
-    rows = [("what one rank holds", "kind", "at the peak", "how it is computed"), *table_rows(plan)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    body = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows]
-    return "\n".join([f"memory plan ({plan.method}; {plan.device}, {plan.ranks} rank(s))", *body, *_footer(plan)])
-
-
-def render(plan: MemoryPlan) -> Group:
-    """The plan as a rich renderable, for a terminal."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"memory plan ({plan.method}; {plan.device}, {plan.ranks} rank(s))", title_justify="left")
-    table.add_column("what one rank holds")
-    table.add_column("kind")
-    table.add_column("at the peak", justify="right")
-    table.add_column("how it is computed", style="dim")
-    *body, total = table_rows(plan)
-    for row in body:
-        table.add_row(*(Text(cell) for cell in row))
-    table.add_section()
-    table.add_row(*(Text(cell, style="bold") for cell in total))
-    return Group(table, *(Text(line) for line in _footer(plan)))
-
-
-def _footer(plan: MemoryPlan) -> list[str]:
-    lines = [verdict(plan)]
-    lines += [f"  would lower it: {change.settings} -> {gib(change.peak_bytes)} ({change.cost})" for change in plan.changes]
-    if plan.not_counted:
-        lines.append("not counted: " + "; ".join(plan.not_counted))
-    return lines

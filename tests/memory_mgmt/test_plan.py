@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from memory_mgmt.devices import DEVICES, device_from_torch_name, device_named
-from memory_mgmt.plan import GIB, Change, MemoryPlan, Moment, Term, plain, refusal, render, verdict
+from memory_mgmt.plan import GIB, Change, MemoryPlan, Moment, Term, refusal, verdict
+from memory_mgmt.plan_view import plain, render
 
 
 def example(**changes) -> MemoryPlan:
