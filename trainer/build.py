@@ -44,18 +44,28 @@ _DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 def build_model(config: RunConfig, vocab_size: int, mesh: Mesh | None, device: torch.device) -> Transformer:
     """The model on ``device`` with initial weights: built without memory, wrapped, split and sharded, then materialised."""
     with torch.device("meta"):
-        model = Transformer(config.model, vocab_size).to(_DTYPES[config.train.precision])
-    apply_memory_settings(model, config.memory)
-    if mesh is not None:
-        parallelize(model, mesh, config.layout)
+        model = shaped_model(config, vocab_size, mesh)
     model.to_empty(device=device)
     init_weights(model, config.train.seed)
     return model
 
 
+def shaped_model(config: RunConfig, vocab_size: int, mesh: Mesh | None) -> Transformer:
+    """The model with its memory settings, split and sharded, on the default device; values of parameters are undefined."""
+    model = Transformer(config.model, vocab_size).to(_DTYPES[config.train.precision])
+    apply_memory_settings(model, config.memory)
+    if mesh is not None:
+        parallelize(model, mesh, config.layout)
+    return model
+
+
 def build_engine(config: RunConfig, vocab_size: int, mesh: Mesh | None, device: torch.device) -> Engine:
     """Model and optimizer of ``config`` on this rank."""
-    model = build_model(config, vocab_size, mesh, device)
+    return engine_for(config, build_model(config, vocab_size, mesh, device), mesh, device)
+
+
+def engine_for(config: RunConfig, model: Transformer, mesh: Mesh | None, device: torch.device) -> Engine:
+    """The engine around a model that is built and placed."""
     optimizer = build_optimizer(model, config.optim)
     return Engine(model, optimizer, mesh, device, config.train.precision, config.layout, config.optim.clip_norm)
 
