@@ -1,0 +1,423 @@
+// The planned CPU allocator and the log of the real one, behind torch's CPU allocator interface (c10::SetCPUAllocator).
+//
+// Installed and switched off it hands every request to the allocator it found. While a session is open, the k-th request of the
+// session's thread is served at its planned offset of one mapped region. A plan is only ever a hint: an address is handed out only
+// if no block lives in its range (Occupancy), and whatever is in doubt goes to the normal allocator and is counted.
+//
+// oneDNN takes memory through Allocator::raw_allocate, so every block has its address as context and raw_deleter() decides by address.
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+constexpr int64_t kGranule = 64;                    // bytes: the alignment of torch's own CPU allocator
+constexpr int64_t kChunk = 1024;                    // granules in a chunk
+constexpr int64_t kHugePage = int64_t{2} << 20;
+constexpr int64_t kWindow = 64;                     // requests searched each way for the place in the plan after a divergence
+
+int64_t self() { return (int64_t)pthread_self(); }
+
+template <class T>
+T* zeroed(int64_t count) {                          // lazily backed: large arrays cost only the pages that are written
+  void* p = mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return p == MAP_FAILED ? nullptr : static_cast<T*>(p);
+}
+
+// Which granules are in use. A chunk that one block covers whole is marked by its count alone, so a block costs one step per 64 KiB
+// and at most two partly covered chunks of 16 words each.
+struct Occupancy {
+  int64_t granules, chunks;
+  uint64_t* bits;
+  uint16_t* used;                                   // granules in use of each chunk
+
+  explicit Occupancy(int64_t n) : granules(n), chunks((n + kChunk - 1) / kChunk) {
+    bits = zeroed<uint64_t>(chunks * kChunk / 64);
+    used = zeroed<uint16_t>(chunks);
+  }
+  ~Occupancy() {
+    if (bits) munmap(bits, chunks * kChunk / 8);
+    if (used) munmap(used, chunks * sizeof(uint16_t));
+  }
+  template <class F>
+  static bool words(int64_t a, int64_t b, F f) {    // f(word index, mask) over the granules [a, b); stops when f is false
+    for (int64_t w = a >> 6; w <= (b - 1) >> 6; ++w) {
+      uint64_t mask = ~uint64_t{0};
+      if (w == a >> 6) mask &= ~uint64_t{0} << (a & 63);
+      if (w == (b - 1) >> 6) mask &= ~uint64_t{0} >> (63 - ((b - 1) & 63));
+      if (!f(w, mask)) return false;
+    }
+    return true;
+  }
+  bool part_free(int64_t c, int64_t a, int64_t b) const {
+    if (used[c] == 0) return true;
+    if (used[c] == kChunk || b - a == kChunk) return false;
+    return words(a, b, [&](int64_t w, uint64_t m) { return (bits[w] & m) == 0; });
+  }
+  void part_set(int64_t c, int64_t a, int64_t b, bool on) {
+    used[c] += (uint16_t)(on ? b - a : a - b);
+    if (b - a < kChunk) words(a, b, [&](int64_t w, uint64_t m) { bits[w] = on ? bits[w] | m : bits[w] & ~m; return true; });
+  }
+  bool is_free(int64_t a, int64_t b) const {
+    const int64_t first = a / kChunk, last = (b - 1) / kChunk;
+    if (first == last) return part_free(first, a, b);
+    if (!part_free(first, a, (first + 1) * kChunk) || !part_free(last, last * kChunk, b)) return false;
+    uint16_t any = 0;
+    for (int64_t c = first + 1; c < last; ++c) any |= used[c];
+    return any == 0;
+  }
+  void set(int64_t a, int64_t b, bool on) {
+    const int64_t first = a / kChunk, last = (b - 1) / kChunk;
+    if (first == last) return part_set(first, a, b, on);
+    part_set(first, a, (first + 1) * kChunk, on);
+    part_set(last, last * kChunk, b, on);
+    std::fill(used + first + 1, used + last, (uint16_t)(on ? kChunk : 0));
+  }
+};
+
+// First granule -> granules of every live block: open addressing, linear probing, deletion by shifting back.
+struct Lengths {
+  std::vector<int64_t> key, value;
+  int64_t count = 0;
+  Lengths() : key(1024, -1), value(1024) {}
+  size_t home(int64_t k) const { return ((uint64_t)k * 0x9E3779B97F4A7C15u >> 32) & (key.size() - 1); }
+  void put(int64_t k, int64_t v) {
+    if (2 * ++count > (int64_t)key.size()) grow();
+    size_t i = home(k);
+    while (key[i] >= 0) i = (i + 1) & (key.size() - 1);
+    key[i] = k, value[i] = v;
+  }
+  int64_t pop(int64_t k) {                          // -1: no such block
+    const size_t mask = key.size() - 1;
+    size_t i = home(k);
+    while (key[i] != k) {
+      if (key[i] < 0) return -1;
+      i = (i + 1) & mask;
+    }
+    const int64_t v = value[i];
+    for (size_t j = (i + 1) & mask; key[j] >= 0; j = (j + 1) & mask)
+      if (((j - home(key[j])) & mask) >= ((j - i) & mask)) key[i] = key[j], value[i] = value[j], i = j;
+    key[i] = -1, --count;
+    return v;
+  }
+  void grow() {
+    std::vector<int64_t> k(2 * key.size(), -1), v(2 * key.size());
+    key.swap(k), value.swap(v), count = 1;
+    for (size_t i = 0; i < k.size(); ++i)
+      if (k[i] >= 0) put(k[i], v[i]);
+  }
+};
+
+// One mapping. Only its owner thread hands out addresses and keeps the books; another thread that frees a block leaves it on a list
+// (linked through the freed memory itself). References: one per live block and one of whoever made it; the last one unmaps.
+struct Region {
+  struct Freed { Freed* next; };
+  char* base = nullptr;
+  std::atomic<int64_t> bytes{0};                    // 0: unmapped; the struct itself stays, since any thread may look at it
+  int64_t mapped = 0, owner = self();
+  std::atomic<int64_t> references{1};
+  std::atomic<Freed*> freed{nullptr};
+  Occupancy* occupancy = nullptr;
+  Lengths* lengths = nullptr;
+  Region* older = nullptr;
+
+  bool take(int64_t offset, int64_t size) {
+    const int64_t a = offset / kGranule, b = (offset + size + kGranule - 1) / kGranule;
+    if (offset < 0 || offset % kGranule || b > occupancy->granules) return false;
+    if (!occupancy->is_free(a, b) && !(collect() && occupancy->is_free(a, b))) return false;
+    occupancy->set(a, b, true);
+    lengths->put(a, b - a);
+    references.fetch_add(1, std::memory_order_relaxed);
+    return true;
+  }
+  void forget(void* p) {                            // owner only
+    const int64_t a = ((char*)p - base) / kGranule, n = lengths->pop(a);
+    if (n > 0) occupancy->set(a, a + n, false);
+  }
+  bool collect() {                                  // owner only: what other threads freed
+    Freed* list = freed.load(std::memory_order_relaxed) ? freed.exchange(nullptr, std::memory_order_acquire) : nullptr;
+    const bool any = list != nullptr;
+    while (list) {
+      Freed* next = list->next;
+      forget(list);
+      list = next;
+    }
+    return any;
+  }
+  void release(void* p) {
+    if (self() == owner) {
+      forget(p);
+    } else {
+      Freed* node = static_cast<Freed*>(p);
+      node->next = freed.load(std::memory_order_relaxed);
+      while (!freed.compare_exchange_weak(node->next, node, std::memory_order_release, std::memory_order_relaxed)) {}
+    }
+    unreference();
+  }
+  void unreference() {
+    if (references.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    bytes.store(0);
+    delete occupancy;
+    delete lengths;
+    munmap(base, mapped);
+  }
+  int64_t give_back() {                             // free whole chunks to the kernel; returns their bytes
+    collect();
+    int64_t given = 0;
+    for (int64_t c = 0; c < occupancy->chunks;) {
+      int64_t end = c;
+      while (end < occupancy->chunks && occupancy->used[end] == 0) ++end;
+      if (end > c) {
+        const int64_t length = (end - c) * kChunk * kGranule;
+        madvise(base + c * kChunk * kGranule, length, MADV_DONTNEED), given += length;
+      }
+      c = end + 1;
+    }
+    return given;
+  }
+};
+std::atomic<Region*> g_regions{nullptr};
+
+Region* region_of(const void* p) {
+  for (Region* r = g_regions.load(std::memory_order_acquire); r; r = r->older)
+    if ((uint64_t)((const char*)p - r->base) < (uint64_t)r->bytes.load(std::memory_order_relaxed)) return r;
+  return nullptr;
+}
+
+struct Plan { std::vector<int64_t> size, offset; };  // offset -1: leave it to the normal allocator
+
+enum Stat { kServed, kServedBytes, kPassed, kPassedBytes, kMissed, kMissedBytes, kConflicts, kConflictBytes, kResyncs, kPosition, kStats };
+
+struct Session {
+  const Plan* plan;
+  Region* region;
+  int64_t smallest, next = 0, previous = -1;
+  bool lost = false;
+  int64_t stats[kStats] = {};
+
+  // The place of a request of n bytes in the plan. Where the sequence is left: the place where it was left (something was added),
+  // or the nearest place whose two last sizes are these two (something is missing, or was served out of order).
+  int64_t place(int64_t n) {
+    const auto& size = plan->size;
+    const int64_t count = (int64_t)size.size();
+    if (next < count && size[next] == n) {
+      stats[kResyncs] += lost;
+      lost = false;
+      return next;
+    }
+    if (lost) {
+      for (int64_t d = 1; d <= kWindow; ++d)
+        for (const int64_t k : {next + d, next - d})
+          if (k >= 1 && k < count && size[k] == n && size[k - 1] == previous) {
+            ++stats[kResyncs];
+            lost = false;
+            return k;
+          }
+    }
+    lost = true;
+    return -1;
+  }
+  void* serve(int64_t n) {
+    const int64_t k = place(n);
+    previous = n;
+    int64_t kind = kMissed;
+    void* p = nullptr;
+    if (k >= 0) {
+      next = k + 1;
+      const int64_t offset = plan->offset[k];
+      if (offset < 0) kind = kPassed;
+      else if (region->take(offset, n)) kind = kServed, p = region->base + offset;
+      else kind = kConflicts;
+    }
+    ++stats[kind];
+    stats[kind + 1] += n;
+    return p;
+  }
+};
+
+struct Event { int64_t id, size, thread; };          // size of an allocation, minus it for a free
+struct Tracked { int64_t id, size; c10::DataPtr block; };
+struct Log {
+  std::mutex mutex;
+  int64_t readers = 0, next_id = 0;
+  std::vector<Event> events;
+  std::unordered_map<void*, Tracked> live;
+};
+
+enum Mode { kServing = 1, kLogging = 2 };
+std::atomic<int> g_mode{0};
+std::atomic<int64_t> g_tracked{0};
+std::atomic<int64_t> g_owner{0};                     // thread of the open session; only it touches the session
+Session* g_session = nullptr;
+c10::Allocator* g_base = nullptr;
+Log& log() { static Log* instance = new Log; return *instance; }  // never destroyed: blocks are freed until the very end
+
+void release_served(void* p) {
+  c10::profiledCPUMemoryReporter().Delete(p);
+  region_of(p)->release(p);
+}
+bool release_tracked(void* p) {
+  c10::DataPtr block;                                // freed after the lock is given back
+  Log& l = log();
+  std::lock_guard<std::mutex> guard(l.mutex);
+  auto found = l.live.find(p);
+  if (found == l.live.end()) return false;
+  if (l.readers) l.events.push_back({found->second.id, -found->second.size, self()});
+  block = std::move(found->second.block);
+  l.live.erase(found);
+  g_tracked.fetch_sub(1, std::memory_order_relaxed);
+  return true;
+}
+void release(void* p) {                              // any block, of whatever origin
+  if (!p || (g_tracked.load(std::memory_order_relaxed) && release_tracked(p))) return;
+  region_of(p) ? release_served(p) : g_base->raw_deleter()(p);
+}
+
+struct PlannedAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t n) override {
+    const int mode = g_mode.load(std::memory_order_acquire);
+    if (__builtin_expect(mode == 0 || n == 0, 1)) return g_base->allocate(n);
+    c10::DataPtr block = mode & kServing ? served(n) : g_base->allocate(n);
+    return mode & kLogging ? tracked(std::move(block), n) : std::move(block);
+  }
+  c10::DataPtr served(size_t n) {
+    if (g_owner.load(std::memory_order_relaxed) != self() || (int64_t)n < g_session->smallest) return g_base->allocate(n);
+    void* p = g_session->serve((int64_t)n);
+    if (!p) return g_base->allocate(n);
+    c10::profiledCPUMemoryReporter().New(p, n);
+    return {p, p, &release_served, c10::Device(c10::kCPU)};
+  }
+  c10::DataPtr tracked(c10::DataPtr block, size_t n) {
+    void* p = block.get();
+    Log& l = log();
+    std::lock_guard<std::mutex> guard(l.mutex);
+    if (l.readers == 0 || p != block.get_context()) return block;
+    const int64_t id = l.next_id++;
+    l.events.push_back({id, (int64_t)n, self()});
+    l.live.insert_or_assign(p, Tracked{id, (int64_t)n, std::move(block)});
+    g_tracked.fetch_add(1, std::memory_order_relaxed);
+    return {p, p, &release, c10::Device(c10::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, std::size_t n) const override { default_copy_data(to, from, n); }
+};
+PlannedAllocator& allocator() { static PlannedAllocator* instance = new PlannedAllocator; return *instance; }
+
+// A child process has this thread only and its own copy of everything: it goes on with the normal allocator.
+void before_fork() { log().mutex.lock(); }
+void after_fork() { log().mutex.unlock(); }
+void in_child() {
+  log().readers = 0;
+  g_mode.store(0);
+  g_owner.store(0);
+  log().mutex.unlock();
+}
+}  // namespace
+
+extern "C" {
+// ---- the allocator
+int lsa_installed() { return c10::GetCPUAllocator() == &allocator(); }
+int lsa_install() {                                  // 0: what is installed has no raw interface, so it cannot be wrapped
+  if (lsa_installed()) return 1;
+  c10::Allocator* found = c10::GetCPUAllocator();
+  if (!found->raw_deleter()) return 0;
+  static const int once = pthread_atfork(before_fork, after_fork, in_child);
+  (void)once;
+  g_base = found;
+  c10::SetCPUAllocator(&allocator(), 255);
+  return lsa_installed();
+}
+int lsa_uninstall() {                                // 0: not while it is in use, a region is mapped or a logged block lives
+  if (g_mode.load() || g_tracked.load()) return 0;
+  for (Region* r = g_regions.load(); r; r = r->older)
+    if (r->bytes.load()) return 0;
+  if (lsa_installed()) c10::SetCPUAllocator(g_base, 255);
+  return 1;
+}
+int64_t lsa_thread() { return self(); }
+
+// ---- the log
+void lsa_log_start() {
+  std::lock_guard<std::mutex> guard(log().mutex);
+  if (log().readers++ == 0) log().events.clear();
+  g_mode.fetch_or(kLogging);
+}
+void lsa_log_stop() {
+  std::lock_guard<std::mutex> guard(log().mutex);
+  if (log().readers && --log().readers == 0) {
+    g_mode.fetch_and(~kLogging);
+    std::vector<Event>().swap(log().events);
+  }
+}
+int64_t lsa_log_size() {
+  std::lock_guard<std::mutex> guard(log().mutex);
+  return (int64_t)log().events.size();
+}
+void lsa_log_read(int64_t first, int64_t count, int64_t* out) {  // rows of id, size, thread
+  std::lock_guard<std::mutex> guard(log().mutex);
+  if (first >= 0 && first + count <= (int64_t)log().events.size()) std::memcpy(out, log().events.data() + first, count * sizeof(Event));
+}
+
+// ---- regions
+void* lsa_region_new(int64_t bytes) {
+  auto* r = new Region;
+  const int64_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage, reserved = size + kHugePage;
+  char* p = zeroed<char>(reserved);
+  r->occupancy = new Occupancy(size / kGranule);
+  if (!p || !r->occupancy->bits || !r->occupancy->used) {
+    if (p) munmap(p, reserved);
+    delete r->occupancy;
+    delete r;
+    return nullptr;
+  }
+  char* aligned = (char*)(((uintptr_t)p + kHugePage - 1) / kHugePage * kHugePage);
+  if (aligned > p) munmap(p, aligned - p);           // what the alignment left over on either side
+  if (p + reserved > aligned + size) munmap(aligned + size, p + reserved - (aligned + size));
+  madvise(aligned, size, MADV_HUGEPAGE);
+  r->base = aligned, r->mapped = size, r->lengths = new Lengths;
+  r->bytes.store(size);
+  r->older = g_regions.load();
+  while (!g_regions.compare_exchange_weak(r->older, r)) {}
+  return r;
+}
+void lsa_region_close(void* region) { static_cast<Region*>(region)->unreference(); }
+int64_t lsa_region_give_back(void* region) { return static_cast<Region*>(region)->give_back(); }
+int64_t lsa_region_blocks(void* region) { return static_cast<Region*>(region)->references.load() - 1; }
+void* lsa_region_take(void* region, int64_t offset, int64_t size) {  // what a session does, for tests
+  auto* r = static_cast<Region*>(region);
+  return r->take(offset, size) ? r->base + offset : nullptr;
+}
+void lsa_region_release(void* p) { region_of(p)->release(p); }
+
+// ---- plans and sessions
+void* lsa_plan_new(int64_t count, const int64_t* size, const int64_t* offset) {
+  return new Plan{std::vector<int64_t>(size, size + count), std::vector<int64_t>(offset, offset + count)};
+}
+void lsa_plan_delete(void* plan) { delete static_cast<Plan*>(plan); }
+int lsa_begin(void* plan, void* region, int64_t smallest) {          // 0: another session is open; -1: not the region's thread
+  auto* r = static_cast<Region*>(region);
+  if (r->owner != self()) return -1;
+  int64_t none = 0;
+  if (!g_owner.compare_exchange_strong(none, r->owner)) return 0;
+  delete g_session;
+  g_session = new Session{static_cast<const Plan*>(plan), r, smallest};
+  r->collect();
+  g_mode.fetch_or(kServing);
+  return 1;
+}
+void lsa_end(int64_t* stats) {                       // by the thread that began
+  g_mode.fetch_and(~kServing);
+  g_owner.store(0);
+  g_session->stats[kPosition] = g_session->next;
+  std::memcpy(stats, g_session->stats, sizeof(g_session->stats));
+}
+}
