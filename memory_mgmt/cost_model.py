@@ -1,0 +1,249 @@
+"""The time of a traced training step, before it runs: every operation at the achieved rates, and what hides behind what.
+
+``predict_step`` walks the trace once, stretch by stretch (``Trace.marks``: one stretch is one block's forward or backward), with one
+clock for computation and one for each of NVLink, network, and the two directions of the host link. Modelled:
+
+* computation runs in order, each operation as ``cost_ops.op_seconds`` says;
+* all-gathers of parameters (those that ``fsdp::all_gather_copy_in`` precedes) start one stretch ahead: in the forward pass with the
+  stretch before the one that records them, in the backward pass where FSDP2 records its own prefetch; computation waits at the stretch's
+  beginning for what is late;
+* reduce-scatters of gradients run beside the next stretch's computation; the next one, clipping and the update wait for them;
+* send/receive pairs of ring attention run beside the attention of the same hop: in the forward pass one transfer is under way, in the
+  backward pass two (keys, and gradients one hop behind), and a stretch ends only when its transfers have arrived;
+* all other collectives (all-to-all, state passing, norms) are waited for at once;
+* copies to host memory run beside the computation of this stretch and the next and are waited for after that (two rounding buffers);
+  copies back are recorded where their prefetch starts and are waited for when the next stretch begins;
+* with ``Rates.overlap`` false (CPU) nothing runs beside anything.
+
+Exposed time is what computation waits. Not modelled: stragglers, input of data, checkpoints, and the host falling behind the device.
+Imports no torch. Try alone: ``longstride plan quickstart``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+from memory_mgmt.cost_ops import COMMUNICATION, COPIES, OpClass, copy_seconds, op_class, op_seconds
+from memory_mgmt.cost_rates import Curve, Rates, Topology
+from memory_mgmt.plan import Prediction
+from memory_mgmt.trace import Phase, Trace, TracedOp
+
+__all__ = ["Curve", "Rates", "Stretch", "Topology", "copy_seconds", "op_class", "op_seconds", "predict_step", "step_schedule"]
+
+_GATHER_OF_PARAMETERS = "fsdp::all_gather_copy_in"
+_REDUCTION_OF_GRADIENTS = "fsdp::chunk_cat"
+_FORWARD = ("build", "forward", "loss")
+
+
+@dataclass
+class Stretch:
+    """What one stretch of the step takes. Seconds; ``compute`` includes ``recompute``."""
+
+    label: str
+    phase: Phase | None
+    layer: int | None
+    start: float = 0.0
+    end: float = 0.0
+    compute: float = 0.0
+    recompute: float = 0.0
+    communication: float = 0.0
+    """Of transfers and collectives that this stretch starts, hidden or not."""
+    copy_out: float = 0.0
+    copy_in: float = 0.0
+    waited_communication: float = 0.0
+    waited_copy: float = 0.0
+    work: list[_Work] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class _Work:
+    op: TracedOp
+    kind: OpClass
+    seconds: float
+    of_parameters: bool
+    """An all-gather of parameters, or a reduction of gradients."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Something under way: when it is done, and the stretch that started it."""
+
+    done: float
+    stretch: int
+
+
+def predict_step(
+    trace: Trace,
+    rates: Rates,
+    topology: Topology,
+    *,
+    tokens_per_step: int,
+    model_flops_per_step: float,
+    peak_flops: float | None = None,
+) -> Prediction:
+    """Time and traffic of the traced step.
+
+    Args:
+        tokens_per_step: of the whole run, all ranks and micro-steps.
+        model_flops_per_step: of the whole run, by ``models/flops.py`` (nothing counted for recomputation).
+        peak_flops: peak FLOP/s of one device; None: MFU is not known.
+    Raises ValueError where an operation's cost is not known (``op_seconds``).
+    """
+    stretches = step_schedule(trace, rates, topology)
+    seconds = stretches[-1].end if stretches else 0.0
+    copied = sum(work.op.message_bytes or work.op.bytes // 2 for s in stretches for work in s.work if work.kind in COPIES)
+    return Prediction(
+        step_seconds=seconds,
+        tokens_per_second=tokens_per_step / seconds if seconds else 0.0,
+        mfu=model_flops_per_step / (seconds * peak_flops * topology.ranks) if peak_flops and seconds else None,
+        compute_seconds=sum(s.compute for s in stretches),
+        recompute_seconds=sum(s.recompute for s in stretches),
+        exposed_communication_seconds=sum(s.waited_communication for s in stretches),
+        exposed_copy_seconds=sum(s.waited_copy for s in stretches),
+        host_bytes_per_node=trace.peak("host")[0] * topology.ranks_per_node,
+        copied_bytes=copied,
+        source=rates.source,
+    )
+
+
+def step_schedule(trace: Trace, rates: Rates, topology: Topology) -> list[Stretch]:
+    """The stretches of the step in order, with their times. What ``predict_step`` sums up, and what a planner asks for windows."""
+    stretches = _stretches(trace, rates, topology)
+    schedule = _Schedule(rates, topology, stretches)
+    for i in range(len(stretches)):
+        schedule.run(i)
+    return stretches
+
+
+def _stretches(trace: Trace, rates: Rates, topology: Topology) -> list[Stretch]:
+    """The operations of each stretch with their times; stretches without operations are left out."""
+    starts = [time for time, _ in trace.marks]
+    found: dict[int, Stretch] = {}
+    previous = ""
+    for op in trace.ops:
+        mark = bisect_right(starts, op.time) - 1
+        if mark not in found:
+            found[mark] = Stretch(trace.marks[mark][1] if mark >= 0 else "", op.phase, op.layer)
+        own = previous == (_GATHER_OF_PARAMETERS if "gather" in op.name else _REDUCTION_OF_GRADIENTS)
+        found[mark].work.append(_Work(op, op_class(op), op_seconds(op, rates, topology), own))
+        previous = op.name
+    return list(found.values())
+
+
+class _Schedule:
+    """The clocks while the step is walked."""
+
+    def __init__(self, rates: Rates, topology: Topology, stretches: list[Stretch]) -> None:
+        self.rates, self.topology, self.stretches = rates, topology, stretches
+        self.now = 0.0
+        self.free: dict[str, float] = {"link": 0.0, "network": 0.0, "sending": 0.0, "receiving": 0.0, "copy_out": 0.0, "copy_in": 0.0}
+        self.gathers: list[_Pending] = []
+        self.reductions: list[_Pending] = []
+        self.transfers: list[_Pending] = []
+        self.copies_out: list[_Pending] = []
+        self.copies_in: list[_Pending] = []
+        self.gathered: set[int] = set()
+
+    def run(self, i: int) -> None:
+        """One stretch."""
+        stretch = self.stretches[i]
+        stretch.start = self.now
+        self._begin(i)
+        for work in stretch.work:
+            if work.kind in COMMUNICATION:
+                stretch.communication += work.seconds
+                self._communicate(i, work)
+            elif work.kind in COPIES:
+                self._copy(i, work)
+            else:
+                self.now += work.seconds
+                stretch.compute += work.seconds
+                stretch.recompute += work.seconds if work.op.recompute else 0.0
+        self._arrive(i, self.transfers, 0)
+        if i == len(self.stretches) - 1:
+            self._wait_for_all(i)
+        stretch.end = self.now
+
+    def _begin(self, i: int) -> None:
+        """Wait for what this stretch needs; start what the next one needs."""
+        if self.stretches[i].phase in ("clip", "update"):
+            self._wait_for_all(i)
+        self._start_gathers(i, i)
+        self._arrive_from(i, self.gathers, before=i + 1 if i in self.gathered else i)
+        self._arrive_from(i, self.copies_in, before=i, copy=True)
+        self._arrive_from(i, self.copies_out, before=i - 1, copy=True)
+        self._start_gathers(i + 1, i)
+
+    def _start_gathers(self, of: int, at: int) -> None:
+        """Start the forward pass's gathers of the parameters of stretch ``of``, unless that was done."""
+        if of >= len(self.stretches) or of in self.gathered or not self.rates.overlap:
+            return
+        gathers = [work for work in self.stretches[of].work if work.of_parameters and work.kind == "all_gather"]
+        if gathers and self.stretches[of].phase in _FORWARD:
+            self.gathered.add(of)
+            self.gathers += [_Pending(self._occupy(work), at) for work in gathers]
+
+    def _communicate(self, i: int, work: _Work) -> None:
+        if not self.rates.overlap:
+            if work.kind != "send":  # a rank sends while it receives
+                self._wait(i, self.now + work.seconds)
+        elif work.of_parameters and work.kind == "all_gather":
+            if i not in self.gathered:
+                self.gathers.append(_Pending(self._occupy(work), i))
+        elif work.of_parameters or (work.kind == "all_reduce" and self.reductions and work.op.phase == "backward"):
+            if work.kind == "reduce_scatter":
+                self._arrive_from(i, self.reductions, before=i)
+            self.reductions.append(_Pending(self._occupy(work), i))
+        elif work.kind in ("send", "receive"):
+            # Before another transfer starts, ring attention waits for the one before (backward: for the one before that).
+            self._arrive(i, self.transfers, 1 if work.op.phase == "backward" and not work.op.recompute else 0)
+            done = self._occupy(work, "sending" if work.kind == "send" else "receiving")
+            if work.kind == "receive":
+                self.transfers.append(_Pending(done, i))
+        else:
+            self._wait(i, self._occupy(work))
+
+    def _copy(self, i: int, work: _Work) -> None:
+        stretch = self.stretches[i]
+        if work.kind == "copy_out":
+            stretch.copy_out += work.seconds
+        else:
+            stretch.copy_in += work.seconds
+        if not self.rates.overlap:
+            self._wait(i, self.now + work.seconds, copy=True)
+            return
+        pending = self.copies_out if work.kind == "copy_out" else self.copies_in
+        pending.append(_Pending(self._occupy(work, work.kind), i))
+
+    def _occupy(self, work: _Work, channel: str | None = None) -> float:
+        """Put work on its link, behind what is there; gives the time at which it is done."""
+        if channel is None:
+            channel = "network" if self.topology.crosses_nodes(work.op.group_size) else "link"
+        self.free[channel] = max(self.free[channel], self.now) + work.seconds
+        return self.free[channel]
+
+    def _wait(self, i: int, until: float, *, copy: bool = False) -> None:
+        waited = max(0.0, until - self.now)
+        if copy:
+            self.stretches[i].waited_copy += waited
+        else:
+            self.stretches[i].waited_communication += waited
+        self.now += waited
+
+    def _arrive(self, i: int, pending: list[_Pending], left: int, *, copy: bool = False) -> None:
+        """Wait for the oldest until ``left`` are under way."""
+        while len(pending) > left:
+            self._wait(i, pending.pop(0).done, copy=copy)
+
+    def _arrive_from(self, i: int, pending: list[_Pending], *, before: int, copy: bool = False) -> None:
+        """Wait for those that stretches before ``before`` started."""
+        while pending and pending[0].stretch < before:
+            self._wait(i, pending.pop(0).done, copy=copy)
+
+    def _wait_for_all(self, i: int) -> None:
+        self._arrive(i, self.gathers, 0)
+        self._arrive(i, self.reductions, 0)
+        self._arrive(i, self.transfers, 0)
+        self._arrive(i, self.copies_out, 0, copy=True)
+        self._arrive(i, self.copies_in, 0, copy=True)
