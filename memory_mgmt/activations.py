@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from models.attention_plan import TileLimits
 from models.config import LayerKind, ModelConfig
-from models.flops import attention_parameters, ffn_parameters, memory_matmul_parameters
+from models.flops import ffn_parameters, memory_matmul_parameters
 
 ELEMENT = {"bf16": 2, "fp32": 4, "fp64": 8}
 WIDE = {"bf16": 4, "fp32": 4, "fp64": 8}
@@ -79,7 +79,7 @@ class Shapes:
     # --- kept from forward to backward ------------------------------------------------------------------------------------
 
     def cast_weights(self, parameters: int) -> int:
-        """Low-precision copies of weights that autocast makes and autograd keeps."""
+        """A low-precision copy of so many weights, made for one product; none is kept (models/linear.py)."""
         return parameters * self.e if self.precision == "bf16" else 0
 
     def norm_kept(self) -> int:
@@ -92,7 +92,7 @@ class Shapes:
         c = self.config
         values = c.d_model + 2 * (c.n_heads + c.kv_heads) * c.attention_head_dim
         halo = self._halo_keys(self.e) if kind == "swa" else 0
-        return self.n * (values * self.e + c.n_heads * self.w) + halo + self.cast_weights(attention_parameters(c))
+        return self.n * (values * self.e + c.n_heads * self.w) + halo
 
     def _halo_keys(self, itemsize: int) -> int:
         """Keys and values of the window before each range, when it is not longer than what a rank holds."""
@@ -124,7 +124,7 @@ class Shapes:
         wide = 2 * key + value + chunk + key + self._state_width + value + 8 + joined
         states = (-(-self.tokens // chunk) + 1) * self.rows * heads * key * self._state_width * self.w
         halo = self.rows * self._halo * heads * (2 * key + value) * self.e
-        return self.n * (projected * self.e + heads * wide * self.w) + states + halo + self.cast_weights(memory_matmul_parameters(c))
+        return self.n * (projected * self.e + heads * wide * self.w) + states + halo
 
     def mixer_kept(self, kind: LayerKind) -> int:
         """What the mixer of a layer keeps, its input (the normed stream) included."""
@@ -134,7 +134,7 @@ class Shapes:
         """The normed stream; gate, up and their product unless tiles recompute them."""
         if self.ffn_tile:
             return self.narrow
-        return self.narrow + 3 * self.n * self.config.ff_width * self.e + self.cast_weights(ffn_parameters(self.config))
+        return self.narrow + 3 * self.n * self.config.ff_width * self.e
 
     def block_kept(self, kind: LayerKind) -> int:
         """Everything one block keeps without recomputation, its input included."""

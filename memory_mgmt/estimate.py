@@ -18,10 +18,7 @@ from memory_mgmt.devices import DEVICES, MIB, Device
 from memory_mgmt.plan import GIB, Kind, MemoryPlan, Moment, Term
 from models.config import LayerKind, ModelConfig
 from models.flops import (
-    attention_parameters,
     block_parameters,
-    ffn_parameters,
-    memory_matmul_parameters,
     parameter_count,
 )
 from optim.config import OptimConfig
@@ -73,7 +70,6 @@ _LABELS: dict[str, _Label] = {
     "memory layers": _Label("activations", "per memory layer: projections, chunk matrices, states (with tiles: one state per tile)"),
     "feed-forward": _Label("activations", "per layer: input, gate, up and product (with tiles: the input)"),
     "rotary table": _Label("activations", "cos and sin of every token, shared by all layers"),
-    "bf16 copies of weights": _Label("activations", "2 bytes per projection weight, kept by autocast"),
     "one block recomputed": _Label("transient", "what recomputation brings back: everything inside one block"),
     "inside a forward pass": _Label("transient", "made and freed while one block runs forward"),
     "inside a backward pass": _Label("transient", "made and freed while one part of a block runs backward"),
@@ -273,13 +269,9 @@ class _Step:
 
     def inside(self, kind: LayerKind) -> _Live:
         """Kept by one block without recomputation."""
-        s, c = self.shapes, self.model
+        s = self.shapes
         owner = "memory layers" if kind == "memory" else "attention"
-        mixer = memory_matmul_parameters(c) if kind == "memory" else attention_parameters(c)
-        casts = 0 if kind == "memory" and s.in_tiles(s.memory_tile) else s.cast_weights(mixer)
-        ffn_casts = 0 if s.ffn_tile else s.cast_weights(ffn_parameters(c))
-        live = {"block inputs": 2 * s.norm_kept(), owner: s.mixer_kept(kind) - casts, "feed-forward": s.ffn_kept() - ffn_casts}
-        return live | ({"bf16 copies of weights": casts + ffn_casts} if casts + ffn_casts else {})
+        return {"block inputs": 2 * s.norm_kept(), owner: s.mixer_kept(kind), "feed-forward": s.ffn_kept()}
 
     def loss_inputs(self) -> _Live:
         s = self.shapes

@@ -26,6 +26,7 @@ from models.kernels import (
     block_attention_reference,
     has_native_band,
 )
+from models.linear import Linear
 from models.rope import Rope, rotate
 
 __all__ = ["Attention", "LocalAttention", "attend", "attend_backward", "attention_reference", "plan_tiles"]
@@ -51,10 +52,10 @@ class Attention(nn.Module):
             raise ValueError(f"model.n_heads {n_heads} is not a multiple of model.n_kv_heads {n_kv_heads}")
         self.head_dim = head_dim
         self.window = window
-        self.wq = nn.Linear(d_model, n_heads * head_dim, bias=False)
-        self.wk = nn.Linear(d_model, n_kv_heads * head_dim, bias=False)
-        self.wv = nn.Linear(d_model, n_kv_heads * head_dim, bias=False)
-        self.wo = nn.Linear(n_heads * head_dim, d_model, bias=False)
+        self.wq = Linear(d_model, n_heads * head_dim)
+        self.wk = Linear(d_model, n_kv_heads * head_dim)
+        self.wv = Linear(d_model, n_kv_heads * head_dim)
+        self.wo = Linear(n_heads * head_dim, d_model)
         self.rope = Rope(rope, head_dim)
         self.inner_attention: InnerAttention = LocalAttention(window)
 
@@ -62,11 +63,11 @@ class Attention(nn.Module):
         """[B, T, C] -> [B, T, C]; ``positions_BT`` count from the start of each document."""
         # [B, T, heads * D] -> [B, heads, T, D], a view
         q_BHTD, k_BGTD, v_BGTD = (w(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        cos_sin = self._rope_table(positions_BT, q_BHTD.dtype, bounds)
+        cos_sin = self.rope_table(positions_BT, q_BHTD.dtype, bounds)
         out_BHTD = self.inner_attention(rotate(q_BHTD, *cos_sin), rotate(k_BGTD, *cos_sin), v_BGTD, bounds)
         return self.wo(out_BHTD.transpose(1, 2).flatten(2))
 
-    def _rope_table(self, positions_BT: torch.Tensor, dtype: torch.dtype, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope_table(self, positions_BT: torch.Tensor, dtype: torch.dtype, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
         """The table of this micro-step, computed by the first layer that asks and shared by all layers with the same rotation."""
         key = ("rope", dtype, *self.rope.frequencies, self.rope.temperature)
         cached = bounds._cache.get(key)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.linear import Linear
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that products with ``x`` run in: autocast's when it is on (never for float64), else the tensor's own."""
@@ -26,23 +28,35 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def rms_norm(x_BTC: Tensor, weight_C: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x / rms(x) * weight`` in ``dtype`` and 1 / rms per token [B, T, 1], wide. Not differentiable: see `rms_norm_backward`."""
+    x = _wide(x_BTC)
+    rnorm_BT1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * rnorm_BT1).mul_(weight_C).to(dtype), rnorm_BT1
+
+
+def rms_norm_backward(grad_BTC: Tensor, x_BTC: Tensor, weight_C: Tensor, rnorm_BT1: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x (in its dtype) and of the weight (wide, summed over tokens)."""
+    grad = _wide(grad_BTC)
+    normed = _wide(x_BTC) * rnorm_BT1
+    dweight = (grad * normed).flatten(0, -2).sum(0)
+    grad = grad * weight_C
+    along = (grad * normed).mean(-1, keepdim=True)
+    return grad.addcmul_(normed, along, value=-1).mul_(rnorm_BT1).to(x_BTC.dtype), dweight
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTC: Tensor, weight_C: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-        x = _wide(x_BTC)
-        rnorm_BT1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, rnorm_BT1 = rms_norm(x_BTC, weight_C, eps, out_dtype)
         ctx.save_for_backward(x_BTC, weight_C, rnorm_BT1)
-        return (x * rnorm_BT1).mul_(weight_C).to(out_dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_BTC, weight_C, rnorm_BT1 = ctx.saved_tensors
-        grad = _wide(grads[0])
-        normed = _wide(x_BTC) * rnorm_BT1
-        dweight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight_C
-        along = (grad * normed).mean(-1, keepdim=True)
-        return grad.addcmul_(normed, along, value=-1).mul_(rnorm_BT1).to(x_BTC.dtype), dweight.to(weight_C.dtype), None, None
+        dx_BTC, dweight_C = rms_norm_backward(grads[0], x_BTC, weight_C, rnorm_BT1)
+        return dx_BTC, dweight_C.to(weight_C.dtype), None, None
 
 
 class RMSNorm(nn.Module):
@@ -65,18 +79,26 @@ class RMSNorm(nn.Module):
             return _RMSNorm.apply(x_BTC, self.weight, self.eps, dtype)  # type: ignore[return-value]
 
 
+def gated_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. Not differentiable: see `gated_product_backward`."""
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+def gated_product_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    dup = torch.nn.functional.silu(gate).mul_(grad)
+    return torch.ops.aten.silu_backward(grad * up, gate), dup
+
+
 class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
+        return gated_product(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        (grad,) = grads
-        dup = torch.nn.functional.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), dup
+        return gated_product_backward(grads[0], *ctx.saved_tensors)
 
 
 class SwiGLU(nn.Module):
@@ -84,9 +106,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.w_gate = nn.Linear(d_model, d_ff, bias=False)
-        self.w_up = nn.Linear(d_model, d_ff, bias=False)
-        self.w_down = nn.Linear(d_ff, d_model, bias=False)
+        self.w_gate = Linear(d_model, d_ff)
+        self.w_up = Linear(d_model, d_ff)
+        self.w_down = Linear(d_ff, d_model)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape; the inner width F exists for all given tokens at once (memory_mgmt/tiles bounds them)."""

@@ -96,17 +96,21 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BHTD, cos_B1TK, sin_B1TK):
         ctx.save_for_backward(cos_B1TK, sin_B1TK)
-        return _turn(x_BHTD, cos_B1TK, sin_B1TK, 1.0)
+        return turn(x_BHTD, cos_B1TK, sin_B1TK, 1.0)
 
     @staticmethod
     def backward(ctx, dy_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
         cos_B1TK, sin_B1TK = ctx.saved_tensors
-        return _turn(dy_BHTD, cos_B1TK, sin_B1TK, -1.0), None, None
+        return turn(dy_BHTD, cos_B1TK, sin_B1TK, -1.0), None, None
 
 
-def _turn(x_BHTD: torch.Tensor, cos_B1TK: torch.Tensor, sin_B1TK: torch.Tensor, direction: float) -> torch.Tensor:
+def turn(
+    x_BHTD: torch.Tensor, cos_B1TK: torch.Tensor, sin_B1TK: torch.Tensor, direction: float, out_BHTD: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`rotate` (direction 1) or its transpose (-1), not differentiable, into ``out`` if given (which is not ``x``)."""
     first, second = x_BHTD.chunk(2, dim=-1)
-    out_BHTD = torch.empty_like(x_BHTD)
+    if out_BHTD is None:
+        out_BHTD = torch.empty_like(x_BHTD)
     out_first, out_second = out_BHTD.chunk(2, dim=-1)
     out_first.copy_((first * cos_B1TK).addcmul_(second, sin_B1TK, value=-direction))
     out_second.copy_((second * cos_B1TK).addcmul_(first, sin_B1TK, value=direction))

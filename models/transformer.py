@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks of (norm, mixer, norm, feed-forward) with a residual stream, norm, tiled loss.
 
-What parallel/ and memory_mgmt/ replace from outside: a mixer's own seams, `Block.run`, `Block.run_ffn` and
-`Transformer.loss_tile_tokens`. Nothing here knows of other ranks.
+What parallel/ and memory_mgmt/ replace from outside: a mixer's own seams, `Block.run`, `Block.run_ffn`, `Transformer.run_blocks`
+and `Transformer.loss_tile_tokens`. Nothing here knows of other ranks.
 
 The residual stream stays in the embedding's dtype (float32) under bf16 autocast: the sum over layers is the one place
 where bf16 loses small updates for good (8 bits of mantissa against a stream that grows with depth), it is what Hugging
@@ -14,7 +14,7 @@ Try alone: ``pytest tests/models/test_transformer.py``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,6 +37,13 @@ _INTO_RESIDUAL = ("wo", "w_out", "w_down")
 def call(body: Callable[..., Any], *args: Any) -> Any:
     """The default of the seams ``Block.run`` and ``Block.run_ffn``: just call it."""
     return body(*args)
+
+
+def run_in_order(blocks: Iterable[Block], x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
+    """The default of the seam ``Transformer.run_blocks``: one block after the other."""
+    for block in blocks:
+        x_BTC = block(x_BTC, positions_BT, bounds)
+    return x_BTC
 
 
 class Block(nn.Module):
@@ -95,15 +102,14 @@ class Transformer(nn.Module):
         self.loss_tile_tokens = 4096
         self.embed = nn.Embedding(vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
+        self.run_blocks: Callable[..., Tensor] = run_in_order
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else LossHead(vocab_size, config.d_model)
 
     def hidden(self, batch: Batch) -> Tensor:
         """h_BTC after the final norm: what the output projection reads."""
         x_BTC = self.embed(batch.tokens_BT)
-        for block in self.blocks:
-            x_BTC = block(x_BTC, batch.positions_BT, batch.bounds)
-        return self.norm(x_BTC)
+        return self.norm(self.run_blocks(self.blocks, x_BTC, batch.positions_BT, batch.bounds))
 
     def forward(self, batch: Batch) -> Tensor:
         """nll_BT: negative log likelihood per token, float32 (float64), 0 where there is no label."""

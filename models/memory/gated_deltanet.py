@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.batch import Bounds, Range
 from models.config import ModelConfig
+from models.linear import Linear, linear
 from models.memory.delta_rule import gated_delta_rule
 from models.memory.documents import plan_documents
 from models.memory.protocol import MemoryCost, MemoryModule, MemoryTraits, State, last_tokens, local_offsets, ranges_in_order
@@ -77,13 +78,13 @@ class GatedDeltaNet(MemoryModule):
         self.n_heads, self.key_dim, self.value_dim = n_heads, key_dim, value_dim
         self.halo, self.chunk_size, self.norm_eps = conv_kernel - 1, chunk_size, norm_eps
         keys, values = n_heads * key_dim, n_heads * value_dim
-        self.w_q = nn.Linear(d_model, keys, bias=False)
-        self.w_k = nn.Linear(d_model, keys, bias=False)
-        self.w_v = nn.Linear(d_model, values, bias=False)
-        self.w_gate = nn.Linear(d_model, values, bias=False)
-        self.w_beta = nn.Linear(d_model, n_heads, bias=False)
-        self.w_decay = nn.Linear(d_model, n_heads, bias=False)
-        self.w_out = nn.Linear(values, d_model, bias=False)
+        self.w_q = Linear(d_model, keys)
+        self.w_k = Linear(d_model, keys)
+        self.w_v = Linear(d_model, values)
+        self.w_gate = Linear(d_model, values)
+        self.w_beta = Linear(d_model, n_heads)
+        self.w_decay = Linear(d_model, n_heads)
+        self.w_out = Linear(values, d_model)
         if self.halo:
             self.conv_q = nn.Parameter(torch.empty(keys, conv_kernel))
             self.conv_k = nn.Parameter(torch.empty(keys, conv_kernel))
@@ -208,14 +209,14 @@ class GatedDeltaNet(MemoryModule):
         plan = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device)
 
         def stream(weight: Tensor, conv: Tensor, scale: float) -> Tensor:
-            x, before = F.linear(x_BTC, weight), F.linear(before_BnC.to(x_BTC.dtype), weight)
+            x, before = linear(x_BTC, weight), linear(before_BnC.to(x_BTC.dtype), weight)
             return conv_silu_chunks(x, before, conv, plan, self.n_heads, self.chunk_size, scale)
 
         q_NGcK = stream(weights.w_q, weights.conv_q, self.key_dim**-0.5)
         k_NGcK = stream(weights.w_k, weights.conv_k, 1.0)
         v_NGcV = stream(weights.w_v, weights.conv_v, 0.0)
-        beta_BTH = F.linear(x_BTC, weights.w_beta).to(q_NGcK.dtype).sigmoid()
-        step_BTH = F.softplus(F.linear(x_BTC, weights.w_decay).to(q_NGcK.dtype) + weights.dt_bias)
+        beta_BTH = linear(x_BTC, weights.w_beta).to(q_NGcK.dtype).sigmoid()
+        step_BTH = F.softplus(linear(x_BTC, weights.w_decay).to(q_NGcK.dtype) + weights.dt_bias)
         log_decay_BTH = -weights.A_log.exp() * step_BTH
         beta_NGc, log_decay_NGc = (to_chunks(z.unsqueeze(-1), self.chunk_size).squeeze(-1) for z in (beta_BTH, log_decay_BTH))
         return gated_delta_rule(q_NGcK, k_NGcK, v_NGcV, beta_NGc, log_decay_NGc, state_GKW, plan.segment_NBC)
@@ -228,8 +229,8 @@ class GatedDeltaNet(MemoryModule):
         return self._write_out(weights, x_BTC, o_NGcV)
 
     def _write_out(self, weights: _Weights, x_BTC: Tensor, o_NGcV: Tensor) -> Tensor:
-        gate_BTC = F.linear(x_BTC, weights.w_gate)
-        return F.linear(gated_norm(o_NGcV, gate_BTC, weights.norm, self.norm_eps), weights.w_out)
+        gate_BTC = linear(x_BTC, weights.w_gate)
+        return linear(gated_norm(o_NGcV, gate_BTC, weights.norm, self.norm_eps), weights.w_out)
 
     # ------------------------------------------------------------------------------------------------ edges of the sequence
 

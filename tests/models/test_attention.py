@@ -213,7 +213,7 @@ def test_layer_depends_on_relative_positions_only() -> None:
     assert torch.allclose(near, far, atol=1e-9) and not torch.allclose(near, other, atol=1e-3)
 
 
-def test_layer_passes_the_seam_and_shares_the_rope_table(monkeypatch) -> None:
+def test_layer_passes_the_seam_and_shares_therope_table(monkeypatch) -> None:
     layer, bounds = _layer(3), Bounds.whole(2, 6)
     seen = []
     layer.inner_attention = lambda q, k, v, b: (seen.append((q.shape, k.shape, v.shape, b)), q)[1]
@@ -222,9 +222,9 @@ def test_layer_passes_the_seam_and_shares_the_rope_table(monkeypatch) -> None:
     assert seen == [((2, 4, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8), bounds)] and layer.window == 3
     tables = []
     monkeypatch.setattr(type(layer.rope), "table", lambda *args: tables.append(args))
-    layer._rope_table(positions, torch.float64, bounds)
+    layer.rope_table(positions, torch.float64, bounds)
     assert not tables, "the second layer of a micro-step reuses the table"
-    layer._rope_table(positions + 1, torch.float64, bounds)
+    layer.rope_table(positions + 1, torch.float64, bounds)
     assert len(tables) == 1, "other positions are not served from it"
 
 

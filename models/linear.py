@@ -1,0 +1,57 @@
+"""A linear map that keeps no low-precision copy of its weight.
+
+Under autocast torch casts the weight in forward and autograd keeps the copy until backward: 2 bytes per parameter of the model.
+Here the master weight is kept, which is alive anyway, and cast again in backward. Results and gradients are the same bits.
+
+Legend: n tokens of all rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _CastLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return F.linear(x, weight_OI.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        (dy,) = grads
+        dx = dweight_OI = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.matmul(dy, weight_OI.to(dy.dtype))
+        if ctx.needs_input_grad[1]:
+            dweight_OI = torch.mm(dy.flatten(0, -2).t(), x.flatten(0, -2)).to(weight_OI.dtype)
+        return dx, dweight_OI, None
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """``x @ weight^T`` in autocast's dtype if it is on (never for float64), else in the operands' own."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or weight_OI.dtype == torch.float64:
+        return F.linear(x, weight_OI)
+    dtype = torch.get_autocast_dtype(device)
+    if weight_OI.dtype == dtype:
+        return F.linear(x, weight_OI)
+    x = x.to(dtype)  # outside, so that autograd returns the gradient in x's own dtype
+    with torch.autocast(device, enabled=False):
+        return _CastLinear.apply(x, weight_OI, dtype)  # type: ignore[return-value]
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` without a bias that runs `linear`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., I] -> [..., O]"""
+        return linear(input, self.weight)
