@@ -303,8 +303,10 @@ struct PlannedAllocator final : c10::Allocator {
     if (l.readers == 0 || p != block.get_context()) return block;
     const int64_t id = l.next_id++;
     l.events.push_back({id, (int64_t)n, self()});
-    l.live.insert_or_assign(p, Tracked{id, (int64_t)n, std::move(block)});
-    g_tracked.fetch_add(1, std::memory_order_relaxed);
+    auto [entry, added] = l.live.try_emplace(p);
+    if (added) g_tracked.fetch_add(1, std::memory_order_relaxed);
+    else entry->second.block.release_context();      // freed behind our back: its memory is this block's now
+    entry->second = Tracked{id, (int64_t)n, std::move(block)};
     return {p, p, &release, c10::Device(c10::kCPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -326,10 +328,10 @@ void in_child() {
 extern "C" {
 // ---- the allocator
 int lsa_installed() { return c10::GetCPUAllocator() == &allocator(); }
-int lsa_install() {                                  // 0: what is installed has no raw interface, so it cannot be wrapped
+int lsa_install() {                                  // 0: what is installed cannot be wrapped, or is not what was wrapped before
   if (lsa_installed()) return 1;
   c10::Allocator* found = c10::GetCPUAllocator();
-  if (!found->raw_deleter()) return 0;
+  if (!found->raw_deleter() || (g_base && g_base != found)) return 0;
   static const int once = pthread_atfork(before_fork, after_fork, in_child);
   (void)once;
   g_base = found;
