@@ -1,0 +1,267 @@
+"""Choose what is kept, swapped or recomputed, in which tiles and groups: the fastest step within device memory, host memory and the
+copies that computation hides.
+
+A linear program through PuLP (``planner_lp.py``), a greedy (``planner_greedy.py``) and MEMO's rule (``planner_memo.py``) each propose a
+policy; ``planner_simulate.evaluate`` checks all of them and the fastest valid one is returned. When nothing fits: ``smallest_budget``
+and ``cheapest_changes``. Imports no torch.
+
+Try alone: ``pytest tests/memory_mgmt/test_planner.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from memory_mgmt.plan import GIB
+from memory_mgmt.planner_greedy import solve_greedy
+from memory_mgmt.planner_groups import grouped, spread
+from memory_mgmt.planner_lp import Program, Solution
+from memory_mgmt.planner_memo import solve_memo
+from memory_mgmt.planner_problem import Problem, Tiling
+from memory_mgmt.planner_rounding import rounded
+from memory_mgmt.planner_simulate import Evaluation, evaluate
+from memory_mgmt.policy import Policy
+
+_NOTHING_LOST = 1e-4
+"""Share of the step that a policy which is equal for equal layers may cost more than the best one."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A policy that fits, and why it is the one."""
+
+    policy: Policy
+    seconds: float
+    """Of one optimizer step."""
+    extra_seconds: float
+    """Over a step that keeps everything: recomputation, tiles and waiting for copies."""
+    peak_bytes: int
+    host_bytes: int
+    binding: str
+    """What keeps the step from being faster, in words; ``nothing: ...`` when all is kept."""
+    worth: tuple[str, ...]
+    """What more device memory, host memory or copy bandwidth would buy."""
+    method: str
+    """Whose policy it is: ``lp``, ``greedy`` or ``memo``."""
+    evaluation: Evaluation
+    greedy_seconds: float | None
+    """None: it found nothing that fits. So for the next two."""
+    lp_seconds: float | None
+    memo_seconds: float | None
+    solver: str
+    solve_time: float
+    complete: bool
+    """Whether all tile and group candidates were examined within the time limit."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    policy: Policy
+    evaluation: Evaluation
+    method: str
+
+    @property
+    def seconds(self) -> float:
+        return self.evaluation.seconds
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One pair of tilings and one group size: a linear program of its own."""
+
+    problem: Problem
+    """With this tiling only; its layers are the real ones."""
+    k: int
+
+    def policy(self, solution: Solution) -> Policy:
+        n = len(self.problem.layers)
+        layers = solution.layers if self.k == 1 else spread(solution.layers, n, self.k)
+        loss = self.problem.loss_tiles[solution.loss_tile].tokens
+        return Policy(layers, self.k, loss, self.problem.ffn_tiles[0], self.problem.memory_tiles[0])
+
+    def units(self) -> Problem:
+        return grouped(self.problem, self.k)
+
+
+def _cases(problem: Problem) -> list[_Case]:
+    tiled = [problem.with_tiles(tiling) for tiling in problem.tilings()]
+    return [_Case(one, k) for k in problem.group_blocks for one in tiled]
+
+
+def solve(problem: Problem, time_limit: float = 10.0) -> Choice | None:
+    """The fastest valid policy, or None when nothing fits (then: ``smallest_budget``, ``cheapest_changes``).
+
+    Every pair of tiles and every group size is a case; cases are taken in the order of their greedy's result, and those whose
+    computation alone is not faster than the best policy so far are skipped. Within ``time_limit`` seconds.
+    """
+    started = time.monotonic()
+    deadline = started + time_limit
+    cases = _cases(problem)
+    greedy = {case: _greedy(problem, case) for case in cases}
+    found = [one for one in greedy.values() if one is not None] + _memo(problem)
+    programs: list[tuple[_Candidate, _Case, Solution]] = []
+    complete = True
+    order = sorted(cases, key=lambda case: (g.seconds if (g := greedy[case]) is not None else math.inf, case.k))
+    for case in order:
+        best = min((one.seconds for one in [*found, *(p[0] for p in programs)]), default=math.inf)
+        if programs and _floor(case) >= best:
+            continue
+        if time.monotonic() > deadline:
+            complete = False
+            break
+        solved = _by_program(problem, case, deadline)
+        if solved is not None:
+            programs.append((solved[0], case, solved[1]))
+    by_program = min(programs, key=lambda p: p[0].seconds, default=None)
+    candidates = [*([by_program[0]] if by_program else []), *found]
+    if not candidates:
+        return None
+    best = min(candidates, key=lambda one: one.seconds)
+    prices = by_program[1:] if by_program else None
+    solver = by_program[2].solver if by_program else ""
+    return _choice(problem, best, candidates, prices, solver, started, deadline, complete)
+
+
+def _floor(case: _Case) -> float:
+    """Seconds of a case that no shares can lower."""
+    units = case.units()
+    tiles = sum(layer.mixer_stages[0].seconds + layer.ffn_stages[0].seconds for layer in units.layers)
+    return units.base_seconds + tiles
+
+
+def _checked(problem: Problem, policy: Policy, method: str) -> _Candidate | None:
+    found = evaluate(problem, policy)
+    return None if found.violations else _Candidate(policy, found, method)
+
+
+def _greedy(problem: Problem, case: _Case) -> _Candidate | None:
+    found = solve_greedy(case.units())
+    if found is None:
+        return None
+    layers = found.layers if case.k == 1 else spread(found.layers, len(problem.layers), case.k)
+    policy = replace(found, layers=layers, group_blocks=case.k)
+    whole = _checked(problem, replace(policy, layers=rounded(policy.layers, case.problem)), "greedy")
+    return whole or _checked(problem, policy, "greedy")
+
+
+def _memo(problem: Problem) -> list[_Candidate]:
+    if 1 not in problem.group_blocks:
+        return []
+    policy = solve_memo(problem)
+    first = problem.with_tiles(Tiling(0, 0))
+    for one in (replace(policy, layers=rounded(policy.layers, first)), policy):
+        if (found := _checked(problem, one, "memo")) is not None:
+            return [found]
+    return []
+
+
+def _by_program(problem: Problem, case: _Case, deadline: float) -> tuple[_Candidate, Solution] | None:
+    """The linear program's policy, rounded to whole tiles, with equal shares in equal layers where that costs nothing."""
+    units = case.units()
+    left = max(0.2, deadline - time.monotonic())
+    best = Program(units).solve(left)
+    if best is None:
+        return None
+    found = _rounded_candidate(problem, case, best, deadline, uniform=False)
+    alike = Program(units, uniform=True).solve(max(0.2, deadline - time.monotonic()))
+    if alike is not None and (found is None or alike.seconds <= best.seconds * (1 + _NOTHING_LOST)):
+        same = _rounded_candidate(problem, case, alike, deadline, uniform=True)
+        if same is not None and (found is None or same.seconds <= found.seconds * (1 + _NOTHING_LOST)):
+            found = same
+    return None if found is None else (found, best)
+
+
+def _rounded_candidate(problem: Problem, case: _Case, solution: Solution, deadline: float, uniform: bool) -> _Candidate | None:
+    """Round a solution; where the rounded shares exceed a limit, solve again with that limit lowered by the excess."""
+    limits = case.problem
+    policy = case.policy(solution)
+    for _ in range(3):
+        whole = replace(policy, layers=rounded(policy.layers, case.problem))
+        found = evaluate(problem, whole)
+        if not found.violations:
+            return _Candidate(whole, found, "lp")
+        over_device = max(0, found.peak_bytes - problem.budget_bytes)
+        over_host = max(0, found.host_bytes - problem.host_bytes)
+        if not (over_device or over_host) or time.monotonic() > deadline:
+            break
+        host = max(0, limits.host_bytes - math.ceil(over_host * 1.01))
+        limits = replace(limits, budget_bytes=limits.budget_bytes - math.ceil(over_device * 1.01), host_bytes=host)
+        again = Program(grouped(limits, case.k), uniform=uniform).solve(max(0.2, deadline - time.monotonic()))
+        if again is None:
+            break
+        policy = case.policy(again)
+    return _checked(problem, case.policy(solution), "lp")
+
+
+def _choice(
+    problem: Problem,
+    best: _Candidate,
+    candidates: Sequence[_Candidate],
+    prices: tuple[_Case, Solution] | None,
+    solver: str,
+    started: float,
+    deadline: float,
+    complete: bool,
+) -> Choice:
+    def fastest(method: str) -> float | None:
+        return min((one.seconds for one in candidates if one.method == method), default=None)
+
+    extra = best.seconds - problem.base_seconds
+    return Choice(
+        policy=best.policy,
+        seconds=best.seconds,
+        extra_seconds=extra,
+        peak_bytes=best.evaluation.peak_bytes,
+        host_bytes=best.evaluation.host_bytes,
+        binding=_binding(problem, best, extra, prices),
+        worth=_worth(*prices, deadline) if prices else (),
+        method=best.method,
+        evaluation=best.evaluation,
+        greedy_seconds=fastest("greedy"),
+        lp_seconds=fastest("lp"),
+        memo_seconds=fastest("memo"),
+        solver=solver,
+        solve_time=time.monotonic() - started,
+        complete=complete,
+    )
+
+
+def _binding(problem: Problem, best: _Candidate, extra: float, prices: tuple[_Case, Solution] | None) -> str:
+    """Which limit decides, in words."""
+    if extra <= problem.base_seconds * _NOTHING_LOST:
+        return "nothing: the step is as fast as with everything kept"
+    if prices is None:
+        return f"device memory at {best.evaluation.peak_moment}"
+    solution = prices[1]
+    names = []
+    if solution.device_worth > 0:
+        where = solution.binding_rows[0] if solution.binding_rows else best.evaluation.peak_moment
+        names.append(f"device memory at {where}")
+    if solution.host_worth > 0:
+        names.append(f"host memory ({problem.host_bytes / GIB:.1f} GiB)")
+    if solution.link_worth > 0:
+        names.append(f"copy bandwidth ({problem.bandwidth_out / 1e9:.0f} GB/s out, {problem.bandwidth_in / 1e9:.0f} GB/s in)")
+    return ", ".join(names) or f"device memory at {best.evaluation.peak_moment} (a tile or group size decides)"
+
+
+def _worth(case: _Case, solution: Solution, deadline: float) -> tuple[str, ...]:
+    """What more of each scarce resource buys: the dual says that it is scarce, solving again says how much one more unit saves."""
+    units = case.units()
+    more: list[tuple[str, Problem]] = []
+    if solution.device_worth > 0:
+        more.append(("1 GiB more device memory", replace(units, budget_bytes=units.budget_bytes + GIB)))
+    if solution.host_worth > 0:
+        more.append(("1 GiB more host memory for this rank", replace(units, host_bytes=units.host_bytes + GIB)))
+    if solution.link_worth > 0:
+        faster = replace(units, bandwidth_out=units.bandwidth_out + 1e9, bandwidth_in=units.bandwidth_in + 1e9)
+        more.append(("1 GB/s more copy bandwidth", faster))
+    lines = []
+    for name, changed in more:
+        again = Program(changed).solve(max(0.2, deadline - time.monotonic()))
+        if again is not None:
+            saved = max(0.0, solution.seconds - again.seconds)
+            lines.append(f"{name}: {saved:.3g} s less per step ({saved / solution.seconds:.2%})")
+    return tuple(lines)

@@ -1,0 +1,319 @@
+"""The choice as a linear program: shares per layer and class, the times of three queues, memory at every position.
+
+Variables per layer: swapped and recomputed share of each class (kept is the rest); end of forward f, of the copy out d, of the copy
+back h, of backward b. Minimised: the end of backward. Times enter as ``later >= earlier + duration`` only, so the least solution is
+the schedule itself. Integers: which loss tile, and whole-or-nothing recomputation. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pulp
+
+from memory_mgmt.planner_problem import LayerCost, Problem
+from memory_mgmt.policy import CLASSES, ActivationClass, LayerPolicy, Split
+
+_ROUND = 1e-7
+"""Shares closer to 0 or 1 than this are meant to be 0 or 1."""
+_TIE_BREAK = 1e-7
+"""Of the step per step's worth of copies: among equal solutions the one that copies less."""
+
+Term = tuple[float, pulp.LpVariable]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved program, in seconds and bytes."""
+
+    layers: tuple[LayerPolicy, ...]
+    loss_tile: int
+    """Index of the loss tile."""
+    seconds: float
+    budget_bytes: float
+    """The budget; in ``smallest_budget`` mode the least one."""
+    solver: str
+    device_worth: float = 0.0
+    """Duals: seconds per step that one more byte of device memory saves."""
+    host_worth: float = 0.0
+    binding_rows: tuple[str, ...] = ()
+    """Positions whose memory rows have a price, dearest first."""
+    link_worth: float = 0.0
+    """Seconds per step that one more byte per second of both directions would save, at the margin."""
+
+
+@dataclass
+class _Shares:
+    """Variables of one layer (or of a run of equal ones)."""
+
+    swap: dict[str, pulp.LpVariable] = field(default_factory=dict)
+    recompute: dict[str, pulp.LpVariable] = field(default_factory=dict)
+
+
+class Program:
+    """One linear program over a problem with a single tiling and groups of one block (``planner_groups.grouped``).
+
+    ``uniform``: equal layers share their variables. ``minimise``: ``seconds``, or ``budget`` for the smallest budget.
+    """
+
+    def __init__(self, problem: Problem, *, uniform: bool = False, minimise: str = "seconds") -> None:
+        self.problem, self.minimise = problem, minimise
+        self.n = len(problem.layers)
+        everything = sum(layer.of(name).bytes for layer in problem.layers for name in CLASSES)
+        # Units near 1 for the solver: tolerances are absolute.
+        self.byte = max(1.0, everything / self.n)
+        self.second = max(problem.base_seconds, 1e-9) / self.n
+        self.program = pulp.LpProblem("memory_policy", pulp.LpMinimize)
+        self.rows: dict[str, pulp.LpConstraint] = {}
+        self.integers: list[pulp.LpVariable] = []
+        self.memory_rows: dict[str, str] = {}
+        self.copy_rows: dict[str, tuple[int, float]] = {}
+        self.shares = self._make_shares(uniform)
+        self.loss = [self._variable(f"loss_{j}", integer=len(problem.loss_tiles) > 1) for j in range(len(problem.loss_tiles))]
+        self._row("one_loss", [(1.0, z) for z in self.loss], "==", 1.0)
+        self._memory()
+        self.end = self._times()
+        self._objective()
+
+    # --- variables -----------------------------------------------------------------------------------------------------------
+
+    def _variable(self, name: str, upper: float | None = 1.0, integer: bool = False) -> pulp.LpVariable:
+        category = pulp.LpInteger if integer else pulp.LpContinuous
+        # PuLP 3.3 asks for its new method and warns about the constructor, which is all that earlier ones have.
+        make = getattr(self.program, "add_variable", pulp.LpVariable)
+        variable = make(name, 0, upper, category)
+        if integer:
+            self.integers.append(variable)
+        return variable
+
+    def _make_shares(self, uniform: bool) -> list[_Shares]:
+        known: dict[tuple[LayerCost, bool], _Shares] = {}
+        shares = []
+        for i, layer in enumerate(self.problem.layers):
+            swappable = i < self.problem.n_swappable
+            key = (layer, swappable)
+            if not uniform or key not in known:
+                known[key] = self._layer_shares(i, layer, swappable)
+            shares.append(known[key])
+        return shares
+
+    def _layer_shares(self, i: int, layer: LayerCost, swappable: bool) -> _Shares:
+        made = _Shares()
+        for name in CLASSES:
+            cost = layer.of(name)
+            if not cost.bytes and not cost.recompute_seconds:
+                continue
+            if swappable and cost.may_swap and cost.bytes:
+                made.swap[name] = self._variable(f"s_{i}_{name}")
+            if cost.may_recompute and name != "input":
+                made.recompute[name] = self._variable(f"r_{i}_{name}", integer=cost.whole_recompute)
+            parts = [(1.0, part[name]) for part in (made.swap, made.recompute) if name in part]
+            if not cost.may_keep:
+                self._row(f"all_{i}_{name}", parts, "==", 1.0)
+            elif len(parts) > 1:
+                self._row(f"part_{i}_{name}", parts, "<=", 1.0)
+        return made
+
+    # --- rows ------------------------------------------------------------------------------------------------------------------
+
+    def _row(self, name: str, terms: Sequence[Term], sense: str, right: float) -> None:
+        merged: dict[pulp.LpVariable, float] = {}
+        for factor, variable in terms:
+            merged[variable] = merged.get(variable, 0.0) + factor
+        relation = {"<=": pulp.LpConstraintLE, "==": pulp.LpConstraintEQ, ">=": pulp.LpConstraintGE}[sense]
+        expression = pulp.LpAffineExpression(list(merged.items()))
+        self.rows[name] = pulp.LpConstraint(expression, relation, name, right)
+        self.program.addConstraint(self.rows[name])
+
+    def _swap_terms(self, i: int, per: float) -> list[Term]:
+        """Swapped bytes of layer i, divided by ``per``."""
+        if i < 0:
+            return []
+        layer = self.problem.layers[i]
+        return [(layer.of(name).bytes / per, s) for name, s in self.shares[i].swap.items()]  # type: ignore[arg-type]
+
+    def _own(self, i: int, names: Sequence[ActivationClass]) -> tuple[float, list[Term]]:
+        """What is there of a layer's classes during its own forward or backward: all, less what exists in tiles only."""
+        layer = self.problem.layers[i]
+        whole = float(sum(layer.of(name).bytes for name in names))
+        terms: list[Term] = []
+        for name in names:
+            cost = layer.of(name)
+            if cost.tiled_bytes is not None and name in self.shares[i].recompute:
+                terms.append((-(cost.bytes - cost.tiled_bytes) / self.byte, self.shares[i].recompute[name]))
+        return whole, terms
+
+    def _limit(self, name: str, moment: str, terms: Sequence[Term], fixed_bytes: float) -> None:
+        """``terms + fixed <= budget``."""
+        self.memory_rows[name] = moment
+        fixed = (fixed_bytes - self.problem.budget_bytes) / self.byte
+        if self.minimise == "budget":
+            self._row(name, [*terms, (-1.0, self.budget)], "<=", -fixed_bytes / self.byte)
+        elif fixed > -1e6:  # a budget far beyond everything is no row
+            self._row(name, terms, "<=", -fixed)
+
+    def _memory(self) -> None:
+        problem, layers = self.problem, self.problem.layers
+        if self.minimise == "budget":
+            self.budget = self._variable("budget", None)
+            self._limit("other", "update", [], problem.other_peak_bytes)
+        kept_before: list[Term] = []
+        gradients = sum(layer.gradient_bytes for layer in layers)
+        for i, layer in enumerate(layers):
+            beside = [*kept_before, *self._swap_terms(i - 1, self.byte)]
+            for half, names, stage in (("m", CLASSES[:3], layer.mixer_stages[0]), ("f", CLASSES, layer.ffn_stages[0])):
+                whole, tiled = self._own(i, names)
+                fixed = problem.resident_bytes + whole
+                part = "mixer" if half == "m" else "feed-forward"
+                back, forth = stage.backward_bytes + gradients, stage.forward_bytes
+                moment = f"backward of layer {i}, {part}" if back >= forth else f"forward of layer {i}, {part}"
+                self._limit(f"mem_{half}_{i}", moment, [*beside, *tiled], fixed + max(back, forth))
+            gradients -= layer.gradient_bytes
+            kept_before = self._kept_after(i, kept_before)
+        at_loss = [*kept_before, *self._swap_terms(self.n - 1, self.byte)]
+        tiles = [(tile.working_bytes / self.byte, z) for tile, z in zip(problem.loss_tiles, self.loss, strict=True)]
+        self._limit("mem_loss", "loss", [*at_loss, *tiles], problem.resident_bytes)
+        host = [term for i in range(self.n) for term in self._swap_terms(i, self.byte)]
+        if host:
+            self._row("host", host, "<=", problem.host_bytes / self.byte)
+
+    def _kept_after(self, i: int, before: Sequence[Term]) -> list[Term]:
+        """A variable for the kept bytes of layers 0..i, so that every memory row stays short."""
+        layer, shares = self.problem.layers[i], self.shares[i]
+        kept = self._variable(f"kept_{i}", None)
+        terms: list[Term] = [(1.0, kept), *((-factor, variable) for factor, variable in before)]
+        for name in CLASSES:
+            size = layer.of(name).bytes / self.byte
+            terms += [(size, part[name]) for part in (shares.swap, shares.recompute) if name in part]
+        self._row(f"keep_{i}", terms, "==", sum(layer.of(name).bytes for name in CLASSES) / self.byte)
+        return [(1.0, kept)]
+
+    def _after(self, name: str, later: pulp.LpVariable, earlier: pulp.LpVariable | None, terms: Sequence[Term], fixed: float) -> None:
+        """``later >= earlier + terms + fixed``, seconds over ``self.second``."""
+        before: list[Term] = [] if earlier is None else [(-1.0, earlier)]
+        self._row(name, [(1.0, later), *before, *((-factor, variable) for factor, variable in terms)], ">=", fixed)
+
+    def _copy(self, name: str, i: int, later: pulp.LpVariable, earlier: pulp.LpVariable, bandwidth: float) -> None:
+        self.copy_rows[name] = (i, bandwidth)
+        self._after(name, later, earlier, self._swap_terms(i, bandwidth * self.second), 0.0)
+
+    def _times(self) -> pulp.LpVariable:
+        problem, n, second = self.problem, self.n, self.second
+        forward = [self._variable(f"f_{i}", None) for i in range(n)]
+        out = [self._variable(f"d_{i}", None) for i in range(n)]
+        loss = self._variable("l", None)
+        for i, layer in enumerate(problem.layers):
+            duration = layer.forward_seconds / second
+            self._after(f"f_{i}_after", forward[i], forward[i - 1] if i else None, [], duration)
+            if i > 1 and self.shares[i - 2].swap:
+                self._after(f"f_{i}_buffer", forward[i], out[i - 2], [], duration)
+            self._copy(f"d_{i}_ready", i, out[i], forward[i], problem.bandwidth_out)
+            if i:
+                self._copy(f"d_{i}_queue", i, out[i], out[i - 1], problem.bandwidth_out)
+        tiles = [(tile.seconds / second, z) for tile, z in zip(problem.loss_tiles, self.loss, strict=True)]
+        self._after("l_after", loss, forward[-1], tiles, 0.0)
+        if n > 1:
+            self._after("l_buffer", loss, out[n - 2], tiles, 0.0)
+        return self._backward_times(loss, out)
+
+    def _backward_times(self, loss: pulp.LpVariable, out: Sequence[pulp.LpVariable]) -> pulp.LpVariable:
+        n, second = self.n, self.second
+        end = [self._variable(f"b_{i}", None) for i in range(n)]
+        back = [self._variable(f"h_{i}", None) for i in range(n)]
+        for i in reversed(range(n)):
+            layer = self.problem.layers[i]
+            work = [(layer.of(name).recompute_seconds / second, r) for name, r in self.shares[i].recompute.items()]  # type: ignore[arg-type]
+            tiles = layer.mixer_stages[0].seconds + layer.ffn_stages[0].seconds
+            duration = (layer.backward_seconds + tiles) / second
+            self._after(f"b_{i}_after", end[i], end[i + 1] if i + 1 < n else loss, work, duration)
+            if not self.shares[i].swap:
+                continue
+            self._after(f"b_{i}_data", end[i], back[i], work, duration)
+            issued = end[i + 2] if i + 2 < n else loss
+            self._copy(f"h_{i}_issued", i, back[i], issued, self.problem.bandwidth_in)
+            self._copy(f"h_{i}_parked", i, back[i], out[i], self.problem.bandwidth_in)
+            if i + 1 < n and self.shares[i + 1].swap:
+                self._copy(f"h_{i}_queue", i, back[i], back[i + 1], self.problem.bandwidth_in)
+        return end[0]
+
+    def _objective(self) -> None:
+        per = self.problem.bandwidth_out * self.second / _TIE_BREAK
+        copies = [term for i in range(self.n) for term in self._swap_terms(i, per)]
+        merged: dict[pulp.LpVariable, float] = {}
+        for factor, variable in copies:
+            merged[variable] = merged.get(variable, 0.0) + factor
+        goal = self.budget if self.minimise == "budget" else self.end
+        self.program.setObjective(pulp.LpAffineExpression([(goal, 1.0), *merged.items()]))
+
+    # --- solving ---------------------------------------------------------------------------------------------------------------
+
+    def solve(self, time_limit: float = 10.0) -> Solution | None:
+        """The best solution, or None when there is none within the limits. Integers are settled first, then fixed, and the linear
+        program is solved again for its prices."""
+        deadline = time.monotonic() + time_limit
+        if self.minimise == "seconds" and self.problem.other_peak_bytes > self.problem.budget_bytes:
+            return None
+        if self.integers:
+            if run_solver(self.program, time_limit, relative_gap=1e-6) is None:
+                return None
+            self._fix_integers()
+        solver = run_solver(self.program, max(0.1, deadline - time.monotonic()))
+        return None if solver is None else self._read(solver)
+
+    def _fix_integers(self) -> None:
+        for variable in self.integers:
+            value = round(variable.value() or 0.0)
+            variable.cat, variable.lowBound, variable.upBound = pulp.LpContinuous, value, value
+
+    def _read(self, solver: str) -> Solution:
+        rows, problem = self.rows, self.problem
+        prices = {name: -(rows[name].pi or 0.0) for name in self.memory_rows if name in rows}
+        per_byte = self.second / self.byte
+        host = -(rows["host"].pi or 0.0) * per_byte if "host" in rows else 0.0
+        link = 0.0
+        for name, (i, bandwidth) in self.copy_rows.items():
+            if name in rows:
+                swapped = sum(factor * (variable.value() or 0.0) for factor, variable in self._swap_terms(i, 1.0))
+                link += (rows[name].pi or 0.0) * swapped / bandwidth**2
+        dear = sorted((name for name, price in prices.items() if price > 1e-6), key=lambda name: -prices[name])
+        end = self.end.value() or 0.0
+        return Solution(
+            layers=tuple(self._policy(i) for i in range(self.n)),
+            loss_tile=max(range(len(self.loss)), key=lambda j: self.loss[j].value() or 0.0),
+            seconds=end * self.second + problem.fixed_seconds,
+            budget_bytes=(self.budget.value() or 0.0) * self.byte if self.minimise == "budget" else problem.budget_bytes,
+            solver=solver,
+            device_worth=sum(prices.values()) * per_byte,
+            host_worth=host,
+            binding_rows=tuple(self.memory_rows[name] for name in dear),
+            link_worth=link,
+        )
+
+    def _policy(self, i: int) -> LayerPolicy:
+        shares = self.shares[i]
+        return LayerPolicy(**{name: _split(shares.swap.get(name), shares.recompute.get(name)) for name in CLASSES})
+
+
+def _split(swap: pulp.LpVariable | None, recompute: pulp.LpVariable | None) -> Split:
+    """A class's split from its variables; the solver's last digits are cleaned off."""
+    s, r = (0.0 if v is None else min(1.0, max(0.0, v.value() or 0.0)) for v in (swap, recompute))
+    s, r = (0.0 if x < _ROUND else 1.0 if x > 1 - _ROUND else x for x in (s, r))
+    s = min(s, 1.0 - r)
+    keep = 1.0 - s - r
+    return Split(0.0, 1.0 - r, r) if 0 < keep < _ROUND and s > 0 else Split(0.0, s, 1.0 - s) if 0 < keep < _ROUND else Split(keep, s, r)
+
+
+def run_solver(program: pulp.LpProblem, time_limit: float, relative_gap: float | None = None) -> str | None:
+    """Solve through PuLP: HiGHS, or CBC where highspy is not installed. The solver's name, or None without a solution."""
+    try:
+        solver: pulp.LpSolver = pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=relative_gap, threads=1)
+        name = "HiGHS"
+        if not solver.available():
+            raise pulp.PulpSolverError("highspy is not installed")
+    except pulp.PulpSolverError:
+        solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=relative_gap, threads=1)
+        name = "CBC"
+    program.solve(solver)
+    return name if program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) else None
