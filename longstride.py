@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -229,15 +230,8 @@ def _prepare(config: RunConfig) -> None:
     """Check and tokenise the data, with a progress bar on a terminal."""
     from trainer.data.build import prepare
 
-    if not sys.stderr.isatty():
-        prepare(config)
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading and tokenising documents", total=None)
-        prepare(config, lambda done, total: progress.update(task, completed=done, total=total))
+    with _progress("reading and tokenising documents") as progress:
+        prepare(config, progress)
 
 
 def _refuse_existing(path: Path) -> None:
@@ -303,17 +297,47 @@ def _show_plan(args: argparse.Namespace) -> int:
     from trainer import config_file
     from trainer.planning import plan_run
 
-    config = config_file.resolve(config_file.find(args.config, HOME / "configs"), args.overrides)
-    plan = plan_run(config, args.device)
-    if args.json:
-        print(plan.to_json(), end="")
-    elif sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(plan_view.render(plan))
-    else:
-        print(plan_view.plain(plan))
+    path = config_file.find(args.config, HOME / "configs")
+    if args.sweep:
+        return _sweep(path, args)
+    plan = plan_run(config_file.resolve(path, args.overrides), args.device)
+    _show(plan.to_json() if args.json else plan_view.plain(plan) + "\n", None if args.json else lambda: plan_view.render(plan))
     return 0
+
+
+def _sweep(path: Path, args: argparse.Namespace) -> int:
+    from trainer import sweep, sweep_table
+    from trainer.planning import plan_run
+
+    axes = sweep.parse_axes(args.sweep)
+    with _progress("planning combinations") as progress:
+        rows = sweep.sweep(path, args.overrides, axes, args.device, plan_run, progress)
+    _show(sweep.to_json(rows) if args.json else sweep_table.plain(rows) + "\n", None if args.json else lambda: sweep_table.render(rows))
+    return 0
+
+
+def _show(text: str, rendered: Callable[[], Any] | None) -> None:
+    """Print ``text``, or on a terminal what ``rendered`` makes, if anything."""
+    if rendered is None or not sys.stdout.isatty():
+        print(text, end="")
+        return
+    from rich.console import Console
+
+    Console().print(rendered())
+
+
+@contextlib.contextmanager
+def _progress(text: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal as a function of (done, total); None elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _runs(args: argparse.Namespace) -> int:
@@ -376,7 +400,13 @@ def _parser() -> argparse.ArgumentParser:
     plan = verbs.add_parser("plan", help="show the memory one rank will need, without running anything")
     _add_config(plan)
     plan.add_argument("--device", help="plan for this device: cpu, h100, ... (default: this machine's)")
-    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument("--json", action="store_true", help="print the plan, or the rows of --sweep, as JSON")
+    plan.add_argument(
+        "--sweep",
+        metavar="key=value,value,...",
+        nargs="+",
+        help="print a fit table over all combinations; keys are settings, device and gpus; 64k is 65536 (data.seq_len=64k,1m gpus=1,8)",
+    )
     plan.set_defaults(run=_show_plan)
 
     runs = verbs.add_parser("runs", help="list runs and how they stand")

@@ -109,7 +109,7 @@ def _sections(plan: MemoryPlan) -> list[list[tuple[str, str]]]:
         [("layers " if i == 0 else "", line) for i, line in enumerate(policy_lines(plan.policy))] if plan.policy else [],
         prediction_lines(plan.prediction) + _host_lines(plan),
         _address_lines(plan),
-        [("binding", plan.binding)] * bool(plan.binding) + [("one more GiB", text) for text in plan.worth],
+        [("binding", plan.binding)] * bool(plan.binding) + [("more would buy", text) for text in plan.worth],
         [
             ("verdict", verdict(plan)),
             *(("would lower it", f"{change.settings} -> {gib(change.peak_bytes)} ({change.cost})") for change in plan.changes),

@@ -109,6 +109,11 @@ def changed_keys(old: RunConfig, new: RunConfig) -> list[str]:
     return [key.path for key in _keys() if not key.is_section and value_of(old, key.path) != value_of(new, key.path)]
 
 
+def check_key(path: str) -> None:
+    """Raises UserError when ``path`` is not the dotted path of a setting, naming the nearest one."""
+    _apply_override({}, f"{path}=null")
+
+
 def value_of(config: RunConfig, path: str) -> Any:
     """The value of a dotted key, for example ``optim.lr``. Raises AttributeError for a key that does not exist."""
     value: Any = config

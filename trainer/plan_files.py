@@ -1,0 +1,47 @@
+"""What ``longstride plan --timeline`` and a run write about their memory plan. Imports no torch.
+
+Every file appears whole or not at all (``run_dir.write_atomic``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from memory_mgmt.plan import MemoryPlan
+from memory_mgmt.trace import Trace
+from models.errors import UserError
+from trainer.run_dir import write_atomic
+
+PLAN, PICTURE, PAGE = "memory_plan.json", "memory_timeline.png", "memory_timeline.html"
+
+
+def write_timeline(trace: Trace, plan: MemoryPlan, directory: Path | str, offsets: Mapping[int, int] | None = None) -> tuple[Path, Path]:
+    """Write the memory timeline of a traced step as a picture and as a page; returns their paths.
+
+    ``offsets``: planned address in bytes by ``TracedBuffer.id``, for the page's view of addresses. Raises OSError where ``directory``
+    cannot be written and ValueError for a trace without device buffers.
+    """
+    from memory_mgmt.timeline_html import timeline_html
+    from memory_mgmt.timeline_png import timeline_png
+
+    picture, page = Path(directory) / PICTURE, Path(directory) / PAGE
+    write_atomic(picture, timeline_png(trace, plan))
+    write_atomic(page, timeline_html(trace, plan, offsets).encode())
+    return picture, page
+
+
+def write_plan_files(
+    trace: Trace, plan: MemoryPlan, directory: Path | str, offsets: Mapping[int, int] | None = None
+) -> tuple[Path, Path, Path]:
+    """``memory_plan.json`` and the timeline, in ``directory``, which is made if it does not exist.
+
+    Raises UserError when it cannot be made or written.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(directory / PLAN, plan.to_json().encode())
+        return directory / PLAN, *write_timeline(trace, plan, directory, offsets)
+    except OSError as error:
+        raise UserError(f"--timeline: cannot write in {directory}: {error.strerror or error}") from None
