@@ -474,6 +474,7 @@ function start() {
       tab.addEventListener("keydown", (event) => {
         if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
         const other = names.find((n) => n !== name);
+        if (!other) return;
         $("tab-" + other).focus();
         $("tab-" + other).click();
       });
