@@ -2,8 +2,8 @@
 copies that computation hides.
 
 A linear program through PuLP (``planner_lp.py``), a greedy (``planner_greedy.py``) and MEMO's rule (``planner_memo.py``) each propose a
-policy; ``planner_simulate.evaluate`` checks all of them and the fastest valid one is returned. When nothing fits: ``smallest_budget``
-and ``cheapest_changes``. Imports no torch.
+policy; ``planner_simulate.evaluate`` checks all of them and the fastest valid one is returned. When nothing fits:
+``planner_search.smallest_budget`` and ``cheapest_changes``. Imports no torch.
 
 Try alone: ``pytest tests/memory_mgmt/test_planner.py``.
 """
@@ -69,7 +69,7 @@ class _Candidate:
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """One pair of tilings and one group size: a linear program of its own."""
 
     problem: Problem
@@ -77,18 +77,21 @@ class _Case:
     k: int
 
     def policy(self, solution: Solution) -> Policy:
+        """The whole policy of a solution of ``units()``."""
         n = len(self.problem.layers)
         layers = solution.layers if self.k == 1 else spread(solution.layers, n, self.k)
         loss = self.problem.loss_tiles[solution.loss_tile].tokens
         return Policy(layers, self.k, loss, self.problem.ffn_tiles[0], self.problem.memory_tiles[0])
 
     def units(self) -> Problem:
+        """The problem with groups as layers."""
         return grouped(self.problem, self.k)
 
 
-def _cases(problem: Problem) -> list[_Case]:
+def cases(problem: Problem) -> list[Case]:
+    """Every combination of tiles and group size."""
     tiled = [problem.with_tiles(tiling) for tiling in problem.tilings()]
-    return [_Case(one, k) for k in problem.group_blocks for one in tiled]
+    return [Case(one, k) for k in problem.group_blocks for one in tiled]
 
 
 def solve(problem: Problem, time_limit: float = 10.0) -> Choice | None:
@@ -99,12 +102,12 @@ def solve(problem: Problem, time_limit: float = 10.0) -> Choice | None:
     """
     started = time.monotonic()
     deadline = started + time_limit
-    cases = _cases(problem)
-    greedy = {case: _greedy(problem, case) for case in cases}
+    known = cases(problem)
+    greedy = {case: _greedy(problem, case) for case in known}
     found = [one for one in greedy.values() if one is not None] + _memo(problem)
-    programs: list[tuple[_Candidate, _Case, Solution]] = []
+    programs: list[tuple[_Candidate, Case, Solution]] = []
     complete = True
-    order = sorted(cases, key=lambda case: (g.seconds if (g := greedy[case]) is not None else math.inf, case.k))
+    order = sorted(known, key=lambda case: (g.seconds if (g := greedy[case]) is not None else math.inf, case.k))
     for case in order:
         best = min((one.seconds for one in [*found, *(p[0] for p in programs)]), default=math.inf)
         if programs and _floor(case) >= best:
@@ -125,7 +128,7 @@ def solve(problem: Problem, time_limit: float = 10.0) -> Choice | None:
     return _choice(problem, best, candidates, prices, solver, started, deadline, complete)
 
 
-def _floor(case: _Case) -> float:
+def _floor(case: Case) -> float:
     """Seconds of a case that no shares can lower."""
     units = case.units()
     tiles = sum(layer.mixer_stages[0].seconds + layer.ffn_stages[0].seconds for layer in units.layers)
@@ -137,7 +140,7 @@ def _checked(problem: Problem, policy: Policy, method: str) -> _Candidate | None
     return None if found.violations else _Candidate(policy, found, method)
 
 
-def _greedy(problem: Problem, case: _Case) -> _Candidate | None:
+def _greedy(problem: Problem, case: Case) -> _Candidate | None:
     found = solve_greedy(case.units())
     if found is None:
         return None
@@ -158,7 +161,7 @@ def _memo(problem: Problem) -> list[_Candidate]:
     return []
 
 
-def _by_program(problem: Problem, case: _Case, deadline: float) -> tuple[_Candidate, Solution] | None:
+def _by_program(problem: Problem, case: Case, deadline: float) -> tuple[_Candidate, Solution] | None:
     """The linear program's policy, rounded to whole tiles, with equal shares in equal layers where that costs nothing."""
     units = case.units()
     left = max(0.2, deadline - time.monotonic())
@@ -174,7 +177,7 @@ def _by_program(problem: Problem, case: _Case, deadline: float) -> tuple[_Candid
     return None if found is None else (found, best)
 
 
-def _rounded_candidate(problem: Problem, case: _Case, solution: Solution, deadline: float, uniform: bool) -> _Candidate | None:
+def _rounded_candidate(problem: Problem, case: Case, solution: Solution, deadline: float, uniform: bool) -> _Candidate | None:
     """Round a solution; where the rounded shares exceed a limit, solve again with that limit lowered by the excess."""
     limits = case.problem
     policy = case.policy(solution)
@@ -200,7 +203,7 @@ def _choice(
     problem: Problem,
     best: _Candidate,
     candidates: Sequence[_Candidate],
-    prices: tuple[_Case, Solution] | None,
+    prices: tuple[Case, Solution] | None,
     solver: str,
     started: float,
     deadline: float,
@@ -229,7 +232,7 @@ def _choice(
     )
 
 
-def _binding(problem: Problem, best: _Candidate, extra: float, prices: tuple[_Case, Solution] | None) -> str:
+def _binding(problem: Problem, best: _Candidate, extra: float, prices: tuple[Case, Solution] | None) -> str:
     """Which limit decides, in words."""
     if extra <= problem.base_seconds * _NOTHING_LOST:
         return "nothing: the step is as fast as with everything kept"
@@ -247,7 +250,7 @@ def _binding(problem: Problem, best: _Candidate, extra: float, prices: tuple[_Ca
     return ", ".join(names) or f"device memory at {best.evaluation.peak_moment} (a tile or group size decides)"
 
 
-def _worth(case: _Case, solution: Solution, deadline: float) -> tuple[str, ...]:
+def _worth(case: Case, solution: Solution, deadline: float) -> tuple[str, ...]:
     """What more of each scarce resource buys: the dual says that it is scarce, solving again says how much one more unit saves."""
     units = case.units()
     more: list[tuple[str, Problem]] = []

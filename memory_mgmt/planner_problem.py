@@ -114,6 +114,8 @@ class Problem:
     """Of this rank's copies to and from host memory while its neighbours copy too."""
     fixed_seconds: float = 0.0
     """Of the step, whatever is chosen: update, exposed communication, data."""
+    step_tokens: int = 1
+    """Tokens of a step, all ranks together: what makes the seconds of two problems comparable."""
     tokens: int = 0
     """Of this rank, per row; shares are cut at tokens. 0: shares are not rounded."""
     share_tokens: int = 1
