@@ -74,6 +74,8 @@ class TracedOp:
     stream: str = "compute"
     group_size: int = 1
     """Ranks that take part: 1 for computation, more for a collective, send or receive."""
+    repeats: int = 1
+    """Times it was done in a row; ``flops``, ``bytes`` and ``message_bytes`` are those of all of them together."""
     message_bytes: int = 0
     """Of a collective: bytes of this rank's whole (gathered or unreduced) message; of send/receive and host copies: bytes moved."""
 

@@ -9,12 +9,14 @@ Legend: B row, T token, n tokens of all rows flattened, C channel, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.batch import IGNORE_INDEX
+from models.repeat import repeated
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -24,7 +26,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target_n = torch.empty_like(lse_n)
         valid_n = labels_n != IGNORE_INDEX
         weight = weight_VC.to(dtype)
-        for tile in _tiles(len(h_nC), tile_tokens):
+        for tile in _tiles(h_nC, tile_tokens):
             logits = torch.mm(h_nC[tile].to(dtype), weight.t()).to(lse_n.dtype)
             lse_n[tile] = logits.logsumexp(-1)
             target_n[tile] = logits.gather(1, labels_n[tile].where(valid_n[tile], 0).unsqueeze(1)).squeeze(1)
@@ -42,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight_VC, dtype=lse_n.dtype) if needs_weight else None
         weight = weight_VC.to(ctx.dtype)
         with torch.autocast(h_nC.device.type, enabled=False):
-            for tile in _tiles(len(h_nC), ctx.tile_tokens):
+            for tile in _tiles(h_nC, ctx.tile_tokens):
                 h = h_nC[tile].to(ctx.dtype)
                 dlogits = torch.mm(h, weight.t()).to(lse_n.dtype).sub_(lse_n[tile].unsqueeze(1)).exp_()
                 target = labels_n[tile].where(valid_n[tile], 0).unsqueeze(1)
@@ -64,8 +66,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b)
 
 
-def _tiles(n: int, tile_tokens: int) -> list[slice]:
-    return [slice(start, min(start + tile_tokens, n)) for start in range(0, n, tile_tokens)]
+def _tiles(h_nC: Tensor, tile_tokens: int) -> Iterator[slice]:
+    n = len(h_nC)
+    for i in repeated(-(-n // tile_tokens), h_nC):
+        yield slice(i * tile_tokens, min((i + 1) * tile_tokens, n))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

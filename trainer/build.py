@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import math
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -52,11 +53,23 @@ def build_model(config: RunConfig, vocab_size: int, mesh: Mesh | None, device: t
 
 def shaped_model(config: RunConfig, vocab_size: int, mesh: Mesh | None) -> Transformer:
     """The model with its memory settings, split and sharded, on the default device; values of parameters are undefined."""
-    model = Transformer(config.model, vocab_size).to(_DTYPES[config.train.precision])
+    with _parameters_in(_DTYPES[config.train.precision]):
+        model = Transformer(config.model, vocab_size)
     apply_memory_settings(model, config.memory)
     if mesh is not None:
         parallelize(model, mesh, config.layout)
     return model
+
+
+@contextlib.contextmanager
+def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters made inside have ``dtype``; converting them afterwards is not possible on fake tensors."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def build_engine(config: RunConfig, vocab_size: int, mesh: Mesh | None, device: torch.device) -> Engine:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.repeat import repeated
+
 _BASE = 16
 """Diagonal blocks up to this size are inverted by substitution; larger ones are composed from halves."""
 
@@ -174,7 +176,7 @@ def _scan(w_NGCK: Tensor, k_end_NGCK: Tensor, whole_NG11: Tensor, u_NGCW: Tensor
     s = u_NGCW.new_empty(N + 1, G, K, u_NGCW.shape[-1])
     s[0] = state_GKW
     k_T = k_end_NGCK.mT
-    for n in range(N):
+    for n in repeated(N, s):
         u_NGCW[n].baddbmm_(w_NGCK[n], s[n], alpha=-1)
         torch.mul(s[n], whole_NG11[n], out=s[n + 1])
         s[n + 1].baddbmm_(k_T[n], u_NGCW[n])
@@ -188,7 +190,8 @@ def _scan_reverse(
     N = len(w_NGCK)
     ds = torch.cat([ds_read_NGKW, dfinal_GKW.unsqueeze(0)])
     w_T = w_NGCK.mT
-    for n in reversed(range(N)):
+    for turn in repeated(N, ds):
+        n = N - 1 - turn
         du_NGCW[n].baddbmm_(k_end_NGCK[n], ds[n + 1])
         ds[n].addcmul_(ds[n + 1], whole_NG11[n])
         ds[n].baddbmm_(w_T[n], du_NGCW[n], alpha=-1)
