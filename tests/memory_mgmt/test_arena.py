@@ -7,6 +7,7 @@ import multiprocessing
 import threading
 from collections import deque
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -283,7 +284,7 @@ def test_refilled_storages_are_served() -> None:
     assert arena.last_step["served"] == 1 and arena.live_blocks() == 0
 
 
-def _in_child(connection: multiprocessing.connection.Connection, tensor: torch.Tensor) -> None:
+def _in_child(connection: Connection, tensor: torch.Tensor) -> None:
     connection.send((three_blocks(), int(tensor.sum())))
 
 
