@@ -1,0 +1,131 @@
+"""CUDA semantics for fake tensors on a machine, or under a torch, without CUDA. For a process that only traces.
+
+``preload`` must run before the first ``import torch`` of the process, ``install`` after it; neither does anything where torch can
+use a real GPU. What a CPU-only torch gets wrong about cuda tensors, and the repair:
+
+- no device guard, no accelerator: autograd aborts or refuses. ``fake_cuda.cpp`` registers both, doing nothing.
+- operators that have one fused CUDA kernel are decomposed into several when no kernel is registered, with temporaries that the
+  GPU never makes. A kernel that is never called (fake tensors use shapes only) is registered for them.
+- torch.cuda's streams, events and queries raise. Objects that do nothing take their place.
+
+Imports torch inside ``install`` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from typing import Any
+
+from memory_mgmt import native
+
+FUSED_ON_CUDA = ("silu_backward", "mish_backward", "_fused_rms_norm", "_fused_rms_norm_backward")
+"""aten operators without a decomposition on CUDA, with one on a torch that has no CUDA kernels."""
+
+
+def preload() -> None:
+    """Make autograd accept fake cuda tensors. Raises RuntimeError when torch is imported already, NoCompiler without a compiler."""
+    if "torch" in sys.modules:
+        raise RuntimeError("fake CUDA must be loaded before torch is imported: trace in a process of its own")
+    library = ctypes.CDLL(str(native.build("fake_cuda.cpp", with_torch=True)), mode=ctypes.RTLD_GLOBAL)
+    if library.install_fake_cuda() == 2:
+        raise RuntimeError("torch does not see the pretended accelerator; this torch is not supported for planning GPUs without one")
+
+
+def install(n_devices: int) -> None:
+    """Give torch.cuda what a trace needs, as if ``n_devices`` GPUs were there. Does nothing where there are real ones."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    _register_kernels(torch)
+    stream = _Stream()
+    replaced: dict[str, Any] = {
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "set_stream": lambda stream: None,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "device_count": lambda: n_devices,
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "synchronize": lambda device=None: None,
+        "_lazy_init": lambda: None,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda state, device=None: None,
+        "get_device_capability": lambda device=None: (9, 0),
+    }
+    for name, value in replaced.items():
+        setattr(torch.cuda, name, value)
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+
+
+def _register_kernels(torch: Any) -> None:
+    library = torch.library.Library("aten", "IMPL")
+
+    def never_called(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a pretended CUDA kernel was called: tensors must be fake")
+
+    for name in FUSED_ON_CUDA:
+        if hasattr(torch.ops.aten, name):
+            library.impl(name, never_called, "CUDA")
+    # The registration lasts as long as this object.
+    torch.library._longstride_fake_cuda = library
+
+
+class _Event:
+    """A CUDA event that has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+
+class _Stream:
+    """A CUDA stream that has nothing to do."""
+
+    device_index = 0
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> _Event:
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True

@@ -1,0 +1,114 @@
+"""Trace one steady training step of a configuration: the real engine on fake tensors and a fake process group.
+
+Runs inside ``trainer/trace_process.py``. Equal layers are traced once and extended (``memory_mgmt/trace_extend.py``); where the
+traced layers do not repeat exactly, the whole model is traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from memory_mgmt.trace import Trace
+from memory_mgmt.trace_extend import NotRepeating, extend, layers_to_trace
+from memory_mgmt.trace_recorder import StepRecorder
+from models.batch import Batch, Bounds
+from parallel.dims import ParallelDims
+from parallel.mesh import build_mesh
+from trainer.build import engine_for, shaped_model
+from trainer.config import RunConfig
+from trainer.engine import Engine
+
+WARM_UP_STEPS = 1
+"""Steps before the one that counts: sharding rules are worked out on whole fake tensors then, which a real run does not hold."""
+
+
+def trace_request(request: dict[str, Any]) -> Trace:
+    """The trace that ``request`` asks for (see ``trainer/tracing.py``)."""
+    config = RunConfig.model_validate(request["config"])
+    device_type, world_size = request["device_type"], request["world_size"]
+    n_layers = len(config.model.layer_kinds)
+    traced_layers = n_layers if request["whole"] else layers_to_trace(config.model.layer_kinds)
+    with _process_group(world_size, config.layout):
+        if traced_layers < n_layers:
+            try:
+                recorder = _record(_with_layers(config, traced_layers), request["vocab_size"], device_type, world_size)
+                return extend(recorder, config.model.layer_kinds)
+            except NotRepeating as reason:
+                note = str(reason)
+            recorder = _record(config, request["vocab_size"], device_type, world_size)
+            trace = recorder.trace()
+            trace.notes["not_extended"] = note
+            return trace
+        return _record(config, request["vocab_size"], device_type, world_size).trace()
+
+
+def _with_layers(config: RunConfig, n_layers: int) -> RunConfig:
+    kinds = config.model.layer_kinds[:n_layers]
+    model = config.model.model_copy(update={"layers": kinds, "n_layers": None})
+    return config.model_copy(update={"model": model})
+
+
+def _record(config: RunConfig, vocab_size: int, device_type: str, world_size: int) -> StepRecorder:
+    device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
+    dims = ParallelDims.from_config(config.parallel, world_size)
+    # The mesh is real: it reads rank numbers out of tensors.
+    mesh = build_mesh(dims, device_type) if world_size > 1 else None
+    recorder = StepRecorder(device_type)
+    with FakeTensorMode():
+        with torch.device(device):
+            model = shaped_model(config, vocab_size, mesh)
+        recorder.watch(model)
+        with recorder:
+            engine = engine_for(config, model, mesh, device)
+            _adopt(recorder, engine)
+            batches = [_batch(config) for _ in range(min(config.train.grad_accum, 2))]
+            recorder.tag((x for b in batches for x in (b.tokens_BT, b.labels_BT, b.positions_BT)), "batch")
+            for _ in range(WARM_UP_STEPS + 1):
+                recorder.enter("forward")
+                recorder.start_step()
+                _step(recorder, engine, batches)
+    return recorder
+
+
+def _step(recorder: StepRecorder, engine: Engine, batches: list[Batch]) -> None:
+    engine.forward_backward(batches)
+    recorder.tag((parameter.grad for parameter in engine.parameters.values()), "gradient")
+    recorder.enter("clip")
+    hook = engine.optimizer.register_step_pre_hook(lambda *_: recorder.enter("update"))
+    engine.step(lr=1e-3)
+    hook.remove()
+
+
+def _adopt(recorder: StepRecorder, engine: Engine) -> None:
+    state = engine.state_dict()
+    recorder.adopt(state["model"].items(), "parameter")
+    recorder.adopt(state["optim"].items(), "optimizer")
+
+
+def _batch(config: RunConfig) -> Batch:
+    """One micro-batch of one document per row; on fake tensors only the shape counts."""
+    rows, tokens = config.train.micro_batch_size, config.data.seq_len
+    bounds = Bounds(tokens, ((0, tokens),), ((0,),) * rows)
+    positions_BT = torch.arange(tokens).expand(rows, tokens).contiguous()
+    return Batch(torch.zeros(rows, tokens, dtype=torch.long), torch.zeros(rows, tokens, dtype=torch.long), positions_BT, bounds)
+
+
+@contextlib.contextmanager
+def _process_group(world_size: int, layout: str) -> Iterator[None]:
+    """A process group without peers. In the contiguous layout the last rank attends to most, so that one is traced."""
+    if world_size == 1:
+        yield
+        return
+    rank = world_size - 1 if layout == "contiguous" else 0
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
