@@ -131,8 +131,7 @@ def solve(problem: Problem, time_limit: float = 10.0) -> Choice | None:
 def _floor(case: Case) -> float:
     """Seconds of a case that no shares can lower."""
     units = case.units()
-    tiles = sum(layer.mixer_stages[0].seconds + layer.ffn_stages[0].seconds for layer in units.layers)
-    return units.base_seconds + tiles
+    return units.base_seconds + sum(layer.tile_seconds for layer in units.layers)
 
 
 def _checked(problem: Problem, policy: Policy, method: str) -> _Candidate | None:

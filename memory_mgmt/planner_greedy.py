@@ -94,10 +94,10 @@ def _runs(problem: Problem, spare_last: bool) -> list[_Run]:
 
 def _hidden(problem: Problem, i: int) -> float:
     """Bytes whose copies hide behind the next layer's forward on the way out and its backward on the way in."""
-    if i + 1 == len(problem.layers):
+    if i + 1 == len(problem.layers) or not problem.overlap:
         return 0.0
     after = problem.layers[i + 1]
-    return min(after.forward_seconds * problem.bandwidth_out, after.backward_seconds * problem.bandwidth_in)
+    return min(after.forward_seconds * problem.bandwidth_out, after.backward_seconds * problem.bandwidth_in) / problem.swap_ratio
 
 
 def _items(runs: list[_Run]) -> list[_Item]:
@@ -119,7 +119,7 @@ def _items(runs: list[_Run]) -> list[_Item]:
 def _free(problem: Problem, runs: list[_Run], items: list[_Item], need: float) -> float:
     """Swap and recompute until ``need`` bytes are freed; the bytes that could not be."""
     hidden = [run.hidden for run in runs]
-    host = float(problem.host_bytes)
+    host = problem.host_bytes / problem.swap_ratio
 
     def swap(item: _Item, limit: float) -> None:
         nonlocal need, host
@@ -138,7 +138,7 @@ def _free(problem: Problem, runs: list[_Run], items: list[_Item], need: float) -
     dear = sorted((item for item in items if item.may_swap), key=lambda item: -item.seconds_per_byte)
     for item in dear:
         swap(item, max(0.0, hidden[item.run]))
-    waited = 1 / problem.bandwidth_out + 1 / problem.bandwidth_in
+    waited = problem.swap_ratio * (1 / problem.bandwidth_out + 1 / problem.bandwidth_in)
     cheap = sorted((item for item in items if item.seconds_per_byte < math.inf), key=lambda item: item.seconds_per_byte)
     for item in cheap:
         if item.seconds_per_byte <= waited:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memory_mgmt.planner_problem import NOTHING, LayerCost, Problem, Stage
-from memory_mgmt.policy import KEEP, RECOMPUTE, LayerPolicy, Split
+from memory_mgmt.planner_problem import NOTHING, ClassCost, LayerCost, Problem, Stage
+from memory_mgmt.policy import RECOMPUTE, LayerPolicy
 
 
 def grouped(problem: Problem, k: int) -> Problem:
@@ -35,22 +35,20 @@ def spread(inputs: Sequence[LayerPolicy], n_layers: int, k: int) -> tuple[LayerP
     return tuple(LayerPolicy(inputs[i // k].input, RECOMPUTE, RECOMPUTE, RECOMPUTE) if i % k == 0 else inner for i in range(n_layers))
 
 
-def group_split(split: Split) -> LayerPolicy:
-    """A merged layer's policy: its input's split."""
-    return LayerPolicy(split, KEEP, KEEP, KEEP)
-
-
-def _there(layer: LayerCost, *, ffn: bool) -> int:
-    """Bytes of a layer's inside, its input excepted, when all of it is recomputed."""
-    classes = (layer.projections, layer.mixer, layer.feed_forward) if ffn else (layer.projections, layer.mixer)
-    return sum(cost.bytes if cost.tiled_bytes is None else cost.tiled_bytes for cost in classes)
+def _there(*costs: ClassCost) -> int:
+    """Bytes of classes that are recomputed in full."""
+    return sum(cost.bytes if cost.tiled_bytes is None else cost.tiled_bytes for cost in costs)
 
 
 def _working(layer: LayerCost, *, backward: bool) -> int:
     """The most that a fully recomputed layer holds beside its input, in forward or in backward."""
-    mixer, ffn = layer.mixer_stages[0], layer.ffn_stages[0]
-    beside = (mixer.backward_bytes, ffn.backward_bytes) if backward else (mixer.forward_bytes, ffn.forward_bytes)
-    return max(_there(layer, ffn=False) + beside[0], _there(layer, ffn=True) + beside[1])
+    stages = (layer.entrance_stages[0], layer.mixer_stages[0], layer.ffn_stages[0])
+    entrance, mixer, ffn = (stage.backward_bytes if backward else stage.forward_bytes for stage in stages)
+    return max(
+        entrance + (0 if backward else _there(layer.projections)),
+        mixer + _there(layer.projections, layer.mixer),
+        ffn + _there(layer.projections, layer.mixer, layer.feed_forward),
+    )
 
 
 def _merged(members: tuple[LayerCost, ...], inside: str) -> LayerCost:
@@ -64,11 +62,11 @@ def _merged(members: tuple[LayerCost, ...], inside: str) -> LayerCost:
         not_yet = sum(earlier.gradient_bytes for earlier in members[:j])
         forward = max(forward, own_input + _working(layer, backward=False))
         backward = max(backward, held + _working(layer, backward=False) - all_gradients, held + _working(layer, backward=True) - not_yet)
-        held += _there(layer, ffn=True) if stays else 0
+        held += _there(layer.projections, layer.mixer, layer.feed_forward) if stays else 0
     recompute = sum(layer.recompute_seconds for layer in members) + sum(layer.input.recompute_seconds for layer in members[1:])
     if not stays:
         recompute += sum(layer.recompute_seconds for layer in members[:-1])
-    tiles = sum(layer.mixer_stages[0].seconds + layer.ffn_stages[0].seconds for layer in members)
+    tiles = sum(layer.tile_seconds for layer in members)
     return LayerCost(
         kind="group",
         input=members[0].input,

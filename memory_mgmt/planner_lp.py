@@ -162,22 +162,29 @@ class Program:
         kept_before: list[Term] = []
         gradients = sum(layer.gradient_bytes for layer in layers)
         for i, layer in enumerate(layers):
-            beside = [*kept_before, *self._swap_terms(i - 1, self.byte)]
-            for half, names, stage in (("m", CLASSES[:3], layer.mixer_stages[0]), ("f", CLASSES, layer.ffn_stages[0])):
-                whole, tiled = self._own(i, names)
-                fixed = problem.resident_bytes + whole
-                part = "mixer" if half == "m" else "feed-forward"
-                back, forth = stage.backward_bytes + gradients, stage.forward_bytes
-                moment = f"backward of layer {i}, {part}" if back >= forth else f"forward of layer {i}, {part}"
-                self._limit(f"mem_{half}_{i}", moment, [*beside, *tiled], fixed + max(back, forth))
+            beside = [*kept_before, *(self._swap_terms(i - 1, self.byte) if problem.overlap else [])]
+            self._layer_memory(i, beside, problem.resident_bytes, gradients)
             gradients -= layer.gradient_bytes
             kept_before = self._kept_after(i, kept_before)
-        at_loss = [*kept_before, *self._swap_terms(self.n - 1, self.byte)]
+        at_loss = [*kept_before, *(self._swap_terms(self.n - 1, self.byte) if problem.overlap else [])]
         tiles = [(tile.working_bytes / self.byte, z) for tile, z in zip(problem.loss_tiles, self.loss, strict=True)]
         self._limit("mem_loss", "loss", [*at_loss, *tiles], problem.resident_bytes)
-        host = [term for i in range(self.n) for term in self._swap_terms(i, self.byte)]
+        host = [term for i in range(self.n) for term in self._swap_terms(i, self.byte / problem.swap_ratio)]
         if host:
             self._row("host", host, "<=", problem.host_bytes / self.byte)
+
+    def _layer_memory(self, i: int, beside: Sequence[Term], resident: float, gradients: float) -> None:
+        """The six moments of one layer. Forward and backward meet the same kept and swapped bytes: one row serves both."""
+        layer = self.problem.layers[i]
+        for part, stage, names, names_back in (
+            ("entrance", layer.entrance_stages[0], CLASSES[:2], CLASSES[:1]),
+            ("mixer", layer.mixer_stages[0], CLASSES[:3], CLASSES[:3]),
+            ("feed-forward", layer.ffn_stages[0], CLASSES, CLASSES),
+        ):
+            (there, tiled), (there_back, _) = self._own(i, names), self._own(i, names_back)
+            forth, back = there + stage.forward_bytes, there_back + stage.backward_bytes + gradients
+            moment = f"{'backward' if back >= forth else 'forward'} of layer {i}, {part}"
+            self._limit(f"mem_{part[0]}_{i}", moment, [*beside, *tiled], resident + max(forth, back))
 
     def _kept_after(self, i: int, before: Sequence[Term]) -> list[Term]:
         """A variable for the kept bytes of layers 0..i, so that every memory row stays short."""
@@ -197,7 +204,11 @@ class Program:
 
     def _copy(self, name: str, i: int, later: pulp.LpVariable, earlier: pulp.LpVariable, bandwidth: float) -> None:
         self.copy_rows[name] = (i, bandwidth)
-        self._after(name, later, earlier, self._swap_terms(i, bandwidth * self.second), 0.0)
+        self._after(name, later, earlier, self._copy_terms(i, bandwidth), 0.0)
+
+    def _copy_terms(self, i: int, bandwidth: float) -> list[Term]:
+        """Time of a layer's copies in one direction."""
+        return self._swap_terms(i, bandwidth * self.second / self.problem.swap_ratio)
 
     def _times(self) -> pulp.LpVariable:
         problem, n, second = self.problem, self.n, self.second
@@ -206,7 +217,12 @@ class Program:
         loss = self._variable("l", None)
         for i, layer in enumerate(problem.layers):
             duration = layer.forward_seconds / second
-            self._after(f"f_{i}_after", forward[i], forward[i - 1] if i else None, [], duration)
+            before = forward[i - 1] if i else None
+            if not problem.overlap:
+                self.copy_rows[f"f_{i}_after"] = (i, problem.bandwidth_out)
+                self._after(f"f_{i}_after", forward[i], before, self._copy_terms(i, problem.bandwidth_out), duration)
+                continue
+            self._after(f"f_{i}_after", forward[i], before, [], duration)
             if i > 1 and self.shares[i - 2].swap:
                 self._after(f"f_{i}_buffer", forward[i], out[i - 2], [], duration)
             self._copy(f"d_{i}_ready", i, out[i], forward[i], problem.bandwidth_out)
@@ -214,7 +230,7 @@ class Program:
                 self._copy(f"d_{i}_queue", i, out[i], out[i - 1], problem.bandwidth_out)
         tiles = [(tile.seconds / second, z) for tile, z in zip(problem.loss_tiles, self.loss, strict=True)]
         self._after("l_after", loss, forward[-1], tiles, 0.0)
-        if n > 1:
+        if n > 1 and problem.overlap:
             self._after("l_buffer", loss, out[n - 2], tiles, 0.0)
         return self._backward_times(loss, out)
 
@@ -225,9 +241,13 @@ class Program:
         for i in reversed(range(n)):
             layer = self.problem.layers[i]
             work = [(layer.of(name).recompute_seconds / second, r) for name, r in self.shares[i].recompute.items()]  # type: ignore[arg-type]
-            tiles = layer.mixer_stages[0].seconds + layer.ffn_stages[0].seconds
-            duration = (layer.backward_seconds + tiles) / second
-            self._after(f"b_{i}_after", end[i], end[i + 1] if i + 1 < n else loss, work, duration)
+            duration = (layer.backward_seconds + layer.tile_seconds) / second
+            before = end[i + 1] if i + 1 < n else loss
+            if not self.problem.overlap:
+                self.copy_rows[f"b_{i}_after"] = (i, self.problem.bandwidth_in)
+                self._after(f"b_{i}_after", end[i], before, [*work, *self._copy_terms(i, self.problem.bandwidth_in)], duration)
+                continue
+            self._after(f"b_{i}_after", end[i], before, work, duration)
             if not self.shares[i].swap:
                 continue
             self._after(f"b_{i}_data", end[i], back[i], work, duration)
@@ -275,7 +295,7 @@ class Program:
         link = 0.0
         for name, (i, bandwidth) in self.copy_rows.items():
             if name in rows:
-                swapped = sum(factor * (variable.value() or 0.0) for factor, variable in self._swap_terms(i, 1.0))
+                swapped = sum(factor * (variable.value() or 0.0) for factor, variable in self._swap_terms(i, 1.0 / problem.swap_ratio))
                 link += (rows[name].pi or 0.0) * swapped / bandwidth**2
         dear = sorted((name for name, price in prices.items() if price > 1e-6), key=lambda name: -prices[name])
         end = self.end.value() or 0.0

@@ -19,11 +19,11 @@ def memo_alpha(problem: Problem) -> float:
     others = [sum(layer.of(name).bytes for name in _OTHERS) for layer in swapped]
     always = [sum(layer.of(name).bytes for name in _ALWAYS) for layer in swapped]
     hidden = [
-        (layer.forward_seconds * problem.bandwidth_out - first) / rest
+        (layer.forward_seconds * problem.bandwidth_out / problem.swap_ratio - first) / rest
         for layer, first, rest in zip(swapped, always, others, strict=True)
         if rest
     ]
-    by_host = (problem.host_bytes - sum(always)) / sum(others) if sum(others) else 1.0
+    by_host = (problem.host_bytes / problem.swap_ratio - sum(always)) / sum(others) if sum(others) else 1.0
     return max(0.0, min(1.0, by_host, *hidden))
 
 

@@ -6,7 +6,7 @@ The step that is modelled (the execution follows it, ``planner_simulate.py`` wal
   memory, the kept shares stay. Two rounding buffers: forward of layer i waits until the copies of layer i-2 are done.
 - Backward of layer i starts when backward of i+1 has ended; at that moment the copy back of layer i-1 is started (one layer ahead).
   It waits for its own swapped shares, recomputes what is missing (the whole block in order, so that every class finds what it
-  is made of), runs the feed-forward's backward, drops that class, runs the mixer's backward and drops the rest.
+  is made of), then goes through feed-forward, mixer and entrance (norm and projections), each dropping its class.
 - Copies out, copies in and computation are three queues; each is served in order.
 """
 
@@ -46,7 +46,7 @@ NOTHING = ClassCost()
 
 @dataclass(frozen=True)
 class Stage:
-    """One half of a layer (mixer or feed-forward) under one tile size: what it holds beside the activation classes."""
+    """One part of a layer under one tile size: what it holds beside the activation classes that are there then."""
 
     forward_bytes: int = 0
     backward_bytes: int = 0
@@ -69,16 +69,24 @@ class LayerCost:
     feed_forward: ClassCost
     forward_seconds: float
     backward_seconds: float
+    entrance_stages: tuple[Stage, ...] = (Stage(),)
+    """Norm and projections: in forward beside input and projections, in backward beside the input. One per entry of
+    ``Problem.ffn_tiles``, which cuts all token-wise parts, or a single one."""
     mixer_stages: tuple[Stage, ...] = (Stage(),)
-    """One per entry of ``Problem.memory_tiles``, or a single one for a mixer that has no tiles."""
+    """Attention or memory: beside input, projections and mixer. One per entry of ``Problem.memory_tiles``, or a single one."""
     ffn_stages: tuple[Stage, ...] = (Stage(),)
-    """One per entry of ``Problem.ffn_tiles``."""
+    """Output projection, norm and feed-forward: beside all classes. One per entry of ``Problem.ffn_tiles``, or a single one."""
     gradient_bytes: int = 0
     """Gradients of parameters that appear in this layer's backward and stay until the update (0 where they are resident)."""
 
     def of(self, name: ActivationClass) -> ClassCost:
         """The costs of a class."""
         return getattr(self, name)
+
+    @property
+    def tile_seconds(self) -> float:
+        """What the tiles of the first candidates cost."""
+        return self.entrance_stages[0].seconds + self.mixer_stages[0].seconds + self.ffn_stages[0].seconds
 
     @property
     def recompute_seconds(self) -> float:
@@ -112,6 +120,10 @@ class Problem:
     bandwidth_out: float = 1.0
     bandwidth_in: float = 1.0
     """Of this rank's copies to and from host memory while its neighbours copy too."""
+    overlap: bool = True
+    """Copies run beside computation. False (a CPU): each is waited for where it starts, and nothing is fetched ahead."""
+    swap_ratio: float = 1.0
+    """Bytes copied and held in host memory per byte swapped; below 1 where parking in eight bits is allowed."""
     fixed_seconds: float = 0.0
     """Of the step, whatever is chosen: update, exposed communication, data."""
     step_tokens: int = 1
@@ -131,6 +143,8 @@ class Problem:
     first, then each block is computed once more before its backward."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.swap_ratio <= 1:
+            raise ValueError(f"swap_ratio is {self.swap_ratio}; it is a share of the bytes that are swapped")
         if not self.layers or not self.loss_tiles:
             raise ValueError("a problem needs at least one layer and one loss tile")
         if self.bandwidth_out <= 0 or self.bandwidth_in <= 0:
@@ -140,10 +154,10 @@ class Problem:
         if self.group_inside not in ("all", "one"):
             raise ValueError(f"group_inside is '{self.group_inside}'; known: all, one")
         for i, layer in enumerate(self.layers):
-            if len(layer.ffn_stages) != len(self.ffn_tiles):
-                raise ValueError(f"layer {i} has {len(layer.ffn_stages)} feed-forward stages for {len(self.ffn_tiles)} ffn_tiles")
-            if len(layer.mixer_stages) not in (1, len(self.memory_tiles)):
-                raise ValueError(f"layer {i} has {len(layer.mixer_stages)} mixer stages for {len(self.memory_tiles)} memory_tiles")
+            for name, tiles in (("entrance", self.ffn_tiles), ("mixer", self.memory_tiles), ("ffn", self.ffn_tiles)):
+                stages = getattr(layer, f"{name}_stages")
+                if len(stages) not in (1, len(tiles)):
+                    raise ValueError(f"layer {i} has {len(stages)} {name}_stages for {len(tiles)} tile sizes")
 
     @cached_property
     def base_seconds(self) -> float:
@@ -176,14 +190,20 @@ class Problem:
         mixer, ffn = layer.mixer, layer.feed_forward
         if self.memory_tiles[tiling.memory] == 0:
             mixer = replace(mixer, tiled_bytes=None)
-        elif mixer.tiled_bytes is not None:
-            # A memory layer in tiles keeps its input and one state per tile, and recomputes the rest: there is nothing to choose.
-            mixer = replace(mixer, may_keep=False, may_swap=False)
         if self.ffn_tiles[tiling.ffn] == 0:
             ffn = replace(ffn, tiled_bytes=None)
-        stage = layer.mixer_stages[tiling.memory if len(layer.mixer_stages) > 1 else 0]
-        stages = (stage.repeating_forward(),), (layer.ffn_stages[tiling.ffn].repeating_forward(),)
-        return replace(layer, mixer=mixer, feed_forward=ffn, mixer_stages=stages[0], ffn_stages=stages[1])
+
+        def left(stages: tuple[Stage, ...], index: int) -> tuple[Stage, ...]:
+            return (stages[index if len(stages) > 1 else 0].repeating_forward(),)
+
+        return replace(
+            layer,
+            mixer=mixer,
+            feed_forward=ffn,
+            entrance_stages=left(layer.entrance_stages, tiling.ffn),
+            mixer_stages=left(layer.mixer_stages, tiling.memory),
+            ffn_stages=left(layer.ffn_stages, tiling.ffn),
+        )
 
     def for_policy(self, policy: Policy) -> Problem:
         """The problem with the tiles that ``policy`` names. Raises ValueError where they, or its layers, are not the problem's."""

@@ -12,7 +12,7 @@ _TOUCH = 1e-6
 
 
 def rounded(layers: tuple[LayerPolicy, ...], problem: Problem) -> tuple[LayerPolicy, ...]:
-    """``layers`` with every share a multiple of ``share_tokens`` (of the feed-forward's tile, where it is tiled). Neither kept nor
+    """``layers`` with every share a multiple of ``share_tokens`` or of the tile, as the execution cuts them. Neither kept nor
     swapped shares grow where the rest can be recomputed; else what is not kept is swapped. ``problem`` has one tiling left."""
     if problem.tokens <= 0:
         return layers
@@ -20,9 +20,10 @@ def rounded(layers: tuple[LayerPolicy, ...], problem: Problem) -> tuple[LayerPol
     result = []
     for splits, cost in zip(layers, problem.layers, strict=True):
         if (splits, cost) not in made:
-            steps = dict.fromkeys(CLASSES, problem.share_tokens)
-            if cost.feed_forward.tiled_bytes is not None:
-                steps["feed_forward"] = max(problem.share_tokens, problem.ffn_tiles[0])
+            steps = dict.fromkeys(CLASSES, max(problem.share_tokens, problem.ffn_tiles[0]))
+            if cost.kind == "memory":
+                # Memory layers are cut at their own tiles, or at eighths (memory_mgmt/mixer_saving.py).
+                steps["mixer"] = problem.memory_tiles[0] or math.ceil(problem.tokens / 8)
             made[splits, cost] = LayerPolicy(
                 **{name: _rounded(splits.of(name), cost.of(name), problem.tokens, max(1, steps[name])) for name in CLASSES}
             )

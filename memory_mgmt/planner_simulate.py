@@ -107,8 +107,10 @@ class _Walk:
     def run_layer_forward(self, i: int, moment: str) -> None:
         """Memory and time of one layer's forward; everything it makes is there afterwards."""
         layer = self.layers[i]
-        for name in ("input", "projections", "mixer"):
-            self.materialise(i, name)
+        self.materialise(i, "input")
+        self.materialise(i, "projections")
+        self.memory.look(f"{moment} of layer {i}, entrance", layer.entrance_stages[0].forward_bytes)
+        self.materialise(i, "mixer")
         self.memory.look(f"{moment} of layer {i}, mixer", layer.mixer_stages[0].forward_bytes)
         self.materialise(i, "feed_forward")
         self.memory.look(f"{moment} of layer {i}, feed-forward", layer.ffn_stages[0].forward_bytes)
@@ -121,8 +123,15 @@ class _Walk:
         self.memory.hold(i, name + " on its way", self.share(i, name, "swap"))
 
     def park(self, g: int) -> None:
+        """Start the copies of a group to host memory."""
+        seconds = self.swapped(self.groups[g]) * self.problem.swap_ratio / self.problem.bandwidth_out
+        if not self.problem.overlap:
+            self.wait(self.now + seconds)
+            self.parked_at[g] = self.now
+            self.free_buffer(g)
+            return
         start = max(self.now, self.out_free)
-        self.out_free = self.parked_at[g] = start + self.swapped(self.groups[g]) / self.problem.bandwidth_out
+        self.out_free = self.parked_at[g] = start + seconds
 
     def free_buffer(self, g: int) -> None:
         """Wait until a group's copies to host memory are done; the device tensors are gone then."""
@@ -144,8 +153,9 @@ class _Walk:
         """Start the copies back of a group; room is taken at once."""
         if g < 0 or g in self.back_at:
             return
+        seconds = self.swapped(self.groups[g]) * self.problem.swap_ratio / self.problem.bandwidth_in
         start = max(self.now, self.in_free, self.parked_at[g])
-        self.in_free = self.back_at[g] = start + self.swapped(self.groups[g]) / self.problem.bandwidth_in
+        self.in_free = self.back_at[g] = start + seconds
         for i in self.groups[g]:
             for name in CLASSES:
                 self.memory.hold(i, name + " on its way", self.share(i, name, "swap"))
@@ -153,7 +163,8 @@ class _Walk:
     def backward(self) -> None:
         for g in reversed(range(len(self.groups))):
             self.fetch(g)
-            self.fetch(g - 1)
+            if self.problem.overlap:
+                self.fetch(g - 1)
             if self.swapped(self.groups[g]):
                 self.wait(self.back_at[g])
             group = self.groups[g]
@@ -192,18 +203,19 @@ class _Walk:
 
     def run_layer_backward(self, i: int, remade: bool) -> None:
         layer = self.layers[i]
-        mixer, ffn = layer.mixer_stages[0], layer.ffn_stages[0]
         if not remade:
             self.spend(self.missing_seconds(i))
         self.memory.hold(i, "gradients", layer.gradient_bytes)
         for name in CLASSES:
             self.materialise(i, name)
-        self.memory.look(f"backward of layer {i}, feed-forward", ffn.backward_bytes)
+        self.memory.look(f"backward of layer {i}, feed-forward", layer.ffn_stages[0].backward_bytes)
         self.memory.drop(i, "feed_forward")
-        self.memory.look(f"backward of layer {i}, mixer", mixer.backward_bytes)
-        for name in CLASSES:
-            self.memory.drop(i, name)
-        self.spend(mixer.seconds + ffn.seconds)
+        self.memory.look(f"backward of layer {i}, mixer", layer.mixer_stages[0].backward_bytes)
+        self.memory.drop(i, "mixer")
+        self.memory.drop(i, "projections")
+        self.memory.look(f"backward of layer {i}, entrance", layer.entrance_stages[0].backward_bytes)
+        self.memory.drop(i, "input")
+        self.spend(layer.tile_seconds)
         self.now += layer.backward_seconds
 
 
@@ -216,7 +228,7 @@ def evaluate(problem: Problem, policy: Policy) -> Evaluation:
     memory = walk.memory
     if problem.other_peak_bytes > memory.peak:
         memory.peak, memory.moment = problem.other_peak_bytes, "update"
-    host = sum(walk.swapped(group) for group in walk.groups)
+    host = sum(walk.swapped(group) for group in walk.groups) * problem.swap_ratio
     violations = list(_forbidden(walk.problem, policy))
     if memory.peak > problem.budget_bytes * (1 + _SLACK):
         violations.append(f"device memory: {memory.peak:.0f} bytes at '{memory.moment}', allowed {problem.budget_bytes}")
