@@ -1,0 +1,485 @@
+"""The store of tensors that wait in host memory between forward and backward.
+
+``park`` starts a tensor's way to host memory and gives a handle; ``fetch`` of the handle gives a tensor with the same values, shape,
+strides and aliasing; the host memory is free again when the last handle of it is gone, however it goes (backward, an exception, a
+forward pass that nobody differentiates). On CUDA both ways run on streams of their own; on CPU "host memory" is a second place in
+RAM, so that values and accounting are tested there (copying in the background would only take cores from the computation).
+Fake tensors move to fake memory, so that a traced step sees what a real one does.
+
+What it does not do: decide what is parked (apply.py, execution.py); catch what autograd saves (offload_hooks.py).
+Try alone: ``python -c "import torch; from memory_mgmt.offload import HostStore; print(HostStore('cpu').park(torch.ones(2), 0).fetch())"``
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memory_mgmt.host_memory import HostMemory
+from memory_mgmt.offload_copies import Copies, CudaCopies, PlainCopies, RoundingBuffers, use_count
+from memory_mgmt.offload_entries import Entry, Episode
+from memory_mgmt.offload_layout import Layout, fake_mode_of, flat_bytes, from_parameter, layout_of, restored, why_not
+from memory_mgmt.offload_quantised import Quantise, dequantised, quantised
+from memory_mgmt.offload_residence import SPILL_SHARE, Residence
+
+LAYERS_ON_DEVICE = 2
+"""Layers whose parked tensors may be on the device at once: leaving in forward, coming back in backward."""
+
+
+class Copied(NamedTuple):
+    """Bytes copied in each direction."""
+
+    to_host: int
+    to_device: int
+
+
+@dataclass(frozen=True)
+class OffloadStatistics:
+    """What a store did since the last reset."""
+
+    peak_bytes: int
+    """Most host memory that parked tensors took at once."""
+    copied: Copied
+    waited_seconds: float
+    """Time in which the computation stood still for copies."""
+    disk_bytes: int
+    """Bytes written to the disk tier."""
+    pageable_reason: str
+    """Why host memory is not page-locked; empty if it is."""
+
+
+class Parked:
+    """Handle of a parked tensor."""
+
+    def __init__(self, store: HostStore, layout: Layout, mode: Any, compact: bool, held: Entry | tuple[Parked, Parked] | None) -> None:
+        self._store, self._layout, self._mode, self._compact = store, layout, mode, compact
+        self._held = held
+        """The bytes; (values, scales) when quantised; None for a tensor without elements."""
+        self._dropped = False
+
+    def _entries(self) -> list[Entry]:
+        if isinstance(self._held, tuple):
+            return [entry for part in self._held for entry in part._entries()]
+        return [] if self._held is None else [self._held]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory or disk; handles of views of one storage share them."""
+        return sum(entry.nbytes for entry in self._entries())
+
+    def fetch(self) -> Tensor:
+        """The tensor, on the device. May be called again. Raises RuntimeError after ``drop`` or when the store is closed, UserError
+        when the disk fails."""
+        if self._dropped:
+            raise RuntimeError("this tensor was dropped from the offload store")
+        return self._store._fetch(self)
+
+    def prefetch(self) -> None:
+        """Start the way back without waiting; put off while two other layers are on the device."""
+        self._store._prefetch(self._entries())
+
+    def drop(self) -> None:
+        """Give the host memory back; a fetched tensor stays valid. Losing the handle does the same."""
+        self._dropped, self._held = True, None
+
+
+class HostStore:
+    """Host memory for one rank's parked tensors. Thread-safe.
+
+    ``device``: ``cpu`` or ``cuda``. ``budget_bytes``: host memory this rank may take; None: no limit. ``directory``: where what does
+    not fit is written, oldest (needed last) first; None: a UserError that names ``memory.host_gib``. ``fake_empty(nbytes)`` makes
+    host memory for fake tensors. A slot is any hashable; of a tuple, the first item says which layer: what one layer parks in one
+    forward pass is prefetched together.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        budget_bytes: int | None = None,
+        directory: Path | None = None,
+        *,
+        fake_empty: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"offload works on cpu and cuda, not on {self.device.type}")
+        memory = HostMemory(budget_bytes, cuda_device=self.device if self.device.type == "cuda" else None)
+        self._residence = Residence(memory, directory, fake_empty or partial(torch.empty, dtype=torch.uint8, device="cpu"))
+        self._plain, self._cuda = PlainCopies(), None
+        self._buffers = RoundingBuffers()
+        self._lock = threading.RLock()
+        self._by_storage: dict[int, list[weakref.ref[Entry]]] = {}
+        self._leaving: list[weakref.ref[Entry]] = []
+        self._back: list[weakref.ref[Entry]] = []
+        self._put_off: list[weakref.ref[Entry]] = []
+        self._episodes: list[weakref.ref[Episode]] = []
+        self._protected: dict[int, StorageWeakRef] = {}
+        self._count = self._to_host = self._to_device = 0
+        self._waited = self._waited_before = 0.0
+        self._written_before = 0
+        self._closed = False
+
+    # --- out ------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def park(self, tensor: Tensor, slot: Hashable, *, compact: bool = False, quantise: Quantise | None = None) -> Parked:
+        """Start the copy to host memory; the caller may drop the tensor at once, and must not write to it.
+
+        ``compact``: a tensor with holes (a slice) comes back contiguous instead of with its old strides. ``quantise``: eight bits
+        per element, inexact (offload_quantised.py). Raises ValueError for a parameter, another device or a tensor that is no plain
+        strided one, UserError when the host budget is exceeded, RuntimeError when the store is closed.
+        """
+        if reason := self.why_not(tensor):
+            raise ValueError(f"the tensor for slot {slot!r} cannot be parked: {reason}")
+        layout, mode = layout_of(tensor), fake_mode_of(tensor)
+        if quantise and layout.overlaps:
+            raise ValueError(f"the tensor for slot {slot!r} cannot be parked in eight bits: its elements overlap in memory")
+        with self._lock, mode or contextlib.nullcontext():
+            self._begin()
+            tensor = tensor.detach()
+            if quantise is None:
+                return Parked(self, layout, mode, compact, self._stored(tensor, layout, slot, mode))
+            parts = []
+            for part in quantised(tensor.as_strided(layout.packed_size, layout.stride, tensor.storage_offset()), quantise):
+                own = layout_of(part)
+                parts.append(Parked(self, own, mode, False, self._stored(part, own, slot, mode)))
+            return Parked(self, layout, mode, compact, (parts[0], parts[1]))
+
+    def why_not(self, tensor: Tensor) -> str:
+        """Why ``park`` refuses this tensor; empty if it does not."""
+        if from_parameter(tensor):
+            return "it is a parameter, or a view or cast copy of one"
+        if reason := why_not(tensor):
+            return reason
+        if tensor.device.type != self.device.type or self.device.index not in (None, tensor.device.index):
+            return f"it is on {tensor.device}, the store serves {self.device}"
+        reference = self._protected.get(tensor.untyped_storage()._cdata)
+        return "its storage is protected" if reference is not None and not reference.expired() else ""
+
+    def protect(self, parameters: Iterable[Tensor]) -> None:
+        """Refuse these tensors, and all views of their storages, from now on."""
+        for parameter in parameters:
+            local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+            reference = StorageWeakRef(local.untyped_storage())
+            self._protected[reference.cdata] = reference
+
+    def settle(self) -> None:
+        """Let go of device memory whose copies are under way: what the computation does next waits for them (not the host). On CUDA,
+        the last two layers of the forward pass stay on the device until they are fetched unless this is called."""
+        with self._lock:
+            self._let_go(())
+
+    def _stored(self, tensor: Tensor, layout: Layout, slot: Hashable, mode: Any) -> Entry | None:
+        if not layout.stored_bytes:
+            return None
+        entry = self._shared(tensor, layout)
+        if entry is not None:
+            return entry
+        episode = self._episode_of(slot)
+        self._count += 1
+        entry = Entry(self._count, layout.stored_bytes, episode, self._copies(mode), mode, self._residence.inbox)
+        self._residence.place(entry)
+        assert entry.block is not None
+        entry.low, entry.high, entry.packed = layout.low, layout.high, layout.packed
+        with self._clock(entry):
+            source = flat_bytes(tensor, layout)
+            entry.arrived = entry.copies.to_host(source, entry.block.pieces)
+        entry.stream = entry.copies.here()
+        self._to_host += entry.nbytes
+        self._buffers.expect(entry.nbytes, 1)
+        episode.entries.append(weakref.ref(entry))
+        self._remember(entry, tensor, layout)
+        if self.device.type == "cuda":
+            entry.source, entry.source_version = source, None if source.is_inference() else source._version
+            self._leaving.append(weakref.ref(entry))
+        self._residence.write_ahead(SPILL_SHARE * (self._residence.memory.budget_bytes or 0))
+        return entry
+
+    def _remember(self, entry: Entry, tensor: Tensor, layout: Layout) -> None:
+        if layout.packed or tensor.is_inference():
+            return
+        entry.storage = StorageWeakRef(tensor.untyped_storage())
+        entry.version = tensor._version
+        self._by_storage.setdefault(entry.storage.cdata, []).append(weakref.ref(entry))
+
+    def _shared(self, tensor: Tensor, layout: Layout) -> Entry | None:
+        """An entry that holds these bytes already."""
+        if tensor.is_inference():
+            return None
+        for reference in self._by_storage.get(tensor.untyped_storage()._cdata, ()):
+            entry = reference()
+            if entry is None or entry.storage is None or entry.storage.expired() or entry.version != tensor._version:
+                continue
+            aligned = (layout.low - entry.low) % layout.dtype.itemsize == 0
+            if aligned and entry.low <= layout.low and layout.high <= entry.high:
+                return entry
+        return None
+
+    def _episode_of(self, slot: Hashable) -> Episode:
+        """The present episode of the slot's layer; a new one lets go of the device memory of all but the one before."""
+        key = slot[0] if isinstance(slot, tuple) and slot else slot
+        self._episodes = [reference for reference in self._episodes if reference() is not None]
+        last = self._episodes[-1]() if self._episodes else None
+        if last is not None and last.key == key:
+            return last
+        self._let_go(() if last is None else (last,))
+        episode = Episode(key)
+        self._episodes.append(weakref.ref(episode))
+        return episode
+
+    def _let_go(self, keep: Sequence[Episode]) -> None:
+        staying = []
+        for reference in self._leaving:
+            entry = reference()
+            if entry is None or entry.source is None:
+                continue
+            if entry.episode in keep:
+                staying.append(reference)
+                continue
+            self._check_unchanged(entry)
+            entry.copies.hold(entry.arrived, timed=True)
+            entry.source = None
+        self._leaving = staying
+
+    def _check_unchanged(self, entry: Entry) -> None:
+        assert entry.source is not None
+        if entry.source_version is not None and entry.source._version != entry.source_version:
+            raise RuntimeError(f"a tensor parked by layer {entry.episode.key!r} was written to while it was copied to host memory")
+
+    # --- back -----------------------------------------------------------------------------------------------------------------
+
+    def prefetch(self, slot: Hashable) -> None:
+        """Start the way back of everything that the slot's layer parked last, newest first, without waiting."""
+        key = slot[0] if isinstance(slot, tuple) and slot else slot
+        with self._lock:
+            episodes = [episode for reference in self._episodes if (episode := reference()) is not None and episode.key == key]
+            if episodes:
+                self._prefetch(_living(episodes[-1].entries))
+
+    def prefetch_before(self, parked: Parked) -> None:
+        """Start the way back of the layer that parked just before this one did: what the backward pass needs next."""
+        with self._lock:
+            own = {id(entry.episode) for entry in parked._entries()}
+            before: Episode | None = None
+            for episode in (reference() for reference in self._episodes):
+                if id(episode) in own:
+                    break
+                before = episode or before
+            else:
+                return
+            if before is not None:
+                self._prefetch(_living(before.entries))
+
+    @torch.no_grad()
+    def _prefetch(self, entries: Sequence[Entry]) -> None:
+        with self._lock:
+            self._begin()
+            for entry in reversed(entries):
+                self._start(entry)
+
+    def _start(self, entry: Entry) -> None:
+        """Begin the way back of one entry, unless two other layers are on the device; then as soon as one of them is gone."""
+        if entry.source is not None or entry.base is not None:
+            return
+        others = {id(other.episode) for other in _living(self._back)} - {id(entry.episode)}
+        if len(others) >= LAYERS_ON_DEVICE:
+            self._put_off.append(weakref.ref(entry))
+            return
+        self._read(entry)
+        # On the CPU there is nothing to gain before it is needed; from disk it may not be there yet: fetch goes on from here.
+        if self.device.type == "cuda" and (entry.job is None or not entry.on_disk or entry.job.done()):
+            self._restore(entry)
+
+    def _read(self, entry: Entry) -> None:
+        if entry.block is None:
+            self._residence.start_reading(entry)
+            self._back.append(weakref.ref(entry))
+
+    def _restore(self, entry: Entry) -> None:
+        """Copy the bytes of an entry to the device."""
+        self._read(entry)
+        self._residence.finish_reading(entry)
+        assert entry.block is not None
+        with entry.mode or contextlib.nullcontext():
+            base = self._buffers.take(entry.nbytes, self.device)
+            entry.base_owners = use_count(base)
+            entry.landed = entry.copies.to_device(entry.block.pieces, base, entry.arrived)
+        entry.base, entry.base_version, entry.fetched = base, _version(base), False
+        entry.stream = entry.copies.here()
+        self._to_device += entry.nbytes
+        if entry.awaited:
+            entry.awaited = False
+            self._buffers.expect(entry.nbytes, -1)
+        self._residence.leave_block(entry)
+        self._back.append(weakref.ref(entry))
+
+    @torch.no_grad()
+    def _fetch(self, parked: Parked) -> Tensor:
+        layout, held = parked._layout, parked._held
+        with self._lock, parked._mode or contextlib.nullcontext():
+            self._begin()
+            if held is None:
+                return torch.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device=self.device)
+            if isinstance(held, Entry):
+                # A slice with holes may be part of a whole stretch that was stored for another view.
+                return restored(self._bytes(held), replace(layout, packed=held.packed), held.low, parked._compact)
+            values = dequantised(self._fetch(held[0]), self._fetch(held[1]), layout.dtype)
+            return restored(values.flatten().view(torch.uint8), replace(layout, packed=True), 0, parked._compact)
+
+    def _bytes(self, entry: Entry) -> Tensor:
+        """The bytes of an entry on the device, for the stream that computes now."""
+        if entry.source is not None:
+            self._check_unchanged(entry)
+            return entry.source
+        with self._clock(entry):
+            if entry.base is not None and _version(entry.base) != entry.base_version:
+                entry.base = None  # somebody has written to it: whoever fetches now gets what was parked
+            if entry.base is None:
+                self._restore(entry)
+        assert entry.base is not None
+        entry.copies.hold(entry.landed, timed=not entry.fetched)
+        entry.fetched = True
+        return entry.base
+
+    # --- housekeeping -----------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """At the start of every operation: reclaim what the dead left, and start what was put off."""
+        if self._closed:
+            raise RuntimeError("the offload store is closed")
+        self._collect()
+        waiting, self._put_off = self._put_off, []
+        for entry in _living(waiting):
+            self._start(entry)
+
+    def _collect(self) -> None:
+        for remains in self._residence.collect():
+            if remains.storage_key is not None:
+                family = [ref for ref in self._by_storage.pop(remains.storage_key, ()) if ref() is not None]
+                if family:
+                    self._by_storage[remains.storage_key] = family
+            if remains.awaited:
+                self._buffers.expect(remains.nbytes, -1)
+            if remains.base is not None and use_count(remains.base) == remains.base_owners:
+                self._buffers.give(remains.base)
+            remains.base = None
+        coming = []
+        for entry in _living(self._back):
+            if entry.base is not None and entry.fetched and use_count(entry.base) == entry.base_owners:
+                self._buffers.give(entry.base)
+                entry.base = None
+            elif entry.base is not None or entry.block is not None:
+                coming.append(weakref.ref(entry))
+        self._back = coming
+
+    def _copies(self, mode: Any) -> Copies:
+        if mode or self.device.type == "cpu":
+            return self._plain
+        self._cuda = self._cuda or CudaCopies(self.device)
+        return self._cuda
+
+    @contextlib.contextmanager
+    def _clock(self, entry: Entry) -> Iterator[None]:
+        """Count host time as waiting, where copying or reading is done by the thread that computes."""
+        start = time.perf_counter()
+        yield
+        if entry.mode is None and (self.device.type == "cpu" or entry.on_disk):
+            self._waited += time.perf_counter() - start
+
+    # --- accounting -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def used_bytes(self) -> int:
+        """Host memory that parked tensors take now."""
+        with self._lock:
+            self._collect()
+            return self._residence.used_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk space that parked tensors take now."""
+        with self._lock:
+            self._collect()
+            return self._residence.disk_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Host memory mapped (and page-locked) for parked tensors; it stays for the next step."""
+        return self._residence.memory.reserved_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most host memory in use at once since the last reset."""
+        return self._residence.memory.peak_bytes
+
+    @property
+    def copied_bytes(self) -> Copied:
+        """Bytes copied since the last reset."""
+        return Copied(self._to_host, self._to_device)
+
+    @property
+    def waited_seconds(self) -> float:
+        """Time the computation stood still for copies since the last reset; on CUDA without waits that are not over yet."""
+        return self._waited + (self._cuda.waited_seconds if self._cuda else 0.0) - self._waited_before
+
+    @property
+    def pageable(self) -> bool:
+        """True when host memory is not page-locked; ``statistics().pageable_reason`` says why."""
+        return self._residence.memory.pageable
+
+    def statistics(self, reset: bool = False) -> OffloadStatistics:
+        """Figures since the last reset (a step's, when called after every step). On CUDA waits for the copies."""
+        with self._lock:
+            if self._cuda is not None:
+                self._cuda.settle_times()
+            self._collect()
+            memory, written = self._residence.memory, self._residence.written_bytes - self._written_before
+            figures = OffloadStatistics(memory.peak_bytes, self.copied_bytes, self.waited_seconds, written, memory.pageable_reason)
+            if reset:
+                self._to_host = self._to_device = 0
+                self._waited_before += self.waited_seconds
+                self._written_before = self._residence.written_bytes
+                memory.peak_bytes = memory.used_bytes
+            return figures
+
+    def reserve(self, nbytes: int) -> None:
+        """Map (and page-lock) host memory for ``nbytes`` now instead of during the first step. Raises UserError above the budget."""
+        with self._lock:
+            self._residence.reserve(nbytes)
+
+    def close(self) -> None:
+        """Give back all host memory and disk space. Handles cannot be fetched any more; fetched tensors stay valid."""
+        with self._lock:
+            if self._closed:
+                return
+            self._let_go(())
+            self._collect()
+            self._closed = True
+            self._residence.close()
+            self._buffers.clear()
+
+    def __enter__(self) -> HostStore:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.close()
+
+
+def _living(references: Iterable[weakref.ref[Entry]]) -> list[Entry]:
+    return [entry for reference in references if (entry := reference()) is not None]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
