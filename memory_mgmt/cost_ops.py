@@ -56,7 +56,7 @@ def op_class(op: TracedOp) -> OpClass:
     if op.stream in ("copy_out", "copy_in"):
         return op.stream  # pyright: ignore[reportReturnType]
     space, _, full_name = op.name.rpartition("::")
-    name = full_name.partition(".")[0]
+    name = full_name.partition(".")[0].rstrip("_")
     if space in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
         return _collective_class(op, name)
     if "attention" in name and ("flash" in name or "efficient" in name or "cudnn" in name or "scaled_dot_product" in name):
@@ -91,12 +91,18 @@ def op_seconds(op: TracedOp, rates: Rates, topology: Topology) -> float:
         # Read on one side and written on the other: half of the traffic is the size of what moves.
         moved = op.message_bytes or op.bytes // 2
         return copy_seconds(kind, moved, rates, topology)
-    traffic = (rates.math if kind == "math" else rates.elementwise).seconds(op.bytes)
+    traffic = (rates.math if kind == "math" else rates.elementwise).seconds(op.bytes * _passes(op))
     work = 0.0
     if kind in ("matmul", "batched_matmul", "attention_forward", "attention_backward") and op.flops:
         work = rates.of(getattr(rates, kind), op.dtype).seconds(op.flops)
     sharing = topology.ranks_per_node if rates.shared else 1
     return max(work, traffic) * sharing + rates.launch_seconds
+
+
+def _passes(op: TracedOp) -> int:
+    """How often an operation goes through the bytes it is given. torch's logsumexp reads for the maximum, reads and writes for the
+    difference, again for the exponential, and reads for the sum: six times what it reads and writes by its signature."""
+    return 6 if op.name.partition("::")[2].partition(".")[0] == "logsumexp" else 1
 
 
 def copy_seconds(kind: OpClass, moved: int, rates: Rates, topology: Topology) -> float:
