@@ -23,7 +23,7 @@ from memory_mgmt.planner_memo import solve_memo
 from memory_mgmt.planner_problem import Problem, Tiling
 from memory_mgmt.planner_rounding import rounded
 from memory_mgmt.planner_simulate import Evaluation, evaluate
-from memory_mgmt.policy import Policy
+from memory_mgmt.policy import CLASSES, Policy
 
 _NOTHING_LOST = 1e-4
 """Share of the step that a policy which is equal for equal layers may cost more than the best one."""
@@ -89,9 +89,11 @@ class Case:
 
 
 def cases(problem: Problem) -> list[Case]:
-    """Every combination of tiles and group size."""
+    """Every combination of tiles and group size; groups only where everything inside them may be recomputed."""
     tiled = [problem.with_tiles(tiling) for tiling in problem.tilings()]
-    return [Case(one, k) for k in problem.group_blocks for one in tiled]
+    costs = [layer.of(name) for layer in set(problem.layers) for name in CLASSES[1:]]
+    groupable = all(cost.may_recompute for cost in costs if cost.bytes)
+    return [Case(one, k) for k in problem.group_blocks if k == 1 or groupable for one in tiled]
 
 
 def solve(problem: Problem, time_limit: float = 10.0) -> Choice | None:
@@ -246,7 +248,7 @@ def _binding(problem: Problem, best: _Candidate, extra: float, prices: tuple[Cas
         names.append(f"host memory ({problem.host_bytes / GIB:.1f} GiB)")
     if solution.link_worth > 0:
         names.append(f"copy bandwidth ({problem.bandwidth_out / 1e9:.0f} GB/s out, {problem.bandwidth_in / 1e9:.0f} GB/s in)")
-    return ", ".join(names) or f"device memory at {best.evaluation.peak_moment} (a tile or group size decides)"
+    return ", ".join(names) or f"device memory at {best.evaluation.peak_moment} (whole layers, tiles or groups decide)"
 
 
 def _worth(case: Case, solution: Solution, deadline: float) -> tuple[str, ...]:
@@ -262,7 +264,7 @@ def _worth(case: Case, solution: Solution, deadline: float) -> tuple[str, ...]:
         more.append(("1 GB/s more copy bandwidth", faster))
     lines = []
     for name, changed in more:
-        again = Program(changed).solve(max(0.2, deadline - time.monotonic()))
+        again = Program(changed).solve(max(0.2, deadline - time.monotonic()), like=solution)
         if again is not None:
             saved = max(0.0, solution.seconds - again.seconds)
             lines.append(f"{name}: {saved:.3g} s less per step ({saved / solution.seconds:.2%})")

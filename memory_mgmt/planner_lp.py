@@ -7,8 +7,9 @@ the schedule itself. Integers: which loss tile, and whole-or-nothing recomputati
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pulp
@@ -20,6 +21,9 @@ _ROUND = 1e-7
 """Shares closer to 0 or 1 than this are meant to be 0 or 1."""
 _TIE_BREAK = 1e-7
 """Of the step per step's worth of copies: among equal solutions the one that copies less."""
+
+_INTEGER_GAP = 1e-4
+"""Share of the objective that a choice of integers may be worse than the best."""
 
 Term = tuple[float, pulp.LpVariable]
 
@@ -269,23 +273,64 @@ class Program:
 
     # --- solving ---------------------------------------------------------------------------------------------------------------
 
-    def solve(self, time_limit: float = 10.0) -> Solution | None:
-        """The best solution, or None when there is none within the limits. Integers are settled first, then fixed, and the linear
-        program is solved again for its prices."""
+    def solve(self, time_limit: float = 10.0, like: Solution | None = None) -> Solution | None:
+        """The best solution, or None when there is none within the limits. Integers are settled first (or taken from ``like``), then
+        fixed, and the linear program is solved again for its prices."""
         deadline = time.monotonic() + time_limit
         if self.minimise == "seconds" and self.problem.other_peak_bytes > self.problem.budget_bytes:
             return None
-        if self.integers:
-            if run_solver(self.program, time_limit, relative_gap=1e-6) is None:
-                return None
-            self._fix_integers()
+        if self.integers and not self._settle_integers(deadline, like):
+            return None
         solver = run_solver(self.program, max(0.1, deadline - time.monotonic()))
         return None if solver is None else self._read(solver)
 
-    def _fix_integers(self) -> None:
+    def _settle_integers(self, deadline: float, like: Solution | None) -> bool:
+        """Fix every integer variable at a good value; False when there is none."""
+        if like is not None:
+            self._fix({name: 1.0 if value else 0.0 for name, value in self._integers_of(like).items()})
+            return True
+        left = max(0.1, (deadline - time.monotonic()) / 3)
+        if run_solver(self.program, left, relaxed=True) is None:
+            return False
+        bound = _value(self.program.objective)
+        whole = self._whole_values()
+        if len(whole) < len(self.integers):
+            # Most layers come out whole in the relaxation: settling the others is nearly always as good as the full search.
+            self._fix(whole)
+            quick = run_solver(self.program, left, relative_gap=_INTEGER_GAP)
+            found = _value(self.program.objective) if quick else math.inf
+            values = self._whole_values() if quick else {}
+            if found > bound + abs(bound) * _INTEGER_GAP:
+                self._release()
+                searched = run_solver(self.program, left, relative_gap=_INTEGER_GAP)
+                if searched and _value(self.program.objective) < found:
+                    values = self._whole_values()
+            if not values:
+                return False
+            whole = values
+        self._fix(whole)
+        return True
+
+    def _whole_values(self) -> dict[str, float]:
+        """The integer variables that are whole in the present solution."""
+        values = {variable.name: _value(variable) for variable in self.integers}
+        return {name: float(round(value)) for name, value in values.items() if abs(value - round(value)) < 1e-6}
+
+    def _integers_of(self, solution: Solution) -> dict[str, float]:
+        """Values of the integer variables in a solution of a program of the same shape."""
+        values = {z.name: float(j == solution.loss_tile) for j, z in enumerate(self.loss)}
+        for shares, splits in zip(self.shares, solution.layers, strict=True):
+            values |= {variable.name: splits.of(name).recompute for name, variable in shares.recompute.items()}  # type: ignore[arg-type]
+        return {variable.name: values[variable.name] for variable in self.integers}
+
+    def _fix(self, values: Mapping[str, float]) -> None:
         for variable in self.integers:
-            value = round(variable.value() or 0.0)
-            variable.cat, variable.lowBound, variable.upBound = pulp.LpContinuous, value, value
+            if variable.name in values:
+                variable.cat, variable.lowBound, variable.upBound = pulp.LpContinuous, values[variable.name], values[variable.name]
+
+    def _release(self) -> None:
+        for variable in self.integers:
+            variable.cat, variable.lowBound, variable.upBound = pulp.LpInteger, 0, 1
 
     def _read(self, solver: str) -> Solution:
         rows, problem = self.rows, self.problem
@@ -295,15 +340,15 @@ class Program:
         link = 0.0
         for name, (i, bandwidth) in self.copy_rows.items():
             if name in rows:
-                swapped = sum(factor * (variable.value() or 0.0) for factor, variable in self._swap_terms(i, 1.0 / problem.swap_ratio))
+                swapped = sum(factor * _value(variable) for factor, variable in self._swap_terms(i, 1.0 / problem.swap_ratio))
                 link += (rows[name].pi or 0.0) * swapped / bandwidth**2
         dear = sorted((name for name, price in prices.items() if price > 1e-6), key=lambda name: -prices[name])
-        end = self.end.value() or 0.0
+        end = _value(self.end)
         return Solution(
             layers=tuple(self._policy(i) for i in range(self.n)),
-            loss_tile=max(range(len(self.loss)), key=lambda j: self.loss[j].value() or 0.0),
+            loss_tile=max(range(len(self.loss)), key=lambda j: _value(self.loss[j])),
             seconds=end * self.second + problem.fixed_seconds,
-            budget_bytes=(self.budget.value() or 0.0) * self.byte if self.minimise == "budget" else problem.budget_bytes,
+            budget_bytes=_value(self.budget) * self.byte if self.minimise == "budget" else problem.budget_bytes,
             solver=solver,
             device_worth=sum(prices.values()) * per_byte,
             host_worth=host,
@@ -316,24 +361,26 @@ class Program:
         return LayerPolicy(**{name: _split(shares.swap.get(name), shares.recompute.get(name)) for name in CLASSES})
 
 
+def _value(of: pulp.LpVariable | pulp.LpAffineExpression | None) -> float:
+    """A solved variable's or expression's value; 0 for what the solver left out."""
+    value = None if of is None else of.value()
+    return 0.0 if value is None else float(value)  # type: ignore[arg-type]
+
+
 def _split(swap: pulp.LpVariable | None, recompute: pulp.LpVariable | None) -> Split:
     """A class's split from its variables; the solver's last digits are cleaned off."""
-    s, r = (0.0 if v is None else min(1.0, max(0.0, v.value() or 0.0)) for v in (swap, recompute))
+    s, r = (0.0 if v is None else min(1.0, max(0.0, _value(v))) for v in (swap, recompute))
     s, r = (0.0 if x < _ROUND else 1.0 if x > 1 - _ROUND else x for x in (s, r))
     s = min(s, 1.0 - r)
     keep = 1.0 - s - r
     return Split(0.0, 1.0 - r, r) if 0 < keep < _ROUND and s > 0 else Split(0.0, s, 1.0 - s) if 0 < keep < _ROUND else Split(keep, s, r)
 
 
-def run_solver(program: pulp.LpProblem, time_limit: float, relative_gap: float | None = None) -> str | None:
-    """Solve through PuLP: HiGHS, or CBC where highspy is not installed. The solver's name, or None without a solution."""
-    try:
-        solver: pulp.LpSolver = pulp.HiGHS(msg=False, timeLimit=time_limit, gapRel=relative_gap, threads=1)
-        name = "HiGHS"
-        if not solver.available():
-            raise pulp.PulpSolverError("highspy is not installed")
-    except pulp.PulpSolverError:
-        solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit, gapRel=relative_gap, threads=1)
-        name = "CBC"
+def run_solver(program: pulp.LpProblem, time_limit: float, relative_gap: float | None = None, relaxed: bool = False) -> str | None:
+    """Solve through PuLP: HiGHS, or CBC where highspy is not installed. The solver's name, or None without a solution. ``relaxed``:
+    integers may be fractions."""
+    options = {"mip": not relaxed, "msg": False, "timeLimit": time_limit, "gapRel": relative_gap, "threads": 1}
+    highs = pulp.HiGHS(**options)
+    name, solver = ("HiGHS", highs) if highs.available() else ("CBC", pulp.PULP_CBC_CMD(**options))
     program.solve(solver)
     return name if program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) else None

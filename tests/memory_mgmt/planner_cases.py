@@ -52,7 +52,7 @@ def classes(may_recompute: bool, tiled: bool = False) -> st.SearchStrategy[Class
         bytes=size,
         recompute_seconds=st.integers(0, 20).map(lambda t: t / 10),
         may_swap=st.booleans(),
-        may_recompute=st.booleans() if may_recompute else st.just(False),
+        may_recompute=st.sampled_from([True, True, True, False]) if may_recompute else st.just(False),
         tiled_bytes=st.just(GIB // 8) if tiled else st.none(),
     ).map(lambda cost: cost if cost.tiled_bytes is None or cost.tiled_bytes <= cost.bytes else ClassCost(cost.bytes))
 
@@ -100,7 +100,7 @@ def problems(draw: st.DrawFn, max_layers: int = 5, tiles: bool = True, groups: b
         layers,
         tuple(loss_tiles),
         resident,
-        budget_bytes=resident + int(everything * draw(st.floats(0.1, 1.2))) + 3 * GIB,
+        budget_bytes=resident + int(everything * draw(st.floats(0.2, 1.2))) + draw(st.integers(3, 20)) * GIB,
         host_bytes=int(everything * draw(st.sampled_from([0.0, 0.2, 1.0]))),
         bandwidth_out=draw(st.sampled_from([0.5, 3.0, 50.0])) * GIB,
         bandwidth_in=draw(st.sampled_from([0.5, 3.0, 50.0])) * GIB,
