@@ -12,6 +12,7 @@ Try alone: ``python -c "from memory_mgmt.host_memory import HostMemory; print(Ho
 from __future__ import annotations
 
 import bisect
+import math
 import mmap
 import os
 import sys
@@ -47,6 +48,11 @@ class Range:
     def size(self) -> int:
         """Bytes."""
         return self.stop - self.start
+
+
+def rounded(nbytes: int) -> int:
+    """Bytes that a block of ``nbytes`` takes in a slab."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class FreeRanges:
@@ -115,7 +121,7 @@ class HostMemory:
 
     def __init__(self, budget_bytes: int | None = None, *, cuda_device: torch.device | None = None) -> None:
         self.budget_bytes = budget_bytes
-        self.used_bytes = self.peak_bytes = self.reserved_bytes = 0
+        self.used_bytes = self.peak_bytes = self.reserved_bytes = self._held_bytes = 0
         self.pageable_reason = "" if cuda_device else "there is no GPU to lock it for"
         self._cuda_device = cuda_device
         self._slabs: list[Tensor] = []
@@ -133,13 +139,18 @@ class HostMemory:
         return self._free.size
 
     @property
+    def available_bytes(self) -> float:
+        """What the budget leaves, mapped or not."""
+        return math.inf if self.budget_bytes is None else self.budget_bytes - self._held_bytes
+
+    @property
     def n_slabs(self) -> int:
         """Slabs mapped so far; constant in the steady state."""
         return len(self._slabs)
 
     def take(self, nbytes: int) -> HostBlock | None:
         """A block, or None when the budget does not allow it. Raises UserError when the machine has no memory left."""
-        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        size = rounded(nbytes)
         if size > self._free.size and not self.reserve(self.reserved_bytes - self._free.size + size):
             return None
         ranges = self._free.take(size)
@@ -151,18 +162,20 @@ class HostMemory:
 
     def take_separate(self, nbytes: int, empty: Callable[[int], Tensor]) -> HostBlock | None:
         """A block in memory of its own, made by ``empty(nbytes)``: for fake tensors. None when the budget does not allow it."""
-        if self.budget_bytes is not None and self.used_bytes + nbytes > self.budget_bytes:
+        if rounded(nbytes) > self.available_bytes:
             return None
         return self._taken(HostBlock(nbytes, [empty(nbytes)], None))
 
     def _taken(self, block: HostBlock) -> HostBlock:
         self.used_bytes += block.nbytes
+        self._held_bytes += rounded(block.nbytes)
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return block
 
     def give(self, block: HostBlock) -> None:
         """Take a block back for reuse; nobody may read or write its pieces any more."""
         self.used_bytes -= block.nbytes
+        self._held_bytes -= rounded(block.nbytes)
         for r in block.ranges or ():
             self._free.add(r)
         block.pieces, block.ranges = [], None
@@ -223,7 +236,7 @@ class HostMemory:
         for slab in self._locked:
             _cudart().cudaHostUnregister(slab.data_ptr())
         self._locked, self._slabs, self._free = [], [], FreeRanges()
-        self.reserved_bytes = self.used_bytes = 0
+        self.reserved_bytes = self.used_bytes = self._held_bytes = 0
 
     def __del__(self) -> None:
         # Pages must not be unmapped while CUDA has them registered.

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,14 +27,12 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memory_mgmt.host_memory import HostMemory
-from memory_mgmt.offload_copies import Copies, CudaCopies, PlainCopies, RoundingBuffers, use_count
-from memory_mgmt.offload_entries import Entry, Episode
+from memory_mgmt.offload_copies import Copies, CudaCopies, PlainCopies
+from memory_mgmt.offload_entries import Entry, Episode, living
 from memory_mgmt.offload_layout import Layout, fake_mode_of, flat_bytes, from_parameter, layout_of, restored, why_not
 from memory_mgmt.offload_quantised import Quantise, dequantised, quantised
-from memory_mgmt.offload_residence import SPILL_SHARE, Residence
-
-LAYERS_ON_DEVICE = 2
-"""Layers whose parked tensors may be on the device at once: leaving in forward, coming back in backward."""
+from memory_mgmt.offload_residence import Residence
+from memory_mgmt.offload_return import WayBack
 
 
 class Copied(NamedTuple):
@@ -117,18 +114,16 @@ class HostStore:
             raise ValueError(f"offload works on cpu and cuda, not on {self.device.type}")
         memory = HostMemory(budget_bytes, cuda_device=self.device if self.device.type == "cuda" else None)
         self._residence = Residence(memory, directory, fake_empty or partial(torch.empty, dtype=torch.uint8, device="cpu"))
-        self._plain, self._cuda = PlainCopies(), None
-        self._buffers = RoundingBuffers()
+        self._plain = PlainCopies()
+        self._cuda: CudaCopies | None = None
+        self._return = WayBack(self.device, self._residence)
         self._lock = threading.RLock()
         self._by_storage: dict[int, list[weakref.ref[Entry]]] = {}
         self._leaving: list[weakref.ref[Entry]] = []
-        self._back: list[weakref.ref[Entry]] = []
-        self._put_off: list[weakref.ref[Entry]] = []
         self._episodes: list[weakref.ref[Episode]] = []
         self._protected: dict[int, StorageWeakRef] = {}
-        self._count = self._to_host = self._to_device = 0
-        self._waited = self._waited_before = 0.0
-        self._written_before = 0
+        self._count = self._to_host = self._written_before = 0
+        self._waited_before = 0.0
         self._closed = False
 
     # --- out ------------------------------------------------------------------------------------------------------------------
@@ -193,18 +188,16 @@ class HostStore:
         self._residence.place(entry)
         assert entry.block is not None
         entry.low, entry.high, entry.packed = layout.low, layout.high, layout.packed
-        with self._clock(entry):
-            source = flat_bytes(tensor, layout)
-            entry.arrived = entry.copies.to_host(source, entry.block.pieces)
-        entry.stream = entry.copies.here()
+        source = flat_bytes(tensor, layout)
+        entry.arrived, entry.stream = entry.copies.to_host(source, entry.block.pieces), entry.copies.here()
         self._to_host += entry.nbytes
-        self._buffers.expect(entry.nbytes, 1)
+        self._return.expect(entry)
         episode.entries.append(weakref.ref(entry))
         self._remember(entry, tensor, layout)
-        if self.device.type == "cuda":
+        if self._return.overlaps:
             entry.source, entry.source_version = source, None if source.is_inference() else source._version
             self._leaving.append(weakref.ref(entry))
-        self._residence.write_ahead(SPILL_SHARE * (self._residence.memory.budget_bytes or 0))
+        self._residence.write_ahead()
         return entry
 
     def _remember(self, entry: Entry, tensor: Tensor, layout: Layout) -> None:
@@ -248,15 +241,10 @@ class HostStore:
             if entry.episode in keep:
                 staying.append(reference)
                 continue
-            self._check_unchanged(entry)
+            entry.check_unchanged()
             entry.copies.hold(entry.arrived, timed=True)
             entry.source = None
         self._leaving = staying
-
-    def _check_unchanged(self, entry: Entry) -> None:
-        assert entry.source is not None
-        if entry.source_version is not None and entry.source._version != entry.source_version:
-            raise RuntimeError(f"a tensor parked by layer {entry.episode.key!r} was written to while it was copied to host memory")
 
     # --- back -----------------------------------------------------------------------------------------------------------------
 
@@ -266,7 +254,7 @@ class HostStore:
         with self._lock:
             episodes = [episode for reference in self._episodes if (episode := reference()) is not None and episode.key == key]
             if episodes:
-                self._prefetch(_living(episodes[-1].entries))
+                self._prefetch(living(episodes[-1].entries))
 
     def prefetch_before(self, parked: Parked) -> None:
         """Start the way back of the layer that parked just before this one did: what the backward pass needs next."""
@@ -280,50 +268,13 @@ class HostStore:
             else:
                 return
             if before is not None:
-                self._prefetch(_living(before.entries))
+                self._prefetch(living(before.entries))
 
     @torch.no_grad()
     def _prefetch(self, entries: Sequence[Entry]) -> None:
         with self._lock:
             self._begin()
-            for entry in reversed(entries):
-                self._start(entry)
-
-    def _start(self, entry: Entry) -> None:
-        """Begin the way back of one entry, unless two other layers are on the device; then as soon as one of them is gone."""
-        if entry.source is not None or entry.base is not None:
-            return
-        others = {id(other.episode) for other in _living(self._back)} - {id(entry.episode)}
-        if len(others) >= LAYERS_ON_DEVICE:
-            self._put_off.append(weakref.ref(entry))
-            return
-        self._read(entry)
-        # On the CPU there is nothing to gain before it is needed; from disk it may not be there yet: fetch goes on from here.
-        if self.device.type == "cuda" and (entry.job is None or not entry.on_disk or entry.job.done()):
-            self._restore(entry)
-
-    def _read(self, entry: Entry) -> None:
-        if entry.block is None:
-            self._residence.start_reading(entry)
-            self._back.append(weakref.ref(entry))
-
-    def _restore(self, entry: Entry) -> None:
-        """Copy the bytes of an entry to the device."""
-        self._read(entry)
-        self._residence.finish_reading(entry)
-        assert entry.block is not None
-        with entry.mode or contextlib.nullcontext():
-            base = self._buffers.take(entry.nbytes, self.device)
-            entry.base_owners = use_count(base)
-            entry.landed = entry.copies.to_device(entry.block.pieces, base, entry.arrived)
-        entry.base, entry.base_version, entry.fetched = base, _version(base), False
-        entry.stream = entry.copies.here()
-        self._to_device += entry.nbytes
-        if entry.awaited:
-            entry.awaited = False
-            self._buffers.expect(entry.nbytes, -1)
-        self._residence.leave_block(entry)
-        self._back.append(weakref.ref(entry))
+            self._return.start(entries)
 
     @torch.no_grad()
     def _fetch(self, parked: Parked) -> Tensor:
@@ -334,24 +285,9 @@ class HostStore:
                 return torch.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device=self.device)
             if isinstance(held, Entry):
                 # A slice with holes may be part of a whole stretch that was stored for another view.
-                return restored(self._bytes(held), replace(layout, packed=held.packed), held.low, parked._compact)
-            values = dequantised(self._fetch(held[0]), self._fetch(held[1]), layout.dtype)
-            return restored(values.flatten().view(torch.uint8), replace(layout, packed=True), 0, parked._compact)
-
-    def _bytes(self, entry: Entry) -> Tensor:
-        """The bytes of an entry on the device, for the stream that computes now."""
-        if entry.source is not None:
-            self._check_unchanged(entry)
-            return entry.source
-        with self._clock(entry):
-            if entry.base is not None and _version(entry.base) != entry.base_version:
-                entry.base = None  # somebody has written to it: whoever fetches now gets what was parked
-            if entry.base is None:
-                self._restore(entry)
-        assert entry.base is not None
-        entry.copies.hold(entry.landed, timed=not entry.fetched)
-        entry.fetched = True
-        return entry.base
+                return restored(self._return.bytes(held), replace(layout, packed=held.packed), held.low, parked._compact)
+            values = dequantised(self._fetch(held[0]), self._fetch(held[1]), layout.dtype).contiguous()
+            return restored(flat_bytes(values, layout_of(values)), replace(layout, packed=True), 0, parked._compact)
 
     # --- housekeeping -----------------------------------------------------------------------------------------------------------
 
@@ -360,9 +296,7 @@ class HostStore:
         if self._closed:
             raise RuntimeError("the offload store is closed")
         self._collect()
-        waiting, self._put_off = self._put_off, []
-        for entry in _living(waiting):
-            self._start(entry)
+        self._return.start_put_off()
 
     def _collect(self) -> None:
         for remains in self._residence.collect():
@@ -370,33 +304,14 @@ class HostStore:
                 family = [ref for ref in self._by_storage.pop(remains.storage_key, ()) if ref() is not None]
                 if family:
                     self._by_storage[remains.storage_key] = family
-            if remains.awaited:
-                self._buffers.expect(remains.nbytes, -1)
-            if remains.base is not None and use_count(remains.base) == remains.base_owners:
-                self._buffers.give(remains.base)
-            remains.base = None
-        coming = []
-        for entry in _living(self._back):
-            if entry.base is not None and entry.fetched and use_count(entry.base) == entry.base_owners:
-                self._buffers.give(entry.base)
-                entry.base = None
-            elif entry.base is not None or entry.block is not None:
-                coming.append(weakref.ref(entry))
-        self._back = coming
+            self._return.bury(remains)
+        self._return.collect()
 
     def _copies(self, mode: Any) -> Copies:
         if mode or self.device.type == "cpu":
             return self._plain
         self._cuda = self._cuda or CudaCopies(self.device)
         return self._cuda
-
-    @contextlib.contextmanager
-    def _clock(self, entry: Entry) -> Iterator[None]:
-        """Count host time as waiting, where copying or reading is done by the thread that computes."""
-        start = time.perf_counter()
-        yield
-        if entry.mode is None and (self.device.type == "cpu" or entry.on_disk):
-            self._waited += time.perf_counter() - start
 
     # --- accounting -------------------------------------------------------------------------------------------------------------
 
@@ -427,12 +342,13 @@ class HostStore:
     @property
     def copied_bytes(self) -> Copied:
         """Bytes copied since the last reset."""
-        return Copied(self._to_host, self._to_device)
+        return Copied(self._to_host, self._return.copied_bytes)
 
     @property
     def waited_seconds(self) -> float:
         """Time the computation stood still for copies since the last reset; on CUDA without waits that are not over yet."""
-        return self._waited + (self._cuda.waited_seconds if self._cuda else 0.0) - self._waited_before
+        parts = (self._plain, self._residence, self._cuda)
+        return sum(part.waited_seconds for part in parts if part is not None) - self._waited_before
 
     @property
     def pageable(self) -> bool:
@@ -448,7 +364,7 @@ class HostStore:
             memory, written = self._residence.memory, self._residence.written_bytes - self._written_before
             figures = OffloadStatistics(memory.peak_bytes, self.copied_bytes, self.waited_seconds, written, memory.pageable_reason)
             if reset:
-                self._to_host = self._to_device = 0
+                self._to_host = self._return.copied_bytes = 0
                 self._waited_before += self.waited_seconds
                 self._written_before = self._residence.written_bytes
                 memory.peak_bytes = memory.used_bytes
@@ -468,18 +384,10 @@ class HostStore:
             self._collect()
             self._closed = True
             self._residence.close()
-            self._buffers.clear()
+            self._return.buffers.clear()
 
     def __enter__(self) -> HostStore:
         return self
 
     def __exit__(self, *args: object) -> None:
         self.close()
-
-
-def _living(references: Iterable[weakref.ref[Entry]]) -> list[Entry]:
-    return [entry for reference in references if (entry := reference()) is not None]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

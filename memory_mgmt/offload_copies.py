@@ -10,6 +10,7 @@ Rules that keep the CUDA path right without ``record_stream`` (whose delays make
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -55,24 +56,28 @@ def pairs(flat: Tensor, pieces: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]
     """(part of ``flat``, piece) for each piece."""
     start, result = 0, []
     for piece in pieces:
-        result.append((flat[start : start + piece.numel()], piece))
+        result.append((flat.narrow(0, start, piece.numel()), piece))
         start += piece.numel()
     return result
 
 
 class PlainCopies:
-    """Copies that are done when the call returns."""
+    """Copies that are done when the call returns; their time counts as waiting."""
 
     def __init__(self) -> None:
         self.waited_seconds = 0.0
 
     def to_host(self, source: Tensor, pieces: Sequence[Tensor]) -> None:
+        start = time.perf_counter()
         for part, piece in pairs(source, pieces):
             piece.copy_(part)
+        self.waited_seconds += time.perf_counter() - start
 
     def to_device(self, pieces: Sequence[Tensor], target: Tensor, after: None) -> None:
+        start = time.perf_counter()
         for part, piece in pairs(target, pieces):
             part.copy_(piece)
+        self.waited_seconds += time.perf_counter() - start
 
     def here(self) -> None:
         return None
@@ -94,8 +99,9 @@ class CudaCopies:
     """Copies on two streams of their own, ordered by events."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        # With its index: threads of the backward pass may have another current device.
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._out, self._in = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self._waits: list[tuple[Any, Any]] = []
         self.waited_seconds = 0.0
 

@@ -38,7 +38,7 @@ class DiskTier:
             raise UserError(
                 f"memory.offload_dir: cannot write to {directory} ({error.strerror}); name a directory on a local disk"
             ) from None
-        self._descriptor = descriptor
+        self._file = os.fdopen(descriptor, "r+b", buffering=0)
         self.used_bytes = self._end = 0
         self._free = FreeRanges()
         self._thread = ThreadPoolExecutor(1, "offload disk")
@@ -83,7 +83,7 @@ class DiskTier:
             while data:
                 start, size = places.pop(0)
                 try:
-                    moved = call(self._descriptor, data[: min(size, _CHUNK)], start)
+                    moved = call(self._file.fileno(), data[: min(size, _CHUNK)], start)
                 except OSError as error:
                     raise self._error(error) from None
                 if not moved:
@@ -101,4 +101,4 @@ class DiskTier:
     def close(self) -> None:
         """Wait for the jobs and give the space back."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        os.close(self._descriptor)
+        self._file.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -81,12 +81,17 @@ class Entry:
         self.landed: Any = None
         """Event: copied back."""
         self.fetched = False
-        self.awaited = True
-        """It has not come back yet, and so counts among those that will need a device buffer."""
+        self.awaited = False
+        """It counts among those that will need a device buffer."""
         self.storage: StorageWeakRef | None = None
         """What it is a copy of, with the version then and the byte range, to be found by other views of the same storage."""
         self.version = self.low = self.high = 0
         self.packed = False
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError when somebody wrote to the source while it was copied."""
+        if self.source is not None and self.source_version is not None and self.source._version != self.source_version:
+            raise RuntimeError(f"a tensor parked by layer {self.episode.key!r} was written to while it was copied to host memory")
 
     def __del__(self) -> None:
         # In any thread at any time, within a locked stretch of the store too: nothing but an atomic append and waits of the stream.
@@ -100,3 +105,8 @@ class Entry:
         remains = Remains(self.block, self.extent, events, self.copies, self.job, self.nbytes, self.number, key, self.awaited)
         remains.base, remains.base_owners = self.base, self.base_owners
         self._inbox.append(remains)
+
+
+def living(references: Iterable[weakref.ref[Entry]]) -> list[Entry]:
+    """The entries that somebody can still ask for."""
+    return [entry for reference in references if (entry := reference()) is not None]

@@ -7,17 +7,18 @@ the same rules without a disk. Used by the store only, under its lock.
 
 from __future__ import annotations
 
+import contextlib
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from memory_mgmt.devices import GIB
-from memory_mgmt.host_memory import HostBlock, HostMemory
+from memory_mgmt.host_memory import HostBlock, HostMemory, rounded
 from memory_mgmt.offload_disk import QUEUE_LENGTH, DiskTier
 from memory_mgmt.offload_entries import Entry, Remains
 from models.errors import UserError
@@ -32,8 +33,11 @@ class Residence:
         self.memory, self.directory, self._fake_empty = memory, directory, fake_empty
         self.inbox: deque[Remains] = deque()
         self.written_bytes = 0
+        self.waited_seconds = 0.0
+        """Host time spent waiting for the disk, or for copies to free a block."""
         self._disk: DiskTier | None = None
         self._draining: list[Remains] = []
+        self._died: list[Remains] = []
         self._entries: dict[int, weakref.ref[Entry]] = {}
         self._writing: list[weakref.ref[Entry]] = []
         self._failure: UserError | None = None
@@ -50,15 +54,18 @@ class Residence:
 
     def collect(self) -> list[Remains]:
         """Reclaim what is free by now; gives the remains of entries that have died since the last call."""
-        died: list[Remains] = []
+        self._reclaim_all()
+        died, self._died = self._died, []
+        return died
+
+    def _reclaim_all(self) -> None:
         while self.inbox:
             remains = self.inbox.popleft()
-            died.append(remains)
             self._entries.pop(remains.number or 0, None)
             self._draining.append(remains)
+            self._died.append(remains)
         self._draining = [remains for remains in self._draining if not self._reclaim(remains)]
         self._writing = [ref for ref in self._writing if not self._settle_write(ref())]
-        return died
 
     def _reclaim(self, remains: Remains) -> bool:
         if not remains.done():
@@ -79,14 +86,15 @@ class Residence:
 
     def _take(self, nbytes: int, mode: Any) -> HostBlock:
         budget = self.memory.budget_bytes
-        if budget is not None and nbytes > budget:
+        if budget is not None and rounded(nbytes) > budget:
             raise self._too_little(nbytes, nbytes)
         while True:
             self.check()
             # Waiting for a copy that is under way comes before locking more memory: the steady state locks none.
             if self._draining and not mode and nbytes > self.memory.free_bytes:
-                self._draining[0].wait()
-                self.collect()
+                with self._waiting():
+                    self._draining[0].wait()
+                self._reclaim_all()
                 continue
             block = self.memory.take_separate(nbytes, self._fake_empty) if mode else self.memory.take(nbytes)
             if block is not None:
@@ -102,20 +110,21 @@ class Residence:
         """Start writing the oldest entries out, and wait for the first of them."""
         if self.directory is None:
             raise self._too_little(nbytes, self.memory.used_bytes + nbytes)
-        self.write_ahead(self.memory.budget_bytes or 0, nbytes)
+        self.write_ahead(rounded(nbytes))
         written = next((entry for ref in self._writing if (entry := ref()) is not None), None)
-        if written is None and not self._draining and not self.inbox:
+        if written is None and not self._draining:
             raise self._too_little(nbytes, self.memory.used_bytes + nbytes)
         if written is not None and written.job is not None:
-            written.job.exception()
-            written.copies.finish(written.landed)
-        self.collect()
+            with self._waiting():
+                written.job.exception()
+                written.copies.finish(written.landed)
+        self._reclaim_all()
 
     def _too_little(self, nbytes: int, total: int) -> UserError:
         budget = self.memory.budget_bytes or 0
         return UserError(
-            f"memory.host_gib: offloading {nbytes / GIB:.3g} GiB more makes {total / GIB:.3g} GiB of host memory, and this rank may take "
-            f"{budget / GIB:.3g} GiB. Raise memory.host_gib, set memory.offload_dir, or offload less (memory.offload)"
+            f"memory.host_gib: offloading {size_text(nbytes)} more makes {size_text(total)} of host memory, and this rank may take "
+            f"{size_text(budget)}. Raise memory.host_gib, set memory.offload_dir, or offload less (memory.offload)"
         )
 
     # --- disk -----------------------------------------------------------------------------------------------------------------
@@ -126,18 +135,19 @@ class Residence:
             failure, self._failure = self._failure, None
             raise failure
 
-    def write_ahead(self, limit: float, nbytes: int = 0) -> None:
-        """Write the oldest entries out until ``nbytes`` more would stay within ``limit``, as far as the queue takes them."""
+    def write_ahead(self, spare: float | None = None) -> None:
+        """Write the oldest entries out until ``spare`` bytes (default: a quarter) of the budget are free, as the queue takes them."""
         if self.directory is None or self.memory.budget_bytes is None:
             return
-        going = sum(entry.nbytes for ref in self._writing if (entry := ref()) is not None)
+        spare = (1 - SPILL_SHARE) * self.memory.budget_bytes if spare is None else spare
+        going = sum(rounded(entry.nbytes) for ref in self._writing if (entry := ref()) is not None)
         for ref in list(self._entries.values()):
-            if self.memory.used_bytes - going + nbytes <= limit or len(self._writing) >= QUEUE_LENGTH:
+            if self.memory.available_bytes + going >= spare or len(self._writing) >= QUEUE_LENGTH:
                 return
             entry = ref()
             if entry is not None and entry.block is not None and entry.job is None and not entry.on_disk:
                 self._write(entry)
-                going += entry.nbytes
+                going += rounded(entry.nbytes)
 
     def _write(self, entry: Entry) -> None:
         assert entry.block is not None and self.directory is not None
@@ -182,7 +192,16 @@ class Residence:
         """Wait until it is there. Raises UserError when the disk failed."""
         if entry.on_disk and entry.job is not None:
             job, entry.job = entry.job, None
-            job.result()
+            with self._waiting():
+                job.result()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_seconds += time.perf_counter() - start
 
     def leave_block(self, entry: Entry) -> None:
         """An entry that lives on disk is back on the device (or on its way there): its host block can go."""
@@ -192,7 +211,7 @@ class Residence:
 
     def close(self) -> None:
         """Give back all host memory and disk space; waits for jobs and copies."""
-        self.collect()
+        self._reclaim_all()
         for ref in self._entries.values():
             entry = ref()
             if entry is not None:
@@ -205,3 +224,12 @@ class Residence:
             self._disk.close()
         self._draining, self._entries, self._writing = [], {}, []
         self.memory.close()
+
+
+def size_text(nbytes: float) -> str:
+    """``1.50 GiB``, or KiB and MiB for what is smaller."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
