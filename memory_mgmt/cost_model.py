@@ -24,7 +24,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
-from memory_mgmt.cost_ops import COMMUNICATION, COPIES, OpClass, copy_seconds, op_class, op_seconds
+from memory_mgmt.cost_ops import COMMUNICATION, COPIES, OpClass, copy_seconds, moved_bytes, op_class, op_seconds
 from memory_mgmt.cost_rates import Curve, Rates, Topology
 from memory_mgmt.plan import Prediction
 from memory_mgmt.trace import Phase, Trace, TracedOp
@@ -92,7 +92,7 @@ def predict_step(
     """
     stretches = step_schedule(trace, rates, topology)
     seconds = stretches[-1].end if stretches else 0.0
-    copied = sum(work.op.message_bytes or work.op.bytes // 2 for s in stretches for work in s.work if work.kind in COPIES)
+    copied = sum(moved_bytes(work.op) for s in stretches for work in s.work if work.kind in COPIES)
     return Prediction(
         step_seconds=seconds,
         tokens_per_second=tokens_per_step / seconds if seconds else 0.0,

@@ -81,22 +81,28 @@ def _collective_class(op: TracedOp, name: str) -> OpClass:
 
 
 def op_seconds(op: TracedOp, rates: Rates, topology: Topology) -> float:
-    """Seconds that ``op`` takes on one rank while all ranks do the same. Raises ValueError for a dtype or collective without a rate."""
+    """Seconds that ``op`` with all its repeats takes on one rank while all ranks do the same.
+
+    Raises ValueError for a dtype or collective without a rate.
+    """
     kind = op_class(op)
     if kind == "nothing":
         return 0.0
     if kind in COMMUNICATION:
-        return communication_seconds(kind, op.message_bytes, op.group_size, rates, topology)
+        return op.repeats * communication_seconds(kind, op.message_bytes // op.repeats, op.group_size, rates, topology)
     if kind in COPIES:
-        # Read on one side and written on the other: half of the traffic is the size of what moves.
-        moved = op.message_bytes or op.bytes // 2
-        return copy_seconds(kind, moved, rates, topology)
-    traffic = (rates.math if kind == "math" else rates.elementwise).seconds(op.bytes * _passes(op))
+        return op.repeats * copy_seconds(kind, moved_bytes(op) // op.repeats, rates, topology)
+    traffic = (rates.math if kind == "math" else rates.elementwise).seconds(op.bytes * _passes(op) / op.repeats)
     work = 0.0
     if kind in ("matmul", "batched_matmul", "attention_forward", "attention_backward") and op.flops:
-        work = rates.of(getattr(rates, kind), op.dtype).seconds(op.flops)
+        work = rates.of(getattr(rates, kind), op.dtype).seconds(op.flops / op.repeats)
     sharing = topology.ranks_per_node if rates.shared else 1
-    return max(work, traffic) * sharing + rates.launch_seconds
+    return op.repeats * (max(work, traffic) * sharing + rates.launch_seconds)
+
+
+def moved_bytes(op: TracedOp) -> int:
+    """What a host copy moves. Read on one side and written on the other: half of the traffic, where it is not said."""
+    return op.message_bytes or op.bytes // 2
 
 
 def _passes(op: TracedOp) -> int:

@@ -98,6 +98,17 @@ def test_one_operation(traced: TracedOp, seconds: float) -> None:
     assert op_seconds(traced, replace(ROUND, launch_seconds=0.25), ONE) == pytest.approx(seconds + 0.25 * (op_class(traced) != "nothing"))
 
 
+def test_repeats_are_so_many_smaller_operations() -> None:
+    faster_when_large = {"bf16": Curve(((1e9, 1e11), (1e12, 1e12)))}
+    rates = replace(ROUND, matmul=faster_when_large, launch_seconds=0.5, link_latency=0.25)
+    ten = op("aten::mm", flops=10**10, repeats=10)
+    assert op_seconds(ten, rates, ONE) == pytest.approx(10 * (0.01 + 0.5))
+    copies = op("aten::copy_", message_bytes=10**10, stream="copy_out", repeats=4)
+    assert op_seconds(copies, rates, ONE) == pytest.approx(1.0 + 4 * 0.5)
+    sends = op("c10d::send", message_bytes=10**10, group_size=2, repeats=4)
+    assert op_seconds(sends, rates, Topology(2, cp=2)) == pytest.approx(1.0 + 4 * 0.25)
+
+
 def test_collectives_inside_a_node() -> None:
     """8 ranks on one node, 8 GB over 10 GB/s: the well-known (n-1)/n and 2 (n-1)/n."""
     node = Topology(8, cp=8)
