@@ -125,10 +125,19 @@ def _stretches(trace: Trace, rates: Rates, topology: Topology) -> list[Stretch]:
         mark = bisect_right(starts, op.time) - 1
         if mark not in found:
             found[mark] = Stretch(trace.marks[mark][1] if mark >= 0 else "", op.phase, op.layer)
-        own = previous == (_GATHER_OF_PARAMETERS if "gather" in op.name else _REDUCTION_OF_GRADIENTS)
-        found[mark].work.append(_Work(op, op_class(op), op_seconds(op, rates, topology), own))
+        kind = op_class(op)
+        found[mark].work.append(_Work(op, kind, op_seconds(op, rates, topology), _is_of_parameters(kind, previous)))
         previous = op.name
     return list(found.values())
+
+
+def _is_of_parameters(kind: OpClass, previous: str) -> bool:
+    """Whether FSDP2 made this collective, told by what precedes it: its copy into the message, or (replicas) its reduce-scatter."""
+    if kind == "all_gather":
+        return previous == _GATHER_OF_PARAMETERS
+    if kind == "reduce_scatter":
+        return previous == _REDUCTION_OF_GRADIENTS
+    return kind == "all_reduce" and "reduce_scatter" in previous
 
 
 class _Schedule:
@@ -191,10 +200,11 @@ class _Schedule:
         elif work.of_parameters and work.kind == "all_gather":
             if i not in self.gathered:
                 self.gathers.append(_Pending(self._occupy(work), i))
-        elif work.of_parameters or (work.kind == "all_reduce" and self.reductions and work.op.phase == "backward"):
+        elif work.of_parameters:
             if work.kind == "reduce_scatter":
                 self._arrive_from(i, self.reductions, before=i)
-            self.reductions.append(_Pending(self._occupy(work), i))
+            ready = self.reductions[-1].done if work.kind == "all_reduce" and self.reductions else self.now
+            self.reductions.append(_Pending(self._occupy(work, ready=ready), i))
         elif work.kind in ("send", "receive"):
             # Before another transfer starts, ring attention waits for the one before (backward: for the one before that).
             self._arrive(i, self.transfers, 1 if work.op.phase == "backward" and not work.op.recompute else 0)
@@ -216,11 +226,11 @@ class _Schedule:
         pending = self.copies_out if work.kind == "copy_out" else self.copies_in
         pending.append(_Pending(self._occupy(work, work.kind), i))
 
-    def _occupy(self, work: _Work, channel: str | None = None) -> float:
-        """Put work on its link, behind what is there; gives the time at which it is done."""
+    def _occupy(self, work: _Work, channel: str | None = None, ready: float = 0.0) -> float:
+        """Put work on its link, behind what is there and not before ``ready``; gives the time at which it is done."""
         if channel is None:
             channel = "network" if self.topology.crosses_nodes(work.op.group_size) else "link"
-        self.free[channel] = max(self.free[channel], self.now) + work.seconds
+        self.free[channel] = max(self.free[channel], self.now, ready) + work.seconds
         return self.free[channel]
 
     def _wait(self, i: int, until: float, *, copy: bool = False) -> None:

@@ -133,9 +133,7 @@ def communication_seconds(kind: OpClass, message: int, group_size: int, rates: R
     """
     if group_size < 2:
         return 0.0
-    # A group of the size of the replicas that is not the shard group joins copies of one shard.
-    replicas = group_size == topology.dp_replicate and group_size != topology.shard and group_size != topology.cp
-    members = topology.members_per_node(group_size, replicas=replicas)
+    members = topology.members_per_node(group_size)
     crosses = members < group_size
     latency = rates.network_latency if crosses else rates.link_latency
     nodes = group_size / members

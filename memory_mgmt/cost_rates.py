@@ -248,13 +248,16 @@ class Topology:
         """Ranks that share one copy of the parameters."""
         return self.cp * self.dp_shard
 
-    def members_per_node(self, group_size: int, *, replicas: bool = False) -> int:
-        """How many ranks of one group are on the same node. ``replicas``: the group joins the copies of one shard, whose ranks lie
-        ``shard`` apart; otherwise groups are consecutive ranks, taken to begin with a node's first rank.
+    def members_per_node(self, group_size: int) -> int:
+        """How many ranks of one group are on the same node.
+
+        Groups are consecutive ranks that begin with a node's first, except those that join the copies of one shard: these are told by
+        their size (``dp_replicate``, where neither ``cp`` nor the shard group has it) and their ranks lie ``shard`` apart.
         """
+        replicas = group_size == self.dp_replicate and group_size not in (self.cp, self.shard)
         on_node = max(1, self.ranks_per_node // self.shard) if replicas else self.ranks_per_node
         return min(group_size, on_node)
 
-    def crosses_nodes(self, group_size: int, *, replicas: bool = False) -> bool:
+    def crosses_nodes(self, group_size: int) -> bool:
         """Whether such a group spans several nodes."""
-        return self.members_per_node(group_size, replicas=replicas) < group_size
+        return self.members_per_node(group_size) < group_size

@@ -141,7 +141,7 @@ def test_collectives_between_nodes() -> None:
     assert seconds("c10d::send") == pytest.approx(32.0)
     # cp 4 x dp_shard 2 fill a node of 8, so the group of the 4 replicas has one rank on each node; cp stays inside.
     hybrid = Topology(8, cp=2, dp_shard=4, dp_replicate=3)
-    assert hybrid.members_per_node(3, replicas=True) == 1 and hybrid.ranks == 24
+    assert hybrid.members_per_node(3) == 1 and hybrid.ranks == 24
     assert seconds("c10d::allreduce_", hybrid, 3) == pytest.approx(2 * 32 * 2 / 3)
     assert seconds("c10d::send", hybrid, 2) == pytest.approx(3.2)
 
@@ -285,6 +285,16 @@ def test_reductions_hide_behind_the_next_stretch() -> None:
 
     assert step(1.0).exposed_communication_seconds == pytest.approx(0.7)  # the last one, before clipping
     assert step(0.2).step_seconds == pytest.approx(0.2 + 3 * 0.7 + 0.1)  # the link never rests
+
+
+def test_replicas_reduce_behind_the_next_stretch_too() -> None:
+    """With dp_replicate an all-reduce of the shard follows the reduce-scatter; the norm's all-reduce is waited for."""
+    shared = op("c10d::allreduce_", group_size=3, message_bytes=3 * 10**9)  # between nodes: 2 x 2 GB over 1 GB/s = 4 s
+    hybrid = Topology(8, dp_shard=8, dp_replicate=3)
+    backward = [(f"backward blocks.{i}", "backward", [mm(5.0), *SCATTER, shared]) for i in range(2)]
+    p = predict(backward, topology=hybrid)
+    assert p.step_seconds == pytest.approx(10.0 + 0.7 + 4.0) and p.exposed_communication_seconds == pytest.approx(4.7)
+    assert predict([("clip", "clip", [mm(1.0), shared])], topology=hybrid).exposed_communication_seconds == pytest.approx(4.0)
 
 
 def pair(phase: str = "forward") -> list[TracedOp]:
