@@ -92,7 +92,7 @@ def cases(problem: Problem) -> list[Case]:
     """Every combination of tiles and group size; groups only where everything inside them may be recomputed."""
     tiled = [problem.with_tiles(tiling) for tiling in problem.tilings()]
     costs = [layer.of(name) for layer in set(problem.layers) for name in CLASSES[1:]]
-    groupable = all(cost.may_recompute for cost in costs if cost.bytes)
+    groupable = all(cost.may_recompute for cost in costs if cost.bytes or cost.recompute_seconds)
     return [Case(one, k) for k in problem.group_blocks if k == 1 or groupable for one in tiled]
 
 

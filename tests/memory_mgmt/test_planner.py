@@ -69,6 +69,33 @@ def test_simulated_step_that_waits_for_copies() -> None:
     assert found.peak_bytes == (10 + 2 + 8 + 8 + 1) * GIB
 
 
+def test_simulated_step_on_a_device_whose_copies_hide_nowhere() -> None:
+    """Forward 1 + 6 (copies) + 1 + 1, loss 1, backward 2 + 2 + 6 (copies) + 2; the swapped bytes are gone at once."""
+    swapped = LayerPolicy(KEEP, SWAP, KEEP, SWAP)
+    found = evaluate(three_layers(overlap=False), Policy((swapped, LayerPolicy(), LayerPolicy())))
+    assert found.seconds == pytest.approx(22)
+    assert found.waiting_seconds == pytest.approx(12)
+    assert found.peak_bytes == (10 + 2 + 8 + 8 + 1) * GIB
+    halved = evaluate(three_layers(overlap=False, swap_ratio=0.5), Policy((swapped, LayerPolicy(), LayerPolicy())))
+    assert (halved.host_bytes, halved.seconds) == (3 * GIB, pytest.approx(16))
+
+
+def test_simulated_groups() -> None:
+    """Two groups of two. With the inside of both blocks alive: forward once more (1 s a block, 0.5 s from one to the next). One block
+    at a time: the first block of a group is computed a third time."""
+    layer = replace(three_layers().layers[0], input=ClassCost(GIB, 0.5))
+    inner = LayerPolicy(RECOMPUTE, RECOMPUTE, RECOMPUTE, RECOMPUTE)
+    first = LayerPolicy(KEEP, RECOMPUTE, RECOMPUTE, RECOMPUTE)
+    policy = Policy((first, inner) * 2, group_blocks=2)
+    problem = three_layers(group_blocks=(2,), group_inside="all")
+    found = evaluate(replace(problem, layers=(layer,) * 4), policy)
+    assert found.seconds == pytest.approx(4 + 1 + 8 + 2 * 2.5)
+    assert found.peak_bytes == (10 + 1 + 1 + 7 + 1 + 7 + 1) * GIB
+    found = evaluate(replace(problem, layers=(layer,) * 4, group_inside="one"), policy)
+    assert found.seconds == pytest.approx(4 + 1 + 8 + 2 * 3.5)
+    assert found.peak_bytes == (10 + 1 + 1 + 1 + 7 + 1) * GIB
+
+
 def test_simulated_step_says_what_is_not_allowed() -> None:
     problem = three_layers(budget_bytes=30 * GIB, host_bytes=GIB, unswapped_last=1)
     found = evaluate(problem, Policy((LayerPolicy(RECOMPUTE), LayerPolicy(KEEP, SWAP), LayerPolicy(SWAP))))

@@ -29,7 +29,7 @@ def policy_of(problem: Problem, solution: Solution) -> Policy:
 @given(problem=problems(), data=st.data())
 def test_objective_is_what_the_simulated_step_takes(problem: Problem, data: st.DataObject) -> None:
     one = problem.with_tiles(data.draw(st.sampled_from(list(problem.tilings()))))
-    solution = Program(one).solve()
+    solution = Program(one, uniform=data.draw(st.booleans())).solve()
     assume(solution is not None)
     assert solution is not None
     found = evaluate(one, policy_of(one, solution))
