@@ -63,6 +63,10 @@ def install(n_devices: int) -> None:
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # It asks torch.cuda.is_available(), which must say yes for autocast, and would then use the device in torch.tensor().
+    FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[method-assign, assignment]
 
 
 def _register_kernels(torch: Any) -> None:

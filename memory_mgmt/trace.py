@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
@@ -143,7 +144,10 @@ class Trace:
             "buffers": _columns(TracedBuffer, self.buffers),
             "ops": _columns(TracedOp, self.ops),
         }
-        path.write_bytes(gzip.compress(json.dumps(data).encode(), compresslevel=3))
+        # Two processes may write one trace: each its own file, the rename is atomic.
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(gzip.compress(json.dumps(data).encode(), compresslevel=3))
+        temporary.replace(path)
 
     @staticmethod
     def load(path: Path) -> Trace:

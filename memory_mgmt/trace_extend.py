@@ -1,15 +1,16 @@
 """From a trace of a few layers to one of many: layers that repeat exactly are traced once and copied.
 
-The traced model has seven periods of the layer pattern (a period is one layer in a model of equal layers, two in one that alternates
-attention and memory). The fourth and the fifth, which have inner neighbours on both sides, must be identical event by event, seen
-relative to their own layer; then the fourth is copied as often as needed, in forward order in the forward pass, clipping and the
-update, in reverse order in the backward pass. Where they are not identical ``extend`` refuses and the caller traces the whole model.
+The longest stretch of layers with a repeating pattern is cut to seven periods (a period is one layer in a model of equal layers, two
+in one that alternates attention and memory); layers before and after the stretch are all traced. The fourth and the fifth period,
+which have inner neighbours on both sides, must be identical event by event, seen relative to their own layer; then the fourth is
+copied as often as needed, in forward order in the forward pass, clipping and the update, in reverse order in the backward pass.
+Where they are not identical ``extend`` refuses and the caller traces the whole model.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -42,36 +43,54 @@ class _Run:
     events: list[_Event]
 
 
-def period_of(kinds: Sequence[str]) -> int:
-    """The smallest p such that layer i and layer i + p are always of one kind."""
-    return next(p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False)))
+@dataclass(frozen=True)
+class Shortening:
+    """How a model of ``n_layers`` is cut: layers from ``start`` repeat with ``period``, and ``copies`` periods are left out."""
+
+    n_layers: int
+    start: int
+    period: int
+    copies: int
+
+    @property
+    def traced(self) -> list[int]:
+        """The layers that are traced, by their index in the whole model."""
+        cut = self.start + (_COPIED + 1) * self.period
+        return [*range(cut), *range(cut + self.copies * self.period, self.n_layers)]
+
+    def period_of(self, layer: int) -> int:
+        """The period that a traced layer is in; -1 before the stretch, the last one also after it."""
+        return max(-1, min((layer - self.start) // self.period, PERIODS - 1))
 
 
-def layers_to_trace(kinds: Sequence[str]) -> int:
-    """How many of the first layers must be traced so that the rest follows: seven periods and what remains; all if there are fewer."""
-    period = period_of(kinds)
-    return min(len(kinds), PERIODS * period + len(kinds) % period)
+def shorten(kinds: Sequence[Hashable]) -> Shortening:
+    """The cut that leaves out most layers of a model whose layers are equal where ``kinds`` are."""
+    best = Shortening(len(kinds), 0, 1, 0)
+    for period in range(1, len(kinds) // PERIODS + 1):
+        start = 0
+        for end in range(1, len(kinds) + 1):
+            if end < len(kinds) and (end - start < period or kinds[end] == kinds[end - period]):
+                continue
+            copies = (end - start) // period - PERIODS
+            if copies * period > best.copies * best.period:
+                best = Shortening(len(kinds), start, period, copies)
+            start = end - period + 1
+    return best
 
 
-def extend(recorder: StepRecorder, kinds: Sequence[str]) -> Trace:
-    """The trace of a model with layers ``kinds`` from one of its first ``layers_to_trace(kinds)`` layers.
-
-    Raises NotRepeating when the middle periods are not identical.
-    """
-    period = period_of(kinds)
-    traced = layers_to_trace(kinds)
-    copies = (len(kinds) - traced) // period
+def extend(recorder: StepRecorder, cut: Shortening) -> Trace:
+    """The trace of a whole model from that of its layers ``cut.traced``. Raises NotRepeating when they do not repeat exactly."""
     trace = recorder.trace()
-    if not copies:
+    if not cut.copies:
         return trace
-    runs = list(_runs(trace, recorder.regions, period))
+    runs = list(_runs(trace, recorder.regions, cut))
     _check_repeating(runs)
-    longer = _Extension(trace, runs, period, copies).build()
-    longer.notes |= {"traced_layers": traced, "layers": len(kinds)}
+    longer = _Extension(trace, runs, cut.period, cut.copies).build()
+    longer.notes |= {"traced_layers": len(cut.traced), "layers": cut.n_layers}
     return longer
 
 
-def _runs(trace: Trace, regions: list[tuple[int, Region]], period: int) -> Iterable[_Run]:
+def _runs(trace: Trace, regions: list[tuple[int, Region]], cut: Shortening) -> Iterable[_Run]:
     """The events in order, cut where the region or the period changes."""
     starts = [time for time, _ in regions]
 
@@ -79,7 +98,7 @@ def _runs(trace: Trace, regions: list[tuple[int, Region]], period: int) -> Itera
         return regions[max(0, bisect_right(starts, time) - 1)][1]
 
     def period_at(event: _Event) -> int | None:
-        return None if event.layer is None else min(event.layer // period, PERIODS - 1)
+        return None if event.layer is None else cut.period_of(event.layer)
 
     events = sorted(_events(trace, region_at), key=lambda event: event.time)
     labelled = ((event, region_at(event.time), period_at(event)) for event in events)

@@ -53,11 +53,13 @@ class StepRecorder(TorchDispatchMode):
     """Records while it is entered; ``trace()`` gives what was recorded since ``start_step``.
 
     ``device_type``: where the model lives (``cpu`` or ``cuda``); tensors on the CPU beside a CUDA model count as host memory.
+    ``threads``: of a CPU rank, for the scratch memory of its kernels.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, threads: int = 1) -> None:
         super().__init__()
         self.device_type = device_type
+        self._threads = threads
         self._round = CUDA_BLOCK if device_type == "cuda" else 1
         self._clock = 0
         self._live: dict[int, TracedBuffer] = {}
@@ -200,7 +202,7 @@ class StepRecorder(TorchDispatchMode):
         if space in _COLLECTIVE_SPACES:
             self._collective(name, inputs, args, layer)
         else:
-            scratch = workspace_bytes(name, args, kwargs, self.device_type)
+            scratch = workspace_bytes(name, args, kwargs, self.device_type, self._threads)
             if scratch:
                 self._scratch(name, scratch, layer)
             self._operation(func, name, inputs, outputs, args, kwargs, out, layer)

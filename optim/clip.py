@@ -27,8 +27,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, s
     gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
     if not gradients:
         raise ValueError("no parameter has a gradient")
-    squares = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients])
-    total = squares.sum()
+    total = torch.stack([_square_sum(gradient) for gradient in gradients]).sum()
     if shard_group is not None:
         dist.all_reduce(total, group=shard_group)
     norm = total.sqrt()
@@ -36,3 +35,16 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, s
         scale = torch.clamp(max_norm / (norm + 1e-12), max=1.0)
         torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
     return norm
+
+
+_AT_ONCE = 1 << 20
+"""Elements whose squares are summed in one go: the sum in float64 makes a float64 copy of what it reads."""
+
+
+def _square_sum(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum of squares in float64, a float64 scalar."""
+    flat = gradient.reshape(-1)  # gradients are contiguous: a view
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in flat.split(_AT_ONCE)] or [
+        flat.new_zeros((), dtype=torch.float64)
+    ]
+    return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum()

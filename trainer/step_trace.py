@@ -7,7 +7,8 @@ traced layers do not repeat exactly, the whole model is traced.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from memory_mgmt.policy import Policy
 from memory_mgmt.trace import Trace
-from memory_mgmt.trace_extend import NotRepeating, extend, layers_to_trace
+from memory_mgmt.trace_extend import NotRepeating, Shortening, extend, shorten
 from memory_mgmt.trace_recorder import StepRecorder
 from models.batch import Batch, Bounds
+from models.config import LayerKind
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
 from trainer.build import engine_for, shaped_model
@@ -30,40 +33,45 @@ WARM_UP_STEPS = 1
 
 
 def trace_request(request: dict[str, Any]) -> Trace:
-    """The trace that ``request`` asks for (see ``trainer/tracing.py``)."""
+    """The trace that ``request`` asks for (``TraceRequest.to_dict``)."""
     config = RunConfig.model_validate(request["config"])
-    device_type, world_size = request["device_type"], request["world_size"]
-    n_layers = len(config.model.layer_kinds)
-    traced_layers = n_layers if request["whole"] else layers_to_trace(config.model.layer_kinds)
-    with _process_group(world_size, config.layout):
-        if traced_layers < n_layers:
+    policy = Policy.from_dict(request["policy"]) if request["policy"] is not None else None
+    cut = shorten(_repeating(config.model.layer_kinds, policy))
+    with _process_group(request["world_size"], config.layout):
+        note = "asked for"
+        if cut.copies and not request["whole"]:
             try:
-                recorder = _record(_with_layers(config, traced_layers), request["vocab_size"], device_type, world_size)
-                return extend(recorder, config.model.layer_kinds)
+                return extend(_record(*_shortened(config, policy, cut), request), cut)
             except NotRepeating as reason:
                 note = str(reason)
-            recorder = _record(config, request["vocab_size"], device_type, world_size)
-            trace = recorder.trace()
-            trace.notes["not_extended"] = note
-            return trace
-        return _record(config, request["vocab_size"], device_type, world_size).trace()
+        trace = _record(config, policy, request).trace()
+        trace.notes["not_extended"] = note
+        return trace
 
 
-def _with_layers(config: RunConfig, n_layers: int) -> RunConfig:
-    kinds = config.model.layer_kinds[:n_layers]
+def _repeating(kinds: Sequence[LayerKind], policy: Policy | None) -> list[Hashable]:
+    """What must be equal for two layers to be equal; groups of blocks repeat as a whole."""
+    if policy is None:
+        return list(kinds)
+    return [(kind, layer, i % policy.group_blocks) for i, (kind, layer) in enumerate(zip(kinds, policy.layers, strict=True))]
+
+
+def _shortened(config: RunConfig, policy: Policy | None, cut: Shortening) -> tuple[RunConfig, Policy | None]:
+    kinds = tuple(config.model.layer_kinds[i] for i in cut.traced)
     model = config.model.model_copy(update={"layers": kinds, "n_layers": None})
-    return config.model_copy(update={"model": model})
+    shorter = replace(policy, layers=tuple(policy.layers[i] for i in cut.traced)) if policy is not None else None
+    return config.model_copy(update={"model": model}), shorter
 
 
-def _record(config: RunConfig, vocab_size: int, device_type: str, world_size: int) -> StepRecorder:
+def _record(config: RunConfig, policy: Policy | None, request: dict[str, Any]) -> StepRecorder:
+    device_type, world_size = request["device_type"], request["world_size"]
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
-    dims = ParallelDims.from_config(config.parallel, world_size)
     # The mesh is real: it reads rank numbers out of tensors.
-    mesh = build_mesh(dims, device_type) if world_size > 1 else None
-    recorder = StepRecorder(device_type)
+    mesh = build_mesh(ParallelDims.from_config(config.parallel, world_size), device_type) if world_size > 1 else None
+    recorder = StepRecorder(device_type, request["threads"])
     with FakeTensorMode():
         with torch.device(device):
-            model = shaped_model(config, vocab_size, mesh)
+            model = shaped_model(config, request["vocab_size"], mesh)
         recorder.watch(model)
         with recorder:
             engine = engine_for(config, model, mesh, device)

@@ -1,0 +1,130 @@
+"""Traces of a configuration's training step: made in a process of their own, kept for the next question. Imports no torch.
+
+A trace depends on the model, the lengths, the degrees, the memory settings and the code, not on budgets or names; what is asked for
+again with those unchanged is read from the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from memory_mgmt.native import cache_dir
+from memory_mgmt.policy import Policy
+from memory_mgmt.trace import Trace
+from models.errors import UserError
+from trainer.config import RunConfig
+
+HOME = Path(__file__).resolve().parent.parent
+CODE = ("models", "parallel", "optim", "memory_mgmt", "trainer")
+KEPT_TRACES = 200
+_UNRELATED_MEMORY = ("budget_gib", "host_gib", "offload_dir", "plan", "replan_on_oom", "arena")
+_RELATED_TRAIN = ("precision", "micro_batch_size", "grad_accum")
+
+DeviceType = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """One step to trace. ``policy`` overrides what the memory settings say; ``whole``: do not extend equal layers."""
+
+    config: RunConfig
+    vocab_size: int
+    device_type: DeviceType
+    policy: Policy | None = None
+    threads: int = 1
+    whole: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        parallel = self.config.parallel
+        return parallel.dp_replicate * parallel.dp_shard * parallel.cp
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything the trace depends on besides the code, and nothing else."""
+        config = self.config.model_dump(mode="json")
+        memory = {key: value for key, value in config["memory"].items() if key not in _UNRELATED_MEMORY}
+        if self.policy is not None:  # it says all that these settings would
+            memory = {}
+        return {
+            "config": {
+                "model": config["model"],
+                "data": {"seq_len": config["data"]["seq_len"]},
+                "train": {key: config["train"][key] for key in _RELATED_TRAIN},
+                "optim": config["optim"],
+                "parallel": config["parallel"],
+                "memory": memory,
+            },
+            "vocab_size": self.vocab_size,
+            "device_type": self.device_type,
+            "world_size": self.world_size,
+            "policy": self.policy.to_dict() if self.policy is not None else None,
+            "threads": self.threads,
+            "whole": self.whole,
+        }
+
+
+def trace_step(request: TraceRequest) -> Trace:
+    """The trace of one step; see ``trace_steps``."""
+    return trace_steps([request])[0]
+
+
+def trace_steps(requests: Sequence[TraceRequest]) -> list[Trace]:
+    """The traces of several steps, those that are not kept from before made in one process.
+
+    Raises UserError when a step cannot be traced, with the reason (most often settings that the model refuses), or when CUDA is
+    asked for and there is no C++ compiler.
+    """
+    bodies = [request.to_dict() for request in requests]
+    code = _code_digest()
+    paths = [_path(body, code) for body in bodies]
+    missing = [(body, path) for body, path in zip(bodies, paths, strict=True) if not path.exists()]
+    if missing:
+        _run_process({str(path): {**body, "out": str(path)} for body, path in missing})
+        _forget_oldest(paths[0].parent, set(paths))
+    return [Trace.load(path) for path in paths]
+
+
+def _path(body: dict[str, Any], code: str) -> Path:
+    digest = hashlib.sha256(json.dumps([body, code], sort_keys=True).encode()).hexdigest()
+    folder = cache_dir() / "traces"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{digest[:24]}.json.gz"
+
+
+def _code_digest() -> str:
+    """A hash of the rooms' sources and of torch's version: a change of either makes all traces anew."""
+    digest = hashlib.sha256(version("torch").encode())
+    for room in CODE:
+        for path in sorted((HOME / room).rglob("*")):
+            if path.suffix in (".py", ".cpp"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _run_process(requests: dict[str, dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "requests.json"
+        file.write_text(json.dumps(list(requests.values())))
+        command = [sys.executable, "-m", "trainer.trace_process", str(file)]
+        done = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
+        raise UserError(f"the training step could not be traced: {reason[:400]}\nmemory.plan=estimate plans by formulas instead")
+
+
+def _forget_oldest(folder: Path, needed: set[Path]) -> None:
+    traces = sorted(folder.glob("*.json.gz"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in traces[KEPT_TRACES:]:
+        if path not in needed:
+            path.unlink(missing_ok=True)
