@@ -120,6 +120,7 @@ class HostStore:
         self._lock = threading.RLock()
         self._by_storage: dict[int, list[weakref.ref[Entry]]] = {}
         self._leaving: list[weakref.ref[Entry]] = []
+        self._recent: list[Episode] = []
         self._episodes: list[weakref.ref[Episode]] = []
         self._protected: dict[int, StorageWeakRef] = {}
         self._count = self._to_host = self._written_before = 0
@@ -170,9 +171,15 @@ class HostStore:
             reference = StorageWeakRef(local.untyped_storage())
             self._protected[reference.cdata] = reference
 
+    def begin_layer(self, slot: Hashable) -> None:
+        """The forward pass enters a layer: device memory of all but the layer before is let go, as when this layer parks something.
+        Call it for layers that park nothing, so that memory does not depend on whether a later layer does."""
+        with self._lock:
+            self._episode_of(slot)
+
     def settle(self) -> None:
-        """Let go of device memory whose copies are under way: what the computation does next waits for them (not the host). On CUDA,
-        the last two layers of the forward pass stay on the device until they are fetched unless this is called."""
+        """Let go of all device memory whose copies are under way: what the computation does next waits for them (the host does
+        not). On CUDA, what the last two layers parked stays on the device until it is fetched unless this is called."""
         with self._lock:
             self._let_go(())
 
@@ -184,7 +191,7 @@ class HostStore:
             return entry
         episode = self._episode_of(slot)
         self._count += 1
-        entry = Entry(self._count, layout.stored_bytes, episode, self._copies(mode), mode, self._residence.inbox)
+        entry = Entry(self._count, layout.stored_bytes, episode, self._copies(mode), mode, self._return.buffers, self._residence.inbox)
         self._residence.place(entry)
         assert entry.block is not None
         entry.low, entry.high, entry.packed = layout.low, layout.high, layout.packed
@@ -221,16 +228,13 @@ class HostStore:
         return None
 
     def _episode_of(self, slot: Hashable) -> Episode:
-        """The present episode of the slot's layer; a new one lets go of the device memory of all but the one before."""
-        key = slot[0] if isinstance(slot, tuple) and slot else slot
-        self._episodes = [reference for reference in self._episodes if reference() is not None]
-        last = self._episodes[-1]() if self._episodes else None
-        if last is not None and last.key == key:
-            return last
-        self._let_go(() if last is None else (last,))
-        episode = Episode(key)
-        self._episodes.append(weakref.ref(episode))
-        return episode
+        key = layer_of(slot)
+        if not self._recent or self._recent[-1].key != key:
+            self._recent = [*self._recent[-1:], Episode(key)]
+            self._episodes = [reference for reference in self._episodes if reference() is not None]
+            self._episodes.append(weakref.ref(self._recent[-1]))
+            self._let_go(self._recent[:-1])
+        return self._recent[-1]
 
     def _let_go(self, keep: Sequence[Episode]) -> None:
         staying = []
@@ -250,7 +254,7 @@ class HostStore:
 
     def prefetch(self, slot: Hashable) -> None:
         """Start the way back of everything that the slot's layer parked last, newest first, without waiting."""
-        key = slot[0] if isinstance(slot, tuple) and slot else slot
+        key = layer_of(slot)
         with self._lock:
             episodes = [episode for reference in self._episodes if (episode := reference()) is not None and episode.key == key]
             if episodes:
@@ -260,15 +264,13 @@ class HostStore:
         """Start the way back of the layer that parked just before this one did: what the backward pass needs next."""
         with self._lock:
             own = {id(entry.episode) for entry in parked._entries()}
-            before: Episode | None = None
-            for episode in (reference() for reference in self._episodes):
+            before: list[Entry] = []
+            for reference in self._episodes:
+                episode = reference()
                 if id(episode) in own:
-                    break
-                before = episode or before
-            else:
-                return
-            if before is not None:
-                self._prefetch(living(before.entries))
+                    self._prefetch(before)
+                    return
+                before = (living(episode.entries) if episode is not None else []) or before
 
     @torch.no_grad()
     def _prefetch(self, entries: Sequence[Entry]) -> None:
@@ -391,3 +393,8 @@ class HostStore:
 
     def __exit__(self, *args: object) -> None:
         self.close()
+
+
+def layer_of(slot: Hashable) -> Hashable:
+    """The part of a slot that says which layer (and pass) it belongs to."""
+    return slot[0] if isinstance(slot, tuple) and slot else slot

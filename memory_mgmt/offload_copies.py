@@ -183,10 +183,14 @@ class RoundingBuffers:
             del self.waiting[nbytes]
             self._free.pop(nbytes, None)
 
+    def wants(self, nbytes: int) -> bool:
+        """Something of this size waits that has no buffer yet."""
+        return len(self._free.get(nbytes, ())) < self.waiting.get(nbytes, 0)
+
     def give(self, buffer: Tensor) -> None:
         """Take a buffer that nobody else uses; it is freed unless something of its size waits."""
         nbytes = buffer.numel()
-        if len(self._free.get(nbytes, ())) < self.waiting.get(nbytes, 0):
+        if self.wants(nbytes):
             self._free.setdefault(nbytes, []).append(buffer)
 
     def clear(self) -> None:

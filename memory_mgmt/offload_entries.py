@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memory_mgmt.host_memory import HostBlock, Range
-from memory_mgmt.offload_copies import Copies
+from memory_mgmt.offload_copies import Copies, RoundingBuffers, use_count
 
 
 class Episode:
@@ -44,7 +44,7 @@ class Remains:
     storage_key: int | None = None
     awaited: bool = False
     base: Tensor | None = None
-    base_owners: int = 0
+    """A device buffer that nobody else has."""
 
     def done(self) -> bool:
         """Nothing reads or writes it any more."""
@@ -61,8 +61,11 @@ class Remains:
 class Entry:
     """Bytes on their way to the host, there, on disk, or on their way back."""
 
-    def __init__(self, number: int, nbytes: int, episode: Episode, copies: Copies, mode: Any, inbox: deque[Remains]) -> None:
-        self.number, self.nbytes, self.episode, self.copies, self.mode, self._inbox = number, nbytes, episode, copies, mode, inbox
+    def __init__(
+        self, number: int, nbytes: int, episode: Episode, copies: Copies, mode: Any, buffers: RoundingBuffers, inbox: deque[Remains]
+    ) -> None:
+        self.number, self.nbytes, self.episode = number, nbytes, episode
+        self.copies, self.mode, self._buffers, self._inbox = copies, mode, buffers, inbox
         self.block: HostBlock | None = None
         self.extent: list[Range] | None = None
         """Its place on disk; where it lives once ``on_disk``."""
@@ -103,7 +106,8 @@ class Entry:
         key = None if self.storage is None else self.storage.cdata
         events = (self.arrived, self.landed)
         remains = Remains(self.block, self.extent, events, self.copies, self.job, self.nbytes, self.number, key, self.awaited)
-        remains.base, remains.base_owners = self.base, self.base_owners
+        if self.base is not None and self._buffers.wants(self.nbytes) and use_count(self.base) == self.base_owners:
+            remains.base = self.base  # else it is freed now, or with the last tensor that was fetched from it
         self._inbox.append(remains)
 
 

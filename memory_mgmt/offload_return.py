@@ -115,7 +115,7 @@ class WayBack:
         """Take over what a dead entry had on the device."""
         if remains.awaited:
             self.buffers.expect(remains.nbytes, -1)
-        if remains.base is not None and use_count(remains.base) == remains.base_owners:
+        if remains.base is not None:
             self.buffers.give(remains.base)
         remains.base = None
 
