@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from memory_mgmt.plan import MemoryPlan
     from parallel.distributed import Env
     from trainer.config import RunConfig
     from trainer.run_dir import RunDir
@@ -300,15 +301,28 @@ def _show_plan(args: argparse.Namespace) -> int:
     path = config_file.find(args.config, HOME / "configs")
     if args.sweep:
         return _sweep(path, args)
-    plan = plan_run(config_file.resolve(path, args.overrides), args.device)
+    config = config_file.resolve(path, args.overrides)
+    plan = plan_run(config, args.device)
+    written = _write_timeline(config, plan, args.timeline) if args.timeline else ()
     _show(plan.to_json() if args.json else plan_view.plain(plan) + "\n", None if args.json else lambda: plan_view.render(plan))
+    for file in written:
+        print(f"written: {file}", file=sys.stderr)
     return 0
 
 
+def _write_timeline(config: RunConfig, plan: MemoryPlan, directory: str) -> Sequence[Path]:
+    from trainer import plan_files
+
+    return plan_files.write_plan_files(plan_files.planned_trace(config, plan), plan, directory)
+
+
 def _sweep(path: Path, args: argparse.Namespace) -> int:
+    from models.errors import UserError
     from trainer import sweep, sweep_table
     from trainer.planning import plan_run
 
+    if args.timeline:
+        raise UserError("--timeline: draws one plan, and --sweep makes many; give one of them")
     axes = sweep.parse_axes(args.sweep)
     with _progress("planning combinations") as progress:
         rows = sweep.sweep(path, args.overrides, axes, args.device, plan_run, progress)
@@ -401,6 +415,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(plan)
     plan.add_argument("--device", help="plan for this device: cpu, h100, ... (default: this machine's)")
     plan.add_argument("--json", action="store_true", help="print the plan, or the rows of --sweep, as JSON")
+    plan.add_argument("--timeline", metavar="DIR", help="write memory_plan.json and the memory timeline (PNG, HTML) into DIR")
     plan.add_argument(
         "--sweep",
         metavar="key=value,value,...",

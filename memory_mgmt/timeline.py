@@ -56,6 +56,7 @@ KIND_COLORS: Mapping[TraceKind, str] = {
     "workspace": "#ff9da7",
     "transient": "#f28e2b",
 }
+HOST_SHARE = 0.005
 OUTSIDE_NAME = "not in the trace"
 OUTSIDE_COLOR = "#c5beb6"
 
@@ -103,6 +104,11 @@ class Timeline:
     def total(self) -> Curve:
         """[P] bytes on the device, what is outside the trace included."""
         return self.by_kind.sum(axis=0) + self.outside_bytes
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether host memory is worth drawing: a batch that waits there is not."""
+        return self.host.size > 0 and int(self.host.max()) >= HOST_SHARE * (self.peak_bytes + self.outside_bytes)
 
     def thinned(self, points: int) -> Timeline:
         """The same with at most about ``points`` points: of every stretch its highest and its lowest, so that all peaks stay exact."""

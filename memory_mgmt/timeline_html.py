@@ -64,7 +64,7 @@ def timeline_html(trace: Trace, plan: MemoryPlan | None = None, offsets: Mapping
         "title": html.escape(title or f"memory of one training step, {shown.device}: peak {gib(shown.peak_bytes + shown.outside_bytes)}"),
         "facts": _facts(shown, plan),
         "tabs": _tab("live", "live memory", True) + (_tab("addresses", "addresses", False) if offsets else ""),
-        "host": '<canvas id="host" aria-hidden="true"></canvas>' if shown.host.size else "",
+        "host": '<canvas id="host" aria-hidden="true"></canvas>' if shown.uses_host else "",
         "addresses": _ADDRESS_PANEL if offsets else "",
         "peak_rows": _peak_rows(trace, shown),
         "notes": html.escape(_notes(trace, exact, shown, kept)),

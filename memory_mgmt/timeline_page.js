@@ -158,7 +158,9 @@ function start() {
   const $ = (id) => document.getElementById(id);
   const state = { view: [0, model.end], cursor: model.peakTime, hidden: new Set(), drag: null, tab: "live", offset: null };
   const margin = { left: 52, right: 10, top: 22, bottom: 22 };
-  let total = totals(model.curve, state.hidden, model.outside);
+  const OUTSIDE = -1; // in state.hidden beside the kinds
+  const outside = () => (state.hidden.has(OUTSIDE) ? 0 : model.outside);
+  let total = totals(model.curve, state.hidden, outside());
   const hostMost = model.host.reduce((a, c) => Math.max(a, c), 0);
 
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
@@ -248,7 +250,7 @@ function start() {
         base[x] += size;
       }
     };
-    if (model.outside) layer(model.outsideColor, () => model.outside);
+    if (outside()) layer(model.outsideColor, outside);
     model.curve.forEach((row, k) => { if (!state.hidden.has(k)) layer(model.kinds[k][1], (i) => row[i]); });
     if (near) {
       const y = Math.round(toY(model.limit));
@@ -272,7 +274,7 @@ function start() {
   }
 
   function drawHost() {
-    if (!hostMost) return;
+    if (!$("host")) return;
     const at = fit($("host")), bottom = at.height - 6;
     const picked = columns(model.hostTimes, model.host, state.view[0], state.view[1], at.inner);
     const toY = (bytes) => bottom - bytes / (1.1 * hostMost) * (bottom - margin.top);
@@ -344,9 +346,9 @@ function start() {
     };
     const room = 14, shown = [...device.slice(0, room), ...host.slice(0, 4)];
     shown.forEach(line);
-    const unlisted = device.slice(room).reduce((sum, o) => sum + o.bytes, 0) + Math.max(0, shownTotal - model.outside - listed);
+    const unlisted = device.slice(room).reduce((sum, o) => sum + o.bytes, 0) + Math.max(0, shownTotal - outside() - listed);
     if (unlisted > 0) line({ bytes: unlisted, name: "smaller ones", color: color("muted"), module: "", op: "", count: 1 });
-    if (model.outside) line({ bytes: model.outside, name: model.outsideName, color: model.outsideColor, module: model.outsideText, count: 1 });
+    if (outside()) line({ bytes: model.outside, name: model.outsideName, color: model.outsideColor, module: model.outsideText, count: 1 });
     if (state.tab === "addresses" && state.offset !== null) {
       const i = bufferAt(model, time, state.offset, state.hidden), b = model.buffers;
       $("where").textContent = i < 0 ? "free at this address" : model.modules[b.module[i]] + " " + model.ops[b.op[i]] + ", " +
@@ -440,7 +442,9 @@ function start() {
   }
 
   function legend() {
-    model.kinds.forEach(([name, fill], k) => {
+    const entries = model.kinds.map(([name, fill], k) => [name, fill, k]);
+    if (model.outside) entries.unshift([model.outsideName, model.outsideColor, OUTSIDE]);
+    for (const [name, fill, k] of entries) {
       const button = document.createElement("button"), chip = document.createElement("span");
       button.type = "button";
       button.setAttribute("aria-pressed", "true");
@@ -450,11 +454,11 @@ function start() {
       button.addEventListener("click", () => {
         if (!state.hidden.delete(k)) state.hidden.add(k);
         button.setAttribute("aria-pressed", String(!state.hidden.has(k)));
-        total = totals(model.curve, state.hidden, model.outside);
+        total = totals(model.curve, state.hidden, outside());
         redraw();
       });
       $("legend").prepend(button);
-    });
+    }
   }
 
   function tabs() {

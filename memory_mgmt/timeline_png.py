@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,12 +13,15 @@ from memory_mgmt.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MIB = 2**20
 POINTS = 4000
 """More points than the picture has columns."""
 INK, MUTED = "#22262b", "#6b7280"
 MARK = "#c1121f"
+NEAR = 2.5
+"""A limit below this times the peak is drawn as a line."""
 
 
 def timeline_png(trace: Trace, plan: MemoryPlan | None = None, *, title: str = "") -> bytes:
@@ -29,9 +32,8 @@ def timeline_png(trace: Trace, plan: MemoryPlan | None = None, *, title: str = "
     from matplotlib.figure import Figure
 
     shown = timeline(trace, plan).thinned(POINTS)
-    has_host = shown.host.size > 0
-    figure = Figure(figsize=(12, 6.4 if has_host else 5.4), layout="constrained", dpi=120)
-    if has_host:
+    figure = Figure(figsize=(12, 6.4 if shown.uses_host else 5.4), layout="constrained", dpi=120)
+    if shown.uses_host:
         device, host = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
         _draw_host(host, shown)
         host.set_xlabel("events of the step", color=MUTED)
@@ -45,9 +47,11 @@ def timeline_png(trace: Trace, plan: MemoryPlan | None = None, *, title: str = "
     return stream.getvalue()
 
 
-def _title(figure: Any, axes: Axes, shown: Timeline, title: str) -> None:
-    peak = gib(shown.peak_bytes + shown.outside_bytes)
-    figure.suptitle(title or f"memory of one training step, {shown.device}: peak {peak}", x=0.01, ha="left", color=INK, fontsize=12)
+def _title(figure: Figure, axes: Axes, shown: Timeline, title: str) -> None:
+    text = title or f"memory of one training step, {shown.device}: peak {gib(shown.peak_bytes + shown.outside_bytes)}"
+    if shown.limit_bytes is not None and not _limit_is_near(shown):
+        text += f"; {shown.limit_name} {gib(shown.limit_bytes)}"
+    figure.suptitle(text, x=0.01, ha="left", color=INK, fontsize=12)
     handles, labels = axes.get_legend_handles_labels()
     columns = min(6, len(labels))
     figure.legend(handles[::-1], labels[::-1], loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5, labelcolor=INK)
@@ -75,23 +79,21 @@ def _draw_device(axes: Axes, shown: Timeline) -> None:
     _plain_frame(axes)
 
 
+def _limit_is_near(shown: Timeline) -> bool:
+    """Whether the limit can be drawn to scale without flattening the rest; else the title names it."""
+    return shown.limit_bytes is not None and shown.limit_bytes < NEAR * (shown.peak_bytes + shown.outside_bytes)
+
+
 def _draw_limit(axes: Axes, shown: Timeline, scale: int) -> None:
-    """The limit as a line if it is near enough to be drawn to scale, else in words."""
     top = (shown.peak_bytes + shown.outside_bytes) / scale
-    if shown.limit_bytes is None:
+    if shown.limit_bytes is None or not _limit_is_near(shown):
         axes.set_ylim(0, 1.18 * top)
         return
     limit = shown.limit_bytes / scale
+    axes.set_ylim(0, 1.18 * max(top, limit))
+    axes.axhline(limit, color=MARK, linestyle="--", linewidth=1.2)
     text = f"{shown.limit_name}: {gib(shown.limit_bytes)}"
-    near = limit < 3 * top
-    axes.set_ylim(0, 1.18 * max(top, limit if near else 0))
-    if near:
-        axes.axhline(limit, color=MARK, linestyle="--", linewidth=1.2)
-        axes.annotate(text, (0, limit), (4, 3), textcoords="offset points", color=MARK, fontsize=8.5, va="bottom")
-    else:
-        axes.annotate(
-            f"{text}, {limit / top:.0f} times the peak", (0, 1), (4, -22), xycoords="axes fraction", textcoords="offset points", color=MUTED
-        )
+    axes.annotate(text, (0, limit), (4, 3), textcoords="offset points", color=MARK, fontsize=8.5, va="bottom")
 
 
 def _draw_peak(axes: Axes, shown: Timeline, scale: int) -> None:

@@ -168,7 +168,12 @@ def test_the_command(tmp_path):
         and [line.split()[0] for line in lines[1:9]] == ["64k"] * 4 + ["256k"] * 4
     )
     assert len(json.loads(run(*settings, "--json", "--sweep", "gpus=1,2", cwd=tmp_path).stdout)["rows"]) == 2
-    for wrong in (["--sweep", "gpu=1"], ["--sweep"], ["data.seq_len=65537", "--sweep", "gpus=2,4"]):
+    for wrong in (
+        ["--sweep", "gpu=1"],
+        ["--sweep"],
+        ["data.seq_len=65537", "--sweep", "gpus=2,4"],
+        ["--timeline", "x", "--sweep", "gpus=1"],
+    ):
         bad = run(*settings, *wrong, cwd=tmp_path)
         assert bad.returncode == 2 and "Traceback" not in bad.stderr and not bad.stdout, bad
     assert list(tmp_path.iterdir()) == []
