@@ -11,8 +11,9 @@ no block lives, everything else goes to the normal allocator and is counted, and
             loss(batch).backward(); optimizer.step(); optimizer.zero_grad()
 
 The thread that takes the first step owns the arena; requests of other threads are never served from it. The normal allocator also
-keeps what outlives the step, and requests below ``smallest_bytes``. A block that is still alive after ``close``, or after the arena is
-gone, keeps its memory.
+keeps what outlives the step, and requests below ``smallest_bytes``; so that the steps watched first take little more than what lives
+in them, it is told to give freed blocks back (``host_allocator.py``). A block that is still alive after ``close``, or after the arena
+is gone, keeps its memory.
 
 Try alone: ``python -m memory_mgmt.arena``.
 """
@@ -35,6 +36,7 @@ from memory_mgmt.allocator_log import record_cpu_allocations
 from memory_mgmt.arena_native import STATS, installed_library, new_plan
 from memory_mgmt.arena_recording import StepPlan, StepRecord, plan_step, step_record
 from memory_mgmt.config import MemoryConfig
+from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.native import NoCompiler
 from models.errors import UserError
 
@@ -124,16 +126,22 @@ class Arena:
         *,
         smallest_bytes: int = 4096,
         plan_seconds: float = 2.0,
+        return_freed: bool = True,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
-        """``plan_seconds``: time for planning one step, once per plan. Raises NoCompiler or RuntimeError where the allocator cannot be
-        built or installed, ValueError for a ``smallest_bytes`` below 1."""
+        """``plan_seconds``: time for planning one step, once per plan. ``return_freed``: make the C library give freed blocks back to the
+        system from now on, for the whole process; what the arena does not serve gets slower and smaller.
+
+        Raises NoCompiler or RuntimeError where the allocator cannot be built or installed, ValueError for ``smallest_bytes`` below 1.
+        """
         if smallest_bytes < 1:
             raise ValueError(f"smallest_bytes is {smallest_bytes}; it must be at least 1")
         self.stats = ArenaStats()
         self.last_step: dict[str, int] = {}
         """Counts of the last served step, as in ``ArenaStats``."""
         self._lib = installed_library()
+        if return_freed:
+            return_freed_memory()  # where there is no such setting (not glibc) only the steps that are watched are larger
         self._smallest_bytes, self._plan_seconds, self._warn = smallest_bytes, plan_seconds, warn
         self._region: _Region | None = None
         self._keys: OrderedDict[Hashable, _Key] = OrderedDict()
