@@ -29,7 +29,7 @@ def changes(
 
     ``peak_with(memory, parallel)`` is the planned peak in bytes under other settings.
     """
-    options = _memory_options(model, memory, seq_len // parallel.cp, model_flops_per_token(model, vocab_size, seq_len), vocab_size)
+    options = memory_options(model, memory, seq_len=seq_len, cp=parallel.cp, vocab_size=vocab_size)
     together = {key: value for settings, _ in options for key, value in settings.items()}
     if len(together) > 1:
         options.append((together, "the costs of each added"))
@@ -43,10 +43,11 @@ def changes(
     return [change for change in found if change.peak_bytes < WORTH_NAMING * peak_bytes]
 
 
-def _memory_options(
-    model: ModelConfig, memory: MemoryConfig, local_tokens: int, flops_per_token: float, vocab_size: int
+def memory_options(
+    model: ModelConfig, memory: MemoryConfig, *, seq_len: int, cp: int, vocab_size: int
 ) -> list[tuple[dict[str, int | str], str]]:
     """Single changes under ``memory`` and their cost in words."""
+    local_tokens, flops_per_token = seq_len // cp, model_flops_per_token(model, vocab_size, seq_len)
     options: list[tuple[dict[str, int | str], str]] = []
     for tile in (1024, 256):
         if tile < min(memory.loss_tile_tokens, local_tokens):

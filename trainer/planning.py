@@ -1,37 +1,198 @@
-"""The memory plan of a run configuration: which device, which vocabulary, then arithmetic. Imports no torch.
+"""The plan of a run configuration: which device, which vocabulary, then a traced step or formulas. Imports no torch.
 
 Try alone: ``longstride plan debug_cpu``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
+from pydantic import ValidationError
 
-from memory_mgmt.devices import DEVICES, Device, device_from_torch_name, device_named
+from memory_mgmt.changes import memory_options
+from memory_mgmt.cost_model import Rates, Topology, predict_step
+from memory_mgmt.devices import DEVICES, GIB, Device, device_from_torch_name, device_named
 from memory_mgmt.estimate import estimate
-from memory_mgmt.plan import MemoryPlan
+from memory_mgmt.native import cache_dir
+from memory_mgmt.plan import Change, MemoryPlan, Prediction
+from memory_mgmt.policy import Policy
+from memory_mgmt.trace import Trace
+from memory_mgmt.traced_plan import Limits, plan_of_trace, step_addresses
 from models.errors import UserError
+from models.flops import model_flops_per_token
+from parallel.dims import ParallelDims
 from trainer.config import RunConfig
 from trainer.data.tokenizers import load_tokenizer
+from trainer.tracing import TraceRequest, trace_step, trace_steps
 
 VOCAB_MULTIPLE = 64
 """Embedding rows are rounded up to a multiple of this, so that they shard and tile evenly."""
+CHANGES_SHOWN = 3
+ADDRESS_SECONDS = 2.0
+"""Spent on addresses in a plan; a step of thousands of buffers takes a fraction of it."""
 _DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def plan_run(config: RunConfig, device_name: str | None = None) -> MemoryPlan:
-    """What one rank of ``config`` will hold on ``device_name`` (None: this machine's device under train.device).
+@dataclass(frozen=True)
+class Target:
+    """What a configuration is planned for: a device, its node, and the vocabulary that the data brings."""
 
-    Raises UserError for an unknown device or a vocabulary that does not fit the tokenizer.
+    config: RunConfig
+    device: Device
+    limits: Limits
+    vocab_size: int
+
+    @property
+    def ranks(self) -> int:
+        """Of the run."""
+        return _ranks(self.config)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks that share a node's host memory and links."""
+        on_node = self.device.node.devices if self.device.node is not None else self.ranks
+        return min(self.ranks, on_node)
+
+    def with_config(self, config: RunConfig) -> Target:
+        """The same device for other settings."""
+        return target_of(config, self.device)
+
+    def request(self, policy: Policy | None = None) -> TraceRequest:
+        """The step to trace."""
+        threads = 1 if self.device.is_cuda else self.config.train.threads_per_rank or max(1, (os.cpu_count() or 1) // self.ranks)
+        device_type = "cuda" if self.device.is_cuda else "cpu"
+        return TraceRequest(self.config, self.vocab_size, device_type, policy, threads)
+
+
+def plan_run(config: RunConfig, device_name: str | None = None) -> MemoryPlan:
+    """What one rank of ``config`` will hold on ``device_name`` (None: this machine's device under train.device), and how fast it goes.
+
+    Raises UserError for an unknown device, a vocabulary that does not fit the tokenizer, or a step that cannot be traced.
     """
     try:
         device = this_machine(config.train.device) if device_name is None else device_named(device_name)
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
+    target = target_of(config, device)
+    if config.memory.plan == "estimate":
+        return _estimated(target)
+    return plan_traced(target, trace_step(target.request()))
+
+
+def target_of(config: RunConfig, device: Device) -> Target:
+    """``config`` on ``device``."""
+    budget = None if config.memory.budget_gib is None else int(config.memory.budget_gib * GIB)
+    available = device.memory_bytes if device.is_cuda else host_bytes() // _ranks(config)
+    return Target(config, device, Limits(budget, available), model_vocab_size(config, load_tokenizer(config.data.tokenizer).vocab_size))
+
+
+def plan_traced(target: Target, trace: Trace) -> MemoryPlan:
+    """The plan of a traced step: memory, time, addresses, and what would lower the peak if it does not fit."""
+    plan = plan_of_trace(trace, target.device, target.ranks, target.limits, prefetched_bytes=_prefetched(target))
+    plan = replace(plan, prediction=predict(target, trace), addresses=step_addresses(trace, ADDRESS_SECONDS)[1])
+    return plan if plan.fits else replace(plan, changes=_changes_that_fit(target, plan.peak_bytes))
+
+
+def predict(target: Target, trace: Trace) -> Prediction | None:
+    """Time of the traced step; None where the device's rates are not known."""
+    rates = rates_of(target.device)
+    if rates is None:
+        return None
+    config = target.config
+    tokens = config.global_batch_sequences * config.data.seq_len
+    traced_passes = min(config.train.grad_accum, 2)
+    peak = target.device.peak_tflops.get(config.train.precision)
+    prediction = predict_step(
+        trace,
+        rates,
+        Topology.of(ParallelDims.from_config(config.parallel, target.ranks), target.ranks_per_node),
+        tokens_per_step=tokens * traced_passes // config.train.grad_accum,
+        model_flops_per_step=model_flops_per_token(config.model, target.vocab_size, config.data.seq_len)
+        * (tokens * traced_passes // config.train.grad_accum),
+        peak_flops=peak * 1e12 if peak else None,
+    )
+    return _all_passes(prediction, config.train.grad_accum / traced_passes)
+
+
+def _all_passes(prediction: Prediction, factor: float) -> Prediction:
+    """A trace has two passes of a step at most; the others take as long as these."""
+    if factor == 1:
+        return prediction
+    times = ("step_seconds", "compute_seconds", "recompute_seconds", "exposed_communication_seconds", "exposed_copy_seconds")
+    scaled = {name: getattr(prediction, name) * factor for name in times}
+    return replace(prediction, **scaled, copied_bytes=int(prediction.copied_bytes * factor))
+
+
+def rates_of(device: Device) -> Rates | None:
+    """Achieved rates: measured ones where ``longstride plan --calibrate`` ran on this kind of device, else the device table's."""
+    measured = calibration_path(device.name)
+    if measured.exists():
+        return Rates.from_calibration(measured)
+    try:
+        return Rates.from_device(device, cores=os.cpu_count() or 1)
+    except ValueError:
+        return None
+
+
+def calibration_path(device_name: str) -> Path:
+    """Where the calibration of a kind of device is kept."""
+    return cache_dir() / f"calibration-{device_name.replace(' ', '_').replace('/', '_')}.json"
+
+
+def _changes_that_fit(target: Target, peak_bytes: int) -> tuple[Change, ...]:
+    """The three cheapest changes of settings that make the plan fit, by the predicted time of their traced steps; where none does,
+    those that come nearest."""
+    options = [(text, target.with_config(config), cost) for text, config, cost in _options(target)]
+    traces = trace_steps([other.request() for _, other, _ in options])
+    found: list[tuple[bool, float, Change]] = []
+    before = predict(target, trace_step(target.request()))
+    for (text, other, cost), trace in zip(options, traces, strict=True):
+        changed = plan_of_trace(trace, other.device, other.ranks, other.limits, prefetched_bytes=_prefetched(other))
+        prediction = predict(other, trace)
+        slower = prediction.step_seconds / before.step_seconds - 1 if prediction and before else 0.0
+        words = f"step {slower:+.0%}" if prediction and before else cost
+        if changed.peak_bytes < peak_bytes:
+            rank_cost = slower + (1.0 if other.ranks > target.ranks else 0.0)  # more hardware is the dearest change
+            found.append((changed.fits, rank_cost, Change(text, changed.peak_bytes, words if other.ranks == target.ranks else cost)))
+    fitting = sorted((entry for entry in found if entry[0]), key=lambda entry: entry[1])
+    nearest = sorted((entry for entry in found if not entry[0]), key=lambda entry: entry[2].peak_bytes)
+    return tuple(change for _, _, change in (fitting or nearest)[:CHANGES_SHOWN])
+
+
+def _options(target: Target) -> list[tuple[str, RunConfig, str]]:
+    """(command-line overrides, the changed configuration, cost in words): single memory settings, all of them, twice the ranks."""
+    config, memory = target.config, target.config.memory
+    single = memory_options(config.model, memory, seq_len=config.data.seq_len, cp=config.parallel.cp, vocab_size=target.vocab_size)
+    together = {key: value for settings, _ in single for key, value in settings.items()}
+    options = [*single, (together, "the costs of each added")] if len(single) > 1 else single
+    found = []
+    for settings, cost in options:
+        text = " ".join(f"memory.{key}={value}" for key, value in settings.items())
+        found.append((text, config.model_copy(update={"memory": memory.model_copy(update=settings)}), cost))
+    wider = config.parallel.model_copy(update={"cp": 2 * config.parallel.cp})
+    with contextlib.suppress(ValidationError):
+        found.append((f"parallel.cp={wider.cp}", RunConfig.model_validate({**dict(config), "parallel": wider}), "twice the ranks"))
+    return found
+
+
+def _prefetched(target: Target) -> int:
+    """Batches of whole sequences that a CPU rank holds beside the one in the trace: the loader prepares the steps that follow."""
+    config = target.config
+    if target.device.is_cuda:
+        return 0
+    one = 3 * 8 * config.train.micro_batch_size * config.data.seq_len
+    passes = config.train.grad_accum
+    return one * (3 * passes - min(passes, 2))
+
+
+def _estimated(target: Target) -> MemoryPlan:
+    config = target.config
     return estimate(
         config.model,
         config.parallel,
@@ -41,10 +202,10 @@ def plan_run(config: RunConfig, device_name: str | None = None) -> MemoryPlan:
         micro_batch_size=config.train.micro_batch_size,
         grad_accum=config.train.grad_accum,
         precision=config.train.precision,
-        vocab_size=model_vocab_size(config, load_tokenizer(config.data.tokenizer).vocab_size),
+        vocab_size=target.vocab_size,
         layout=config.layout,
-        device=device,
-        device_bytes=None if device.is_cuda else host_bytes() // _local_ranks(config),
+        device=target.device,
+        device_bytes=target.limits.device_bytes,
     )
 
 
@@ -78,7 +239,7 @@ def host_bytes() -> int:
     return min(limits)
 
 
-def _local_ranks(config: RunConfig) -> int:
+def _ranks(config: RunConfig) -> int:
     return config.parallel.dp_replicate * config.parallel.dp_shard * config.parallel.cp
 
 
