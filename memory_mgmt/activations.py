@@ -126,19 +126,32 @@ class Shapes:
         halo = self.rows * self._halo * heads * (2 * key + value) * self.e
         return self.n * (projected * self.e + heads * wide * self.w) + states + halo
 
-    def mixer_kept(self, kind: LayerKind) -> int:
-        """What the mixer of a layer keeps, its input (the normed stream) included."""
-        return self.memory_kept() if kind == "memory" else self.attention_kept(kind)
+    def by_parts(self, kind: LayerKind) -> bool:
+        """Whether memory_mgmt/execution.py runs a layer because of its tiles: then neither normed stream is kept."""
+        return self.ffn_tile > 0 or (kind == "memory" and self.memory_tile > 0)
 
-    def ffn_kept(self) -> int:
-        """The normed stream; gate, up and their product unless tiles recompute them."""
+    def norms_kept(self, kind: LayerKind) -> int:
+        """Inputs of the norms. By parts: the block's input; the stream after the mixer belongs to the feed-forward then."""
+        return self.stream if self.by_parts(kind) else 2 * self.norm_kept()
+
+    def mixer_kept(self, kind: LayerKind) -> int:
+        """What the mixer of a layer keeps, its input (the normed stream) included unless it runs by parts; a memory keeps its output
+        for a feed-forward that is recomputed."""
+        if kind == "memory":
+            return self.memory_kept() - (self.narrow if self.by_parts(kind) and not self.ffn_tile else 0)
+        return self.attention_kept(kind) - (self.narrow if self.by_parts(kind) else 0)
+
+    def ffn_kept(self, kind: LayerKind) -> int:
+        """The normed stream; gate, up and their product. By parts the stream itself, gate and up, or with tiles nothing."""
         if self.ffn_tile:
-            return self.narrow
+            return 0
+        if self.by_parts(kind):
+            return self.stream + 2 * self.n * self.config.ff_width * self.e
         return self.narrow + 3 * self.n * self.config.ff_width * self.e
 
     def block_kept(self, kind: LayerKind) -> int:
         """Everything one block keeps without recomputation, its input included."""
-        return 2 * self.norm_kept() + self.mixer_kept(kind) + self.ffn_kept()
+        return self.norms_kept(kind) + self.mixer_kept(kind) + self.ffn_kept(kind)
 
     def rope_table(self) -> int:
         """cos and sin of every token, once for all attention layers."""
@@ -147,18 +160,19 @@ class Shapes:
     # --- made and freed in backward, on top of what is kept -----------------------------------------------------------------
 
     def norm_backward(self) -> int:
-        """Normed input and two products, all wide, and the incoming gradient."""
-        return 3 * self.stream + self.narrow
+        """Normed input and two products, all wide, and the incoming gradient; of one tile where the feed-forward has tiles."""
+        whole = 3 * self.stream + self.narrow
+        return whole * min(self.ffn_tile, self.tokens) // self.tokens if self.ffn_tile else whole
 
-    def ffn_backward(self) -> int:
-        """Gradients of product, up and gate and one temporary, less the product, which is freed first. With tiles: the input's
-        gradient, float32 totals and one tile's share of the weight gradients, and the inside of one tile with its gradients."""
+    def ffn_backward(self, kind: LayerKind) -> int:
+        """Gradients of product, up and gate and one temporary, less the product, which is freed first. By parts: the gradients of the
+        stream and of the mixer's output, float32 totals and one tile's share of the weight gradients, one tile's inside."""
         c = self.config
-        if not self.ffn_tile:
+        if not self.by_parts(kind):
             return 3 * self.n * c.ff_width * self.e
         weights = ffn_parameters(c) * (self.w + self.w + (2 * self.e if self.precision == "bf16" else 0))
-        incoming = self.narrow if self.precision == "bf16" else 0
-        return self.narrow + incoming + weights + self.tile_inside(min(self.ffn_tile, self.tokens), memory=False)
+        tile = min(self.ffn_tile or self.tokens, self.tokens)
+        return self.stream + self.narrow + weights + self.tile_inside(tile, memory=False)
 
     def attention_backward(self, kind: LayerKind) -> int:
         """Gradients of out, q, k and v, then the rotation of q beside them; a window that runs as stacked blocks instead needs wide

@@ -1,36 +1,107 @@
-"""Put the memory settings of a run onto a model: what is recomputed, and in which tiles. Before FSDP is applied."""
+"""Put the memory settings of a run onto a model: what is kept, swapped or recomputed, and in which tiles. Before FSDP is applied.
+
+``policy_of`` turns plain settings into a ``Policy``; the planner makes one for ``recompute: auto``; ``apply_policy`` installs it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
 
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from memory_mgmt.config import MemoryConfig
-from memory_mgmt.tiles import tiled
+from memory_mgmt.execution import BlockExecution
+from memory_mgmt.groups import GroupedBlocks
+from memory_mgmt.pieces import Store
+from memory_mgmt.policy import KEEP, KEEP_ALL, KEEP_MIXER, RECOMPUTE, RECOMPUTE_BLOCK, SWAP, LayerPolicy, Policy, Split
+from models.config import LayerKind
 from models.memory.protocol import MemoryModule
-from models.transformer import Block, Transformer, call
+from models.transformer import Block, Transformer, call, run_in_order
+
+_LAYERS = {"none": KEEP_ALL, "mixer": KEEP_MIXER, "block": RECOMPUTE_BLOCK}
 
 
-def recomputed(body: Callable[..., Any], *args: Any) -> Any:
-    """Run ``body`` keeping only its inputs; its inside is computed again in the backward pass."""
-    # The model draws no random numbers, so their state need not be saved and restored around every block.
-    return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=False)
+def policy_of(config: MemoryConfig, layers: int | Sequence[LayerKind]) -> Policy:
+    """The policy that plain settings stand for. ``layers``: their kinds, or how many attention layers.
+
+    ``ffn_tile_tokens`` recomputes the feed-forward in tiles and ``memory_tile_tokens`` the inside of memory layers, whatever
+    ``recompute`` says. Raises ValueError for ``recompute: auto``, which only a planner can answer.
+    """
+    if config.recompute == "auto":
+        raise ValueError("memory.recompute auto is decided by the planner; apply its policy instead")
+    kinds: Sequence[LayerKind] = ("full",) * layers if isinstance(layers, int) else layers
+    return Policy(
+        layers=tuple(_layer_of(config, kind) for kind in kinds),
+        group_blocks=config.group_blocks if config.recompute == "block" else 1,
+        loss_tile_tokens=config.loss_tile_tokens,
+        ffn_tile_tokens=config.ffn_tile_tokens,
+        memory_tile_tokens=config.memory_tile_tokens,
+    )
 
 
-def _ffn_in_tiles(tile_tokens: int, module: nn.Module, x_BTC: Tensor) -> Tensor:
-    return tiled(module, x_BTC, tile_tokens)
+def _layer_of(config: MemoryConfig, kind: LayerKind) -> LayerPolicy:
+    layer = _LAYERS[config.recompute]
+    if config.ffn_tile_tokens:
+        layer = replace(layer, feed_forward=RECOMPUTE)
+    if config.memory_tile_tokens and kind == "memory":
+        layer = replace(layer, mixer=RECOMPUTE)
+    if config.offload == "inputs":
+        return replace(layer, input=SWAP)
+    if config.offload == "kept":
+        swapped = {name: _swap_kept(layer.of(name)) for name in ("input", "projections", "mixer", "feed_forward")}
+        return LayerPolicy(**swapped)
+    return layer
+
+
+def _swap_kept(split: Split) -> Split:
+    return Split(0.0, split.keep + split.swap, split.recompute)
+
+
+def apply_policy(model: Transformer, policy: Policy, store: Store | None = None) -> None:
+    """Install ``policy`` on ``model``; calling it again replaces what was installed before.
+
+    A layer that keeps everything runs as the plain module. ``store`` takes swapped tensors and may be None when none are.
+    Raises ValueError for a policy of another model, for one that swaps without a store, and for an input to be recomputed
+    outside of a group; TypeError for blocks that are not those of models/.
+    """
+    _check(model, policy, store)
+    model.loss_tile_tokens = policy.loss_tile_tokens
+    keep_rng = draws_random_numbers(model)
+    grouped = policy.group_blocks > 1
+    inputs = [layer.input for layer in policy.layers]
+    model.run_blocks = GroupedBlocks(policy.group_blocks, inputs, store, keep_rng) if grouped else run_in_order
+    for i, (module, layer) in enumerate(zip(model.blocks, policy.layers, strict=True)):
+        block = cast(Block, module)
+        # A group holds its own input, and while it runs again the blocks' inputs stay where they are.
+        layer = replace(layer, input=KEEP) if grouped else layer
+        block.run_ffn = call
+        if isinstance(block.mixer, MemoryModule):
+            block.mixer.tile_tokens = 0
+        if layer == KEEP_ALL:
+            block.run = call
+        else:
+            block.run = BlockExecution(block, i, layer, policy.ffn_tile_tokens, policy.memory_tile_tokens, store, keep_rng)
+
+
+def _check(model: Transformer, policy: Policy, store: Store | None) -> None:
+    if len(policy.layers) != len(model.blocks):
+        raise ValueError(f"the memory policy is for {len(policy.layers)} layers; the model has {len(model.blocks)}")
+    for i, layer in enumerate(policy.layers):
+        splits = {"input": layer.input, "projections": layer.projections, "mixer": layer.mixer, "feed_forward": layer.feed_forward}
+        swaps = [name for name, split in splits.items() if split.swap > 0]
+        if swaps and store is None:
+            raise ValueError(f"layer {i} swaps its {swaps[0]}, but there is no host store")
+        if layer.input.recompute > 0 and (policy.group_blocks == 1 or i % policy.group_blocks == 0):
+            raise ValueError(f"layer {i} is to recompute its input; only blocks inside a group can (memory.group_blocks)")
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether a forward pass in training draws random numbers: some module drops out."""
+    return any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
 
 
 def apply_memory_settings(model: Transformer, config: MemoryConfig) -> None:
-    """Set every seam that ``config`` speaks of; calling it again replaces the earlier settings."""
-    model.loss_tile_tokens = config.loss_tile_tokens
-    for module in model.blocks:
-        block = cast(Block, module)
-        block.run = recomputed if config.recompute == "block" else call
-        block.run_ffn = partial(_ffn_in_tiles, config.ffn_tile_tokens) if config.ffn_tile_tokens else call
-        if isinstance(block.mixer, MemoryModule):
-            block.mixer.tile_tokens = config.memory_tile_tokens
+    """Install what ``config`` says by itself (not ``recompute: auto``), without a host store."""
+    apply_policy(model, policy_of(config, model.config.layer_kinds))

@@ -271,7 +271,7 @@ class _Step:
         """Kept by one block without recomputation."""
         s = self.shapes
         owner = "memory layers" if kind == "memory" else "attention"
-        return {"block inputs": 2 * s.norm_kept(), owner: s.mixer_kept(kind), "feed-forward": s.ffn_kept()}
+        return {"block inputs": s.norms_kept(kind), owner: s.mixer_kept(kind), "feed-forward": s.ffn_kept(kind)}
 
     def loss_inputs(self) -> _Live:
         s = self.shapes
@@ -327,12 +327,13 @@ class _Step:
         around = _sum(around, {"gradient of the residual stream": s.stream})
         if self.recompute:
             around = _sum(around, {"block inputs": s.stream})
-        ffn, mixer, norm = s.ffn_kept(), s.mixer_kept(kind), s.norm_kept()
+        ffn, mixer, norms = s.ffn_kept(kind), s.mixer_kept(kind), s.norms_kept(kind)
+        first = s.stream if s.by_parts(kind) else s.norm_kept()
         parts = {
-            "feed-forward": (2 * norm + mixer + ffn, s.ffn_backward(), 0),
-            "second norm": (2 * norm + mixer, s.norm_backward(), 0),
-            "memory" if kind == "memory" else "attention": (norm + mixer, s.mixer_backward(kind), s.exchange(kind)),
-            "first norm": (norm, s.norm_backward(), 0),
+            "feed-forward": (norms + mixer + ffn, s.ffn_backward(kind), 0),
+            "second norm": (norms + mixer, s.norm_backward(), 0),
+            "memory" if kind == "memory" else "attention": (first + mixer, s.mixer_backward(kind), s.exchange(kind)),
+            "first norm": (first, s.norm_backward(), 0),
         }
         return [(name, _sum(around, self._inside_now(kind, held), _working(made, sent))) for name, (held, made, sent) in parts.items()]
 

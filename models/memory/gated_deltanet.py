@@ -139,7 +139,7 @@ class GatedDeltaNet(MemoryModule):
         for i in ranges_in_order(bounds):
             tiles, before = [], halos[i]
             for span, x in self._tiles(pieces[i], bounds.ranges[i]):
-                y, state_GKV = self._run(partial(self._whole_tile, bounds, span), weights, x, before, state_GKV)
+                y, state_GKV = self._run(bounds, span, partial(self._whole_tile, bounds, span), weights, x, before, state_GKV)
                 tiles.append(y)
                 before = last_tokens(before, x, self.halo)
             outputs[i] = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
@@ -157,7 +157,7 @@ class GatedDeltaNet(MemoryModule):
             own.append([])
             state_GKW, before = blank_GKW, halos[i]
             for span, x in self._tiles(piece, bounds.ranges[i]):
-                o_NGcW, state_GKW = self._run(partial(self._recur, bounds, span), weights, x, before, state_GKW)
+                o_NGcW, state_GKW = self._run(bounds, span, partial(self._recur, bounds, span), weights, x, before, state_GKW)
                 own[i].append(o_NGcW)
                 before = last_tokens(before, x, self.halo)
             summary = state_GKW.unflatten(0, (B, H))
@@ -168,13 +168,17 @@ class GatedDeltaNet(MemoryModule):
         for i, piece in enumerate(pieces):
             state_GKV = incoming[i].flatten(0, 1)
             spans = self._tiles(piece, bounds.ranges[i])
-            tiles = [self._run(self._read_out, weights, x, o, state_GKV) for (_, x), o in zip(spans, own[i], strict=True)]
+            tiles = [self._run(bounds, span, self._read_out, weights, x, o, state_GKV) for (span, x), o in zip(spans, own[i], strict=True)]
             outputs.append(tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1))
         return outputs, final_BHKV
 
-    def _run(self, body: Any, *args: Any) -> Any:
-        """One tile; with tiles its inside is recomputed in the backward pass."""
-        return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=False) if self.tile_tokens else body(*args)
+    def _run(self, bounds: Bounds, span: Range, body: Any, *args: Any) -> Any:
+        """One tile; with tiles its inside is recomputed in the backward pass unless ``run_tile`` decides."""
+        if self.run_tile is not None:
+            return self.run_tile(_local_start(bounds, span), span[1] - span[0], body, *args)
+        if not self.tile_tokens or not torch.is_grad_enabled():
+            return body(*args)
+        return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=False)
 
     def _tiles(self, x_BTC: Tensor, span: Range) -> list[tuple[Range, Tensor]]:
         """Global spans and their tokens."""
@@ -319,6 +323,14 @@ class GatedDeltaNet(MemoryModule):
             state_bytes=batch_size * H * K * V * wide,
             exchange_bytes=batch_size * (H * K * (K + V) * wide + self.halo * d * itemsize) if split else 0,
         )
+
+
+def _local_start(bounds: Bounds, span: Range) -> int:
+    """Local index of a span's first token."""
+    for offset, (start, end) in zip(local_offsets(bounds), bounds.ranges, strict=False):
+        if start <= span[0] < end:
+            return offset + span[0] - start
+    raise ValueError(f"tokens {span} are not in ranges {bounds.ranges}")
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:

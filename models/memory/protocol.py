@@ -9,10 +9,10 @@ Legend: B row, T local token, C channel, H head, K key, V value, n tokens of hal
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +156,9 @@ def last_tokens(before_BnC: Tensor, x_BTC: Tensor, n: int) -> Tensor:
 class MemoryModule(nn.Module):
     """Base of all memory architectures.
 
-    ``carry`` is the seam that parallel/ fills; ``tile_tokens`` the one memory_mgmt/ fills (0: whole shard at once,
-    otherwise tiles of that many tokens, each recomputed in backward with the state carried).
+    ``carry`` is the seam that parallel/ fills; ``tile_tokens`` and ``run_tile`` those memory_mgmt/ fills. ``tile_tokens`` 0: whole
+    shard at once, otherwise tiles of that many tokens with the state carried. ``run_tile(first, n_tokens, body, *args)`` runs a tile
+    whose first token is the shard's ``first``; without it each tile is recomputed in backward.
     """
 
     traits: MemoryTraits
@@ -166,6 +167,7 @@ class MemoryModule(nn.Module):
         super().__init__()
         self.carry: Carry = LocalCarry()
         self.tile_tokens: int = 0
+        self.run_tile: Callable[..., Any] | None = None
 
     def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> State:
         """The state before the first token. Hand it in to get the state after the last token back on every rank."""

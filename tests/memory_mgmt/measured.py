@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,33 +10,25 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def saved_bytes(run: Callable[[], Any], module: torch.nn.Module) -> int:
-    """Bytes of the distinct storages that autograd keeps for backward while ``run()``'s result lives; parameters excluded."""
-    parameters = {p.untyped_storage()._cdata for p in module.parameters()}
-    sizes: dict[int, int] = {}
-    held = []  # keeps every storage alive, so that no address is counted twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            held.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
+    """Bytes that ``run()`` leaves allocated while its result lives, the result excluded: what waits for backward. Exact."""
+    gc.collect()  # not in the middle of it
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = run()
-    del result
-    return sum(sizes.values())
+    return sum(event.nbytes() for event in _memory_events(recorded)) - result.nbytes
 
 
 def peak_allocated(run: Callable[[], Any]) -> int:
     """The most that torch's CPU allocator handed out at one moment during ``run()``, above what was held before: exact."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    kineto = recorded.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e for e in kineto.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     live = peak = 0
-    for event in events:
+    for event in sorted(_memory_events(recorded), key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def _memory_events(recorded: profile) -> list[Any]:
+    kineto = recorded.profiler.kineto_results  # type: ignore[union-attr]
+    return [event for event in kineto.events() if event.name() == "[memory]"]

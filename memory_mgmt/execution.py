@@ -1,0 +1,288 @@
+"""Run one block so that its activations follow a ``LayerPolicy``.
+
+    x -> _Enter -> q, k, v -> attention under saved-tensor hooks -> out -> _Leave -> y        (a memory layer: h instead of q, k, v)
+
+``_Enter`` and ``_Leave`` are one autograd node each for the token-wise parts (memory_mgmt/token_wise.py), run a range of tokens at a
+time; the sequence-wise mixer between them keeps its own autograd function, and memory_mgmt/mixer_saving.py decides what becomes of
+the tensors that it saves. Weight gradients leave each node once, summed over ranges in float32. Works inside FSDP2 units, under
+autocast, over ring attention and exchanged memory states; one backward pass per forward pass.
+
+Legend: B row, T token, C channel.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memory_mgmt.mixer_saving import AttentionSaving, MemorySaving, Saving
+from memory_mgmt.pieces import Held, Parking, Store, assemble, spans
+from memory_mgmt.policy import LayerPolicy
+from memory_mgmt.token_wise import GradientSums, RopeTable, TokenWise, check_known
+from models.attention import Attention
+from models.batch import Bounds
+from models.feedforward import compute_dtype
+from models.memory.protocol import MemoryModule
+from models.transformer import Block
+
+_LAST_PASS = "last pass under a memory policy"
+
+
+class BlockExecution:
+    """The seam ``Block.run`` filled with a policy.
+
+    Args:
+        block: the block it runs; its parameters are read at every use.
+        index: its number from the input up, a name for the store and for prefetching one layer ahead.
+        policy: what happens to its activations.
+        tile_tokens: tokens per range of the token-wise parts; 0 for no limit.
+        memory_tile_tokens: tokens per tile of a memory layer; 0 for the whole shard, or eighths where the policy splits it.
+        store: where swapped tensors go; None if nothing is swapped.
+        keep_rng: restore random number states when a memory layer is computed again.
+    Raises:
+        TypeError: for a block whose parts are not those of models/.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        index: int,
+        policy: LayerPolicy,
+        tile_tokens: int = 0,
+        memory_tile_tokens: int = 0,
+        store: Store | None = None,
+        keep_rng: bool = False,
+    ) -> None:
+        check_known(block)
+        self.block, self.index, self.policy = block, index, policy
+        self.tile_tokens, self.memory_tile_tokens = tile_tokens, memory_tile_tokens
+        self.store, self.keep_rng = store, keep_rng
+        self._passes: set[int] = set()
+        """Numbers of the passes between forward and backward, part of the names of what they park."""
+
+    def __call__(self, body: Callable[..., Tensor], x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
+        """The residual stream after the block. ``body``, the plain way to compute it, is not used."""
+        one = Pass(self, x_BTC, positions_BT, bounds)
+        if not torch.is_grad_enabled():
+            return self._without_gradients(one, x_BTC)
+        one.hold(x_BTC)
+        *entered, x_BTC = _Enter.apply(one, x_BTC, *one.parts.enter_weights())  # type: ignore[misc]
+        saving: Saving = AttentionSaving(one) if isinstance(self.block.mixer, Attention) else MemorySaving(one)
+        mixed = saving.run(*entered)
+        del entered
+        y_BTC = _Leave.apply(one, saving, x_BTC, mixed, *one.parts.leave_weights())
+        del mixed, x_BTC
+        saving.trim()
+        one.x.trim()
+        return y_BTC  # type: ignore[return-value]
+
+    def _without_gradients(self, one: Pass, x_BTC: Tensor) -> Tensor:
+        """The same arithmetic range by range; nothing is saved."""
+        mixer = self.block.mixer
+        with torch.autocast(x_BTC.device.type, enabled=False):
+            entered = _enter(one, x_BTC, one.parts.enter_weights())
+        if isinstance(mixer, MemoryModule):
+            mixer.tile_tokens = self.memory_tile_tokens
+            mixed = mixer(entered[0], None, one.bounds)[0]
+        else:
+            mixed = mixer.inner_attention(*entered, one.bounds)  # type: ignore[operator]
+        del entered
+        with torch.autocast(x_BTC.device.type, enabled=False):
+            return _leave(one, x_BTC, mixed, one.parts.leave_weights(), None)
+
+    def start_pass(self) -> int:
+        """The smallest number that no pass of this block has."""
+        number = next(n for n in range(len(self._passes) + 1) if n not in self._passes)
+        self._passes.add(number)
+        return number
+
+    def end_pass(self, number: int) -> None:
+        """Give the number of a pass back."""
+        self._passes.discard(number)
+
+
+class Pass:
+    """One forward and backward pass of one block: what it holds between the two."""
+
+    def __init__(self, run: BlockExecution, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> None:
+        self.run, self.positions_BT, self.bounds = run, positions_BT, bounds
+        self.n_tokens = x_BTC.shape[1]
+        self.parts = TokenWise(run.block, compute_dtype(x_BTC))
+        self.autocast = _autocast_now(x_BTC)
+        self.number: int | None = None
+        self.normed_BTC: Tensor | None = None
+        """A memory layer's input while its backward runs."""
+
+    def hold(self, x_BTC: Tensor) -> None:
+        """Take what has to outlive forward; the swapped tokens of the input leave at once."""
+        self.number = self.run.start_pass()
+        self.parking = Parking(self.run.store, (self.run.index, self.number))
+        self.split = {
+            name: self.run.policy.of(name).tokens(self.n_tokens, self.run.tile_tokens) for name in ("projections", "feed_forward")
+        }
+        swapped, kept, _ = self.run.policy.input.tokens(self.n_tokens, self.run.tile_tokens)
+        self.input_cut = swapped
+        self.x = Held(x_BTC, 1, swapped, kept, self.parking, "input")
+        # The pass of the layer below, so that its tensors come back while this layer's backward runs.
+        before = self.bounds._cache.get(_LAST_PASS)
+        self.below = before if self.run.index > 0 else None
+        self.bounds._cache[_LAST_PASS] = weakref.ref(self)
+
+    def prefetch_below(self) -> None:
+        """Start to bring back what the layer below will need."""
+        below = self.below() if self.below is not None else None
+        if below is not None:
+            below.parking.prefetch()
+
+    def ranges(self, cuts: Sequence[int] = ()) -> list[tuple[int, int]]:
+        """Token ranges of the token-wise parts."""
+        return spans(self.n_tokens, self.run.tile_tokens, cuts)
+
+    def table(self) -> RopeTable | None:
+        """cos and sin of all tokens, shared by all layers of a micro-step."""
+        mixer = self.run.block.mixer
+        return mixer.rope_table(self.positions_BT, self.parts.dtype, self.bounds) if isinstance(mixer, Attention) else None
+
+    def entered(self, start: int, end: int) -> list[Tensor]:
+        """q, k, v (a memory: the normed input) of these tokens, made again from the input."""
+        with torch.no_grad(), torch.autocast(self.positions_BT.device.type, enabled=False):
+            weights = self.parts.narrow(self.parts.enter_weights())
+            table = self.table()
+            ranges = [(a, b) for a, b in self.ranges((start, end, self.input_cut)) if start <= a and b <= end]
+
+            def make(a: int, b: int) -> list[Tensor]:
+                return self.parts.enter(self.x.part(a, b), weights, _rows(table, a, b))
+
+            return assemble(ranges, make, self.parts.enter_dims)
+
+    def normed(self) -> Tensor:
+        """A memory layer's whole input, made once per backward pass."""
+        if self.normed_BTC is None:
+            (self.normed_BTC,) = self.entered(0, self.n_tokens)
+        return self.normed_BTC
+
+    def release(self) -> None:
+        """Let go of everything; the backward pass is over, or will never come."""
+        if self.number is not None:
+            self.parking.release()
+            self.run.end_pass(self.number)
+            self.number = self.normed_BTC = self.below = None
+            del self.x
+
+    def check_unused(self) -> None:
+        """Raise RuntimeError when this pass has been released."""
+        if self.number is None:
+            raise RuntimeError("a block under a memory policy was differentiated a second time; run its forward pass again first")
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, one: Pass, x_BTC: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.one = one
+        ctx.set_materialize_grads(False)
+        with torch.autocast(x_BTC.device.type, enabled=False):
+            # The stream goes on through this node, so that its two gradients meet here, range by range.
+            return *_enter(one, x_BTC, weights), x_BTC.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        one: Pass = ctx.one
+        one.check_unused()
+        *dentered, dx_BTC = grads
+        parts, table = one.parts, one.table()
+        own = parts.enter_weights()
+        weights, sums = parts.narrow(own), GradientSums(ctx.needs_input_grad[2:])
+        dim = parts.mixer_dim
+        if any(grad is not None for grad in dentered):
+            with torch.autocast(one.positions_BT.device.type, enabled=False):
+                for a, b in one.ranges((one.input_cut,)):
+                    slices = [grad.narrow(dim, a, b - a) for grad in dentered]  # type: ignore[union-attr]
+                    dx = parts.enter_backward(one.x.part(a, b), slices, weights, _rows(table, a, b), sums)
+                    if dx_BTC is None:
+                        dx_BTC = dx.new_zeros(len(dx), one.n_tokens, dx.shape[2])
+                    dx_BTC.narrow(1, a, b - a).add_(dx)  # no one else sees the gradient that _Leave made
+        one.release()
+        return None, dx_BTC if ctx.needs_input_grad[1] else None, *sums.results(own)
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, one: Pass, saving: Saving, x_BTC: Tensor, mixed: Tensor, *weights: Tensor) -> Tensor:
+        ctx.one, ctx.saving = one, saving
+        ctx.middles = {}
+        with torch.autocast(x_BTC.device.type, enabled=False):
+            return _leave(one, x_BTC, mixed, weights, ctx.middles)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        one, saving = ctx.one, ctx.saving
+        one.check_unused()
+        one.prefetch_below()
+        parts, dim = one.parts, one.parts.mixer_dim
+        own = parts.leave_weights()
+        weights, sums = parts.narrow(own), GradientSums(ctx.needs_input_grad[4:])
+        mixed = saving.mixed()
+        middles, ctx.middles, ctx.saving = ctx.middles, None, None
+
+        def make(a: int, b: int) -> tuple[Tensor, Tensor]:
+            mixed_now = None if mixed is None else mixed.narrow(dim, a, b - a)
+            middle = middles.pop((a, b), None)
+            if middle is None:
+                assert mixed_now is not None
+                middle = parts.middle(one.x.part(a, b), mixed_now, weights)
+            elif isinstance(middle, int):
+                middle = [one.parking.take(("feed_forward", a, i)) for i in range(middle)]
+            return parts.leave_backward(grads[0].narrow(1, a, b - a), middle, mixed_now, weights, sums)
+
+        with torch.autocast(grads[0].device.type, enabled=False):
+            dx_BTC, dmixed = assemble(one.ranges(_leave_cuts(one)), make, (1, dim))
+        return None, None, dx_BTC, dmixed, *sums.results(own)
+
+
+def _enter(one: Pass, x_BTC: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    narrow, table = one.parts.narrow(weights), one.table()
+    ranges = one.ranges()
+    return assemble(ranges, lambda a, b: one.parts.enter(x_BTC[:, a:b], narrow, _rows(table, a, b)), one.parts.enter_dims)
+
+
+def _leave(one: Pass, x_BTC: Tensor, mixed: Tensor, weights: Sequence[Tensor], middles: dict | None) -> Tensor:
+    """y_BTC. ``middles`` takes, by range, the tensors that are kept, or how many are parked; None saves nothing."""
+    parts, dim = one.parts, one.parts.mixer_dim
+    narrow = parts.narrow(weights)
+    y_BTC = torch.empty_like(x_BTC)
+    for a, b in one.ranges(() if middles is None else _leave_cuts(one)):
+        middle = parts.middle(x_BTC[:, a:b], mixed.narrow(dim, a, b - a), narrow)
+        parts.leave(middle, narrow, y_BTC[:, a:b])
+        if middles is None:
+            continue
+        swapped, kept, _ = one.split["feed_forward"]
+        if b <= swapped:
+            for i, tensor in enumerate(middle):
+                one.parking.park(tensor, ("feed_forward", a, i))
+            middles[a, b] = len(middle)
+        elif b <= swapped + kept:
+            middles[a, b] = middle
+    return y_BTC
+
+
+def _leave_cuts(one: Pass) -> tuple[int, int, int]:
+    swapped, kept, _ = one.split["feed_forward"]
+    return swapped, swapped + kept, one.input_cut
+
+
+def _rows(table: RopeTable | None, start: int, end: int) -> RopeTable | None:
+    return None if table is None else (table[0][:, :, start:end], table[1][:, :, start:end])
+
+
+def _autocast_now(x: Tensor) -> dict[str, Any]:
+    """Arguments that restore the present autocast state, without its cache of weights."""
+    device = x.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled, "cache_enabled": False}

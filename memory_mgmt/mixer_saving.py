@@ -1,0 +1,319 @@
+"""What becomes of the tensors that a block's mixer saves for backward: kept, parked in host memory, or made again.
+
+The mixer runs under saved-tensor hooks, so this works for any ``inner_attention`` (one device, ring, halo) and any memory module.
+Attention: q, k, v are made again from the block's input without running attention; its output and log-sum-exp are kept or parked by
+token ranges, or attention runs forward again. Over several ranks every rank unpacks in the same order, so collectives match.
+
+Legend: B row, H heads, T token, D head size, C channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from memory_mgmt.pieces import Held
+from models.memory.protocol import MemoryModule
+
+if TYPE_CHECKING:
+    from memory_mgmt.execution import Pass
+
+_SMALL_BYTES = 4096
+"""A memory's tensors below this size stay where they are."""
+
+
+class Saving(Protocol):
+    """One mixer's saved tensors in one pass."""
+
+    def run(self, *entered: Tensor) -> Tensor:
+        """Run the mixer on what ``Pass.entered`` makes, deciding about what it saves."""
+        ...
+
+    def trim(self) -> None:
+        """At the end of the block's forward: let go of what is not kept."""
+        ...
+
+    def mixed(self) -> Tensor | None:
+        """In backward, before the mixer's own: its output, if anything will be computed from it."""
+        ...
+
+
+class AttentionSaving:
+    """See the module. The graph holds this object through its hooks; it holds no tensor of the graph (they are detached)."""
+
+    def __init__(self, one: Pass) -> None:
+        self._pass = one
+        self._mixer = one.run.block.mixer
+        swapped, kept, recomputed = one.run.policy.mixer.tokens(one.n_tokens, one.run.tile_tokens)
+        # Attention cannot be run for the last tokens only: then all of it runs again, and nothing need be held.
+        self._again = recomputed > 0
+        self._swapped, self._kept = swapped, kept
+        self._saved: list[Tensor] = []
+        self._names: list[str] = []
+        self._held: dict[str, Held] = {}
+        self._whole: dict[str, Tensor] = {}
+        """Values that were tensors by ranges and are wanted soon."""
+
+    def run(self, *entered: Tensor) -> Tensor:
+        """Attention of q, k, v."""
+        q_BHTD, k_BGTD, v_BGTD = entered
+        with saved_tensors_hooks(self._pack, self._unpack):
+            out_BHTD = self._mixer.inner_attention(q_BHTD, k_BGTD, v_BGTD, self._pass.bounds)  # type: ignore[operator]
+        self._settle({"q": q_BHTD, "k": k_BGTD, "v": v_BGTD, "out": out_BHTD})
+        return out_BHTD
+
+    def _pack(self, tensor: Tensor) -> int:
+        self._saved.append(tensor.detach())
+        return len(self._saved) - 1
+
+    def _settle(self, known: dict[str, Tensor]) -> None:
+        """Decide about every saved tensor, now that it is known which is which."""
+        names = {_place(tensor): name for name, tensor in known.items()}
+        self._names = [names.get(_place(tensor), f"saved {i}") for i, tensor in enumerate(self._saved)]
+        tensors = known | dict(zip(self._names, self._saved, strict=True))
+        self._saved.clear()
+        swapped, kept, _ = self._pass.split["projections"]
+        for name in ("q", "k", "v"):
+            self._held[name] = self._hold(name, tensors.pop(name), swapped, kept)
+            self._held[name].trim()
+        if not self._again:
+            for name, tensor in tensors.items():
+                self._held[name] = self._hold(name, tensor, self._swapped, self._kept)
+
+    def _hold(self, name: str, tensor: Tensor, swapped: int, kept: int) -> Held:
+        n = self._pass.n_tokens
+        if tensor.ndim < 3 or tensor.shape[2] != n:
+            # Not one value per token (the keys before a window): whole, where the larger part of the tokens goes.
+            n, swapped = (len(tensor), len(tensor) if 2 * swapped > n else 0) if tensor.ndim else (0, 0)
+            return Held(tensor, 0, swapped, n - swapped, self._pass.parking, name)
+        return Held(tensor, 2, swapped, kept, self._pass.parking, name)
+
+    def trim(self) -> None:
+        """See `Saving.trim`."""
+        for held in self._held.values():
+            held.trim()
+
+    def mixed(self) -> Tensor:
+        """See `Saving.mixed`."""
+        return self._value("out", take=False)
+
+    def _unpack(self, index: int) -> Tensor:
+        return self._value(self._names[index], take=True)
+
+    def _value(self, name: str, take: bool) -> Tensor:
+        """A saved tensor whole; ``take``: it will not be asked for again."""
+        if name not in self._whole:
+            if self._again and (name == "out" or name.startswith("saved")):
+                self._attend_again()
+            elif name in ("q", "k", "v"):
+                self._whole |= self._projections()
+            else:
+                self._whole[name] = self._held.pop(name).whole()
+        return self._whole.pop(name) if take else self._whole[name]
+
+    def _projections(self) -> dict[str, Tensor]:
+        """q, k, v from what is held; the tokens that are not are projected again, all three at once."""
+        n = self._pass.n_tokens
+        held = {name: self._held.pop(name) for name in ("q", "k", "v")}
+        first = held["q"].missing_from
+        if first == 0:
+            return dict(zip(held, self._pass.entered(0, n), strict=True))
+        whole = {name: one.whole() for name, one in held.items()}
+        if first < n:
+            for target, made in zip(whole.values(), self._pass.entered(first, n), strict=True):
+                target.narrow(2, first, n - first).copy_(made)
+        return whole
+
+    def _attend_again(self) -> None:
+        """Run attention forward once more, for everything that it saves."""
+        qkv = [self._value(name, take=False).detach().requires_grad_() for name in ("q", "k", "v")]
+        made: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> None:
+            made.append(tensor.detach())
+
+        with torch.enable_grad(), torch.autocast(**self._pass.autocast), saved_tensors_hooks(pack, _never):
+            out_BHTD = self._mixer.inner_attention(*qkv, self._pass.bounds)  # type: ignore[operator]
+        self._whole |= dict(zip(self._names, made, strict=True)) | {"out": out_BHTD.detach()}
+
+
+def _never(packed: Any) -> Tensor:
+    raise RuntimeError("attention that ran again only for what it saves was differentiated")
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Which elements of which memory a tensor is."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+class _Normed(NamedTuple):
+    """A view of the normed input, which is made again."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _ParkedView(NamedTuple):
+    """A view of a parked tensor."""
+
+    name: str
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class MemorySaving:
+    """A memory layer: by tiles the first ones' tensors are parked, the next ones' kept, the last ones computed again.
+
+    Its output is wanted again if the feed-forward is to be recomputed from it. Then it is held like its inside; or, with the whole
+    inside recomputed, as the policy says for ``projections``, which a memory has none of: recomputing that too means that the whole
+    memory runs again before the feed-forward's backward, once for both (`_Again`).
+    """
+
+    def __init__(self, one: Pass) -> None:
+        mixer, split = one.run.block.mixer, one.run.policy.mixer
+        assert isinstance(mixer, MemoryModule)
+        self._pass, self._mixer = one, mixer
+        n, tile = one.n_tokens, one.run.memory_tile_tokens
+        if not tile and max(split.keep, split.swap, split.recompute) < 1:
+            tile = -(-n // 8)
+        self._tile_tokens = tile
+        self._swapped, kept, _ = split.tokens(n, tile)
+        self._recomputed_from = self._swapped + kept
+        self._output_wanted = one.split["feed_forward"][2] > 0
+        output_swapped, _, output_recomputed = one.split["projections"]
+        recomputed = self._recomputed_from == 0
+        self._run_again = recomputed and self._output_wanted and output_recomputed > 0 and not one.run.keep_rng
+        self._output_swapped = output_swapped if recomputed else self._swapped
+        self._park_now = False
+        self._output: Held | None = None
+        self.again: tuple[Tensor, Tensor] | None = None
+        """(h, y) of a second forward pass, with the graph between them."""
+        self._left: dict[str, int] = {}
+        """Views of each parked tensor that backward will still ask for."""
+        self._fetched: dict[str, Tensor] = {}
+
+    def run(self, *entered: Tensor) -> Tensor:
+        """The memory's output for its normed input."""
+        (h_BTC,) = entered
+        if self._run_again:
+            return _Again.apply(self, h_BTC, *self.parameters())  # type: ignore[return-value]
+        self._normed_storage = h_BTC.untyped_storage()._cdata
+        self._parameters = {p.untyped_storage()._cdata for p in self._mixer.parameters()}
+        self._known: dict[tuple[Any, ...], tuple[str, StorageWeakRef]] = {}
+        self._park_now = self._swapped == self._pass.n_tokens
+        with saved_tensors_hooks(self._pack, self._unpack):
+            if self._recomputed_from == 0 and not self._tile_tokens:
+                y_BTC = self._checkpoint(self.outputs, h_BTC)
+            else:
+                y_BTC = self.outputs(h_BTC)
+        self._known.clear()
+        if self._output_wanted:
+            n, parking = self._pass.n_tokens, self._pass.parking
+            self._output = Held(y_BTC, 1, self._output_swapped, n - self._output_swapped, parking, "output")
+        return y_BTC
+
+    def parameters(self) -> list[Tensor]:
+        """The memory's parameters as they are now."""
+        return list(self._mixer.parameters())
+
+    def outputs(self, h_BTC: Tensor) -> Tensor:
+        """Run the memory, tile by tile."""
+        mixer = self._mixer
+        mixer.tile_tokens, mixer.run_tile = self._tile_tokens, self._run_tile
+        try:
+            return mixer(h_BTC, None, self._pass.bounds)[0]
+        finally:
+            mixer.run_tile = None
+
+    def _checkpoint(self, body: Callable[..., Any], *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return body(*args)
+        return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=self._pass.run.keep_rng)
+
+    def _run_tile(self, first: int, n_tokens: int, body: Callable[..., Any], *args: Any) -> Any:
+        """One tile, ``first`` token of this rank's onwards."""
+        if not self._tile_tokens:
+            return body(*args)
+        if first + n_tokens > self._recomputed_from:
+            return self._checkpoint(body, *args)
+        outside, self._park_now = self._park_now, first < self._swapped
+        try:
+            return body(*args)
+        finally:
+            self._park_now = outside
+
+    def _pack(self, tensor: Tensor) -> Any:
+        place = _place(tensor)
+        if place[0] == self._normed_storage:
+            return _Normed(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        small = tensor.numel() * tensor.element_size() < _SMALL_BYTES
+        if not self._park_now or small or place[0] in self._parameters:
+            return tensor.detach()  # with its node it would hold the graph that holds it
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        key = (place[0], tensor.dtype) if whole else place
+        if key not in self._known:
+            # The weak reference keeps the storage's identity from being given to another while it is known here.
+            name = f"saved {len(self._left)}"
+            self._known[key] = name, StorageWeakRef(tensor.untyped_storage())
+            self._pass.parking.park(tensor.detach().as_strided((tensor.numel(),), (1,), 0) if whole else tensor.detach().contiguous(), name)
+            self._left[name] = 0
+        name = self._known[key][0]
+        self._left[name] += 1
+        return _ParkedView(name, tensor.shape, tensor.stride() if whole else tensor.contiguous().stride())
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, _Normed):
+            return self._pass.normed().as_strided(*packed)
+        if not isinstance(packed, _ParkedView):
+            return packed
+        name = packed.name
+        if name not in self._fetched:
+            self._fetched[name] = self._pass.parking.take(name)
+        self._left[name] -= 1
+        tensor = self._fetched[name] if self._left[name] else self._fetched.pop(name)
+        return tensor.as_strided(packed.shape, packed.stride, 0)
+
+    def trim(self) -> None:
+        """See `Saving.trim`."""
+        if self._output is not None:
+            self._output.trim()
+
+    def mixed(self) -> Tensor | None:
+        """See `Saving.mixed`; None if nothing will be computed from it."""
+        if self._run_again:
+            self.again = self._second_run()
+            return self.again[1].detach()
+        output, self._output = self._output, None
+        return None if output is None else output.whole()
+
+    def _second_run(self) -> tuple[Tensor, Tensor]:
+        h_BTC = self._pass.normed().detach().requires_grad_()
+        with torch.enable_grad(), torch.autocast(**self._pass.autocast):
+            return h_BTC, self.outputs(h_BTC)
+
+
+class _Again(torch.autograd.Function):
+    """A memory that keeps nothing; ``MemorySaving.mixed`` has run it again by the time its backward comes."""
+
+    @staticmethod
+    def forward(ctx: Any, saving: MemorySaving, h_BTC: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.saving = saving
+        return saving.outputs(h_BTC)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        saving: MemorySaving = ctx.saving
+        assert saving.again is not None
+        (h_BTC, y_BTC), saving.again = saving.again, None
+        needed = ctx.needs_input_grad[2:]
+        wanted = [p for p, need in zip(saving.parameters(), needed, strict=True) if need]
+        dh_BTC, *found = torch.autograd.grad(y_BTC, [h_BTC, *wanted], grads[0], allow_unused=True)
+        rest = iter(found)
+        return None, dh_BTC, *(next(rest) if need else None for need in needed)
