@@ -1,0 +1,177 @@
+"""The mixed-integer program of dynamic storage allocation through PuLP: exact up to about 60 buffers, beyond that as neighbourhood search.
+
+    minimise M   with   A_i + S_i <= M,   and for each pair alive together   A_i + S_i <= A_j + U z_ij,   A_j + S_j <= A_i + U (1 - z_ij)
+
+(MEMO, SIGMOD 2025, equation 3; OLLA). Whole instances of a hundred and more buffers are beyond CBC and HiGHS, whose relaxation is weak:
+there about 40 buffers that lie together are free, and every other pair keeps its order. PuLP's HiGHS does not pass a start on (the option
+warmStart is ignored in silence), so ``_Started`` hands it to the solver itself.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from memory_mgmt.address_exact import sections
+from memory_mgmt.address_greedy import place
+from memory_mgmt.address_native import native_place, search_library
+from memory_mgmt.address_problem import Int64s, Problem, height
+
+WHOLE = 60  # buffers solved as one program
+FREE = 40  # buffers of a neighbourhood
+ROUND_SECONDS = 5.0
+SCALE = 1000.0  # the program's height: far from the solvers' absolute tolerances
+
+Offer = Callable[[Int64s], None]
+
+
+def mip(problem: Problem, start: Int64s, bound: int, deadline: float, offer: Offer, seed: int = 0) -> int:
+    """Offers lower plans than ``start`` until ``deadline`` (time.perf_counter); returns the proven lower bound, at least ``bound``."""
+    if len(problem) <= WHOLE:
+        offsets, proven = solve(problem, start, set(range(len(problem))), bound, deadline)
+        offer(offsets)
+        return max(bound, proven)
+    chance = random.Random(seed)
+    offsets = start
+    while time.perf_counter() < deadline and height(problem, offsets) > bound:
+        lying = columns(problem, offsets)
+        free = neighbourhood(problem, offsets, lying, chance)
+        improved, _ = solve(problem, offsets, free, bound, min(deadline, time.perf_counter() + ROUND_SECONDS))
+        if height(problem, improved) <= height(problem, offsets):
+            offsets = improved
+            offer(offsets)
+    return bound
+
+
+def columns(problem: Problem, offsets: Int64s) -> list[list[int]]:
+    """Per section (see address_exact.py), its buffers in ascending order of offset."""
+    first, end, number = sections(problem)
+    out: list[list[int]] = [[] for _ in range(number)]
+    for j in np.argsort(offsets, kind="stable").tolist():
+        for s in range(first[j], end[j]):
+            out[s].append(j)
+    return out
+
+
+def neighbourhood(problem: Problem, offsets: Int64s, lying: list[list[int]], chance: random.Random) -> set[int]:
+    """About 40 buffers that lie next to each other, grown from one that reaches the top."""
+    tops = offsets + problem.size
+    touching: dict[int, set[int]] = {}
+    for column in lying:
+        for a, b in zip(column, column[1:], strict=False):
+            touching.setdefault(a, set()).add(b)
+            touching.setdefault(b, set()).add(a)
+    free = {chance.choice(np.flatnonzero(tops == tops.max()).tolist())}
+    border = list(free)
+    while border and len(free) < FREE:
+        at = border.pop(chance.randrange(len(border)))
+        fresh = sorted(touching.get(at, set()) - free)[: FREE - len(free)]
+        free.update(fresh)
+        border.extend(fresh)
+    return free
+
+
+def pair_orders(lying: list[list[int]], free: set[int]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+    """The pairs (below, above) that keep their order, without those that follow from others, and the pairs whose order is open.
+
+    Two free buffers are open to each other when no buffer with a fixed order lies between them at any time.
+    """
+    fixed: set[tuple[int, int]] = set()
+    open_: set[tuple[int, int]] = set()
+    apart: set[tuple[int, int]] = set()
+    for column in lying:
+        runs: list[list[int]] = [[]]  # free buffers, cut where a fixed one lies
+        below: int | None = None
+        for j in [*column, None]:
+            if j is not None and j in free:
+                runs[-1].append(j)
+                continue
+            run = runs[-1]
+            if below is not None:
+                fixed.update((below, k) for k in run)
+            if j is not None:
+                fixed.update((k, j) for k in run)
+                if below is not None and not run:
+                    fixed.add((below, j))
+            open_.update((min(a, b), max(a, b)) for n, a in enumerate(run) for b in run[:n])
+            apart.update((min(a, b), max(a, b)) for earlier in runs[:-1] for a in earlier for b in run)
+            below = j
+            runs.append([])
+    return fixed, open_ - apart
+
+
+def solve(problem: Problem, start: Int64s, free: set[int], bound: int, deadline: float) -> tuple[Int64s, int]:
+    """The best plan found with the order of all pairs but those among ``free`` as in ``start``, and a lower bound.
+
+    The bound holds for the whole problem only when all buffers are free; else it is 0. The plan is exact whatever the solver's
+    tolerances: only the order of its offsets is used.
+    """
+    import pulp  # a second of import that greedy plans need not wait for
+
+    ceiling = height(problem, start)
+    if ceiling <= bound or time.perf_counter() >= deadline:
+        return start, 0
+    scale = ceiling / SCALE
+    fixed, open_ = pair_orders(columns(problem, start), free)
+    program = pulp.LpProblem("addresses", pulp.LpMinimize)
+    used = np.flatnonzero(problem.size).tolist()
+    size = {i: float(problem.size[i]) / scale for i in used}
+    at = {i: pulp.LpVariable(f"a{i}", 0, SCALE - size[i]) for i in used}
+    top = pulp.LpVariable("top", bound / scale, SCALE)
+    program += top
+    for i in used:
+        program += at[i] + size[i] <= top
+        at[i].setInitialValue(float(start[i]) / scale)
+    top.setInitialValue(SCALE)
+    for below, above in fixed:
+        program += at[below] + size[below] <= at[above]
+    for i, j in open_:
+        order = pulp.LpVariable(f"z{i}_{j}", cat="Binary")
+        order.setInitialValue(0 if start[i] < start[j] else 1)
+        program += at[i] + size[i] <= at[j] + SCALE * order
+        program += at[j] + size[j] <= at[i] + SCALE * (1 - order)
+    least = _run(program, deadline - time.perf_counter()) * scale
+    values = {i: variable.value() for i, variable in at.items()}
+    if None in values.values():  # the solver found nothing and forgot the start
+        return start, 0
+    offsets = _dropped(problem, np.array([values.get(i, 0.0) for i in range(len(problem))], dtype=np.float64))
+    if len(free) < len(problem) or not math.isfinite(least):
+        return offsets, 0
+    # The solver's tolerances only ever loosen the program; its own arithmetic may err by far less than this.
+    proven = math.ceil((least - 1e-7 * ceiling) / problem.unit) * problem.unit
+    return offsets, min(proven, height(problem, offsets))
+
+
+def _dropped(problem: Problem, about: Any) -> Int64s:
+    """First fit in the order of approximate offsets: exact, and no buffer ends higher than in the plan that they stand for."""
+    order = np.argsort(about, kind="stable")
+    library = search_library()
+    return place(problem, order, "first") if library is None else native_place(library, problem, order, best=False)
+
+
+def _run(program: Any, seconds: float) -> float:
+    """Solves with HiGHS, or CBC where it is missing; returns a proven lower bound of the objective, -inf when there is none."""
+    import pulp
+
+    seconds = max(0.1, min(seconds, 1e6))
+    try:
+        import highspy
+    except ImportError:
+        program.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=seconds, threads=1, warmStart=True, gapRel=0))
+        proven = program.sol_status == pulp.LpSolutionOptimal
+        return float(pulp.value(program.objective)) if proven else -math.inf
+
+    class _Started(pulp.HiGHS):
+        def callSolver(self, lp: Any) -> None:
+            start = highspy.HighsSolution()
+            start.col_value = [variable.varValue for variable in lp.variables()]
+            lp.solverModel.setSolution(start)
+            lp.solverModel.run()
+
+    program.solve(_Started(msg=False, timeLimit=seconds, threads=1, gapRel=0.0))
+    return float(program.solverModel.getInfo().mip_dual_bound)
