@@ -89,18 +89,24 @@ class Case:
 
 
 def cases(problem: Problem) -> list[Case]:
-    """Every combination of tiles and group size; groups only where everything inside them may be recomputed."""
-    tiled = [problem.with_tiles(tiling) for tiling in problem.tilings()]
+    """Every combination of tiles and group size; groups only where everything inside them may be recomputed. A tile size that
+    makes no difference (a memory tile without memory layers) is left out."""
+    tiled: list[Problem] = []
+    for tiling in problem.tilings():
+        one = problem.with_tiles(tiling)
+        if all(one.layers != other.layers for other in tiled):
+            tiled.append(one)
     costs = [layer.of(name) for layer in set(problem.layers) for name in CLASSES[1:]]
     groupable = all(cost.may_recompute for cost in costs if cost.bytes or cost.recompute_seconds)
     return [Case(one, k) for k in problem.group_blocks if k == 1 or groupable for one in tiled]
 
 
-def solve(problem: Problem, time_limit: float = 10.0) -> Choice | None:
+def solve(problem: Problem, time_limit: float = 10.0, *, with_worth: bool = True) -> Choice | None:
     """The fastest valid policy, or None when nothing fits (then: ``smallest_budget``, ``cheapest_changes``).
 
     Every pair of tiles and every group size is a case; cases are taken in the order of their greedy's result, and those whose
-    computation alone is not faster than the best policy so far are skipped. Within ``time_limit`` seconds.
+    computation alone is not faster than the best policy so far are skipped. Within ``time_limit`` seconds. ``with_worth``: also find
+    out what more memory or bandwidth would buy.
     """
     started = time.monotonic()
     deadline = started + time_limit
@@ -117,7 +123,7 @@ def solve(problem: Problem, time_limit: float = 10.0) -> Choice | None:
         if time.monotonic() > deadline:
             complete = False
             break
-        solved = _by_program(problem, case, deadline)
+        solved = _by_program(problem, case, deadline, best if programs else math.inf)
         if solved is not None:
             programs.append((solved[0], case, solved[1]))
     by_program = min(programs, key=lambda p: p[0].seconds, default=None)
@@ -127,7 +133,13 @@ def solve(problem: Problem, time_limit: float = 10.0) -> Choice | None:
     best = min(candidates, key=lambda one: one.seconds)
     prices = by_program[1:] if by_program else None
     solver = by_program[2].solver if by_program else ""
-    return _choice(problem, best, candidates, prices, solver, started, deadline, complete)
+    choice = _choice(problem, best, candidates, prices, solver, started, complete)
+    if not with_worth or choice.extra_seconds <= problem.base_seconds * _NOTHING_LOST:
+        return choice
+    worth = _worth(*prices, deadline) if prices else ()
+    if not worth:
+        worth = _worth_of_another_choice(problem, choice, deadline)
+    return replace(choice, worth=worth, solve_time=time.monotonic() - started)
 
 
 def _floor(case: Case) -> float:
@@ -162,11 +174,12 @@ def _memo(problem: Problem) -> list[_Candidate]:
     return []
 
 
-def _by_program(problem: Problem, case: Case, deadline: float) -> tuple[_Candidate, Solution] | None:
-    """The linear program's policy, rounded to whole tiles, with equal shares in equal layers where that costs nothing."""
+def _by_program(problem: Problem, case: Case, deadline: float, cutoff: float) -> tuple[_Candidate, Solution] | None:
+    """The linear program's policy, rounded to whole tiles, with equal shares in equal layers where that costs nothing. None also
+    when it is not faster than ``cutoff`` seconds."""
     units = case.units()
     left = max(0.2, deadline - time.monotonic())
-    best = Program(units).solve(left)
+    best = Program(units).solve(left, cutoff=cutoff)
     if best is None:
         return None
     found = _rounded_candidate(problem, case, best, deadline, uniform=False)
@@ -207,7 +220,6 @@ def _choice(
     prices: tuple[Case, Solution] | None,
     solver: str,
     started: float,
-    deadline: float,
     complete: bool,
 ) -> Choice:
     def fastest(method: str) -> float | None:
@@ -221,7 +233,7 @@ def _choice(
         peak_bytes=best.evaluation.peak_bytes,
         host_bytes=best.evaluation.host_bytes,
         binding=_binding(problem, best, extra, prices),
-        worth=_worth(*prices, deadline) if prices else (),
+        worth=(),
         method=best.method,
         evaluation=best.evaluation,
         greedy_seconds=fastest("greedy"),
@@ -240,32 +252,55 @@ def _binding(problem: Problem, best: _Candidate, extra: float, prices: tuple[Cas
     if prices is None:
         return f"device memory at {best.evaluation.peak_moment}"
     solution = prices[1]
+    device, host, link = _scarce(solution)
     names = []
-    if solution.device_worth > 0:
+    if device:
         where = solution.binding_rows[0] if solution.binding_rows else best.evaluation.peak_moment
         names.append(f"device memory at {where}")
-    if solution.host_worth > 0:
+    if host:
         names.append(f"host memory ({problem.host_bytes / GIB:.1f} GiB)")
-    if solution.link_worth > 0:
+    if link:
         names.append(f"copy bandwidth ({problem.bandwidth_out / 1e9:.0f} GB/s out, {problem.bandwidth_in / 1e9:.0f} GB/s in)")
     return ", ".join(names) or f"device memory at {best.evaluation.peak_moment} (whole layers, tiles or groups decide)"
 
 
+def _scarce(solution: Solution) -> tuple[bool, bool, bool]:
+    """Whether one more GiB of device memory, of host memory, or one more GB/s would save anything, by the duals."""
+    least = 1e-7 * solution.seconds
+    return solution.device_worth * GIB > least, solution.host_worth * GIB > least, solution.link_worth * 1e9 > least
+
+
 def _worth(case: Case, solution: Solution, deadline: float) -> tuple[str, ...]:
-    """What more of each scarce resource buys: the dual says that it is scarce, solving again says how much one more unit saves."""
+    """What more of each scarce resource buys: the duals say what is scarce, solving again says how much one more unit saves."""
     units = case.units()
-    more: list[tuple[str, Problem]] = []
-    if solution.device_worth > 0:
-        more.append(("1 GiB more device memory", replace(units, budget_bytes=units.budget_bytes + GIB)))
-    if solution.host_worth > 0:
-        more.append(("1 GiB more host memory for this rank", replace(units, host_bytes=units.host_bytes + GIB)))
-    if solution.link_worth > 0:
-        faster = replace(units, bandwidth_out=units.bandwidth_out + 1e9, bandwidth_in=units.bandwidth_in + 1e9)
-        more.append(("1 GB/s more copy bandwidth", faster))
+    faster = {"bandwidth_out": units.bandwidth_out + 1e9, "bandwidth_in": units.bandwidth_in + 1e9}
+    more = (
+        ("1 GiB more device memory", replace(units, budget_bytes=units.budget_bytes + GIB)),
+        ("1 GiB more host memory for this rank", replace(units, host_bytes=units.host_bytes + GIB)),
+        ("1 GB/s more copy bandwidth", replace(units, **faster)),
+    )
+    has_integers = bool(Program(units).integers)
     lines = []
-    for name, changed in more:
-        again = Program(changed).solve(max(0.2, deadline - time.monotonic()), like=solution)
-        if again is not None:
-            saved = max(0.0, solution.seconds - again.seconds)
-            lines.append(f"{name}: {saved:.3g} s less per step ({saved / solution.seconds:.2%})")
+    for (name, changed), scarce in zip(more, _scarce(solution), strict=True):
+        found = [Program(changed).solve(max(0.2, deadline - time.monotonic()), like=solution)] if scarce else []
+        if has_integers and name != "1 GB/s more copy bandwidth":
+            # Duals hold whole layers and the loss tile fixed; more memory may buy one layer less to recompute.
+            found.append(Program(changed).solve(max(0.2, deadline - time.monotonic())))
+        after = min((one.seconds for one in found if one is not None), default=math.inf)
+        if after < solution.seconds * (1 - 1e-7):
+            lines.append(_saving(name, solution.seconds, after))
     return tuple(lines)
+
+
+def _worth_of_another_choice(problem: Problem, choice: Choice, deadline: float) -> tuple[str, ...]:
+    """Where no share is limited by memory at the margin, more of it buys another tile, group or whole layer, or nothing."""
+    more = replace(problem, budget_bytes=problem.budget_bytes + GIB)
+    again = solve(more, max(0.5, deadline - time.monotonic()), with_worth=False)
+    return (_saving("1 GiB more device memory", choice.seconds, min(choice.seconds, again.seconds)),) if again is not None else ()
+
+
+def _saving(name: str, before: float, after: float) -> str:
+    saved = before - after
+    if saved <= 1e-7 * before:
+        return f"{name}: nothing"
+    return f"{name}: {saved:.3g} s less per step ({saved / before:.2%})"

@@ -56,7 +56,10 @@ def solve_greedy(problem: Problem) -> Policy | None:
     Tries every loss tile; the last layer, whose activations are all there at the peak anyway, is left alone if that fits.
     """
     best: tuple[Evaluation, Policy] | None = None
+    without_loss = problem.base_seconds - min(tile.seconds for tile in problem.loss_tiles)
     for tile in sorted(problem.loss_tiles, key=lambda tile: tile.seconds):
+        if best is not None and without_loss + tile.seconds >= best[0].seconds:
+            break
         for spare_last in (True, False):
             found = _with_loss_tile(problem, tile, spare_last)
             if found and (best is None or found[0].seconds < best[0].seconds):

@@ -273,24 +273,28 @@ class Program:
 
     # --- solving ---------------------------------------------------------------------------------------------------------------
 
-    def solve(self, time_limit: float = 10.0, like: Solution | None = None) -> Solution | None:
-        """The best solution, or None when there is none within the limits. Integers are settled first (or taken from ``like``), then
-        fixed, and the linear program is solved again for its prices."""
+    def solve(self, time_limit: float = 10.0, *, like: Solution | None = None, cutoff: float = math.inf) -> Solution | None:
+        """The best solution, or None when there is none within the limits, or none below ``cutoff`` seconds. Integers are settled
+        first (or taken from ``like``), then fixed, and the linear program is solved again for its prices."""
         deadline = time.monotonic() + time_limit
         if self.minimise == "seconds" and self.problem.other_peak_bytes > self.problem.budget_bytes:
             return None
-        if self.integers and not self._settle_integers(deadline, like):
+        if self.integers and not self._settle_integers(deadline, like, cutoff):
             return None
         solver = run_solver(self.program, max(0.1, deadline - time.monotonic()))
-        return None if solver is None else self._read(solver)
+        return None if solver is None or self._seconds() >= cutoff else self._read(solver)
 
-    def _settle_integers(self, deadline: float, like: Solution | None) -> bool:
-        """Fix every integer variable at a good value; False when there is none."""
+    def _seconds(self) -> float:
+        """Of the step in the present solution."""
+        return _value(self.end) * self.second + self.problem.fixed_seconds
+
+    def _settle_integers(self, deadline: float, like: Solution | None, cutoff: float) -> bool:
+        """Fix every integer variable at a good value; False when there is none, or when even fractions reach ``cutoff``."""
         if like is not None:
             self._fix({name: 1.0 if value else 0.0 for name, value in self._integers_of(like).items()})
             return True
         left = max(0.1, (deadline - time.monotonic()) / 3)
-        if run_solver(self.program, left, relaxed=True) is None:
+        if run_solver(self.program, left, relaxed=True) is None or self._seconds() >= cutoff:
             return False
         bound = _value(self.program.objective)
         whole = self._whole_values()
@@ -343,11 +347,10 @@ class Program:
                 swapped = sum(factor * _value(variable) for factor, variable in self._swap_terms(i, 1.0 / problem.swap_ratio))
                 link += (rows[name].pi or 0.0) * swapped / bandwidth**2
         dear = sorted((name for name, price in prices.items() if price > 1e-6), key=lambda name: -prices[name])
-        end = _value(self.end)
         return Solution(
             layers=tuple(self._policy(i) for i in range(self.n)),
             loss_tile=max(range(len(self.loss)), key=lambda j: _value(self.loss[j])),
-            seconds=end * self.second + problem.fixed_seconds,
+            seconds=self._seconds(),
             budget_bytes=_value(self.budget) * self.byte if self.minimise == "budget" else problem.budget_bytes,
             solver=solver,
             device_worth=sum(prices.values()) * per_byte,

@@ -63,6 +63,8 @@ class _Walk:
         self.layers = problem.layers
         k = policy.group_blocks
         self.groups = [range(first, min(first + k, len(self.layers))) for first in range(0, len(self.layers), k)]
+        self.waiting_bytes = [sum(self.share(i, name, "swap") for i in group for name in CLASSES) for group in self.groups]
+        """Of each group of layers in host memory."""
         self.memory = _Ledger(problem.resident_bytes)
         self.now = self.out_free = self.in_free = 0.0
         self.parked_at: dict[int, float] = {}
@@ -74,10 +76,6 @@ class _Walk:
     def share(self, i: int, name: ActivationClass, part: str) -> float:
         """Bytes of a class that are kept, swapped or recomputed."""
         return getattr(self.policy.layers[i].of(name), part) * self.layers[i].of(name).bytes
-
-    def swapped(self, group: range) -> float:
-        """Bytes of a group of layers that wait in host memory."""
-        return sum(self.share(i, name, "swap") for i in group for name in CLASSES)
 
     def materialise(self, i: int, name: ActivationClass) -> None:
         """A whole class is there, except what is only ever there one tile at a time."""
@@ -124,7 +122,7 @@ class _Walk:
 
     def park(self, g: int) -> None:
         """Start the copies of a group to host memory."""
-        seconds = self.swapped(self.groups[g]) * self.problem.swap_ratio / self.problem.bandwidth_out
+        seconds = self.waiting_bytes[g] * self.problem.swap_ratio / self.problem.bandwidth_out
         if not self.problem.overlap:
             self.wait(self.now + seconds)
             self.parked_at[g] = self.now
@@ -153,7 +151,7 @@ class _Walk:
         """Start the copies back of a group; room is taken at once."""
         if g < 0 or g in self.back_at:
             return
-        seconds = self.swapped(self.groups[g]) * self.problem.swap_ratio / self.problem.bandwidth_in
+        seconds = self.waiting_bytes[g] * self.problem.swap_ratio / self.problem.bandwidth_in
         start = max(self.now, self.in_free, self.parked_at[g])
         self.in_free = self.back_at[g] = start + seconds
         for i in self.groups[g]:
@@ -165,7 +163,7 @@ class _Walk:
             self.fetch(g)
             if self.problem.overlap:
                 self.fetch(g - 1)
-            if self.swapped(self.groups[g]):
+            if self.waiting_bytes[g]:
                 self.wait(self.back_at[g])
             group = self.groups[g]
             for i in group:
@@ -228,7 +226,7 @@ def evaluate(problem: Problem, policy: Policy) -> Evaluation:
     memory = walk.memory
     if problem.other_peak_bytes > memory.peak:
         memory.peak, memory.moment = problem.other_peak_bytes, "update"
-    host = sum(walk.swapped(group) for group in walk.groups) * problem.swap_ratio
+    host = sum(walk.waiting_bytes) * problem.swap_ratio
     violations = list(_forbidden(walk.problem, policy))
     if memory.peak > problem.budget_bytes * (1 + _SLACK):
         violations.append(f"device memory: {memory.peak:.0f} bytes at '{memory.moment}', allowed {problem.budget_bytes}")

@@ -197,6 +197,19 @@ def test_binding_constraint_and_worth() -> None:
     assert slow is not None and "copy bandwidth" in slow.binding and any("copy bandwidth" in line for line in slow.worth)
 
 
+def test_worth_counts_whole_layers() -> None:
+    """Attention is recomputed whole: the duals, with integers fixed, do not see that one GiB more spares a layer of it."""
+    layer = gpt(1 << 20, n_layers=16).layers[0]
+    layer = replace(layer, mixer=replace(layer.mixer, whole_recompute=True), input=replace(layer.input, may_swap=False))
+    problem = replace(gpt(1 << 20, n_layers=16), layers=(layer,) * 16, host_bytes=0, budget_bytes=54 * GIB)
+    choice, more = solve(problem), solve(replace(problem, budget_bytes=55 * GIB))
+    assert choice is not None and more is not None
+    assert 0 < sum(splits.mixer.recompute for splits in choice.policy.layers) < 16
+    (line,) = choice.worth
+    assert float(line.split(": ")[1].split(" s")[0]) == pytest.approx(choice.seconds - more.seconds, rel=0.02)
+    assert choice.seconds - more.seconds > 0.9 * layer.mixer.recompute_seconds
+
+
 def test_tiles_are_chosen_where_they_pay() -> None:
     problem = gpt(1 << 20)
     layer = problem.layers[0]
