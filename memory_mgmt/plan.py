@@ -110,6 +110,8 @@ class MemoryPlan:
     changes: tuple[Change, ...] = ()
     host_bytes: int = 0
     """Host memory of one rank at most (offloaded activations, states and their buffers)."""
+    host_budget_bytes: int | None = None
+    """Host memory that one rank may take for offload; None: no limit was set."""
     policy: Policy | None = None
     """What is kept, swapped or recomputed, layer by layer; None: what the configuration says."""
     prediction: Prediction | None = None

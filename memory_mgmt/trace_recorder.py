@@ -150,6 +150,14 @@ class StepRecorder(TorchDispatchMode):
             if buffer is not None and buffer.kind == "transient":
                 buffer.kind = "communication"
 
+    def host_empty(self, size: int) -> Tensor:
+        """Fake host memory of ``size`` bytes that counts as such also where the device is the CPU."""
+        self._host_depth += 1
+        try:
+            return torch.empty(size, dtype=torch.uint8, device="cpu")
+        finally:
+            self._host_depth -= 1
+
     def start_step(self) -> None:
         """Forget what was recorded, keep what is live: it is there at the beginning of the step."""
         self._clock = 0

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from memory_mgmt.apply import apply_memory_settings
+from memory_mgmt.apply import apply_policy, policy_of
 from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.monitor import MemoryMonitor
+from memory_mgmt.offload import HostStore
 from memory_mgmt.plan import MemoryPlan, gib
+from memory_mgmt.policy import CLASSES, Policy
 from models.flops import model_flops_per_token
 from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer
@@ -42,20 +44,32 @@ from trainer.trainer import DONE, Trainer
 _DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def build_model(config: RunConfig, vocab_size: int, mesh: Mesh | None, device: torch.device) -> Transformer:
-    """The model on ``device`` with initial weights: built without memory, wrapped, split and sharded, then materialised."""
+def build_model(
+    config: RunConfig,
+    vocab_size: int,
+    mesh: Mesh | None,
+    device: torch.device,
+    policy: Policy | None = None,
+    store: HostStore | None = None,
+) -> Transformer:
+    """The model on ``device`` with initial weights: built without memory, wrapped, split and sharded, then materialised.
+
+    ``policy`` None: what the memory settings say; ``store`` takes what it swaps (``host_store``).
+    """
     with torch.device("meta"):
-        model = shaped_model(config, vocab_size, mesh)
+        model = shaped_model(config, vocab_size, mesh, policy, store)
     model.to_empty(device=device)
     init_weights(model, config.train.seed)
     return model
 
 
-def shaped_model(config: RunConfig, vocab_size: int, mesh: Mesh | None) -> Transformer:
-    """The model with its memory settings, split and sharded, on the default device; values of parameters are undefined."""
+def shaped_model(
+    config: RunConfig, vocab_size: int, mesh: Mesh | None, policy: Policy | None = None, store: HostStore | None = None
+) -> Transformer:
+    """The model with its memory policy, split and sharded, on the default device; values of parameters are undefined."""
     with _parameters_in(_DTYPES[config.train.precision]):
         model = Transformer(config.model, vocab_size)
-    apply_memory_settings(model, config.memory)
+    apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
     if mesh is not None:
         parallelize(model, mesh, config.layout)
     return model
@@ -72,9 +86,22 @@ def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def build_engine(config: RunConfig, vocab_size: int, mesh: Mesh | None, device: torch.device) -> Engine:
-    """Model and optimizer of ``config`` on this rank."""
-    return engine_for(config, build_model(config, vocab_size, mesh, device), mesh, device)
+def build_engine(
+    config: RunConfig,
+    vocab_size: int,
+    mesh: Mesh | None,
+    device: torch.device,
+    policy: Policy | None = None,
+    store: HostStore | None = None,
+) -> Engine:
+    """Model and optimizer of ``config`` on this rank; ``policy`` and ``store`` as for ``build_model``."""
+    return engine_for(config, build_model(config, vocab_size, mesh, device, policy, store), mesh, device)
+
+
+def host_store(policy: Policy, device: torch.device, budget_bytes: int | None, directory: str | None) -> HostStore | None:
+    """Host memory for what ``policy`` swaps, at most ``budget_bytes`` of this rank; None where it swaps nothing."""
+    swaps = any(layer.of(name).swap > 0 for layer in policy.layers for name in CLASSES)
+    return HostStore(device, budget_bytes, Path(directory) if directory else None) if swaps else None
 
 
 def engine_for(config: RunConfig, model: Transformer, mesh: Mesh | None, device: torch.device) -> Engine:
@@ -142,7 +169,11 @@ def _build_trainer(
     data = build_data(config, dp_rank, dp_size)
     monitor = MemoryMonitor(device)  # before the model: its baseline is the process without one
     vocab_size = model_vocab_size(config, data.vocab_size)
-    engine = build_engine(config, vocab_size, mesh, device)
+    policy = plan.policy or policy_of(config.memory, config.model.layer_kinds)
+    store = host_store(policy, device, plan.host_budget_bytes, config.memory.offload_dir)
+    if store is not None:
+        cleanup.callback(store.close)
+    engine = build_engine(config, vocab_size, mesh, device, policy, store)
     checkpoints = CheckpointManager(run_dir, config.checkpoint, config_hash=hashlib.sha256(dump(config).encode()).hexdigest())
     cleanup.callback(checkpoints.close)
     state, notes = _starting_state(checkpoints, engine) if resume else (TrainState(), [])

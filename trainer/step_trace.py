@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from memory_mgmt.apply import policy_of
+from memory_mgmt.offload import HostStore
 from memory_mgmt.policy import Policy
 from memory_mgmt.trace import Trace
 from memory_mgmt.trace_extend import NotRepeating, Shortening, extend, shorten
@@ -69,9 +71,11 @@ def _record(config: RunConfig, policy: Policy | None, request: dict[str, Any]) -
     # The mesh is real: it reads rank numbers out of tensors.
     mesh = build_mesh(ParallelDims.from_config(config.parallel, world_size), device_type) if world_size > 1 else None
     recorder = StepRecorder(device_type, request["threads"])
+    policy = policy or policy_of(config.memory, config.model.layer_kinds)
     with FakeTensorMode():
+        store = HostStore(device, fake_empty=recorder.host_empty)
         with torch.device(device):
-            model = shaped_model(config, request["vocab_size"], mesh)
+            model = shaped_model(config, request["vocab_size"], mesh, policy, store)
         recorder.watch(model)
         with recorder:
             engine = engine_for(config, model, mesh, device)

@@ -1,0 +1,308 @@
+"""The planner's problem from one traced step: bytes and seconds of every layer's activations, and what a layer needs while it works.
+
+The trace is of a baseline policy (``baseline_policy``): inputs and mixer outputs kept, the rest recomputed in tiles, which fits where
+anything does. Bytes of the classes follow from shapes; working bytes and times are read off the trace, stage by stage, and carried over
+to other tile sizes. What this gets wrong the caller corrects: it traces the chosen policy and solves again with what was missing.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from memory_mgmt.activations import Shapes
+from memory_mgmt.cost_model import Rates, Stretch, Topology, copy_seconds, step_schedule
+from memory_mgmt.planner_problem import ClassCost, LayerCost, LossTile, Problem, Stage
+from memory_mgmt.policy import KEEP_MIXER, LayerPolicy, Policy
+from memory_mgmt.trace import Trace
+from models.config import LayerKind, ModelConfig
+from models.flops import ffn_parameters
+
+GROUPS = (1, 2, 4)
+_COPY = 1 << 30
+_ATTENTION = ("attention", "c10d::send", "c10d::recv_")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the problem is about besides the trace."""
+
+    model: ModelConfig
+    shapes: Shapes
+    vocab_size: int
+    rates: Rates
+    topology: Topology
+    budget_bytes: int
+    """For what the trace counts: the limit less what a process holds beside its tensors."""
+    host_bytes: int
+    """Host memory this rank may take for offload; 0 forbids it."""
+    step_tokens: int
+    passes: int
+    """Forward and backward passes in the trace."""
+
+    @property
+    def ffn_tiles(self) -> tuple[int, ...]:
+        """Candidates: the whole shard, and an eighth, a 32nd and a 128th of it, not below 256 tokens."""
+        return tile_candidates(self.shapes.tokens)
+
+    @property
+    def memory_tiles(self) -> tuple[int, ...]:
+        """The same for memory layers; a single 0 where there are none."""
+        return tile_candidates(self.shapes.tokens) if "memory" in self.model.layer_kinds else (0,)
+
+    @property
+    def loss_tiles(self) -> tuple[int, ...]:
+        """Candidates for the loss tile."""
+        n = self.shapes.n
+        return tuple(sorted({min(n, tile) for tile in (512, 2048, 8192)}))
+
+
+def tile_candidates(tokens: int) -> tuple[int, ...]:
+    """0 (no tiles) and powers of two from about an eighth down to a 128th of the shard, at least 256."""
+    found = {1 << max(8, (tokens // parts).bit_length() - 1) for parts in (8, 32, 128)}
+    return (0, *sorted(tile for tile in found if tile < tokens))
+
+
+def baseline_policy(setting: Setting) -> Policy:
+    """What is traced to set up the problem."""
+    tiles = setting.ffn_tiles
+    memory = setting.memory_tiles
+    layers = tuple(
+        KEEP_MIXER
+        if kind != "memory"
+        else LayerPolicy(KEEP_MIXER.input, KEEP_MIXER.projections, KEEP_MIXER.feed_forward, KEEP_MIXER.feed_forward)
+        for kind in setting.model.layer_kinds
+    )
+    return Policy(layers, 1, setting.loss_tiles[len(setting.loss_tiles) // 2], tiles[len(tiles) // 2], memory[len(memory) // 2])
+
+
+def problem_of_trace(trace: Trace, baseline: Policy, setting: Setting) -> Problem:
+    """The problem whose baseline policy was traced."""
+    reader = _Reader(trace, baseline, setting)
+    costs = {i: reader.layer(i) for i in reader.representatives()}
+    layers = tuple(costs[reader.represented_by(i)] for i in range(len(setting.model.layer_kinds)))
+    chosen = sum(layer.forward_seconds + layer.backward_seconds for layer in layers)
+    loss = reader.loss_seconds()
+    recomputed = sum(layer.projections.recompute_seconds + layer.feed_forward.recompute_seconds for layer in layers)
+    recomputed += sum(layer.mixer.recompute_seconds for layer in layers if layer.kind == "memory")
+    one_way = _COPY / copy_seconds("copy_out", _COPY, setting.rates, setting.topology)
+    other_way = _COPY / copy_seconds("copy_in", _COPY, setting.rates, setting.topology)
+    return Problem(
+        layers=layers,
+        loss_tiles=tuple(LossTile(tile, reader.loss_bytes(tile), loss) for tile in setting.loss_tiles),
+        resident_bytes=reader.resident,
+        other_peak_bytes=reader.other_peak(),
+        budget_bytes=setting.budget_bytes,
+        host_bytes=setting.host_bytes,
+        bandwidth_out=one_way,
+        bandwidth_in=other_way,
+        overlap=setting.rates.overlap,
+        fixed_seconds=max(0.0, reader.total_seconds - chosen - loss - recomputed),
+        step_tokens=setting.step_tokens,
+        tokens=setting.shapes.tokens,
+        share_tokens=max(1, setting.shapes.tokens // 64),
+        ffn_tiles=setting.ffn_tiles,
+        memory_tiles=setting.memory_tiles,
+        group_blocks=tuple(k for k in GROUPS if 4 * k <= len(layers)),
+    )
+
+
+class _Reader:
+    """Reads a traced step stage by stage."""
+
+    def __init__(self, trace: Trace, baseline: Policy, setting: Setting) -> None:
+        self.trace, self.baseline, self.setting = trace, baseline, setting
+        self.schedule = step_schedule(trace, setting.rates, setting.topology)
+        self.total_seconds = self.schedule[-1].end if self.schedule else 0.0
+        self.resident = sum(b.size for b in trace.of("device") if b.lower == 0)
+        points = trace.curve()
+        self.times, self.live = [time for time, _ in points], [live for _, live in points]
+
+    # --- which layers --------------------------------------------------------------------------------------------------------
+
+    def represented_by(self, i: int) -> int:
+        """A layer of the same kind in the middle of the model."""
+        kinds = self.setting.model.layer_kinds
+        same = [j for j, kind in enumerate(kinds) if kind == kinds[i]]
+        return same[len(same) // 2]
+
+    def representatives(self) -> set[int]:
+        return {self.represented_by(i) for i in range(len(self.setting.model.layer_kinds))}
+
+    # --- costs ------------------------------------------------------------------------------------------------------------------
+
+    def layer(self, i: int) -> LayerCost:
+        kind: LayerKind = self.setting.model.layer_kinds[i]
+        classes = self.classes(kind)
+        forward, backward = self.stretch("forward", i), self.stretch("backward", i)
+        again = classes["projections"].recompute_seconds + classes["feed_forward"].recompute_seconds
+        again += classes["mixer"].recompute_seconds if kind == "memory" else 0.0
+        stages = self.stages(i, kind, classes)
+        passes = self.setting.passes
+        return LayerCost(
+            kind=kind,
+            **classes,
+            forward_seconds=passes * (forward.end - forward.start),
+            backward_seconds=max(passes * (backward.end - backward.start) - again, 0.0),
+            **stages,
+            gradient_bytes=self.gradients(i),
+        )
+
+    def classes(self, kind: LayerKind) -> dict[str, ClassCost]:
+        """What the execution keeps of each class (memory_mgmt/execution.py), and the time to make it again."""
+        s, c, passes = self.setting.shapes, self.setting.model, self.setting.passes
+        queries, keys = c.n_heads * c.attention_head_dim, c.kv_heads * c.attention_head_dim
+        leave = self.product_seconds(2 * s.n * ffn_parameters(c) * 2 // 3)
+        if kind == "memory":
+            inside = s.memory_inside()
+            tokens_seconds = self.memory_seconds()
+            return {
+                "input": ClassCost(s.stream, may_recompute=False),
+                "projections": ClassCost(),
+                "mixer": ClassCost(inside, tokens_seconds, tiled_bytes=0),
+                "feed_forward": ClassCost(s.stream + 2 * s.n * c.ff_width * s.e, passes * leave, tiled_bytes=0),
+            }
+        project = self.product_seconds(2 * s.n * c.d_model * (queries + 2 * keys))
+        output = self.product_seconds(2 * s.n * c.d_model * queries)
+        return {
+            "input": ClassCost(s.stream, may_recompute=False),
+            "projections": ClassCost(s.n * (queries + 2 * keys) * s.e, passes * project),
+            "mixer": ClassCost(s.n * (queries * s.e + c.n_heads * s.w), passes * self.attention_seconds(), whole_recompute=True),
+            "feed_forward": ClassCost(s.stream + s.statistic + 2 * s.n * c.ff_width * s.e, passes * (leave + output), tiled_bytes=0),
+        }
+
+    def product_seconds(self, flops: int) -> float:
+        return self.setting.rates.of(self.setting.rates.matmul, self.setting.shapes.precision).seconds(flops) * self.sharing
+
+    @property
+    def sharing(self) -> int:
+        return self.setting.topology.ranks_per_node if self.setting.rates.shared else 1
+
+    def attention_seconds(self) -> float:
+        """The mixer's share of an attention layer's forward pass, communication that it waits for included."""
+        found = [i for i, kind in enumerate(self.setting.model.layer_kinds) if kind != "memory"]
+        stretch = self.stretch("forward", self.represented_by(found[0])) if found else None
+        if stretch is None:
+            return 0.0
+        return sum(work.seconds for work in stretch.work if "attention" in work.op.name) + stretch.waited_communication
+
+    def memory_seconds(self) -> float:
+        """Forward of a memory layer's inside."""
+        i = self.setting.model.layer_kinds.index("memory")
+        stretch = self.stretch("forward", self.represented_by(i))
+        token_wise = self.product_seconds(2 * self.setting.shapes.n * ffn_parameters(self.setting.model))
+        return self.setting.passes * max(0.0, stretch.end - stretch.start - token_wise)
+
+    def stretch(self, phase: str, i: int) -> Stretch:
+        """The first stretch of a layer in a phase."""
+        return next(s for s in self.schedule if s.label == f"{phase} blocks.{i}")
+
+    def loss_seconds(self) -> float:
+        return sum(s.end - s.start for s in self.schedule if s.label.startswith("loss") or s.label == "backward head")
+
+    # --- bytes ------------------------------------------------------------------------------------------------------------------
+
+    def span(self, label: str) -> tuple[int, int]:
+        """(first, last + 1) event of the first stretch with this label."""
+        for k, (start, name) in enumerate(self.trace.marks):
+            if name == label:
+                return start, self.trace.marks[k + 1][0] if k + 1 < len(self.trace.marks) else self.trace.end
+        raise ValueError(f"the trace has no stretch '{label}'")
+
+    def top(self, start: int, end: int) -> int:
+        """The most live bytes in [start, end)."""
+        first, last = max(0, bisect_right(self.times, start) - 1), bisect_left(self.times, end)
+        return max(self.live[first : max(last, first + 1)], default=0)
+
+    def kept_below(self, i: int) -> int:
+        """What the baseline holds of layers 0 to i - 1."""
+        return sum(self.kept(self.setting.model.layer_kinds[j]) for j in range(i))
+
+    def kept(self, kind: LayerKind) -> int:
+        classes = self.bytes_of(kind)
+        return classes["input"] + (classes["mixer"] if kind != "memory" else 0)
+
+    def bytes_of(self, kind: LayerKind) -> dict[str, int]:
+        return {name: cost.bytes for name, cost in self.classes(kind).items()}
+
+    def gradients(self, i: int) -> int:
+        return sum(b.size for b in self.trace.of("device") if b.kind == "gradient" and b.layer == i and b.lower > 0)
+
+    def gradients_above(self, i: int) -> int:
+        return sum(self.gradients(j) for j in range(i + 1, len(self.setting.model.layer_kinds)))
+
+    def stages(self, i: int, kind: LayerKind, classes: dict[str, ClassCost]) -> dict[str, tuple[Stage, ...]]:
+        size = {name: cost.bytes for name, cost in classes.items()}
+        forward, backward = self.parts("forward", i, kind), self.parts("backward", i, kind)
+        below = self.resident + self.kept_below(i)
+        above = below + self.gradients_above(i)
+        beside = {  # (in forward, in backward): classes that are there in the stage anyway
+            "entrance": (size["input"] + size["projections"], size["input"]),
+            "mixer": (size["input"] + size["projections"] + size["mixer"],) * 2,
+            "ffn": (size["input"] + size["projections"] + size["mixer"],) * 2,
+        }
+        tile = self.baseline.ffn_tile_tokens
+        found: dict[str, tuple[Stage, ...]] = {}
+        for name, (in_forward, in_backward) in beside.items():
+            tiled = kind == "memory" and name == "mixer"
+            base = Stage(max(0, forward[name] - below - in_forward), max(0, backward[name] - above - in_backward))
+            if kind == "memory" and name == "mixer":
+                base = Stage(max(0, forward[name] - below - size["input"]), max(0, backward[name] - above - size["input"]))
+            found[f"{name}_stages"] = self.other_tiles(base, name, self.baseline.memory_tile_tokens if tiled else tile, tiled)
+        return found
+
+    def parts(self, phase: str, i: int, kind: LayerKind) -> dict[str, int]:
+        """The most live bytes in each stage of a layer."""
+        start, end = self.span(f"{phase} blocks.{i}")
+        marks = [op.time for op in self.trace.ops if start <= op.time < end and any(word in op.name for word in _ATTENTION)]
+        if kind == "memory" or not marks:
+            return dict.fromkeys(("entrance", "mixer", "ffn"), self.top(start, end))
+        first, last = self.top(start, min(marks)), self.top(max(marks), end)
+        between = self.top(min(marks), max(marks) + 1)
+        return {"entrance": first if phase == "forward" else last, "mixer": between, "ffn": last if phase == "forward" else first}
+
+    def other_tiles(self, base: Stage, name: str, traced_tile: int, memory: bool) -> tuple[Stage, ...]:
+        """The stage under every candidate tile, from what one tile's inside takes by shape."""
+        setting = self.setting
+        if name == "mixer" and not memory:
+            return (base,)
+        tiles = setting.memory_tiles if memory else setting.ffn_tiles
+        if len(tiles) == 1:
+            return (base,)
+        shapes = setting.shapes
+        factor = 1.0 if memory or name == "ffn" else 0.3  # norm and projections are narrower than a feed-forward
+
+        def inside(tile: int) -> int:
+            return int(factor * shapes.tile_inside(min(tile or shapes.tokens, shapes.tokens), memory=memory))
+
+        stages = []
+        for tile in tiles:
+            more = inside(tile) - inside(traced_tile)
+            launches = 0 if tile == 0 else 60 * setting.passes * -(-shapes.tokens // tile)
+            seconds = launches * setting.rates.launch_seconds
+            stages.append(Stage(max(0, base.forward_bytes + more // 2), max(0, base.backward_bytes + more), seconds))
+        return tuple(stages)
+
+    def loss_bytes(self, tile: int) -> int:
+        """Beside what is resident and kept, for a loss tile of so many tokens."""
+        s = self.setting.shapes
+        traced = max(self.top(*self.span(label)) for label in {name for _, name in self.trace.marks} if label.startswith("loss"))
+        kept = self.kept_below(len(self.setting.model.layer_kinds))
+        per_token = self.setting.vocab_size * (2 * s.w + s.e)
+        return max(0, traced - self.resident - kept + (tile - self.baseline.loss_tile_tokens) * per_token)
+
+    def other_peak(self) -> int:
+        """The most that is live in clipping and update."""
+        peaks = [self.top(start, end) for start, end in self._spans(("clip", "update"))]
+        return max(peaks, default=0)
+
+    def _spans(self, phases: Sequence[str]) -> list[tuple[int, int]]:
+        marks = [*self.trace.marks, (self.trace.end, "")]
+        return [(start, marks[k + 1][0]) for k, (start, label) in enumerate(marks[:-1]) if label.split(" ")[0] in phases]
+
+
+def with_budget(problem: Problem, more_bytes: int) -> Problem:
+    """The same problem with so many more (fewer) bytes of device memory."""
+    return replace(problem, budget_bytes=problem.budget_bytes + more_bytes)
