@@ -279,9 +279,11 @@ def _worth(case: Case, solution: Solution, deadline: float) -> tuple[str, ...]:
         ("1 GiB more host memory for this rank", replace(units, host_bytes=units.host_bytes + GIB)),
         ("1 GB/s more copy bandwidth", replace(units, **faster)),
     )
+    if units.host_bytes == 0:  # swapping is not wanted
+        more = more[:1]
     has_integers = bool(Program(units).integers)
     lines = []
-    for (name, changed), scarce in zip(more, _scarce(solution), strict=True):
+    for (name, changed), scarce in zip(more, _scarce(solution), strict=False):
         found = [Program(changed).solve(max(0.2, deadline - time.monotonic()), like=solution)] if scarce else []
         if has_integers and name != "1 GB/s more copy bandwidth":
             # Duals hold whole layers and the loss tile fixed; more memory may buy one layer less to recompute.
