@@ -251,11 +251,12 @@ def _binding(problem: Problem, best: _Candidate, extra: float, prices: tuple[Cas
         return "nothing: the step is as fast as with everything kept"
     if prices is None:
         return f"device memory at {best.evaluation.peak_moment}"
-    solution = prices[1]
+    case, solution = prices
     device, host, link = _scarce(solution)
     names = []
     if device:
-        where = solution.binding_rows[0] if solution.binding_rows else best.evaluation.peak_moment
+        # With groups the program's layers are groups; the simulated step names real layers.
+        where = solution.binding_rows[0] if solution.binding_rows and case.k == 1 else best.evaluation.peak_moment
         names.append(f"device memory at {where}")
     if host:
         names.append(f"host memory ({problem.host_bytes / GIB:.1f} GiB)")
