@@ -161,8 +161,7 @@ class HostStore:
             return reason
         if tensor.device.type != self.device.type or self.device.index not in (None, tensor.device.index):
             return f"it is on {tensor.device}, the store serves {self.device}"
-        reference = self._protected.get(tensor.untyped_storage()._cdata)
-        return "its storage is protected" if reference is not None and not reference.expired() else ""
+        return "its storage is protected" if tensor.untyped_storage()._cdata in self._protected else ""
 
     def protect(self, parameters: Iterable[Tensor]) -> None:
         """Refuse these tensors, and all views of their storages, from now on."""
@@ -220,7 +219,8 @@ class HostStore:
             return None
         for reference in self._by_storage.get(tensor.untyped_storage()._cdata, ()):
             entry = reference()
-            if entry is None or entry.storage is None or entry.storage.expired() or entry.version != tensor._version:
+            # The entry's weak reference keeps the identity of a freed storage from being given to another one.
+            if entry is None or entry.version != tensor._version:
                 continue
             aligned = (layout.low - entry.low) % layout.dtype.itemsize == 0
             if aligned and entry.low <= layout.low and layout.high <= entry.high:

@@ -66,7 +66,7 @@ def layers():
             del handle, got
         del other
         assert mode.peak["cuda"] == 2 * 2**20
-        assert store.used_bytes == 0 and mode.live["cpu"] == 0
+        assert store.used_bytes == 0 and mode.live["cpu"] == 0 and mode.live["cuda"] == 0
         assert store.copied_bytes == (6 * 2**20, 6 * 2**20)
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from memory_mgmt.offload import HostStore
@@ -372,6 +374,18 @@ def test_buffers_alternate_between_layers():
         assert len(set(addresses)) <= 2
 
 
+def test_buffers_that_nothing_waits_for_are_freed():
+    with HostStore("cpu") as store:
+        parked = [store.park(torch.ones(1000), i) for i in range(3)]
+        last = parked.pop()
+        got = last.fetch()
+        buffer = StorageWeakRef(got.untyped_storage())
+        del got, last
+        assert store.used_bytes == 8000 and not buffer.expired()  # kept for one of the two
+        parked.clear()
+        assert store.used_bytes == 0 and buffer.expired()
+
+
 @pytest.mark.parametrize(("kind", "tolerance"), [("int8", 1 / 254), ("fp8", 1 / 16)])
 def test_eight_bits(kind, tolerance):
     x = torch.randn(6, 32, dtype=torch.bfloat16) * torch.logspace(-3, 3, 6)[:, None]
@@ -440,6 +454,24 @@ def test_full_disk_is_named_and_loses_nothing(tmp_path, monkeypatch):
                 parked.append(store.park(x.clone(), len(parked)))
         for p, x in zip(parked, tensors, strict=False):
             same(p.fetch(), x)
+
+
+def test_handles_lost_while_they_are_written(tmp_path, monkeypatch):
+    go, write = threading.Event(), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *args: go.wait(20) and write(*args))
+    with HostStore("cpu", 4096, tmp_path) as store:
+        parked = [store.park(pattern(i), i) for i in range(4)]
+        del parked[0]
+        threading.Timer(0.1, go.set).start()
+        parked += [store.park(pattern(i), i) for i in range(4, 7)]  # has to wait for the block that is being written
+        for p, i in zip(parked, range(1, 7), strict=True):
+            same(p.fetch(), pattern(i))
+        del parked, p
+        assert store.used_bytes == store.disk_bytes == 0
+
+
+def pattern(i):
+    return torch.arange(256.0) + 1000 * i
 
 
 def test_directory_that_cannot_be_used(tmp_path):

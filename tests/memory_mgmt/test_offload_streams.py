@@ -3,6 +3,7 @@ do not keep alive. A missing wait shows as a wrong value or as a copy from or to
 
 import ctypes
 import gc
+import os
 import random
 import threading
 from dataclasses import dataclass, field
@@ -192,3 +193,19 @@ def test_writing_to_a_tensor_that_is_being_copied_is_an_error():
         with pytest.raises(RuntimeError, match="written to"):
             parked.fetch()
         parked.drop()
+
+
+def test_block_that_is_read_back_while_it_is_written_to_disk(tmp_path, monkeypatch):
+    go, write = threading.Event(), os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *args: go.wait(20) and write(*args))
+    with late_store(4096, tmp_path) as store:
+        parked = [store.park(pattern(i, 256), (i, "x")) for i in range(4)]  # the first is on its way to disk
+        store.settle()
+        assert parked[0]._entries()[0].job is not None
+        parked[0].prefetch()  # its copy to the device has not happened yet
+        go.set()
+        parked[0]._entries()[0].job.result()
+        parked.append(store.park(pattern(4, 256), (4, "x")))  # wants a block
+        store.settle()
+        for i in (0, 4, 3, 2, 1):
+            assert torch.equal(parked[i].fetch(), pattern(i, 256)), i
