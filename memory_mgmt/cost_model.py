@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from typing import get_args
 
 from memory_mgmt.cost_ops import COMMUNICATION, COPIES, OpClass, copy_seconds, moved_bytes, op_class, op_seconds
 from memory_mgmt.cost_rates import Curve, Rates, Topology
@@ -33,6 +34,7 @@ __all__ = ["Curve", "Rates", "Stretch", "Topology", "copy_seconds", "op_class", 
 
 _GATHER_OF_PARAMETERS = "fsdp::all_gather_copy_in"
 _REDUCTION_OF_GRADIENTS = "fsdp::chunk_cat"
+_PHASES: dict[str, Phase] = {phase: phase for phase in get_args(Phase)}
 _FORWARD = ("build", "forward", "loss")
 
 
@@ -41,7 +43,8 @@ class Stretch:
     """What one stretch of the step takes. Seconds; ``compute`` includes ``recompute``."""
 
     label: str
-    phase: Phase | None
+    """Of the mark that begins it; its first word is the phase (else: the first operation's)."""
+    phase: Phase
     layer: int | None
     start: float = 0.0
     end: float = 0.0
@@ -124,7 +127,8 @@ def _stretches(trace: Trace, rates: Rates, topology: Topology) -> list[Stretch]:
     for op in trace.ops:
         mark = bisect_right(starts, op.time) - 1
         if mark not in found:
-            found[mark] = Stretch(trace.marks[mark][1] if mark >= 0 else "", op.phase, op.layer)
+            label = trace.marks[mark][1] if mark >= 0 else ""
+            found[mark] = Stretch(label, _PHASES.get(label.partition(" ")[0], op.phase), op.layer)
         kind = op_class(op)
         found[mark].work.append(_Work(op, kind, op_seconds(op, rates, topology), _is_of_parameters(kind, previous)))
         previous = op.name

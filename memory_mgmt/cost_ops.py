@@ -35,6 +35,8 @@ OpClass = Literal[
 COMMUNICATION: frozenset[OpClass] = frozenset(("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "send", "receive"))
 COPIES: frozenset[OpClass] = frozenset(("copy_out", "copy_in"))
 
+_NOTHING = frozenset(("_unsafe_view", "_reshape_alias"))
+"""Views that their signature does not show as such."""
 _MATMUL = frozenset(("mm", "addmm", "linear", "matmul", "mv", "addmv", "_scaled_mm", "mkldnn_linear", "_addmm_activation"))
 _BATCHED = frozenset(("bmm", "baddbmm", "einsum", "convolution", "convolution_backward", "linalg_solve_triangular"))
 _EXPONENTIALS = {"exp", "exp2", "expm1", "logsumexp", "softmax", "sigmoid", "logsigmoid", "silu", "gelu", "tanh", "softplus", "mish", "elu"}
@@ -61,6 +63,8 @@ def op_class(op: TracedOp) -> OpClass:
         return _collective_class(op, name)
     if "attention" in name and ("flash" in name or "efficient" in name or "cudnn" in name or "scaled_dot_product" in name):
         return "attention_backward" if "backward" in name else "attention_forward"
+    if name in _NOTHING:
+        return "nothing"
     if name in _MATMUL:
         return "matmul"
     if name in _BATCHED:

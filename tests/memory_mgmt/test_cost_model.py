@@ -90,6 +90,7 @@ def predict(stretches: list[tuple[str, str, list[TracedOp]]], rates: Rates = ROU
         (op("aten::copy_", message_bytes=10**10, stream="copy_in"), 0.5),
         (op("aten::_to_copy", bytes=2 * 10**10, stream="copy_out"), 1.0),  # read here, written there
         (op("c10d::allreduce_", group_size=1, message_bytes=10**10), 0.0),
+        (op("aten::_unsafe_view", bytes=10**11), 0.0),
         (op("_c10d_functional::wait_tensor", group_size=8, message_bytes=10**10), 0.0),
     ],
 )
