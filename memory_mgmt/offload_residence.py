@@ -91,7 +91,7 @@ class Residence:
         while True:
             self.check()
             # Waiting for a copy that is under way comes before locking more memory: the steady state locks none.
-            if self._draining and not mode and nbytes > self.memory.free_bytes:
+            if self._draining and not mode and rounded(nbytes) > self.memory.free_bytes:
                 with self._waiting():
                     self._draining[0].wait()
                 self._reclaim_all()

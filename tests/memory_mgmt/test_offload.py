@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +26,7 @@ from models.batch import Batch, Bounds
 from models.config import ModelConfig
 from models.errors import UserError
 from models.transformer import Transformer, init_weights
+from tests.distributed import run_distributed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
 
@@ -499,3 +502,37 @@ def test_fake_cuda():
     done = subprocess.run([sys.executable, "-m", "tests.memory_mgmt.offload_on_fake_cuda"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["layers", "budget", "autograd"]
+
+
+# --- under FSDP2 ------------------------------------------------------------------------------------------------------------------
+
+
+def sharded(mixed):
+    plain, batch = transformer()
+    model, _ = transformer()
+    mesh = init_device_mesh("cpu", (2,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
+    travelled = []
+    for m in (plain, model):
+        for block in m.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(m, mesh=mesh, mp_policy=policy)
+    shapes = {tuple(s) for p in plain.parameters() if p.ndim == 2 for s in (p.shape, p.shape[::-1])}
+    with HostStore("cpu") as store:
+        store.protect(model.parameters())
+        park = store.park
+        store.park = lambda tensor, slot: travelled.append(tuple(tensor.shape)) or park(tensor, slot)
+        park_in_blocks(model, store)
+        for _ in range(2):
+            for m in (plain, model):
+                m.zero_grad()
+                m(batch).sum().backward()
+            for (name, p), q in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+                assert torch.equal(p.grad.to_local(), q[1].grad.to_local()), name
+            assert store.used_bytes == 0
+    assert travelled and not shapes & set(travelled)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gathered_parameters_never_travel(mixed):
+    run_distributed(sharded, 2, mixed)
