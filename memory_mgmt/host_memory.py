@@ -6,7 +6,7 @@ GPU. torch's own pinned allocator rounds requests up to powers of two (pytorch#9
 slabs grow only when all free ranges together are too small: a step that needs no more than an earlier one maps and locks nothing.
 
 What it does not do: copies (offload.py), the disk tier (offload_disk.py). Not thread-safe: the store holds its lock around it.
-Try alone: ``python -c "from memory_mgmt.host_memory import HostMemory; print(HostMemory(1 << 20).take(1000))"``.
+Try alone: ``python -c "from memory_mgmt.host_memory import HostMemory; print(HostMemory(1 << 20).take(1000).nbytes)"``.
 """
 
 from __future__ import annotations
