@@ -76,7 +76,6 @@ def apply_policy(model: Transformer, policy: Policy, store: Store | None = None)
         block = cast(Block, module)
         # A group holds its own input, and while it runs again the blocks' inputs stay where they are.
         layer = replace(layer, input=KEEP) if grouped else layer
-        block.run_ffn = call
         if isinstance(block.mixer, MemoryModule):
             block.mixer.tile_tokens = 0
         if layer == KEEP_ALL:
@@ -100,8 +99,3 @@ def _check(model: Transformer, policy: Policy, store: Store | None) -> None:
 def draws_random_numbers(model: nn.Module) -> bool:
     """Whether a forward pass in training draws random numbers: some module drops out."""
     return any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
-
-
-def apply_memory_settings(model: Transformer, config: MemoryConfig) -> None:
-    """Install what ``config`` says by itself (not ``recompute: auto``), without a host store."""
-    apply_policy(model, policy_of(config, model.config.layer_kinds))

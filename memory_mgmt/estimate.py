@@ -277,11 +277,10 @@ class _Step:
         s = self.shapes
         return {"loss inputs": s.norm_kept() + s.narrow + 3 * s.statistic}
 
-    def logits(self, backward: bool) -> int:
-        """Copies of one tile: forward the logits and their exponentials; backward their gradient (and a narrow copy in bf16)."""
+    def logits(self) -> int:
+        """Copies of one tile: the logits, which become their gradient, and their exponentials or a narrow copy for the products."""
         tile = min(self.memory.loss_tile_tokens, self.shapes.n) * self.vocab_size
-        narrow = ELEMENT["bf16"] if self.precision == "bf16" else 0
-        return tile * (self.wide + narrow if backward else 2 * self.wide)
+        return tile * 2 * self.wide
 
     def head_cast(self) -> int:
         return self.shapes.cast_weights(self.vocab_size * self.model.d_model)
@@ -311,14 +310,13 @@ class _Step:
         return _sum(self.kept(block + (not self.recompute)), self.gathered(block, False), {"inside a forward pass": inside + s.stream})
 
     def loss_forward(self) -> _Live:
-        live = _sum(self.kept(len(self.model.layer_kinds)), self.gathered(None, False), self.loss_inputs())
-        return _sum(live, {"logits of one tile": self.logits(False) + self.head_cast()})
+        """The gradients are made here, from the same logits."""
+        return _sum(self.loss_backward(), {"logits of one tile": self.logits() + self.head_cast()})
 
     def loss_backward(self) -> _Live:
         s = self.shapes
         live = _sum(self.kept(len(self.model.layer_kinds)), self.gathered(None, True), self.loss_inputs())
-        gradients = s.narrow + self.vocab_size * self.model.d_model * self.wide
-        return _sum(live, {"logits of one tile": self.logits(True) + self.head_cast(), "loss gradients": gradients})
+        return _sum(live, {"loss gradients": s.narrow + self.vocab_size * self.model.d_model * self.wide})
 
     def backward(self, block: int) -> list[tuple[str, _Live]]:
         """The four parts of one block's backward: while one runs, what later parts need is still held."""

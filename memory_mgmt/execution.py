@@ -2,7 +2,7 @@
 
     x -> _Enter -> q, k, v -> attention under saved-tensor hooks -> out -> _Leave -> y        (a memory layer: h instead of q, k, v)
 
-``_Enter`` and ``_Leave`` are one autograd node each for the token-wise parts (memory_mgmt/token_wise.py), run a range of tokens at a
+``_Enter`` and ``_Leave`` are one autograd node each for the token-wise parts (memory_mgmt/tiles.py), run a range of tokens at a
 time; the sequence-wise mixer between them keeps its own autograd function, and memory_mgmt/mixer_saving.py decides what becomes of
 the tensors that it saves. Weight gradients leave each node once, summed over ranges in float32. Works inside FSDP2 units, under
 autocast, over ring attention and exchanged memory states; one backward pass per forward pass.
@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memory_mgmt.mixer_saving import AttentionSaving, MemorySaving, Saving
-from memory_mgmt.pieces import Held, Parking, Store, assemble, spans
+from memory_mgmt.pieces import Held, Parked, Parking, Store, assemble, spans
 from memory_mgmt.policy import LayerPolicy
-from memory_mgmt.token_wise import GradientSums, RopeTable, TokenWise, check_known
+from memory_mgmt.tiles import GradientSums, RopeTable, TokenWise, check_known
 from models.attention import Attention
 from models.batch import Bounds
 from models.feedforward import compute_dtype
@@ -168,7 +168,6 @@ class Pass:
     def release(self) -> None:
         """Let go of everything; the backward pass is over, or will never come."""
         if self.number is not None:
-            self.parking.release()
             self.run.end_pass(self.number)
             self.number = self.normed_BTC = self.below = None
             del self.x
@@ -180,6 +179,12 @@ class Pass:
 
     def __del__(self) -> None:
         self.release()
+
+
+class _InHost(NamedTuple):
+    """What ``TokenWise.leave_backward`` needs of one range, in host memory."""
+
+    parked: list[Parked]
 
 
 class _Enter(torch.autograd.Function):
@@ -237,8 +242,8 @@ class _Leave(torch.autograd.Function):
             if middle is None:
                 assert mixed_now is not None
                 middle = parts.middle(one.x.part(a, b), mixed_now, weights)
-            elif isinstance(middle, int):
-                middle = [one.parking.take(("feed_forward", a, i)) for i in range(middle)]
+            elif isinstance(middle, _InHost):
+                middle = [parked.fetch() for parked in middle.parked]
             return parts.leave_backward(grads[0].narrow(1, a, b - a), middle, mixed_now, weights, sums)
 
         with torch.autocast(grads[0].device.type, enabled=False):
@@ -253,7 +258,7 @@ def _enter(one: Pass, x_BTC: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _leave(one: Pass, x_BTC: Tensor, mixed: Tensor, weights: Sequence[Tensor], middles: dict | None) -> Tensor:
-    """y_BTC. ``middles`` takes, by range, the tensors that are kept, or how many are parked; None saves nothing."""
+    """y_BTC. ``middles`` takes, by range, what is kept or parked of it; None saves nothing."""
     parts, dim = one.parts, one.parts.mixer_dim
     narrow = parts.narrow(weights)
     y_BTC = torch.empty_like(x_BTC)
@@ -264,9 +269,8 @@ def _leave(one: Pass, x_BTC: Tensor, mixed: Tensor, weights: Sequence[Tensor], m
             continue
         swapped, kept, _ = one.split["feed_forward"]
         if b <= swapped:
-            for i, tensor in enumerate(middle):
-                one.parking.park(tensor, ("feed_forward", a, i))
-            middles[a, b] = len(middle)
+            parked = [one.parking.park(tensor, ("feed_forward", a, i)) for i, tensor in enumerate(middle)]
+            middles[a, b] = _InHost(parked)
         elif b <= swapped + kept:
             middles[a, b] = middle
     return y_BTC

@@ -7,6 +7,7 @@ Legend: B row, T token, C channel.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from memory_mgmt.pieces import Held, Parking, Store
 from memory_mgmt.policy import Split
 from models.batch import Bounds
 from models.transformer import Block, run_in_order
+
+_LAST_GROUP = "last group of blocks"
 
 
 class GroupedBlocks:
@@ -56,9 +59,12 @@ class _Group(torch.autograd.Function):
             "cache_enabled": False,
         }
         ctx.rng = _rng_states(device) if run.keep_rng else None
-        parking = Parking(run.store, ("group", first, id(ctx)))
+        ctx.parking = Parking(run.store, ("group", first, id(ctx)))
+        # The group below, so that its input comes back while this group's backward runs.
+        ctx.below = bounds._cache.get(_LAST_GROUP) if first else None
+        bounds._cache[_LAST_GROUP] = weakref.ref(ctx.parking)
         swapped, kept, _recomputed = run.inputs[first].tokens(x_BTC.shape[1], 0)
-        ctx.x = Held(x_BTC, 1, swapped, kept, parking, "input")
+        ctx.x = Held(x_BTC, 1, swapped, kept, ctx.parking, "input")
         y_BTC = run_in_order(blocks, x_BTC, positions_BT, bounds)
         ctx.x.trim()
         return y_BTC
@@ -67,6 +73,9 @@ class _Group(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         if ctx.x is None:
             raise RuntimeError("a group of blocks was differentiated a second time; run its forward pass again first")
+        below = ctx.below() if ctx.below is not None else None
+        if below is not None:
+            below.prefetch()
         x_BTC, ctx.x = ctx.x.whole().detach().requires_grad_(), None
         now = None if ctx.rng is None else _rng_states(x_BTC.device.type)
         with torch.enable_grad(), torch.autocast(**ctx.autocast):

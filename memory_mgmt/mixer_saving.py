@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from memory_mgmt.pieces import Held
+from memory_mgmt.pieces import Held, Parked
 from models.memory.protocol import MemoryModule
 
 if TYPE_CHECKING:
@@ -160,12 +159,10 @@ class _Normed(NamedTuple):
     offset: int
 
 
-class _ParkedView(NamedTuple):
-    """A view of a parked tensor."""
+class _Packed(NamedTuple):
+    """A tensor in host memory, for as long as autograd holds this."""
 
-    name: str
-    shape: torch.Size
-    stride: tuple[int, ...]
+    parked: Parked
 
 
 class MemorySaving:
@@ -191,13 +188,10 @@ class MemorySaving:
         recomputed = self._recomputed_from == 0
         self._run_again = recomputed and self._output_wanted and output_recomputed > 0 and not one.run.keep_rng
         self._output_swapped = output_swapped if recomputed else self._swapped
-        self._park_now = False
+        self._park_now, self._count = False, 0
         self._output: Held | None = None
         self.again: tuple[Tensor, Tensor] | None = None
         """(h, y) of a second forward pass, with the graph between them."""
-        self._left: dict[str, int] = {}
-        """Views of each parked tensor that backward will still ask for."""
-        self._fetched: dict[str, Tensor] = {}
 
     def run(self, *entered: Tensor) -> Tensor:
         """The memory's output for its normed input."""
@@ -206,14 +200,12 @@ class MemorySaving:
             return _Again.apply(self, h_BTC, *self.parameters())  # type: ignore[return-value]
         self._normed_storage = h_BTC.untyped_storage()._cdata
         self._parameters = {p.untyped_storage()._cdata for p in self._mixer.parameters()}
-        self._known: dict[tuple[Any, ...], tuple[str, StorageWeakRef]] = {}
         self._park_now = self._swapped == self._pass.n_tokens
         with saved_tensors_hooks(self._pack, self._unpack):
             if self._recomputed_from == 0 and not self._tile_tokens:
                 y_BTC = self._checkpoint(self.outputs, h_BTC)
             else:
                 y_BTC = self.outputs(h_BTC)
-        self._known.clear()
         if self._output_wanted:
             n, parking = self._pass.n_tokens, self._pass.parking
             self._output = Held(y_BTC, 1, self._output_swapped, n - self._output_swapped, parking, "output")
@@ -250,35 +242,20 @@ class MemorySaving:
             self._park_now = outside
 
     def _pack(self, tensor: Tensor) -> Any:
-        place = _place(tensor)
-        if place[0] == self._normed_storage:
+        storage = tensor.untyped_storage()._cdata
+        if storage == self._normed_storage:
             return _Normed(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        tensor = tensor.detach()  # with its node it would hold the graph that holds it
         small = tensor.numel() * tensor.element_size() < _SMALL_BYTES
-        if not self._park_now or small or place[0] in self._parameters:
-            return tensor.detach()  # with its node it would hold the graph that holds it
-        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        key = (place[0], tensor.dtype) if whole else place
-        if key not in self._known:
-            # The weak reference keeps the storage's identity from being given to another while it is known here.
-            name = f"saved {len(self._left)}"
-            self._known[key] = name, StorageWeakRef(tensor.untyped_storage())
-            self._pass.parking.park(tensor.detach().as_strided((tensor.numel(),), (1,), 0) if whole else tensor.detach().contiguous(), name)
-            self._left[name] = 0
-        name = self._known[key][0]
-        self._left[name] += 1
-        return _ParkedView(name, tensor.shape, tensor.stride() if whole else tensor.contiguous().stride())
+        if not self._park_now or small or storage in self._parameters:
+            return tensor
+        self._count += 1
+        return _Packed(self._pass.parking.park(tensor, ("inside", self._count)))
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, _Normed):
             return self._pass.normed().as_strided(*packed)
-        if not isinstance(packed, _ParkedView):
-            return packed
-        name = packed.name
-        if name not in self._fetched:
-            self._fetched[name] = self._pass.parking.take(name)
-        self._left[name] -= 1
-        tensor = self._fetched[name] if self._left[name] else self._fetched.pop(name)
-        return tensor.as_strided(packed.shape, packed.stride, 0)
+        return packed.parked.fetch() if isinstance(packed, _Packed) else packed
 
     def trim(self) -> None:
         """See `Saving.trim`."""

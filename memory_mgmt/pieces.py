@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import pairwise
 from typing import Protocol
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 class Parked(Protocol):
-    """One tensor in host memory (memory_mgmt/offload.py)."""
+    """Handle of one tensor in host memory (memory_mgmt/offload.py); losing it frees that memory."""
 
     def fetch(self) -> Tensor:
         """The tensor on its device again: same values, shape and dtype."""
@@ -20,48 +21,41 @@ class Parked(Protocol):
         """Start the copy back without waiting."""
         ...
 
-    def drop(self) -> None:
-        """Free the host memory."""
-        ...
-
 
 class Store(Protocol):
     """What execution needs of memory_mgmt/offload.py's HostStore."""
 
     def park(self, tensor: Tensor, slot: Hashable) -> Parked:
-        """Start the copy of ``tensor`` to host memory; the caller may drop it at once."""
+        """Start the copy of ``tensor`` to host memory; the caller may drop it at once. The first item of ``slot`` names the layer."""
+        ...
+
+    def begin_layer(self, slot: Hashable) -> None:
+        """The forward pass enters a layer."""
         ...
 
 
 class Parking:
-    """The tensors that one pass of one layer has in the store; ``prefetch`` and ``release`` act on all that are still there."""
+    """Where one pass of one layer parks its tensors, and where they are brought back from together."""
 
     def __init__(self, store: Store | None, layer: Hashable) -> None:
         self._store, self._layer = store, layer
-        self._parked: dict[Hashable, Parked] = {}
+        self._parked: list[weakref.ref[Parked]] = []
+        if store is not None:
+            store.begin_layer((layer, ""))
 
-    def park(self, tensor: Tensor, name: Hashable) -> None:
-        """Hand ``tensor`` to the store under ``name``, which is free."""
-        assert self._store is not None and name not in self._parked
-        self._parked[name] = self._store.park(tensor, (self._layer, name))
-
-    def take(self, name: Hashable) -> Tensor:
-        """The tensor parked under ``name``; its host memory is free afterwards."""
-        parked = self._parked.pop(name)
-        tensor = parked.fetch()
-        parked.drop()
-        return tensor
+    def park(self, tensor: Tensor, name: Hashable) -> Parked:
+        """Hand ``tensor`` to the store under ``name``."""
+        assert self._store is not None
+        parked = self._store.park(tensor, (self._layer, name))
+        self._parked.append(weakref.ref(parked))
+        return parked
 
     def prefetch(self) -> None:
-        """Start to bring everything back."""
-        for parked in self._parked.values():
-            parked.prefetch()
-
-    def release(self) -> None:
-        """Free the host memory of what was not taken."""
-        for parked in self._parked.values():
-            parked.drop()
-        self._parked.clear()
+        """Start to bring back what is still parked, in the order in which backward needs it."""
+        for reference in reversed(self._parked):
+            parked = reference()
+            if parked is not None:
+                parked.prefetch()
 
 
 class Held:
@@ -73,11 +67,9 @@ class Held:
         self._first = 0  # token of the whole tensor at which ``_tensor`` begins
         self._dim, self._swapped, self._end, self._n = dim, swapped, swapped + kept, tensor.shape[dim]
         self._empty, self._shape, self._order = tensor.new_empty(0), tensor.shape, memory_order(tensor)
-        self._parking, self._name = parking, name
         self._fetched: Tensor | None = None
         self._trimmed = False
-        if swapped:
-            parking.park(tensor.narrow(dim, 0, swapped), name)
+        self._parked = parking.park(tensor.narrow(dim, 0, swapped), name) if swapped else None
 
     def trim(self) -> None:
         """Let go of what is not kept. A part is copied, because a view would hold the memory of the whole tensor."""
@@ -118,7 +110,8 @@ class Held:
 
     def _fetch(self) -> Tensor:
         if self._fetched is None:
-            self._fetched = self._parking.take(self._name)
+            assert self._parked is not None
+            self._fetched, self._parked = self._parked.fetch(), None
         return self._fetched
 
 

@@ -1,78 +1,185 @@
-"""Run a token-wise module a tile of tokens at a time, so that its inner width exists for one tile only.
+"""The token-wise parts of a block on a range of tokens: forward, and backward written out.
 
-Forward keeps nothing but the input; backward recomputes each tile and differentiates it at once. Weight gradients of the
-tiles add up in float32 and are returned to autograd once: summed in bf16 over 256 tiles their error grows sevenfold, and
-a ``backward()`` per tile would fire FSDP's and DDP's gradient hooks once per tile.
+``enter``: norm and, for attention, projections and rotation. ``leave``: output projection, residual, norm, feed-forward, residual.
+Neither saves anything: the caller decides what to keep, and gives it back. The backward of ``enter`` needs the block's input only
+(the norm again, no product again); that of ``leave`` the stream after the mixer, gate and up. Every step is the one that autograd
+would take on the modules, so that on a single range results are the same bits; sums over ranges are float32 (float64).
 
-Legend: B row, T token, C channel.
+Legend: B row, t tokens of the range, C channel, H heads (query or key/value), D head size, F feed-forward width, O and I of a weight.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.attention import Attention
+from models.feedforward import RMSNorm, SwiGLU, gated_product, gated_product_backward, rms_norm, rms_norm_backward
+from models.memory.protocol import MemoryModule
+from models.rope import turn
+from models.transformer import Block
+
+RopeTable = tuple[Tensor, Tensor]
+"""(cos, sin), each [B, 1, T, D / 2]"""
 
 
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, module: nn.Module, tile_tokens: int, x_BTC: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.module, ctx.tile_tokens = module, tile_tokens
-        ctx.autocast = _autocast_now(x_BTC)
-        ctx.save_for_backward(x_BTC)
-        tiles = x_BTC.split(tile_tokens, dim=1)
-        with torch.autocast(**ctx.autocast):
-            out = None
-            for i, x in enumerate(tiles):
-                y = module(x)
-                if out is None:
-                    out = y.new_empty(*x_BTC.shape[:-1], y.shape[-1])
-                out[:, i * tile_tokens : i * tile_tokens + x.shape[1]] = y
-        assert out is not None
-        return out
+class GradientSums:
+    """Sums over token ranges of the gradients of some weights. ``needed``: which of them are wanted at all."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x_BTC,) = ctx.saved_tensors
-        # Read anew: under FSDP2 the module holds its gathered parameters now, as it did in forward.
-        parameters = list(ctx.module.parameters())
-        needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
-        wanted = [p for p, need in zip(parameters, needs, strict=True) if need]
-        totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
-        dx_BTC = torch.empty_like(x_BTC) if needs_x else None
-        for i, dy in enumerate(grads[0].split(ctx.tile_tokens, dim=1)):
-            span = slice(i * ctx.tile_tokens, i * ctx.tile_tokens + dy.shape[1])
-            x = x_BTC[:, span].detach().requires_grad_(needs_x)
-            with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                y = ctx.module(x)
-            sources = [*wanted, x] if needs_x else wanted
-            tile_grads = torch.autograd.grad(y, sources, dy, allow_unused=True)
-            for total, grad in zip(totals, tile_grads, strict=False):
-                if grad is not None:
-                    total += grad
-            if dx_BTC is not None:
-                dx_BTC[:, span] = tile_grads[-1]
-        rounded = iter(total.to(p.dtype) for total, p in zip(totals, wanted, strict=True))
-        return None, None, dx_BTC, *(next(rounded) if need else None for need in needs)
+    def __init__(self, needed: Sequence[bool]) -> None:
+        self._needed = needed
+        self._sums: list[Tensor | None] = [None] * len(needed)
+
+    def add_product(self, i: int, dy_BtO: Tensor, x_BtI: Tensor) -> None:
+        """dy^T x, summed over all tokens, for weight ``i``."""
+        if not self._needed[i]:
+            return
+        a, b, total = dy_BtO.flatten(0, 1).t(), x_BtI.flatten(0, 1), self._sums[i]
+        if total is not None and total.dtype == a.dtype:
+            total.addmm_(a, b)
+        else:
+            self.add(i, torch.mm(a, b))
+
+    def add(self, i: int, grad: Tensor) -> None:
+        """A finished gradient of one range for weight ``i``; it may be changed afterwards."""
+        if not self._needed[i]:
+            return
+        total = self._sums[i]
+        self._sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32)) if total is None else total.add_(grad)
+
+    def results(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
+        """The sums in the dtypes of their weights, which they leave."""
+        done = [None if total is None else total.to(weight.dtype) for total, weight in zip(self._sums, weights, strict=True)]
+        self._sums = [None] * len(done)
+        return done
 
 
-def _autocast_now(x: Tensor) -> dict[str, Any]:
-    """Arguments that restore the present autocast state. Its weight cache is off: a copy cached while gradients are off would be
-    reused later in the same autocast region and silently cut the weight's gradient."""
-    device = x.device.type
-    enabled = torch.is_autocast_enabled(device)
-    return {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled, "cache_enabled": False}
+@dataclass(frozen=True)
+class TokenWise:
+    """The token-wise parts of ``block``, computed in ``dtype``. Parameters are read at every call: under FSDP2 they come and go."""
+
+    block: Block
+    dtype: torch.dtype
+
+    @property
+    def is_attention(self) -> bool:
+        return isinstance(self.block.mixer, Attention)
+
+    @property
+    def mixer_dim(self) -> int:
+        """Where the mixer's inputs and output count tokens: [B, H, T, D] for attention, [B, T, C] for a memory."""
+        return 2 if self.is_attention else 1
+
+    @property
+    def enter_dims(self) -> tuple[int, ...]:
+        """The same for every tensor of ``enter``."""
+        return (2, 2, 2) if self.is_attention else (1,)
+
+    def enter_weights(self) -> list[Tensor]:
+        """Norm; for attention also the projections of query, key and value."""
+        mixer = self.block.mixer
+        projections = [mixer.wq.weight, mixer.wk.weight, mixer.wv.weight] if isinstance(mixer, Attention) else []
+        return [self.block.norm1.weight, *projections]
+
+    def leave_weights(self) -> list[Tensor]:
+        """Norm, gate, up, down; for attention also the output projection."""
+        mixer, ffn = self.block.mixer, self.block.ffn
+        out = [mixer.wo.weight] if isinstance(mixer, Attention) else []
+        return [self.block.norm2.weight, ffn.w_gate.weight, ffn.w_up.weight, ffn.w_down.weight, *out]
+
+    def narrow(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The norm's weight as it is, the others in the computing dtype."""
+        return [weights[0], *(weight.to(self.dtype) for weight in weights[1:])]
+
+    # --- enter ----------------------------------------------------------------------------------------------------------------
+
+    def enter(self, x_BtC: Tensor, weights: Sequence[Tensor], table: RopeTable | None) -> list[Tensor]:
+        """q, k (rotated) and v, each [B, H, t, D]; for a memory the normed input [B, t, C]."""
+        h_BtC, _ = rms_norm(x_BtC, weights[0], self.block.norm1.eps, self.dtype)
+        if table is None:
+            return [h_BtC]
+        q, k, v = (F.linear(h_BtC, weight).unflatten(-1, (-1, self._head_dim)).transpose(1, 2) for weight in weights[1:])
+        return [turn(q, *table, 1.0), turn(k, *table, 1.0), v]
+
+    def enter_backward(
+        self, x_BtC: Tensor, grads: Sequence[Tensor], weights: Sequence[Tensor], table: RopeTable | None, sums: GradientSums
+    ) -> Tensor:
+        """Gradient of x, in x's dtype. ``sums`` and ``weights`` in the order of ``enter_weights``."""
+        norm = weights[0]
+        h_BtC, rnorm_Bt1 = rms_norm(x_BtC, norm, self.block.norm1.eps, self.dtype)
+        if table is None:
+            (dh_BtC,) = grads
+        else:
+            dh_BtC = torch.empty(0)
+            for i in (3, 2, 1):  # value, key, query: the order in which autograd adds them
+                grad_BHtD = grads[i - 1] if i == 3 else turn(grads[i - 1], *table, -1.0)
+                dy_BtO = grad_BHtD.transpose(1, 2).flatten(2)
+                sums.add_product(i, dy_BtO, h_BtC)
+                dh_BtC = torch.matmul(dy_BtO, weights[i]) if i == 3 else dh_BtC.add_(torch.matmul(dy_BtO, weights[i]))
+        dx_BtC, dnorm_C = rms_norm_backward(dh_BtC, x_BtC, norm, rnorm_Bt1)
+        sums.add(0, dnorm_C)
+        return dx_BtC
+
+    # --- leave ----------------------------------------------------------------------------------------------------------------
+
+    def middle(self, x_BtC: Tensor, mixed: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The residual stream after the mixer, gate and up: what ``leave_backward`` needs."""
+        stream_BtC = x_BtC + (F.linear(tokens_first(mixed), weights[4]) if self.is_attention else mixed)
+        h_BtC, _ = rms_norm(stream_BtC, weights[0], self.block.norm2.eps, self.dtype)
+        return [stream_BtC, F.linear(h_BtC, weights[1]), F.linear(h_BtC, weights[2])]
+
+    def leave(self, middle: Sequence[Tensor], weights: Sequence[Tensor], out_BtC: Tensor | None = None) -> Tensor:
+        """The residual stream after the block, into ``out`` if given."""
+        stream_BtC, gate_BtF, up_BtF = middle
+        down_BtC = F.linear(gated_product(gate_BtF, up_BtF), weights[3])
+        return torch.add(stream_BtC, down_BtC, out=out_BtC)
+
+    def leave_backward(
+        self, dy_BtC: Tensor, middle: Sequence[Tensor], mixed: Tensor | None, weights: Sequence[Tensor], sums: GradientSums
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x, in its dtype, and of the mixer's output ``mixed``, whose values only attention needs. ``weights`` and ``sums``
+        in the order of ``leave_weights``."""
+        stream_BtC, gate_BtF, up_BtF = middle
+        norm, w_gate, w_up, w_down = weights[:4]
+        h_BtC, rnorm_Bt1 = rms_norm(stream_BtC, norm, self.block.norm2.eps, self.dtype)
+        d_BtC = dy_BtC.to(self.dtype)
+        sums.add_product(3, d_BtC, gated_product(gate_BtF, up_BtF))
+        dgate_BtF, dup_BtF = gated_product_backward(torch.matmul(d_BtC, w_down), gate_BtF, up_BtF)
+        sums.add_product(2, dup_BtF, h_BtC)
+        sums.add_product(1, dgate_BtF, h_BtC)
+        dh_BtC = torch.matmul(dup_BtF, w_up).add_(torch.matmul(dgate_BtF, w_gate))
+        del dgate_BtF, dup_BtF, h_BtC
+        dstream_BtC, dnorm_C = rms_norm_backward(dh_BtC, stream_BtC, norm, rnorm_Bt1)
+        sums.add(0, dnorm_C)
+        dstream_BtC.add_(dy_BtC)
+        if not self.is_attention:
+            return dstream_BtC, dstream_BtC.to(self.dtype, copy=True)
+        assert mixed is not None
+        d_BtC = dstream_BtC.to(self.dtype)
+        sums.add_product(4, d_BtC, tokens_first(mixed))
+        return dstream_BtC, torch.matmul(d_BtC, weights[4]).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+
+    @property
+    def _head_dim(self) -> int:
+        mixer = self.block.mixer
+        assert isinstance(mixer, Attention)
+        return mixer.head_dim
 
 
-def tiled(module: nn.Module, x_BTC: Tensor, tile_tokens: int) -> Tensor:
-    """``module(x)`` for a token-wise, deterministic ``module``, ``tile_tokens`` tokens of every row at a time.
+def tokens_first(out_BHtD: Tensor) -> Tensor:
+    """[B, H, t, D] -> [B, t, H * D]"""
+    return out_BHtD.transpose(1, 2).flatten(2)
 
-    Exact up to the order of sums. Works inside FSDP2 units, under autocast and inside torch.utils.checkpoint. Raises
-    ValueError for a tile below 1 token.
-    """
-    if tile_tokens < 1:
-        raise ValueError(f"tile_tokens is {tile_tokens}; a tile holds at least 1 token")
-    if x_BTC.shape[1] <= tile_tokens and not torch.is_grad_enabled():
-        return module(x_BTC)
-    return _Tiled.apply(module, tile_tokens, x_BTC, *module.parameters())  # type: ignore[return-value]
+
+def check_known(block: Block) -> None:
+    """Raise TypeError unless every part of ``block`` is one whose arithmetic is written here."""
+    known = {"norm1": RMSNorm, "norm2": RMSNorm, "ffn": SwiGLU}
+    for name, kind in known.items():
+        if type(getattr(block, name)) is not kind:
+            raise TypeError(f"a memory policy knows {kind.__name__} as a block's {name}, not {type(getattr(block, name)).__name__}")
+    if type(block.mixer) is not Attention and not isinstance(block.mixer, MemoryModule):
+        raise TypeError(f"a memory policy knows Attention and memory modules as a block's mixer, not {type(block.mixer).__name__}")

@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks of (norm, mixer, norm, feed-forward) with a residual stream, norm, tiled loss.
 
-What parallel/ and memory_mgmt/ replace from outside: a mixer's own seams, `Block.run`, `Block.run_ffn`, `Transformer.run_blocks`
-and `Transformer.loss_tile_tokens`. Nothing here knows of other ranks.
+What parallel/ and memory_mgmt/ replace from outside: a mixer's own seams, `Block.run`, `Transformer.run_blocks` and
+`Transformer.loss_tile_tokens`. Nothing here knows of other ranks.
 
 The residual stream stays in the embedding's dtype (float32) under bf16 autocast: the sum over layers is the one place
 where bf16 loses small updates for good (8 bits of mantissa against a stream that grows with depth), it is what Hugging
@@ -35,7 +35,7 @@ _INTO_RESIDUAL = ("wo", "w_out", "w_down")
 
 
 def call(body: Callable[..., Any], *args: Any) -> Any:
-    """The default of the seams ``Block.run`` and ``Block.run_ffn``: just call it."""
+    """The default of the seam ``Block.run``: just call it."""
     return body(*args)
 
 
@@ -47,8 +47,8 @@ def run_in_order(blocks: Iterable[Block], x_BTC: Tensor, positions_BT: Tensor, b
 
 
 class Block(nn.Module):
-    """One layer. ``run(body, *args)`` decides how the inside is executed (recompute), ``run_ffn(module, x)`` how the
-    feed-forward is (tiles); both stay inside ``forward`` so that FSDP's hooks are outside of any recomputation."""
+    """One layer. ``run(body, *args)`` decides how the inside is executed (kept, swapped, recomputed, in tiles); it stays inside
+    ``forward`` so that FSDP's hooks are outside of any recomputation."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
         super().__init__()
@@ -57,7 +57,6 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.ff_width)
         self.run: Callable[..., Tensor] = call
-        self.run_ffn: Callable[[nn.Module, Tensor], Tensor] = call
 
     def forward(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
         """The residual stream after this layer."""
@@ -65,7 +64,7 @@ class Block(nn.Module):
 
     def _body(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
         x_BTC = x_BTC + self._mix(self.norm1(x_BTC), positions_BT, bounds)
-        return x_BTC + self.run_ffn(self.ffn, self.norm2(x_BTC))
+        return x_BTC + self.ffn(self.norm2(x_BTC))
 
     def _mix(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
         if isinstance(self.mixer, MemoryModule):

@@ -6,12 +6,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from memory_mgmt.apply import apply_memory_settings
+from memory_mgmt.apply import apply_policy, policy_of
 from memory_mgmt.config import MemoryConfig
+from memory_mgmt.policy import KEEP, KEEP_ALL, KEEP_MIXER, RECOMPUTE, RECOMPUTE_BLOCK, SWAP, LayerPolicy, Policy
 from models.batch import Batch, Bounds
 from models.config import ModelConfig
 from models.transformer import Transformer, init_weights
 from tests.distributed import run_distributed
+from tests.memory_mgmt.measured import kept_bytes
 
 CONFIG = ModelConfig(d_model=16, n_heads=2, layers=("full", "swa", "memory"), window=16)
 SETTINGS = [
@@ -25,7 +27,7 @@ SETTINGS = [
 
 def make(settings, dtype=torch.float64):
     model = Transformer(CONFIG, 64).to(dtype)
-    apply_memory_settings(model, settings)
+    apply_policy(model, policy_of(settings, CONFIG.layer_kinds))
     init_weights(model, 0)
     return model
 
@@ -41,16 +43,9 @@ def run(model, batch):
     return nll.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def kept_bytes(settings):
-    model, saved = make(settings), {}
-
-    def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(make_batch())
-    return sum(size for size, _ in saved.values())
+def kept_by(settings):
+    model, batch = make(settings), make_batch()
+    return kept_bytes(lambda: model(batch))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(k for k in sorted(s.model_fields_set)))
@@ -63,16 +58,46 @@ def test_same_loss_and_gradients(settings):
 
 @pytest.mark.parametrize(("settings", "share"), [(SETTINGS[0], 0.4), (SETTINGS[1], 0.9), (SETTINGS[2], 0.9), (SETTINGS[4], 0.4)])
 def test_less_is_kept(settings, share):
-    assert kept_bytes(settings) < share * kept_bytes(MemoryConfig())
+    assert kept_by(settings) < share * kept_by(MemoryConfig())
 
 
 def test_settings_replace_earlier_ones():
-    model = make(SETTINGS[4])
-    apply_memory_settings(model, MemoryConfig())
+    model = make(SETTINGS[4].model_copy(update={"group_blocks": 2}))
+    apply_policy(model, policy_of(MemoryConfig(), CONFIG.layer_kinds))
     fresh = make(MemoryConfig())
+    assert model.run_blocks is fresh.run_blocks
     for block, other in zip(model.blocks, fresh.blocks, strict=True):
-        assert block.run is other.run and block.run_ffn is other.run_ffn
+        assert block.run is other.run
     assert model.blocks[2].mixer.tile_tokens == 0 and model.loss_tile_tokens == MemoryConfig().loss_tile_tokens
+
+
+def test_settings_that_name_a_policy():
+    kinds = ("full", "memory")
+    assert policy_of(MemoryConfig(), kinds).layers == (KEEP_ALL, KEEP_ALL)
+    assert policy_of(MemoryConfig(recompute="mixer"), 2).layers == (KEEP_MIXER, KEEP_MIXER)
+    grouped = policy_of(MemoryConfig(recompute="block", group_blocks=3), 2)
+    assert grouped.layers == (RECOMPUTE_BLOCK, RECOMPUTE_BLOCK) and grouped.group_blocks == 3
+    tiles = policy_of(MemoryConfig(ffn_tile_tokens=8, memory_tile_tokens=16), kinds)
+    assert [layer.feed_forward for layer in tiles.layers] == [RECOMPUTE, RECOMPUTE]
+    assert [layer.mixer for layer in tiles.layers] == [KEEP, RECOMPUTE]
+    assert (tiles.ffn_tile_tokens, tiles.memory_tile_tokens) == (8, 16)
+    assert policy_of(MemoryConfig(recompute="block", offload="inputs"), 1).layers == (LayerPolicy(SWAP, RECOMPUTE, RECOMPUTE, RECOMPUTE),)
+    assert policy_of(MemoryConfig(recompute="mixer", offload="kept"), 1).layers == (LayerPolicy(SWAP, RECOMPUTE, SWAP, RECOMPUTE),)
+    with pytest.raises(ValueError, match="planner"):
+        policy_of(MemoryConfig(recompute="auto"), 1)
+
+
+def test_what_cannot_be_installed_is_refused():
+    model = make(MemoryConfig())
+    with pytest.raises(ValueError, match="for 2 layers; the model has 3"):
+        apply_policy(model, Policy((KEEP_ALL,) * 2))
+    with pytest.raises(ValueError, match="layer 1 swaps its mixer, but there is no host store"):
+        apply_policy(model, Policy((KEEP_ALL, LayerPolicy(mixer=SWAP), KEEP_ALL)))
+    with pytest.raises(ValueError, match="layer 0 is to recompute its input"):
+        apply_policy(model, Policy((LayerPolicy(input=RECOMPUTE), KEEP_ALL, KEEP_ALL)))
+    model.blocks[1].ffn = torch.nn.Identity()
+    with pytest.raises(TypeError, match="SwiGLU as a block's ffn, not Identity"):
+        apply_policy(model, Policy((RECOMPUTE_BLOCK,) * 3))
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

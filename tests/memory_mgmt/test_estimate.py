@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memory_mgmt.activations import Shapes
-from memory_mgmt.apply import apply_memory_settings
+from memory_mgmt.apply import apply_policy, policy_of
 from memory_mgmt.config import MemoryConfig
 from memory_mgmt.devices import DEVICES
 from memory_mgmt.estimate import estimate
@@ -32,7 +32,7 @@ def config_of(*kinds: str, **changes) -> ModelConfig:
 def model_of(config: ModelConfig, precision: str, memory: MemoryConfig) -> Transformer:
     model = Transformer(config, VOCAB).to(DTYPES[precision])
     init_weights(model, 0)
-    apply_memory_settings(model, memory)
+    apply_policy(model, policy_of(memory, config.layer_kinds))
     return model
 
 

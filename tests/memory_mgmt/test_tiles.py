@@ -1,116 +1,162 @@
-"""Tiled execution of token-wise modules: same gradients, fewer bytes, right sums, also inside FSDP2."""
+"""Token-wise parts on token ranges: the same numbers as the modules under autograd, sums of weight gradients in float32."""
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import checkpoint
 
-from memory_mgmt.tiles import tiled
-from models.feedforward import SwiGLU
-from tests.distributed import run_distributed
+from memory_mgmt.pieces import Held, Parking, assemble, spans
+from memory_mgmt.tiles import GradientSums, TokenWise, tokens_first
+from models.batch import Bounds
+from models.config import ModelConfig
+from models.transformer import Block
+
+B, T, D = 2, 13, 16
 
 
-def make(d=8, f=32, dtype=torch.float64):
+def make_block(kind="full", dtype=torch.float64):
     torch.manual_seed(0)
-    module = SwiGLU(d, f).to(dtype)
-    return module, torch.randn(2, 13, d, dtype=dtype, requires_grad=True)
+    block = Block(ModelConfig(d_model=D, n_heads=4, n_kv_heads=2, layers=(kind,)), kind).to(dtype)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    return block
 
 
-def grads_of(y, x, module):
-    return torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), [x, *module.parameters()])
+def by_autograd(block, x, mixed):
+    """The block around a mixer whose output is given: y, and what the mixer reads."""
+    stream = x + (block.mixer.wo(tokens_first(mixed)) if mixed.ndim == 4 else mixed)
+    return stream + block.ffn(block.norm2(stream))
 
 
-@pytest.mark.parametrize("tile", [1, 4, 13, 50])
-@pytest.mark.parametrize("outer", [False, True], ids=["plain", "in_checkpoint"])
-def test_equals_the_module(tile, outer):
-    module, x = make()
-    y = checkpoint(lambda z: tiled(module, z, tile), x, use_reentrant=False) if outer else tiled(module, x, tile)
-    torch.testing.assert_close(y, module(x), rtol=0, atol=1e-13)
-    for a, b in zip(grads_of(y, x, module), grads_of(module(x), x, module), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("kind", ["full", "memory"])
+@pytest.mark.parametrize("tile", [0, 1, 5])
+def test_leave_is_what_autograd_does(kind, tile):
+    block, n_heads = make_block(kind), 4
+    x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+    shape = (B, n_heads, T, D // n_heads) if kind == "full" else (B, T, D)
+    mixed = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    want = by_autograd(block, x, mixed)
+    dy = torch.randn_like(want)
+    parts = TokenWise(block, torch.float64)
+    weights = parts.leave_weights()
+    wanted = torch.autograd.grad(want, [x, mixed, *weights], dy)
+    sums, dim = GradientSums([True] * len(weights)), parts.mixer_dim
+
+    @torch.no_grad()
+    def make(a, b):
+        middle = parts.middle(x[:, a:b], mixed.narrow(dim, a, b - a), weights)
+        y = parts.leave(middle, weights)
+        return y, *parts.leave_backward(dy[:, a:b], middle, mixed.narrow(dim, a, b - a), weights, sums)
+
+    y, dx, dmixed = assemble(spans(T, tile), make, (1, 1, dim))
+    tolerance = {"rtol": 0, "atol": 1e-12 if tile else 0}
+    torch.testing.assert_close(y, want, **tolerance)
+    for got, expected in zip([dx, dmixed, *sums.results(weights)], wanted, strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
 
 
-def test_frozen_weights_and_inputs_get_no_gradient():
-    module, x = make()
-    module.w_up.weight.requires_grad_(False)
-    tiled(module, x.detach(), 4).sum().backward()
-    assert module.w_up.weight.grad is None and module.w_down.weight.grad is not None
+@pytest.mark.parametrize("tile", [0, 1, 5])
+def test_enter_is_what_autograd_does(tile):
+    block = make_block()
+    mixer, bounds = block.mixer, Bounds.whole(B, T)
+    positions = torch.arange(T).expand(B, T)
+    x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+    seen = []
+    mixer.inner_attention = lambda q, k, v, _: (seen.extend((q, k, v)), q)[1]
+    mixer(block.norm1(x), positions, bounds)
+    parts = TokenWise(block, torch.float64)
+    weights, table = parts.enter_weights(), mixer.rope_table(positions, torch.float64, bounds)
+    grads = [torch.randn_like(t) for t in seen]
+    wanted = torch.autograd.grad(seen, [x, *weights], grads)
+    sums = GradientSums([True] * len(weights))
+
+    @torch.no_grad()
+    def make(a, b):
+        rows = tuple(t[:, :, a:b] for t in table)
+        dx = parts.enter_backward(x[:, a:b], [g[:, :, a:b] for g in grads], weights, rows, sums)
+        return *parts.enter(x[:, a:b], weights, rows), dx
+
+    *qkv, dx = assemble(spans(T, tile), make, (2, 2, 2, 1))
+    tolerance = {"rtol": 0, "atol": 1e-12 if tile else 0}
+    for got, expected in zip(qkv, seen, strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
+        assert tile or got.stride() == expected.stride()
+    for got, expected in zip([dx, *sums.results(weights)], wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-def test_only_the_input_is_kept():
-    module, x = make()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
-        tiled(module, x, 4)
-    assert saved == [x.numel()]
-    saved.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
-        module(x)
-    assert sum(saved) > 10 * x.numel()
+def test_enter_backward_makes_no_product_but_its_own():
+    block, parts = make_block(), None
+    parts = TokenWise(block, torch.float64)
+    x, weights = torch.randn(1, 4, D, dtype=torch.float64), parts.enter_weights()
+    table = block.mixer.rope_table(torch.arange(4)[None], torch.float64, Bounds.whole(1, 4))
+    grads = [torch.randn(1, heads, 4, 4, dtype=torch.float64) for heads in (4, 2, 2)]
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += "mm" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Count() as count:
+        count.n = 0
+        parts.enter_backward(x, grads, weights, table, GradientSums([True] * 4))
+    assert count.n == 6  # three for the input, three for the weights
 
 
 def test_bf16_weight_gradients_add_up_in_float32():
     torch.manual_seed(0)
-    module = torch.nn.Linear(4, 4, bias=False).bfloat16()
     x = torch.randn(1, 4096, 4, dtype=torch.bfloat16)
     dy = torch.ones(1, 4096, 4, dtype=torch.bfloat16) + 0.1 * torch.randn(1, 4096, 4).bfloat16()
-    (grad,) = torch.autograd.grad(tiled(module, x, 4), module.weight, dy)
+    sums = GradientSums([True, False])
+    for a, b in spans(4096, 4):
+        for i in range(2):
+            sums.add_product(i, dy[:, a:b], x[:, a:b])
+    grad, unwanted = sums.results([torch.empty(0, dtype=torch.bfloat16)] * 2)
     want = dy.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
+    assert unwanted is None and grad.dtype == torch.bfloat16
     error = ((grad.double() - want).norm() / want.norm()).item()
     assert error < 5e-3, error  # in bf16, 1024 tiles: about 4e-2
 
 
-@pytest.mark.parametrize("backward_inside", [False, True])
-def test_autocast_is_restored_in_backward_and_weights_cast_in_forward_keep_their_gradient(backward_inside):
-    module, x = make(dtype=torch.float32)
-    dtypes = []
-    module.w_up.register_forward_hook(lambda m, a, out: dtypes.append(out.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = tiled(module, x, 4)
-        again = module(x)  # reads the same weights in the same autocast region
-    with torch.autocast("cpu", torch.float16, enabled=backward_inside):
-        grads = torch.autograd.grad((y + again).float().sum(), [x, *module.parameters()])
-    assert set(dtypes) == {torch.bfloat16}
-    want = torch.autograd.grad(2 * module(x).sum(), [x, *module.parameters()])
-    for a, b in zip(grads, want, strict=True):
-        assert (a - b).norm() / b.norm() < 2e-2
+def test_spans_do_not_cross_a_cut():
+    assert spans(10, 4, (6, 0, 10)) == [(0, 4), (4, 6), (6, 8), (8, 10)]
+    assert spans(10, 0, (3,)) == [(0, 3), (3, 10)] and spans(10, 0) == [(0, 10)]
 
 
-def fsdp_gradients(tile):
-    class Unit(torch.nn.Module):
-        def __init__(self, ffn):
-            super().__init__()
-            self.ffn = ffn
+class InHost:
+    def __init__(self, tensor):
+        self.tensor = tensor.clone()
 
-        def forward(self, x):
-            return tiled(self.ffn, x, tile) if tile else self.ffn(x)
+    def fetch(self):
+        return self.tensor.clone()
 
-    module, x = make()
-    model = Unit(module)
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), reshard_after_forward=True)
-    model.set_gradient_divide_factor(1.0)
-    model.set_force_sum_reduction_for_comms(True)
-    x_mine = x[dist.get_rank() :: dist.get_world_size()].detach().requires_grad_()
-    for _ in range(2):  # the second pass reuses buffers that FSDP has freed and filled again
-        model.zero_grad()
-        x_mine.grad = None
-        model(x_mine).square().sum().backward()
-    return [p.grad.full_tensor().detach() for p in model.parameters()], x_mine.grad
+    def prefetch(self):
+        pass
 
 
-def test_works_inside_fsdp():
-    module, x = make()
-    module(x).square().sum().backward()
-    for tile in (0, 4):
-        for rank, (grads, dx) in enumerate(run_distributed(fsdp_gradients, 2, tile)):
-            torch.testing.assert_close(dx, x.grad[rank : rank + 1], rtol=0, atol=1e-12)
-            for a, p in zip(grads, module.parameters(), strict=True):
-                torch.testing.assert_close(a, p.grad, rtol=0, atol=1e-12)
+class HostDouble:
+    def park(self, tensor, slot):
+        return InHost(tensor)
+
+    def begin_layer(self, slot):
+        pass
 
 
-def test_a_tile_below_one_token_is_refused():
-    module, x = make()
-    with pytest.raises(ValueError, match="tile_tokens is 0"):
-        tiled(module, x, 0)
+@pytest.mark.parametrize(("swapped", "kept"), [(0, 7), (7, 0), (3, 4), (2, 3), (0, 4), (4, 0)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_held_tensor_comes_back_by_ranges_and_whole(swapped, kept, transposed):
+    tensor = torch.randn(2, 7, 3, 4)
+    tensor, dim = (tensor.transpose(1, 2), 2) if transposed else (tensor, 1)
+    held = Held(tensor, dim, swapped, kept, Parking(HostDouble(), 0), "x")
+    held.trim()
+    whole = held.whole()
+    assert held.missing_from == swapped + kept and whole.stride() == tensor.stride()
+    n = swapped + kept
+    assert torch.equal(whole.narrow(dim, 0, n), tensor.narrow(dim, 0, n))
+
+
+def test_a_held_tensor_frees_what_it_does_not_keep():
+    tensor = torch.randn(1, 8, 4)
+    held = Held(tensor, 1, 2, 3, Parking(HostDouble(), 0), "x")
+    assert torch.equal(held.part(0, 2), tensor[:, :2]) and torch.equal(held.part(2, 5), tensor[:, 2:5])
+    held.trim()
+    assert torch.equal(held.part(3, 5), tensor[:, 3:5])
+    assert held.part(2, 5).untyped_storage().nbytes() == 3 * 4 * 4

@@ -20,12 +20,43 @@ def reference(h, weight, labels):
     return F.cross_entropy((h @ weight.t()).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view(labels.shape)
 
 
+def head_products(run):
+    """How many matrix products ``run()`` makes."""
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
+            return func(*args, **(kwargs or {}))
+
+    with Count() as count:
+        count.n = 0
+        run()
+    return count.n
+
+
+def test_a_sum_or_mean_costs_three_products_per_tile_and_evaluation_one():
+    h, weight, labels = make()
+    assert head_products(lambda: chunked_cross_entropy(h, weight, labels, 11).sum().backward()) == 6
+    assert head_products(lambda: (chunked_cross_entropy(h, weight, labels, 11).sum() / 7).backward()) == 6
+    with torch.no_grad():
+        assert head_products(lambda: chunked_cross_entropy(h, weight, labels, 11)) == 2
+
+
+def test_a_second_backward_pass_over_the_same_graph_gives_the_same():
+    h, weight, labels = make()
+    nll = chunked_cross_entropy(h, weight, labels, 4)
+    first = torch.autograd.grad(nll.sum() * 3, (h, weight), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(nll.sum() * 3, (h, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("tile", [1, 4, 22, 100])
-def test_equals_torch_forward_and_backward(tile):
+@pytest.mark.parametrize("upstream", ["per token", "one number"])
+def test_equals_torch_forward_and_backward(tile, upstream):
     h, weight, labels = make()
     got, want = chunked_cross_entropy(h, weight, labels, tile), reference(h, weight, labels)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
-    dnll = torch.rand_like(got)
+    dnll = torch.rand_like(got) if upstream == "per token" else torch.tensor(-0.3, dtype=got.dtype)
     for a, b in zip(*(torch.autograd.grad((x * dnll).sum(), (h, weight)) for x in (got, want)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 

@@ -11,7 +11,7 @@ from models.batch import IGNORE_INDEX, Batch, Bounds
 from models.config import ModelConfig
 from models.feedforward import RMSNorm, SwiGLU
 from models.flops import parameter_count
-from models.transformer import Transformer, init_weights
+from models.transformer import Transformer, init_weights, run_in_order
 from tests.distributed import run_distributed
 
 VOCAB = 64
@@ -99,13 +99,13 @@ def test_bf16_autocast_keeps_a_float32_residual_stream_and_bf16_inside():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_run_and_run_ffn_are_the_only_ways_into_a_block():
+def test_run_blocks_and_run_are_the_only_ways_into_a_block():
     model, batch, calls = make_model(), make_batch(), []
+    model.run_blocks = lambda *args: (calls.append("blocks"), run_in_order(*args))[1]
     for block in model.blocks:
         block.run = lambda body, *args: (calls.append("run"), body(*args))[1]
-        block.run_ffn = lambda module, x: (calls.append("ffn"), module(x))[1]
     assert torch.equal(model(batch), make_model()(batch))
-    assert calls == ["run", "ffn"] * 3
+    assert calls == ["blocks", "run", "run", "run"]
 
 
 # --- initial values ----------------------------------------------------------------------------------------------------------
