@@ -63,10 +63,10 @@ def _plan(bounds: Bounds, span: Range, chunk: int, halo: int, device: torch.devi
 def _hidden(bounds: Bounds, start: int, halo: int) -> Tensor | None:
     """Halo tokens that lie before the last document start up to the range's first token; None if there are none."""
     last = [_last_start(row, start, start - halo) for row in bounds.documents]
-    count = torch.tensor([halo - (start - s) for s in last]).clamp_(0, halo)
-    if not count.any():
+    counts = [min(max(halo - (start - s), 0), halo) for s in last]
+    if not any(counts):  # of integers, not of a tensor: a traced step has no values to look at
         return None
-    return (torch.arange(halo) < count.unsqueeze(-1)).unsqueeze(-1)
+    return (torch.arange(halo) < torch.tensor(counts).unsqueeze(-1)).unsqueeze(-1)
 
 
 def _last_start(starts: tuple[int, ...], token: int, default: int) -> int:
