@@ -303,17 +303,17 @@ def _show_plan(args: argparse.Namespace) -> int:
         return _sweep(path, args)
     config = config_file.resolve(path, args.overrides)
     plan = plan_run(config, args.device)
-    written = _write_timeline(config, plan, args.timeline) if args.timeline else ()
+    written = _write_timeline(config, plan, args) if args.timeline else ()
     _show(plan.to_json() if args.json else plan_view.plain(plan) + "\n", None if args.json else lambda: plan_view.render(plan))
     for file in written:
         print(f"written: {file}", file=sys.stderr)
     return 0
 
 
-def _write_timeline(config: RunConfig, plan: MemoryPlan, directory: str) -> Sequence[Path]:
+def _write_timeline(config: RunConfig, plan: MemoryPlan, args: argparse.Namespace) -> Sequence[Path]:
     from trainer import plan_files
 
-    return plan_files.write_plan_files(plan_files.planned_trace(config, plan), plan, directory)
+    return plan_files.write_plan_files(plan_files.planned_trace(config, plan, args.device), plan, args.timeline)
 
 
 def _sweep(path: Path, args: argparse.Namespace) -> int:

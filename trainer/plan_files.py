@@ -9,23 +9,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from memory_mgmt.address_planning import plan_addresses
-from memory_mgmt.address_problem import Lifetime
-from memory_mgmt.devices import DEVICES
-from memory_mgmt.plan import Addresses, MemoryPlan
+from memory_mgmt.devices import device_named
+from memory_mgmt.plan import MemoryPlan
 from memory_mgmt.trace import Trace
+from memory_mgmt.traced_plan import step_addresses
 from models.errors import UserError
 from trainer.config import RunConfig
-from trainer.data.tokenizers import load_tokenizer
-from trainer.planning import model_vocab_size
+from trainer.planning import ADDRESS_SECONDS, target_of, this_machine
 from trainer.run_dir import write_atomic
-from trainer.tracing import TraceRequest, trace_step
+from trainer.tracing import trace_step
 
 PLAN, PICTURE, PAGE = "memory_plan.json", "memory_timeline.png", "memory_timeline.html"
-ADDRESS_SECONDS = 5.0
-"""Longest time spent on planning addresses for the page."""
-_ALIGNMENT = {"cpu": 64, "cuda": 512}
-"""Bytes; what torch's allocators align tensors to."""
 
 
 def write_timeline(trace: Trace, plan: MemoryPlan, directory: Path | str, offsets: Mapping[int, int] | None = None) -> tuple[Path, Path]:
@@ -43,30 +37,15 @@ def write_timeline(trace: Trace, plan: MemoryPlan, directory: Path | str, offset
     return picture, page
 
 
-def planned_trace(config: RunConfig, plan: MemoryPlan) -> Trace:
-    """The traced step behind ``plan``, from the cache of traces where it is there.
+def planned_trace(config: RunConfig, plan: MemoryPlan, device_name: str | None = None) -> Trace:
+    """The traced step behind ``plan`` (``planning.plan_run`` of the same arguments), from the cache of traces where it is there.
 
     Raises UserError for a plan made from formulas, and for a step that cannot be traced.
     """
     if config.memory.plan == "estimate":
         raise UserError("--timeline: draws a traced step, and memory.plan=estimate plans by formulas; leave memory.plan at trace")
-    device = DEVICES.get(plan.device)
-    vocab_size = model_vocab_size(config, load_tokenizer(config.data.tokenizer).vocab_size)
-    device_type = "cuda" if device is None or device.is_cuda else "cpu"  # a GPU that the table does not know keeps its own name
-    return trace_step(TraceRequest(config, vocab_size, device_type, policy=plan.policy))
-
-
-def step_addresses(trace: Trace, time_limit: float = ADDRESS_SECONDS) -> tuple[dict[int, int], Addresses]:
-    """Planned addresses of all device buffers that begin and end within the step: byte offset by ``TracedBuffer.id``, and the outcome.
-
-    What outlives the step (parameters, states) has its own place for the whole run and is not planned.
-    """
-    inside = [b for b in trace.of("device") if b.size and 0 < b.lower < b.upper < trace.end]
-    lifetimes = [Lifetime(b.id, b.lower, b.upper, b.size) for b in inside]
-    found = plan_addresses(lifetimes, time_limit=time_limit, alignment=_ALIGNMENT[trace.device])
-    status = "optimal" if found.optimal else f"at most {found.ratio - 1:.2%} above the best there can be"
-    offsets = {buffer.id: offset for buffer, offset in zip(inside, found.offsets, strict=True)}
-    return offsets, Addresses(found.height, found.lower_bound, status, found.method, found.seconds)
+    device = this_machine(config.train.device) if device_name is None else device_named(device_name)
+    return trace_step(target_of(config, device).request(plan.policy))
 
 
 def write_plan_files(trace: Trace, plan: MemoryPlan, directory: Path | str) -> tuple[Path, Path, Path]:
@@ -74,8 +53,8 @@ def write_plan_files(trace: Trace, plan: MemoryPlan, directory: Path | str) -> t
 
     Raises UserError when it cannot be made or written.
     """
-    offsets, addresses = step_addresses(trace)
-    plan = plan if plan.addresses is not None else replace(plan, addresses=addresses)
+    offsets, addresses = step_addresses(trace, ADDRESS_SECONDS)
+    plan = replace(plan, addresses=addresses)  # of the very addresses that the page shows
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,9 @@ import pytest
 
 from memory_mgmt.plan import MemoryPlan, Moment, Term
 from memory_mgmt.trace import Trace, TracedBuffer
+from memory_mgmt.traced_plan import step_addresses
 from models.errors import UserError
-from trainer.plan_files import step_addresses, write_plan_files, write_timeline
+from trainer.plan_files import write_plan_files, write_timeline
 
 TRACE = Trace(
     "cpu",
@@ -44,7 +45,7 @@ def test_three_files_and_nothing_else(tmp_path: Path) -> None:
 def test_addresses_are_planned_for_what_comes_and_goes() -> None:
     size = 3 * 2**20
     more = [TracedBuffer(i, i, i + 3, size, size, "transient", "aten::mm", "head", None, "loss", "loss") for i in range(3, 5)]
-    offsets, addresses = step_addresses(replace(TRACE, buffers=[*TRACE.buffers, *more]))
+    offsets, addresses = step_addresses(replace(TRACE, buffers=[*TRACE.buffers, *more]), 2.0)
     assert set(offsets) == {1, 3, 4} and addresses.status == "optimal"
     assert addresses.height_bytes == addresses.lower_bound_bytes == 2**22 + 2 * size
     assert (
