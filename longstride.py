@@ -320,12 +320,13 @@ def _sweep(path: Path, args: argparse.Namespace) -> int:
     from models.errors import UserError
     from trainer import sweep, sweep_table
     from trainer.planning import plan_run
+    from trainer.sweep_traces import trace_ahead
 
     if args.timeline:
         raise UserError("--timeline: draws one plan, and --sweep makes many; give one of them")
     axes = sweep.parse_axes(args.sweep)
     with _progress("planning combinations") as progress:
-        rows = sweep.sweep(path, args.overrides, axes, args.device, plan_run, progress)
+        rows = sweep.sweep(path, args.overrides, axes, args.device, plan_run, prepare=trace_ahead, progress=progress)
     _show(sweep.to_json(rows) if args.json else sweep_table.plain(rows) + "\n", None if args.json else lambda: sweep_table.render(rows))
     return 0
 

@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ FORMAT_VERSION = 1
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmM])")
 
 PlanRun = Callable[[RunConfig, str | None], MemoryPlan]
+Combination = tuple[RunConfig, str | None]
+"""A configuration and the name of the device to plan it for."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,11 @@ class Row:
     """Name given to the planner; None: this machine's."""
     degrees: str = ""
     """How the ranks are used, such as ``dp_shard 2 x cp 4``."""
+    config: RunConfig | None = None
+    """None where it refuses this combination."""
     plan: MemoryPlan | None = None
     refused: str = ""
-    """Why the configuration refuses this combination; empty where there is a plan."""
+    """Why there is no plan; empty where there is one."""
 
     @property
     def remedy(self) -> Change | None:
@@ -132,33 +136,46 @@ def sweep(
     axes: Sequence[Axis],
     device: str | None,
     plan_run: PlanRun,
+    *,
+    prepare: Callable[[Sequence[Combination]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Plan every combination of ``axes`` on top of the config file at ``path`` and ``overrides``; the last axis varies fastest.
 
-    ``device``: where ``axes`` holds none; ``progress(done, total)`` is called after each. Raises UserError when the configuration itself,
-    without any axis, is the reason that every combination is refused.
+    ``device``: where ``axes`` holds none; ``prepare`` gets all combinations that the configuration allows before the first is planned;
+    ``progress(done, total)`` is called after each. Raises UserError when the configuration itself, without any axis, is the reason
+    that every combination is refused.
     """
-    combinations = list(itertools.product(*(axis.values for axis in axes)))
-    rows = []
-    for done, values in enumerate(combinations, start=1):
-        swept = {axis.key: value for axis, value in zip(axes, values, strict=True)}
-        rows.append(_row(path, overrides, swept, device, plan_run))
+    rows = [_resolved(path, overrides, axes, values, device) for values in itertools.product(*(axis.values for axis in axes))]
+    if prepare is not None:
+        prepare([(row.config, row.device) for row in rows if row.config is not None])
+    for i, row in enumerate(rows):
+        rows[i] = _planned(row, plan_run)
         if progress is not None:
-            progress(done, len(combinations))
+            progress(i + 1, len(rows))
     if all(row.plan is None for row in rows):
         plan_run(config_file.resolve(path, overrides), device)
     return rows
 
 
-def _row(path: Path, overrides: Sequence[str], swept: dict[str, str], device: str | None, plan_run: PlanRun) -> Row:
+def _resolved(path: Path, overrides: Sequence[str], axes: Sequence[Axis], values: Sequence[str], device: str | None) -> Row:
+    swept = {axis.key: value for axis, value in zip(axes, values, strict=True)}
     device = swept.get("device", device)
     try:
         settings = [f"{key}={expanded(value)}" for key, value in swept.items() if key not in ("device", "gpus")]
         config, degrees = _with_ranks(path, [*overrides, *settings], int(swept["gpus"]) if "gpus" in swept else None)
-        return Row(swept, device, degrees, plan_run(config, device))
-    except (UserError, ValueError) as error:
+        return Row(swept, device, degrees, config)
+    except UserError as error:
         return Row(swept, device, refused=_reason(error, path))
+
+
+def _planned(row: Row, plan_run: PlanRun) -> Row:
+    if row.config is None:
+        return row
+    try:
+        return replace(row, plan=plan_run(row.config, row.device))
+    except (UserError, ValueError) as error:
+        return replace(row, refused=_reason(error, None))
 
 
 def _with_ranks(path: Path, overrides: Sequence[str], gpus: int | None) -> tuple[RunConfig, str]:
@@ -179,7 +196,7 @@ def _other_degrees(path: Path, overrides: Sequence[str]) -> int:
     return parallel.dp_replicate * parallel.dp_shard
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, path: Path | None) -> str:
     """The error's lines in one, without the places they name: the row says where they come from."""
     place = re.compile(rf"(?:{re.escape(str(path))}(?::\d+)?|{config_file.COMMAND_LINE}): ")
     return "; ".join(place.sub("", line, count=1) for line in str(error).splitlines())

@@ -11,7 +11,7 @@ import pytest
 
 from memory_mgmt.plan import GIB, Change, MemoryPlan, Moment, Prediction, Term
 from models.errors import UserError
-from trainer import sweep_table
+from trainer import sweep_table, sweep_traces
 from trainer.config import RunConfig
 from trainer.sweep import Axis, Row, expanded, parse_axes, sweep, to_json
 
@@ -95,6 +95,36 @@ def test_every_combination_is_planned_the_last_axis_fastest():
         MILLION, ["parallel.cp=1"], parse_axes(["train.seed=1,2,3"]), "h200", lambda c, d: seen.append((c.train.seed, d)) or fake_plan(c, d)
     )
     assert seen == [(1, "h200"), (2, "h200"), (3, "h200")]
+
+
+def test_all_combinations_are_prepared_before_the_first_is_planned():
+    order = []
+
+    def plan(config: RunConfig, device: str | None) -> MemoryPlan:
+        order.append("plan")
+        return fake_plan(config, device)
+
+    def prepare(combinations) -> None:
+        order.append([(config.data.seq_len, device) for config, device in combinations])
+
+    done = []
+    axes = parse_axes(["data.seq_len=64k,65537,128k", "gpus=2"])
+    sweep(MILLION, (), axes, "h100", plan, prepare=prepare, progress=lambda *now: done.append(now))
+    assert order == [[(65536, "h100"), (131072, "h100")], "plan", "plan"]
+    assert done == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_traces_of_a_sweep_are_shared_and_made_in_few_processes(monkeypatch):
+    made = []
+    monkeypatch.setattr(sweep_traces, "trace_steps", lambda requests: made.append(list(requests)))
+    monkeypatch.setattr(sweep_traces.os, "cpu_count", lambda: 2)
+    axes = parse_axes(["data.seq_len=512,1k,2k", "device=h100,h200,cpu", "memory.recompute=block,auto"])
+    sweep(CONFIG, (), axes, None, fake_plan, prepare=sweep_traces.trace_ahead)
+    assert sorted(len(requests) for requests in made) == [1, 1, 2, 2]  # three of CUDA, three of the CPU; auto traces for itself
+    assert all(len({request.device_type for request in requests}) == 1 for requests in made)
+    made.clear()
+    sweep(CONFIG, ["memory.plan=estimate"], axes, None, fake_plan, prepare=sweep_traces.trace_ahead)
+    assert made == []
 
 
 def test_gpus_become_ranks_beside_the_other_degrees():
