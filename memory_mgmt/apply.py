@@ -62,7 +62,7 @@ def _swap_kept(split: Split) -> Split:
 def apply_policy(model: Transformer, policy: Policy, store: Store | None = None) -> None:
     """Install ``policy`` on ``model``; calling it again replaces what was installed before.
 
-    A layer that keeps everything runs as the plain module. ``store`` takes swapped tensors and may be None when none are.
+    A model that keeps everything and has no tiles runs as the plain modules. ``store`` takes swapped tensors and may be None when none are.
     Raises ValueError for a policy of another model, for one that swaps without a store, and for an input to be recomputed
     outside of a group; TypeError for blocks that are not those of models/.
     """
@@ -72,13 +72,15 @@ def apply_policy(model: Transformer, policy: Policy, store: Store | None = None)
     grouped = policy.group_blocks > 1
     inputs = [layer.input for layer in policy.layers]
     model.run_blocks = GroupedBlocks(policy.group_blocks, inputs, store, keep_rng) if grouped else run_in_order
+    # One layer that keeps everything beside others that do not runs as they do: it keeps less than the plain module would.
+    plain = not policy.ffn_tile_tokens and all(layer == KEEP_ALL for layer in policy.layers)
     for i, (module, layer) in enumerate(zip(model.blocks, policy.layers, strict=True)):
         block = cast(Block, module)
         # A group holds its own input, and while it runs again the blocks' inputs stay where they are.
         layer = replace(layer, input=KEEP) if grouped else layer
         if isinstance(block.mixer, MemoryModule):
             block.mixer.tile_tokens = 0
-        if layer == KEEP_ALL:
+        if plain:
             block.run = call
         else:
             block.run = BlockExecution(block, i, layer, policy.ffn_tile_tokens, policy.memory_tile_tokens, store, keep_rng)

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from memory_mgmt.mixer_saving import AttentionSaving, MemorySaving, Saving
-from memory_mgmt.pieces import Held, Parked, Parking, Store, assemble, spans
+from memory_mgmt.pieces import Held, Parked, Parking, Store, alike, assemble, spans
 from memory_mgmt.policy import LayerPolicy
 from memory_mgmt.tiles import GradientSums, RopeTable, TokenWise, check_known
 from models.attention import Attention
 from models.batch import Bounds
 from models.feedforward import compute_dtype
 from models.memory.protocol import MemoryModule
+from models.repeat import turns
 from models.transformer import Block
 
 _LAST_PASS = "last pass under a memory policy"
@@ -157,7 +158,7 @@ class Pass:
             def make(a: int, b: int) -> list[Tensor]:
                 return self.parts.enter(self.x.part(a, b), weights, _rows(table, a, b))
 
-            return assemble(ranges, make, self.parts.enter_dims)
+            return assemble(ranges, make, self.parts.enter_dims, self.positions_BT)
 
     def normed(self) -> Tensor:
         """A memory layer's whole input, made once per backward pass."""
@@ -207,7 +208,7 @@ class _Enter(torch.autograd.Function):
         dim = parts.mixer_dim
         if any(grad is not None for grad in dentered):
             with torch.autocast(one.positions_BT.device.type, enabled=False):
-                for a, b in one.ranges((one.input_cut,)):
+                for a, b in turns(one.ranges((one.input_cut,)), one.positions_BT, alike(lambda a, b: False)):
                     slices = [grad.narrow(dim, a, b - a) for grad in dentered]  # type: ignore[union-attr]
                     dx = parts.enter_backward(one.x.part(a, b), slices, weights, _rows(table, a, b), sums)
                     if dx_BTC is None:
@@ -247,14 +248,14 @@ class _Leave(torch.autograd.Function):
             return parts.leave_backward(grads[0].narrow(1, a, b - a), middle, mixed_now, weights, sums)
 
         with torch.autocast(grads[0].device.type, enabled=False):
-            dx_BTC, dmixed = assemble(one.ranges(_leave_cuts(one)), make, (1, dim))
+            dx_BTC, dmixed = assemble(one.ranges(_leave_cuts(one)), make, (1, dim), grads[0], lasting=lambda a, b: (a, b) in middles)
         return None, None, dx_BTC, dmixed, *sums.results(own)
 
 
 def _enter(one: Pass, x_BTC: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     narrow, table = one.parts.narrow(weights), one.table()
     ranges = one.ranges()
-    return assemble(ranges, lambda a, b: one.parts.enter(x_BTC[:, a:b], narrow, _rows(table, a, b)), one.parts.enter_dims)
+    return assemble(ranges, lambda a, b: one.parts.enter(x_BTC[:, a:b], narrow, _rows(table, a, b)), one.parts.enter_dims, x_BTC)
 
 
 def _leave(one: Pass, x_BTC: Tensor, mixed: Tensor, weights: Sequence[Tensor], middles: dict | None) -> Tensor:
@@ -262,7 +263,8 @@ def _leave(one: Pass, x_BTC: Tensor, mixed: Tensor, weights: Sequence[Tensor], m
     parts, dim = one.parts, one.parts.mixer_dim
     narrow = parts.narrow(weights)
     y_BTC = torch.empty_like(x_BTC)
-    for a, b in one.ranges(() if middles is None else _leave_cuts(one)):
+    last = 0 if middles is None else sum(one.split["feed_forward"][:2])  # first token of which nothing is held
+    for a, b in turns(one.ranges(() if middles is None else _leave_cuts(one)), x_BTC, alike(lambda a, b: b <= last)):
         middle = parts.middle(x_BTC[:, a:b], mixed.narrow(dim, a, b - a), narrow)
         parts.leave(middle, narrow, y_BTC[:, a:b])
         if middles is None:

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from models.repeat import turns
+
 
 class Parked(Protocol):
     """Handle of one tensor in host memory (memory_mgmt/offload.py); losing it frees that memory."""
@@ -132,13 +134,22 @@ def spans(n_tokens: int, tile_tokens: int, cuts: Iterable[int] = ()) -> list[tup
     return list(pairwise(marks))
 
 
-def assemble(ranges: Sequence[tuple[int, int]], make: Callable[[int, int], Sequence[Tensor]], dims: Sequence[int]) -> list[Tensor]:
-    """Tensors made range by range, each joined along its dim of tokens; those of a single range are taken as they are."""
+def assemble(
+    ranges: Sequence[tuple[int, int]],
+    make: Callable[[int, int], Sequence[Tensor]],
+    dims: Sequence[int],
+    like: Tensor,
+    lasting: Callable[[int, int], bool] = lambda start, end: False,
+) -> list[Tensor]:
+    """Tensors made range by range, each joined along its dim of tokens; those of a single range are taken as they are.
+
+    ``like``: any tensor of the pass. ``lasting(start, end)``: making this range changes what is held beside the result.
+    """
     if len(ranges) == 1:
         return list(make(*ranges[0]))
     first, n = ranges[0][0], ranges[-1][1] - ranges[0][0]
     joined: list[Tensor] = []
-    for start, end in ranges:
+    for start, end in turns(ranges, like, alike(lasting)):
         parts = make(start, end)
         if not joined:
             joined = [_longer(part, dim, n) for part, dim in zip(parts, dims, strict=True)]
@@ -146,6 +157,11 @@ def assemble(ranges: Sequence[tuple[int, int]], make: Callable[[int, int], Seque
             whole.narrow(dim, start - first, end - start).copy_(part)
         del parts
     return joined
+
+
+def alike(lasting: Callable[[int, int], bool]) -> Callable[[tuple[int, int]], Hashable]:
+    """Which token ranges do the same to memory: those of one length, unless something of them lasts."""
+    return lambda span: span if lasting(*span) else span[1] - span[0]
 
 
 def _longer(part: Tensor, dim: int, length: int) -> Tensor:

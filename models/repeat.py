@@ -5,11 +5,15 @@ A scan over 16,384 chunks takes minutes on fake tensors, and all its turns but t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
+from itertools import groupby
+from typing import TypeVar
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+T = TypeVar("T")
 
 TURNS: ContextVar[int] = ContextVar("turns", default=1)
 """How many turns of a loop the present one stands for; a recorder of operations multiplies by it."""
@@ -30,3 +34,11 @@ def repeated(n: int, x: Tensor) -> Iterator[int]:
     finally:
         TURNS.reset(token)
     yield n - 1
+
+
+def turns(items: Sequence[T], x: Tensor, kind: Callable[[T], Hashable]) -> Iterator[T]:
+    """The items, as ``repeated`` takes each run of consecutive ones of equal ``kind``."""
+    for _, group in groupby(items, kind):
+        run = list(group)
+        for i in repeated(len(run), x):
+            yield run[i]

@@ -46,7 +46,7 @@ def test_leave_is_what_autograd_does(kind, tile):
         y = parts.leave(middle, weights)
         return y, *parts.leave_backward(dy[:, a:b], middle, mixed.narrow(dim, a, b - a), weights, sums)
 
-    y, dx, dmixed = assemble(spans(T, tile), make, (1, 1, dim))
+    y, dx, dmixed = assemble(spans(T, tile), make, (1, 1, dim), x)
     tolerance = {"rtol": 0, "atol": 1e-12 if tile else 0}
     torch.testing.assert_close(y, want, **tolerance)
     for got, expected in zip([dx, dmixed, *sums.results(weights)], wanted, strict=True):
@@ -74,7 +74,7 @@ def test_enter_is_what_autograd_does(tile):
         dx = parts.enter_backward(x[:, a:b], [g[:, :, a:b] for g in grads], weights, rows, sums)
         return *parts.enter(x[:, a:b], weights, rows), dx
 
-    *qkv, dx = assemble(spans(T, tile), make, (2, 2, 2, 1))
+    *qkv, dx = assemble(spans(T, tile), make, (2, 2, 2, 1), x)
     tolerance = {"rtol": 0, "atol": 1e-12 if tile else 0}
     for got, expected in zip(qkv, seen, strict=True):
         torch.testing.assert_close(got, expected, **tolerance)
