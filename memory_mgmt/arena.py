@@ -42,7 +42,7 @@ from models.errors import UserError
 
 MAX_RECORDED_STEPS = 5
 """Steps of one key watched at most; without two equal ones in a row the last one is planned, and judged by how much it serves."""
-DIVERGENT_SHARE = 0.01
+DIVERGENT_SHARE = 0.02
 """Share of a step's bytes that may miss their place without the plan being held to be wrong."""
 USEFUL_SHARE = 0.5
 """A plan of a step that never repeats itself must serve this share of its bytes."""
