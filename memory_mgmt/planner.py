@@ -26,6 +26,7 @@ from memory_mgmt.planner_simulate import Evaluation, evaluate
 from memory_mgmt.policy import CLASSES, Policy
 
 _NOTHING_LOST = 1e-4
+_FOR_SIMPLICITY = 3e-3
 """Share of the step that a policy which is equal for equal layers may cost more than the best one."""
 
 
@@ -184,9 +185,9 @@ def _by_program(problem: Problem, case: Case, deadline: float, cutoff: float) ->
         return None
     found = _rounded_candidate(problem, case, best, deadline, uniform=False)
     alike = Program(units, uniform=True).solve(max(0.2, deadline - time.monotonic()))
-    if alike is not None and (found is None or alike.seconds <= best.seconds * (1 + _NOTHING_LOST)):
+    if alike is not None and (found is None or alike.seconds <= best.seconds * (1 + _FOR_SIMPLICITY)):
         same = _rounded_candidate(problem, case, alike, deadline, uniform=True)
-        if same is not None and (found is None or same.seconds <= found.seconds * (1 + _NOTHING_LOST)):
+        if same is not None and (found is None or same.seconds <= found.seconds * (1 + _FOR_SIMPLICITY)):
             found = same
     return None if found is None else (found, best)
 

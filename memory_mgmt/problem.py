@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from memory_mgmt.activations import Shapes
 from memory_mgmt.cost_model import Rates, Stretch, Topology, copy_seconds, step_schedule
@@ -301,8 +301,3 @@ class _Reader:
     def _spans(self, phases: Sequence[str]) -> list[tuple[int, int]]:
         marks = [*self.trace.marks, (self.trace.end, "")]
         return [(start, marks[k + 1][0]) for k, (start, label) in enumerate(marks[:-1]) if label.split(" ")[0] in phases]
-
-
-def with_budget(problem: Problem, more_bytes: int) -> Problem:
-    """The same problem with so many more (fewer) bytes of device memory."""
-    return replace(problem, budget_bytes=problem.budget_bytes + more_bytes)

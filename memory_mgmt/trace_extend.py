@@ -63,10 +63,11 @@ class Shortening:
         return max(-1, min((layer - self.start) // self.period, PERIODS - 1))
 
 
-def shorten(kinds: Sequence[Hashable]) -> Shortening:
-    """The cut that leaves out most layers of a model whose layers are equal where ``kinds`` are."""
+def shorten(kinds: Sequence[Hashable], multiple: int = 1) -> Shortening:
+    """The cut that leaves out most layers of a model whose layers are equal where ``kinds`` are, in periods that are multiples of
+    ``multiple`` (2 where layers take turns with two buffers)."""
     best = Shortening(len(kinds), 0, 1, 0)
-    for period in range(1, len(kinds) // PERIODS + 1):
+    for period in range(multiple, len(kinds) // PERIODS + 1, multiple):
         start = 0
         for end in range(1, len(kinds) + 1):
             if end < len(kinds) and (end - start < period or kinds[end] == kinds[end - period]):

@@ -26,6 +26,7 @@ from memory_mgmt.traced_plan import Limits, plan_of_trace, step_addresses
 from models.errors import UserError
 from models.flops import model_flops_per_token
 from parallel.dims import ParallelDims
+from trainer.choosing import choose_policy, setting_of
 from trainer.config import RunConfig
 from trainer.data.tokenizers import load_tokenizer
 from trainer.tracing import TraceRequest, trace_step, trace_steps
@@ -33,6 +34,8 @@ from trainer.tracing import TraceRequest, trace_step, trace_steps
 VOCAB_MULTIPLE = 64
 """Embedding rows are rounded up to a multiple of this, so that they shard and tile evenly."""
 CHANGES_SHOWN = 3
+HOST_SHARE = 0.8
+"""Of a node's memory that offload may take where memory.host_gib does not say."""
 ADDRESS_SECONDS = 2.0
 """Spent on addresses in a plan; a step of thousands of buffers takes a fraction of it."""
 _DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -59,6 +62,13 @@ class Target:
         on_node = self.device.node.devices if self.device.node is not None else self.ranks
         return min(self.ranks, on_node)
 
+    @property
+    def host_budget(self) -> int:
+        """Host memory that one rank may take for offload: its share of memory.host_gib, or of four fifths of the node's memory."""
+        node = self.device.node.host_bytes if self.device.is_cuda and self.device.node is not None else host_bytes()
+        configured = self.config.memory.host_gib
+        return int(configured * GIB if configured is not None else HOST_SHARE * node) // self.ranks_per_node
+
     def with_config(self, config: RunConfig) -> Target:
         """The same device for other settings."""
         return target_of(config, self.device)
@@ -81,7 +91,11 @@ def plan_run(config: RunConfig, device_name: str | None = None) -> MemoryPlan:
         raise UserError(f"--device: {error}") from None
     target = target_of(config, device)
     if config.memory.plan == "estimate":
+        if config.memory.recompute == "auto":
+            raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
         return _estimated(target)
+    if config.memory.recompute == "auto":
+        return _chosen(target)
     return plan_traced(target, trace_step(target.request()))
 
 
@@ -94,9 +108,42 @@ def target_of(config: RunConfig, device: Device) -> Target:
 
 def plan_traced(target: Target, trace: Trace) -> MemoryPlan:
     """The plan of a traced step: memory, time, addresses, and what would lower the peak if it does not fit."""
-    plan = plan_of_trace(trace, target.device, target.ranks, target.limits, prefetched_bytes=_prefetched(target))
+    plan = replace(_without_changes(target, trace), host_budget_bytes=target.host_budget)
     plan = replace(plan, prediction=predict(target, trace), addresses=step_addresses(trace, ADDRESS_SECONDS)[1])
-    return plan if plan.fits else replace(plan, changes=_changes_that_fit(target, plan.peak_bytes))
+    return plan if plan.fits else replace(plan, changes=_changes_that_fit(target, plan))
+
+
+def _without_changes(target: Target, trace: Trace) -> MemoryPlan:
+    return plan_of_trace(trace, target.device, target.ranks, target.limits, prefetched_bytes=_prefetched(target))
+
+
+def _chosen(target: Target) -> MemoryPlan:
+    """The plan with the policy that the planner chooses."""
+    rates = rates_of(target.device)
+    if rates is None:
+        raise UserError(
+            f"memory.recompute: auto needs the rates of {target.device.name}; measure them there with longstride plan --calibrate"
+        )
+    limit = target.limits.bytes or target.device.memory_bytes or host_bytes() // target.ranks
+    setting = setting_of(
+        target.config,
+        target.vocab_size,
+        rates,
+        ParallelDims.from_config(target.config.parallel, target.ranks),
+        target.ranks_per_node,
+        budget=limit,
+        host=0 if target.config.memory.offload == "none" else target.host_budget,
+        cuda=target.device.is_cuda,
+    )
+
+    def counted(trace: Trace) -> int:
+        return _without_changes(target, trace).peak_bytes
+
+    chosen = choose_policy(setting, lambda policy: trace_step(target.request(policy)), counted)
+    plan = replace(plan_traced(target, chosen.trace), policy=chosen.policy, host_budget_bytes=target.host_budget)
+    if chosen.choice is None:
+        return replace(plan, binding="nothing fits: this is the policy that needs least")
+    return replace(plan, binding=chosen.choice.binding, worth=chosen.choice.worth)
 
 
 def predict(target: Target, trace: Trace) -> Prediction | None:
@@ -145,19 +192,19 @@ def calibration_path(device_name: str) -> Path:
     return cache_dir() / f"calibration-{device_name.replace(' ', '_').replace('/', '_')}.json"
 
 
-def _changes_that_fit(target: Target, peak_bytes: int) -> tuple[Change, ...]:
+def _changes_that_fit(target: Target, plan: MemoryPlan) -> tuple[Change, ...]:
     """The three cheapest changes of settings that make the plan fit, by the predicted time of their traced steps; where none does,
     those that come nearest."""
     options = [(text, target.with_config(config), cost) for text, config, cost in _options(target)]
     traces = trace_steps([other.request() for _, other, _ in options])
     found: list[tuple[bool, float, Change]] = []
-    before = predict(target, trace_step(target.request()))
+    before = plan.prediction
     for (text, other, cost), trace in zip(options, traces, strict=True):
-        changed = plan_of_trace(trace, other.device, other.ranks, other.limits, prefetched_bytes=_prefetched(other))
+        changed = _without_changes(other, trace)
         prediction = predict(other, trace)
         slower = prediction.step_seconds / before.step_seconds - 1 if prediction and before else 0.0
         words = f"step {slower:+.0%}" if prediction and before else cost
-        if changed.peak_bytes < peak_bytes:
+        if changed.peak_bytes < plan.peak_bytes:
             rank_cost = slower + (1.0 if other.ranks > target.ranks else 0.0)  # more hardware is the dearest change
             found.append((changed.fits, rank_cost, Change(text, changed.peak_bytes, words if other.ranks == target.ranks else cost)))
     fitting = sorted((entry for entry in found if entry[0]), key=lambda entry: entry[1])

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memory_mgmt.apply import policy_of
 from memory_mgmt.offload import HostStore
-from memory_mgmt.policy import Policy
+from memory_mgmt.policy import CLASSES, Policy
 from memory_mgmt.trace import Trace
 from memory_mgmt.trace_extend import NotRepeating, Shortening, extend, shorten
 from memory_mgmt.trace_recorder import StepRecorder
@@ -38,10 +38,13 @@ def trace_request(request: dict[str, Any]) -> Trace:
     """The trace that ``request`` asks for (``TraceRequest.to_dict``)."""
     config = RunConfig.model_validate(request["config"])
     policy = Policy.from_dict(request["policy"]) if request["policy"] is not None else None
-    cut = shorten(_repeating(config.model.layer_kinds, policy))
+    kinds = _repeating(config.model.layer_kinds, policy)
+    note = "asked for" if request["whole"] else "too few equal layers"
     with _process_group(request["world_size"], config.layout):
-        note = "asked for"
-        if cut.copies and not request["whole"]:
+        for multiple in () if request["whole"] else (1, 2) if not _swaps(config, policy) else (2,):
+            cut = shorten(kinds, multiple)
+            if not cut.copies:
+                continue
             try:
                 return extend(_record(*_shortened(config, policy, cut), request), cut)
             except NotRepeating as reason:
@@ -49,6 +52,12 @@ def trace_request(request: dict[str, Any]) -> Trace:
         trace = _record(config, policy, request).trace()
         trace.notes["not_extended"] = note
         return trace
+
+
+def _swaps(config: RunConfig, policy: Policy | None) -> bool:
+    """Whether layers take turns with the two buffers of the way back from host memory."""
+    policy = policy or policy_of(config.memory, config.model.layer_kinds)
+    return any(layer.of(name).swap > 0 for layer in policy.layers for name in CLASSES)
 
 
 def _repeating(kinds: Sequence[LayerKind], policy: Policy | None) -> list[Hashable]:

@@ -1,0 +1,92 @@
+"""What ``memory.recompute: auto`` means for a configuration: a policy that fits, chosen by the planner and checked by tracing it.
+
+A baseline step is traced, the planner's problem is read off it, the chosen policy is traced in turn, and what the problem got wrong is
+given back to it as more or less budget. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from memory_mgmt.activations import Shapes
+from memory_mgmt.cost_model import Rates, Topology
+from memory_mgmt.planner import Choice, solve
+from memory_mgmt.planner_search import smallest_budget
+from memory_mgmt.policy import Policy
+from memory_mgmt.problem import Setting, baseline_policy, problem_of_trace
+from memory_mgmt.trace import Trace
+from parallel.dims import ParallelDims
+from trainer.config import RunConfig
+
+TRIES = 4
+_CLOSE = 0.01
+"""A traced peak within this share below the budget is good enough."""
+_SOLVE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A policy, its traced step, and the planner's account of it (None: it is the leanest, and still does not fit)."""
+
+    policy: Policy
+    trace: Trace
+    choice: Choice | None
+
+
+def setting_of(
+    config: RunConfig, vocab_size: int, rates: Rates, dims: ParallelDims, ranks_per_node: int, budget: int, host: int, cuda: bool
+) -> Setting:
+    """The problem's circumstances. ``budget`` and ``host``: bytes of this rank for traced tensors and for offload."""
+    shapes = Shapes(
+        config=config.model,
+        rows=config.train.micro_batch_size,
+        tokens=config.data.seq_len // config.parallel.cp,
+        precision=config.train.precision,
+        cp=config.parallel.cp,
+        ranges=2 if config.layout == "zigzag" and config.parallel.cp > 1 else 1,
+        cuda=cuda,
+    )
+    return Setting(
+        model=config.model,
+        shapes=shapes,
+        vocab_size=vocab_size,
+        rates=rates,
+        topology=Topology.of(dims, ranks_per_node),
+        budget_bytes=budget,
+        host_bytes=host,
+        step_tokens=config.global_batch_sequences * config.data.seq_len,
+        passes=min(config.train.grad_accum, 2),
+    )
+
+
+def choose_policy(setting: Setting, trace_policy: Callable[[Policy], Trace], counted: Callable[[Trace], int]) -> Chosen:
+    """The fastest policy whose step needs at most ``setting.budget_bytes``, or where none does, the one that needs least.
+
+    ``trace_policy`` traces a step; ``counted(trace)`` is what of it counts against the budget, in bytes.
+    """
+    baseline = baseline_policy(setting)
+    problem = problem_of_trace(trace_policy(baseline), baseline, setting)
+    best: Chosen | None = None
+    allowed = setting.budget_bytes
+    for _ in range(TRIES):
+        choice = solve(replace(problem, budget_bytes=allowed), _SOLVE_SECONDS)
+        if choice is None:  # less than the least that the problem knows of: that one is the last try
+            if best is not None:
+                break
+            choice = smallest_budget(problem).choice
+        found = Chosen(choice.policy, trace_policy(choice.policy), choice)
+        peak = counted(found.trace)
+        if peak <= setting.budget_bytes:
+            if best is None or best.choice is None or choice.seconds < best.choice.seconds:
+                best = found
+            if choice.extra_seconds <= 0 or peak >= (1 - _CLOSE) * setting.budget_bytes:
+                break
+        elif choice.peak_bytes > allowed:
+            return best or replace(found, choice=None)
+        # What the problem did not see counts against its budget, what it saw too much of is given back.
+        corrected = setting.budget_bytes - (peak - choice.peak_bytes)
+        if corrected == allowed:
+            break
+        allowed = corrected
+    return best or Chosen(found.policy, found.trace, None)
