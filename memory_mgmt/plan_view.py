@@ -198,7 +198,14 @@ def prediction_lines(prediction: Prediction | None) -> list[tuple[str, str]]:
     return lines + ([("rates", p.source)] if p.source else [])
 
 
+def uses_host(plan: MemoryPlan) -> bool:
+    """Whether host memory is worth showing: a batch that waits there is not."""
+    return plan.host_bytes >= _NEGLIGIBLE * plan.peak_bytes
+
+
 def _host_lines(plan: MemoryPlan) -> list[tuple[str, str]]:
+    if not uses_host(plan):
+        return []
     lines = []
     p = plan.prediction
     if plan.host_bytes or (p is not None and p.host_bytes_per_node):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from memory_mgmt.plan import gib
-from memory_mgmt.plan_view import seconds
+from memory_mgmt.plan_view import seconds, uses_host
 from trainer.sweep import Row
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _cells(row: Row) -> dict[str, str]:
         **row.values,
         "ranks": "-" if row.degrees == f"cp {row.values.get('gpus')}" else row.degrees or "-",
         "planned peak": gib(plan.peak_bytes) if plan is not None else "-",
-        "host memory": gib(plan.host_bytes) if plan is not None and plan.host_bytes else "-",
+        "host memory": gib(plan.host_bytes) if plan is not None and uses_host(plan) else "-",
         "fits": "refused" if plan is None else "yes" if plan.fits else "no",
         "step time": seconds(prediction.step_seconds) if prediction is not None else "-",
         "tokens/s": f"{prediction.tokens_per_second:,.0f}" if prediction is not None else "-",
