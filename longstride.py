@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 HOME = Path(__file__).resolve().parent
 ROOMS = ("trainer", "parallel", "memory_mgmt", "optim", "models", "slurm")
+REPLANS = 3
+"""How often a run with memory.replan_on_oom is planned again before it fails."""
 RANK = "_rank"
 """Hidden verb: one rank of a run that ``longstride train`` or ``resume`` started on this machine."""
 
@@ -142,35 +144,49 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
     _check_plan(config)
     if run_dir is None and config.run.name is not None and env.rank == 0:
         _refuse_existing(Path(config.run.root) / config.run.name)
-    if env.is_rank or ranks == 1:
+    # A run that plans again after running out of memory needs a process of its own that may end.
+    if env.is_rank or (ranks == 1 and not config.memory.replan_on_oom):
         return _train_here(config, run_dir, name, env)
     return _train_on_local_ranks(config, run_dir, name, ranks, env)
 
 
 def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, ranks: int, env: Env) -> int:
-    from memory_mgmt.plan import MemoryPlan
     from models.errors import RunFailed
-    from parallel.distributed import threads_for
-    from parallel.launcher import launch_local
+    from trainer import out_of_memory
 
-    resume = run_dir is not None
     if env.accelerate is not None and env.accelerate.use_cpu:
         config = _with(config, "train", device="cpu")
         print(f"accelerate launch started one process without GPUs; longstride starts the {ranks} ranks", file=sys.stderr)
     _prepare(config)
+    resume = run_dir is not None
     run_dir = _open_run(config, run_dir, name)
+    for attempt in range(1 + (REPLANS if config.memory.replan_on_oom else 0)):
+        noted = len(out_of_memory.records(run_dir))
+        try:
+            return _launch(config, run_dir, ranks, resume)
+        except RunFailed as error:
+            state = run_dir.read_state()
+            if state is None or state.status == "running":  # the ranks could not write why they ended
+                run_dir.write_state("failed", step=state.step if state else 0, reason=str(error).splitlines()[0])
+            if len(out_of_memory.records(run_dir)) == noted or attempt == REPLANS or not config.memory.replan_on_oom:
+                raise
+            print(f"out of memory; planning again with what was measured ({attempt + 1} of {REPLANS})", file=sys.stderr, flush=True)
+        _check_plan(config, out_of_memory.correction(run_dir))
+        run_dir, resume = _open_run(config, run_dir, name), True
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _launch(config: RunConfig, run_dir: RunDir, ranks: int, resume: bool) -> int:
+    from memory_mgmt.plan import MemoryPlan
+    from parallel.distributed import threads_for
+    from parallel.launcher import launch_local
+
     command = [sys.executable, str(HOME / "longstride.py"), RANK, str(run_dir.path), str(os.getpid()), "resume" if resume else "new"]
     logs = [run_dir.log(rank) for rank in range(ranks)]
     tight = MemoryPlan.from_json(run_dir.memory_plan.read_text()).return_freed_blocks
     threads = threads_for(config.train.threads_per_rank, ranks)
-    try:
-        drain = config.parallel.timeout_seconds + 60.0
-        return launch_local(command, logs, threads, drain, lambda line: print(line, file=sys.stderr), huge_pages=tight)
-    except RunFailed as error:
-        state = run_dir.read_state()
-        if state is None or state.status == "running":  # the ranks could not write why they ended
-            run_dir.write_state("failed", step=state.step if state else 0, reason=str(error).splitlines()[0])
-        raise
+    drain = config.parallel.timeout_seconds + 60.0
+    return launch_local(command, logs, threads, drain, lambda line: print(line, file=sys.stderr), huge_pages=tight)
 
 
 def _train_here(config: RunConfig, run_dir: RunDir | None, name: str, env: Env) -> int:
@@ -217,12 +233,12 @@ def _run_rank(path: str, launcher_pid: str, how: str) -> int:
     return _guarded(train, log, debug=True)
 
 
-def _check_plan(config: RunConfig) -> None:
+def _check_plan(config: RunConfig, correction: float = 1.0) -> None:
     from memory_mgmt.plan import refusal
     from models.errors import UserError
     from trainer.planning import plan_run
 
-    plan = plan_run(config)
+    plan = plan_run(config, correction=correction)
     if not plan.fits:
         raise UserError(refusal(plan))
 
@@ -247,6 +263,7 @@ def _open_run(config: RunConfig, run_dir: RunDir | None, name: str) -> RunDir:
     import time
 
     from trainer import config_file
+    from trainer.out_of_memory import correction
     from trainer.planning import plan_run
     from trainer.run_dir import RunDir, write_atomic
 
@@ -261,7 +278,7 @@ def _open_run(config: RunConfig, run_dir: RunDir | None, name: str) -> RunDir:
             earlier = len(list(run_dir.path.glob("config.before_resume_*.yaml"))) + 1
             run_dir.config.replace(run_dir.path / f"config.before_resume_{earlier}.yaml")
         write_atomic(run_dir.config, text.encode())
-        write_atomic(run_dir.memory_plan, plan_run(config).to_json().encode())
+        write_atomic(run_dir.memory_plan, plan_run(config, correction=correction(run_dir)).to_json().encode())
         run_dir.snapshot_code(HOME)
     return run_dir
 

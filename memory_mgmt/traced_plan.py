@@ -54,11 +54,14 @@ class Limits:
         return min(known) if known else None
 
 
-def plan_of_trace(trace: Trace, device: Device, ranks: int, limits: Limits, *, prefetched_bytes: int = 0) -> MemoryPlan:
+def plan_of_trace(
+    trace: Trace, device: Device, ranks: int, limits: Limits, *, prefetched_bytes: int = 0, correction: float = 1.0
+) -> MemoryPlan:
     """The plan of one rank that runs the traced step on ``device``.
 
     ``prefetched_bytes``: batches made ready beside the one in the trace, where they share memory with it (CPU). A CPU rank whose
-    limit is below twice the peak is planned to give freed blocks back (``return_freed_blocks``).
+    limit is below twice the peak is planned to give freed blocks back (``return_freed_blocks``). ``correction``: how many times the plan a
+    run was measured to take when it ran out of memory.
     """
     terms = _terms(trace)
     if prefetched_bytes:
@@ -72,6 +75,9 @@ def plan_of_trace(trace: Trace, device: Device, ranks: int, limits: Limits, *, p
             beside, why = _beside(trace, device, tight=True)
     if beside:
         terms.append(Term("reserved but not used" if device.is_cuda else "heap holes", "overhead", beside, beside, why))
+    if correction > 1:
+        more = int((correction - 1) * sum(term.bytes for term in terms))
+        terms.append(Term("measured above the plan", "overhead", more, more, "this run ran out of memory before"))
     constant = sum(term.bytes for term in terms) - trace.peak()[0]
     return MemoryPlan(
         method=METHOD,

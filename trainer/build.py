@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 
 from memory_mgmt.apply import apply_policy, policy_of
+from memory_mgmt.arena import build_arena
 from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.monitor import MemoryMonitor
 from memory_mgmt.offload import HostStore
 from memory_mgmt.plan import MemoryPlan, gib
+from memory_mgmt.plan_check import PlanCheck, tensor_bytes
 from memory_mgmt.policy import CLASSES, Policy
 from models.flops import model_flops_per_token
 from models.transformer import Transformer, init_weights
@@ -174,6 +176,9 @@ def _build_trainer(
     if store is not None:
         cleanup.callback(store.close)
     engine = build_engine(config, vocab_size, mesh, device, policy, store)
+    arena = build_arena(config.memory, device)
+    if arena is not None:
+        cleanup.callback(arena.close)
     checkpoints = CheckpointManager(run_dir, config.checkpoint, config_hash=hashlib.sha256(dump(config).encode()).hexdigest())
     cleanup.callback(checkpoints.close)
     state, notes = _starting_state(checkpoints, engine) if resume else (TrainState(), [])
@@ -199,9 +204,16 @@ def _build_trainer(
         monitor=monitor,
         stop=stop,
         plan=plan,
+        check=PlanCheck(plan, store, _resident(engine)),
+        arena=arena,
         flops_per_token=model_flops_per_token(config.model, vocab_size, config.data.seq_len),
         peak_flops=peak_flops(config, device) * (dist.get_world_size() if mesh else 1),
     )
+
+
+def _resident(engine: Engine) -> dict[str, int]:
+    state = engine.state_dict()
+    return {"parameters": tensor_bytes(state["model"]), "optimizer": tensor_bytes(state["optim"])}
 
 
 def _starting_state(checkpoints: CheckpointManager, engine: Engine) -> tuple[TrainState, list[str]]:

@@ -131,6 +131,11 @@ class Engine:
         self.layout: Literal["contiguous", "zigzag"] = layout
         self.clip_norm = clip_norm
 
+    @property
+    def rank(self) -> int:
+        """This process among all ranks of the run."""
+        return dist.get_rank() if self.mesh is not None else 0
+
     def forward_backward(self, micro_batches: list[Batch]) -> LossSums:
         """Add to every parameter's gradient that of the step's mean loss; ``micro_batches`` hold whole sequences, the same
         on all sequence-parallel ranks of one data-parallel rank. Every rank must give equally many."""

@@ -50,6 +50,8 @@ class Target:
     device: Device
     limits: Limits
     vocab_size: int
+    correction: float = 1.0
+    """How many times its plan the run took when it ran out of memory (``trainer/out_of_memory.py``)."""
 
     @property
     def ranks(self) -> int:
@@ -71,7 +73,7 @@ class Target:
 
     def with_config(self, config: RunConfig) -> Target:
         """The same device for other settings."""
-        return target_of(config, self.device)
+        return replace(target_of(config, self.device), correction=self.correction)
 
     def request(self, policy: Policy | None = None) -> TraceRequest:
         """The step to trace."""
@@ -80,8 +82,10 @@ class Target:
         return TraceRequest(self.config, self.vocab_size, device_type, policy, threads)
 
 
-def plan_run(config: RunConfig, device_name: str | None = None) -> MemoryPlan:
+def plan_run(config: RunConfig, device_name: str | None = None, correction: float = 1.0) -> MemoryPlan:
     """What one rank of ``config`` will hold on ``device_name`` (None: this machine's device under train.device), and how fast it goes.
+
+    ``correction``: how many times its plan the run took when it ran out of memory.
 
     Raises UserError for an unknown device, a vocabulary that does not fit the tokenizer, or a step that cannot be traced.
     """
@@ -89,7 +93,7 @@ def plan_run(config: RunConfig, device_name: str | None = None) -> MemoryPlan:
         device = this_machine(config.train.device) if device_name is None else device_named(device_name)
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
-    target = target_of(config, device)
+    target = replace(target_of(config, device), correction=correction)
     if config.memory.plan == "estimate":
         if config.memory.recompute == "auto":
             raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
@@ -114,7 +118,9 @@ def plan_traced(target: Target, trace: Trace) -> MemoryPlan:
 
 
 def _without_changes(target: Target, trace: Trace) -> MemoryPlan:
-    return plan_of_trace(trace, target.device, target.ranks, target.limits, prefetched_bytes=_prefetched(target))
+    return plan_of_trace(
+        trace, target.device, target.ranks, target.limits, prefetched_bytes=_prefetched(target), correction=target.correction
+    )
 
 
 def _chosen(target: Target) -> MemoryPlan:

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from memory_mgmt.arena import Arena, arena_step
 from memory_mgmt.monitor import MemoryMonitor
-from memory_mgmt.plan import MemoryPlan
+from memory_mgmt.plan import MemoryPlan, gib
+from memory_mgmt.plan_check import PlanCheck, is_out_of_memory
 from models.batch import Batch
 from models.errors import RunFailed
 from optim.schedule import learning_rate
+from trainer import out_of_memory
 from trainer.checkpoint import CheckpointManager
 from trainer.config import RunConfig
 from trainer.console import RunConsole
@@ -50,6 +53,8 @@ class Trainer:
     monitor: MemoryMonitor
     stop: StopSignal
     plan: MemoryPlan
+    check: PlanCheck
+    arena: Arena | None
     flops_per_token: float
     peak_flops: float
     """Of all devices of the run together, in FLOP/s."""
@@ -89,8 +94,14 @@ class Trainer:
 
     def _one_step(self, micro_batches: list[Batch], cursor: dict[str, Any], started: float) -> None:
         rate = learning_rate(self.state.step + 1, self.config.optim, self.config.train.steps)
-        sums = self.engine.forward_backward(micro_batches)
-        norm = self.engine.step(rate)
+        try:
+            with arena_step(self.arena, "train", *(batch.tokens_BT.shape for batch in micro_batches)):
+                sums = self.engine.forward_backward(micro_batches)
+                norm = self.engine.step(rate)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory() from error
         # Both numbers are sums over all ranks, so every rank takes the same branch.
         if not (math.isfinite(sums.loss) or sums.valid_tokens == 0) or not math.isfinite(norm):
             raise RunFailed(
@@ -105,11 +116,26 @@ class Trainer:
         seconds = time.perf_counter() - started
         speed = tokens / seconds
         mfu = speed * self.flops_per_token / self.peak_flops
-        self._record("train", sums, tokens_per_second=speed, mfu=mfu, lr=rate, grad_norm=norm, step_seconds=seconds)
+        measured = self.check.measurements()
+        self._record("train", sums, tokens_per_second=speed, mfu=mfu, lr=rate, grad_norm=norm, step_seconds=seconds, **measured)
+
+    def _out_of_memory(self) -> RunFailed:
+        """Print plan beside state, leave a note for the next plan, and say what to do."""
+        measured, step = self.monitor.read().peak_bytes, self.state.step + 1
+        for line in self.check.state(measured):
+            print(line, flush=True)
+        out_of_memory.record(self.run_dir, self.engine.rank, step, self.plan.measurable_peak_bytes, measured)
+        remedy = "more is kept free when it is resumed" if self.config.memory.recompute == "auto" else "memory.recompute=auto plans again"
+        return RunFailed(
+            f"step {step}: out of memory at {gib(measured)} of this rank, planned {gib(self.plan.measurable_peak_bytes)}; "
+            f"the last checkpoint is intact\n{remedy}: longstride resume {self.run_dir.path}"
+        )
 
     def _record(self, split: str, sums: LossSums, **values: float) -> None:
         peak_bytes = self.monitor.read().peak_bytes
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        if split == "train" and (warning := self.check.warning(peak_bytes)):
+            self.console.note(warning)
         record: dict[str, Any] = {
             "step": self.state.step,
             "split": split,
@@ -133,7 +159,8 @@ class Trainer:
         batches = list(self.valid_batches())
         if not batches:
             return
-        self.last_valid = self.engine.evaluate(batches)
+        with arena_step(self.arena, "valid", *(batch.tokens_BT.shape for batch in batches)):
+            self.last_valid = self.engine.evaluate(batches)
         seconds = time.perf_counter() - started
         self._record("valid", self.last_valid, tokens_per_second=self.last_valid.valid_tokens / seconds, step_seconds=seconds)
 
