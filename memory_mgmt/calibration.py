@@ -87,9 +87,10 @@ class Calibration:
     rates: Rates
 
 
-def calibrate(device: torch.device, *, ranks_per_node: int = 1) -> Calibration:
+def calibrate(device: torch.device, *, ranks_per_node: int = 1, clock: Callable[[], float] = time.perf_counter) -> Calibration:
     """Measure ``device`` for a few seconds.
 
+    ``clock``: on a CPU that is busy with other things, ``time.process_time`` counts this process's own time (with one thread).
     With a process group, every rank must call it at the same time (collective); links are measured, and a CPU's rates are those of
     the whole machine: this rank's times ``ranks_per_node``.
     """
@@ -97,8 +98,8 @@ def calibrate(device: torch.device, *, ranks_per_node: int = 1) -> Calibration:
     cuda = device.type == "cuda"
     sizes = _CUDA if cuda else _CPU
     dtypes = (torch.bfloat16, torch.float32) if cuda else (torch.float32, torch.bfloat16, torch.float64)
-    launch = _launch_seconds(device)
-    measure = _Measure(device)
+    measure = _Measure(device, clock)
+    launch = measure.launch_in_a_chain()
     base = _unmeasured(device)
     rates = replace(
         base,
@@ -178,24 +179,40 @@ def describe(calibration: Calibration) -> list[str]:
 class _Measure:
     """Times operations on one device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.launch = device, 0.0
+    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
+        self.device, self.clock = device, clock
         tiny = torch.ones(16, device=device)
-        self.launch = self.seconds(lambda: tiny + tiny)
+        self.launch = self.shortest(lambda: tiny + tiny)
 
-    def seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
-        """Shortest time of ``work``, without the cost of launching: other processes can only add to it. ``repeats``: operations in it."""
+    def shortest(self, work: Callable[[], object], repeats: int = 1) -> float:
+        """Shortest time of one of the ``repeats`` operations of ``work``: other processes can only add to it."""
         work()
         _settle(self.device)
         times: list[float] = []
         deadline = time.perf_counter() + _SECONDS_EACH
         while len(times) < 3 or time.perf_counter() < deadline:
-            started = time.perf_counter()
+            started = self.clock()
             work()
             _settle(self.device)
-            times.append(time.perf_counter() - started)
-        shortest = min(times) / repeats
+            times.append(self.clock() - started)
+        return min(times) / repeats
+
+    def seconds(self, work: Callable[[], object], repeats: int = 1) -> float:
+        """The same without the cost of launching; where that is nearly all of it, a quarter is taken to be work."""
+        shortest = self.shortest(work, repeats)
         return max(shortest - self.launch, shortest / 4)
+
+    def launch_in_a_chain(self) -> float:
+        """What one more small operation costs in a differentiated chain, forward and backward."""
+        x = torch.ones(16, device=self.device, requires_grad=True)
+
+        def chain() -> None:
+            y = x
+            for _ in range(_CHAIN):
+                y = y * 1.0
+            y.backward(torch.ones_like(y))
+
+        return self.shortest(chain, 2 * _CHAIN)
 
     def _random(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.rand(*shape, device=self.device).to(dtype)
@@ -255,21 +272,6 @@ class _Measure:
         out = size / self.seconds(lambda: host.copy_(here, non_blocking=True))
         back = size / self.seconds(lambda: here.copy_(host, non_blocking=True))
         return {"copy_out": out, "copy_in": back}
-
-
-def _launch_seconds(device: torch.device) -> float:
-    """What one more small operation costs in a differentiated chain, forward and backward."""
-    x = torch.ones(16, device=device, requires_grad=True)
-    times = []
-    for _ in range(6):
-        started = time.perf_counter()
-        y = x
-        for _ in range(_CHAIN):
-            y = y * 1.0
-        y.backward(torch.ones_like(y))
-        _settle(device)
-        times.append(time.perf_counter() - started)
-    return min(times) / (2 * _CHAIN)
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> Curve:
