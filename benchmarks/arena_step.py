@@ -8,8 +8,7 @@ equal bit for bit.
 All cases take the same steps: 4 to warm up (optimizer states exist; the arena watches them and plans), then what is free, the C library's
 heap and the arena's region, is given back to the system and the measured steps begin: growth is what a step needs on top of weights,
 optimizer states and code. The last column counts everything from before the model, the warm-up with its steps that the arena watches
-(served by the normal allocator) included. Times are those of the fastest
-step; CPU seconds hardly move with other load on the machine.
+(served by the normal allocator) included. Times are those of the fastest step; CPU seconds hardly move with other load on the machine.
 
   python benchmarks/arena_step.py            # about 5 minutes; writes arena_step.json and arena_step.md beside it
   python benchmarks/arena_step.py --quick    # 2 measured steps, prints only

@@ -22,7 +22,6 @@
 namespace {
 constexpr int64_t kGranule = 64;                    // bytes: the alignment of torch's own CPU allocator
 constexpr int64_t kChunk = 1024;                    // granules in a chunk
-constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kWindow = 64;                     // requests searched each way for the place in the plan after a divergence
 
 int64_t self() { return (int64_t)pthread_self(); }
@@ -370,22 +369,18 @@ void lsa_log_read(int64_t first, int64_t count, int64_t* out) {  // rows of id, 
 }
 
 // ---- regions
-void* lsa_region_new(int64_t bytes) {
+void* lsa_region_new(int64_t bytes) {                // huge pages (madvise) made no measurable difference to a training step
   auto* r = new Region;
-  const int64_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage, reserved = size + kHugePage;
-  char* p = zeroed<char>(reserved);
+  const int64_t chunk = kChunk * kGranule, size = (bytes + chunk - 1) / chunk * chunk;
+  r->base = zeroed<char>(size);
   r->occupancy = new Occupancy(size / kGranule);
-  if (!p || !r->occupancy->bits || !r->occupancy->used) {
-    if (p) munmap(p, reserved);
+  if (!r->base || !r->occupancy->bits || !r->occupancy->used) {
+    if (r->base) munmap(r->base, size);
     delete r->occupancy;
     delete r;
     return nullptr;
   }
-  char* aligned = (char*)(((uintptr_t)p + kHugePage - 1) / kHugePage * kHugePage);
-  if (aligned > p) munmap(p, aligned - p);           // what the alignment left over on either side
-  if (p + reserved > aligned + size) munmap(aligned + size, p + reserved - (aligned + size));
-  madvise(aligned, size, MADV_HUGEPAGE);
-  r->base = aligned, r->mapped = size, r->lengths = new Lengths;
+  r->mapped = size, r->lengths = new Lengths;
   r->bytes.store(size);
   r->older = g_regions.load();
   while (!g_regions.compare_exchange_weak(r->older, r)) {}

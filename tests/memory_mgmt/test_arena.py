@@ -298,7 +298,7 @@ def test_a_forked_child_uses_the_normal_allocator() -> None:
         assert ours.poll(60)
         addresses, total = ours.recv()
         process.join()
-        begin, end = held.data_ptr(), held.data_ptr() + (2 << 20)
+        begin, end = held.data_ptr(), held.data_ptr() + (64 << 10)
     assert total == 3 * 1024 and not any(begin <= address < end for address in addresses)
     assert arena.last_step["served"] == 1
 
