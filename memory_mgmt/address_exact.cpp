@@ -66,9 +66,10 @@ struct Search {
   std::vector<int> first, end;            // per buffer: the sections it lives in, [first, end)
   std::vector<T> size, offset;
   std::vector<i64> rank;                  // lower is tried first
-  std::vector<std::vector<int>> members;  // per section: its buffers
+  std::vector<std::vector<int>> members;  // per section: its buffers, the unplaced ones first
+  std::vector<int> unplaced;              // per section: how many
+  std::vector<std::vector<int>> seat;     // per buffer: its position among the members of each of its sections
   std::vector<int> by_first, starting;    // the buffers by first section; where each section's begin
-  std::vector<int> choices;
   std::vector<char> placed;
   // Per section: where the next buffer may start; the top of what lies there; bytes still to place; the lowest start and the two
   // lowest tops (and whose the first is) of its buffers to come.
@@ -133,8 +134,8 @@ struct Search {
   }
 
   bool follow_floor(int s) {
-    for (int j : members[s]) {
-      if (placed[j]) continue;
+    for (int k = 0; k < unplaced[s]; ++k) {
+      const int j = members[s][k];
       unsure.push(j);
       if (low[j] < floor[s] && !raise_low(j, floor[s])) return false;
     }
@@ -143,8 +144,8 @@ struct Search {
 
   bool summarise(int s) {
     T start = INF, t1 = INF, t2 = INF, of = -1;
-    for (int j : members[s]) {
-      if (placed[j]) continue;
+    for (int k = 0; k < unplaced[s]; ++k) {
+      const int j = members[s][k];
       const T top = low[j] + size[j];
       start = std::min(start, low[j]);
       if (top < t1)
@@ -154,8 +155,7 @@ struct Search {
     }
     if (t1 != top1[s] || t2 != top2[s] || of != top1_of[s]) {
       set(top1[s], t1), set(top2[s], t2), set(top1_of[s], of);
-      for (int j : members[s])
-        if (!placed[j]) unsure.push(j);
+      for (int k = 0; k < unplaced[s]; ++k) unsure.push(members[s][k]);
     }
     if (start != lowest[s]) set(lowest[s], start);
     return start == INF || start <= floor[s] || raise_floor(s, start);
@@ -224,8 +224,9 @@ struct Search {
     if (slot == hash) return INFEASIBLE;
     T level = INF;
     each(p, q, [&](int j) { level = std::min(level, low[j]); });
-    const int at = tightest(p, q, level);
-    const std::vector<int> lying = candidates(at, level);
+    const int whole = spanning(p, q, level);
+    const int at = whole >= 0 ? p : tightest(p, q, level);
+    const std::vector<int> lying = whole >= 0 ? std::vector<int>{whole} : candidates(at, level);
 
     const size_t mark = trail.size();
     int result = INFEASIBLE;
@@ -233,39 +234,52 @@ struct Search {
       if (is_twin_of_earlier(lying, c)) continue;
       put(lying[c], level);
       result = solve(p, q);
-      placed[lying[c]] = 0;
+      take_back(lying[c]);
       undo(mark);
     }
-    if (result == INFEASIBLE && raise_floor(at, level + 1)) result = solve(p, q);  // nothing lies there: a hole
+    if (result == INFEASIBLE && whole < 0 && raise_floor(at, level + 1)) result = solve(p, q);  // nothing lies there: a hole
     raised.clear();
     undo(mark);
     if (result == INFEASIBLE) slot = hash;
     return result;
   }
 
-  // The section at this level with the least slack, or with the fewest choices.
-  int tightest(int p, int q, T level) {
-    std::fill(choices.begin() + p, choices.begin() + q, 0);
+  // A buffer that lives throughout the part, if the part stands on level, solid ground; else -1. Any plan stays valid when such a buffer
+  // moves to the ground and all below it move up, so nothing else need be tried.
+  int spanning(int p, int q, T level) const {
+    for (int s = p; s < q; ++s)
+      if (solid[s] != level || floor[s] != level) return -1;
+    int found = -1;
     each(p, q, [&](int j) {
-      if (low[j] == level)
-        for (int s = first[j]; s < end[j]; ++s) ++choices[s];
+      if (first[j] == p && end[j] == q) found = j;
     });
+    return found;
+  }
+
+  // The section at this level with the least slack, or with the fewest choices; the other one decides between equals.
+  int tightest(int p, int q, T level) {
+    i64 best = INT64_MAX, least = INT64_MAX;
+    if (!fewest_first)
+      for (int s = p; s < q; ++s)
+        if (rest[s] && lowest[s] == level) least = std::min<i64>(least, slack(s));
     int at = -1;
-    i64 best = INT64_MAX;
     for (int s = p; s < q; ++s) {
-      if (!choices[s]) continue;
-      const i64 slack = capacity - floor[s] - rest[s];
-      const i64 key = fewest_first ? i64(choices[s] + (slack > 0)) * (i64(1) << 48) + slack : slack * 4096 + std::min(choices[s], 4095);
+      if (!rest[s] || lowest[s] != level || slack(s) > least) continue;
+      int choices = 0;
+      for (int k = 0; k < unplaced[s]; ++k) choices += low[members[s][k]] == level;
+      const i64 key = fewest_first ? i64(choices + (slack(s) > 0)) * (i64(1) << 48) + slack(s) : choices;
       if (key < best) best = key, at = s;
     }
     return at;
   }
 
+  i64 slack(int s) const { return capacity - floor[s] - rest[s]; }
+
   // What may lie at this level of the section, in the order to try.
   std::vector<int> candidates(int at, T level) const {
     std::vector<int> lying;
-    for (int j : members[at])
-      if (!placed[j] && low[j] == level) lying.push_back(j);
+    for (int k = 0; k < unplaced[at]; ++k)
+      if (low[members[at][k]] == level) lying.push_back(members[at][k]);
     std::sort(lying.begin(), lying.end(), [&](int a, int b) { return rank[a] < rank[b]; });
     return lying;
   }
@@ -276,7 +290,21 @@ struct Search {
     for (int s = first[j]; s < end[j]; ++s) {
       set(floor[s], level + size[j]), set(solid[s], level + size[j]), set(rest[s], rest[s] - size[j]);
       raised.push(s), stale.push(s);
+      leave(s, j);
     }
+  }
+
+  void take_back(int j) {
+    placed[j] = 0;
+    for (int s = first[j]; s < end[j]; ++s) ++unplaced[s];  // last to leave, first to return: its seat is the first free one
+  }
+
+  void leave(int s, int j) {
+    auto& here = members[s];
+    int &mine = seat[j][s - first[j]], last = here[--unplaced[s]];
+    std::swap(here[mine], here[unplaced[s]]);
+    seat[last][s - first[last]] = mine;
+    mine = unplaced[s];
   }
 
   bool is_twin_of_earlier(const std::vector<int>& lying, size_t c) const {
@@ -307,24 +335,54 @@ struct Search {
     starting.push_back(count);
   }
 
+  // The ground of the search: buffers with a fixed offset and, where none is fixed, those that live throughout (see spanning). Nothing
+  // goes below the fixed ones. The search is over the others.
+  void ground(const i64* fixed, i64 unit) {
+    floor.assign(sections, 0);
+    const bool none_fixed = std::all_of(fixed, fixed + n, [](i64 at) { return at < 0; });
+    std::vector<int> others, begins{0};
+    T base = 0;
+    for (int s = 0; s < sections; ++s) {
+      for (int k = starting[s]; k < starting[s + 1]; ++k) {
+        const int j = by_first[k];
+        const bool throughout = none_fixed && s == 0 && end[j] == sections;
+        if (fixed[j] < 0 && !throughout) {
+          others.push_back(j);
+          continue;
+        }
+        offset[j] = throughout ? base : T(fixed[j] / unit);
+        base += size[j];
+        for (int t = first[j]; t < end[j]; ++t) floor[t] = std::max<T>(floor[t], offset[j] + size[j]);
+      }
+      begins.push_back(int(others.size()));
+    }
+    by_first.swap(others);
+    starting.swap(begins);
+    solid = floor;
+  }
+
   void prepare() {
     members.resize(sections);
-    choices.resize(sections);
+    seat.resize(n);
+    unplaced.assign(sections, 0);
     raised.resize(sections), stale.resize(sections), unsure.resize(n);
-    for (auto* column : {&floor, &solid, &rest, &lowest, &top1, &top2, &top1_of}) column->assign(sections, 0);
+    for (auto* column : {&rest, &lowest, &top1, &top2, &top1_of}) column->assign(sections, 0);
     for (int j : by_first)
-      for (int s = first[j]; s < end[j]; ++s) rest[s] += size[j], members[s].push_back(j);
+      for (int s = first[j]; s < end[j]; ++s) {
+        rest[s] += size[j];
+        seat[j].push_back(int(members[s].size()));
+        members[s].push_back(j);
+      }
   }
 
   // One attempt from an empty plan.
   int attempt() {
     nodes = 0;
     stopped = false;
-    for (int s = 0; s < sections; ++s) stale.push(s);
+    for (int s = 0; s < sections; ++s) raised.push(s), stale.push(s), unplaced[s] = int(members[s].size());
     for (int j : by_first) unsure.push(j);
     const int result = solve(0, sections);
     undo(0);
-    std::fill(placed.begin(), placed.end(), 0);
     return result;
   }
 };
@@ -333,6 +391,7 @@ struct Instance {
   int n;
   const i64 *lower, *upper, *size;
   i64 unit, capacity;
+  const i64* fixed;  // offsets, multiples of the unit; -1 for those to place
   const double* features;  // 3 x n: duration, size, pressure, in logarithms and standardised
 };
 
@@ -342,12 +401,14 @@ constexpr int N_NAMED = sizeof(NAMED) / sizeof(NAMED[0]);
 
 // The order to try buffers in, and the choice of section: first the named ones with either choice, then random ones.
 template <typename T>
-void diversify(Search<T>& search, const double* features, int attempt, std::mt19937_64& random) {
+void diversify(Search<T>& search, const double* features, u64 seed, int attempt, std::mt19937_64& random) {
   const auto uniform = [&] { return double(random() >> 11) * 0x1p-53; };
   double weight[3], noise = 0;
-  search.fewest_first = attempt < 2 * N_NAMED ? attempt % 2 == 1 : random() % 2 == 1;
-  if (attempt < 2 * N_NAMED) {
-    std::copy(NAMED[attempt / 2], NAMED[attempt / 2] + 3, weight);
+  const int modes = search.n > 1000 ? 1 : 2;  // of a large instance, counting the choices of every section costs more than all else
+  search.fewest_first = attempt < modes * N_NAMED ? attempt % modes == 1 : random() % modes == 1;
+  if (attempt < modes * N_NAMED) {
+    const auto& named = NAMED[(attempt / modes + seed) % N_NAMED];  // searches side by side begin with different ones
+    std::copy(named, named + 3, weight);
   } else {
     // Half of the attempts lean on size: on MiniMalloc's instances they succeed ten times as often. The others are for what differs.
     do
@@ -378,12 +439,13 @@ template <typename T>
 int run(const Instance& instance, u64 seed, int table_bits, Limits limits, i64* offsets, i64* nodes) {
   Search<T> search(instance.n, T(instance.capacity / instance.unit), size_t(1) << table_bits);
   search.set_lives(instance.lower, instance.upper, instance.size, instance.unit);
+  search.ground(instance.fixed, instance.unit);
   search.prepare();
-  for (T live : search.rest)
-    if (live > search.capacity) return INFEASIBLE;
+  for (int s = 0; s < search.sections; ++s)
+    if (search.floor[s] + search.rest[s] > search.capacity) return INFEASIBLE;
   std::mt19937_64 random(seed);
   for (int attempt = 0;; ++attempt) {
-    diversify(search, instance.features, attempt, random);
+    diversify(search, instance.features, seed, attempt, random);
     search.limits = limits;
     search.limits.nodes = limits.nodes * luby(attempt % 1022);
     const int result = search.attempt();
@@ -418,11 +480,11 @@ extern "C" {
 
 // 1: offsets hold a plan no higher than capacity. 0: proven that there is none. -1: stopped by the time limit or the flag; -2: no thread.
 // `nodes_of_attempt` is the length of the shortest attempt; failed states are remembered across attempts.
-int address_exact(int n, const i64* lower, const i64* upper, const i64* size, i64 unit, i64 capacity, const double* features, u64 seed,
-                  int table_bits, i64 nodes_of_attempt, double seconds, const int32_t* stop, i64* offsets, i64* nodes) {
+int address_exact(int n, const i64* lower, const i64* upper, const i64* size, i64 unit, i64 capacity, const i64* fixed,
+                  const double* features, u64 seed, int table_bits, i64 nodes_of_attempt, double seconds, const int32_t* stop, i64* offsets, i64* nodes) {
   *nodes = 0;
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(i64(seconds * 1e6));
-  Call call{{n, lower, upper, size, unit, capacity, features}, seed, table_bits, {nodes_of_attempt, deadline, stop}, offsets, nodes, STOPPED};
+  Call call{{n, lower, upper, size, unit, capacity, fixed, features}, seed, table_bits, {nodes_of_attempt, deadline, stop}, offsets, nodes, STOPPED};
   // One level of recursion per buffer and per hole: more than the stack of an ordinary thread. Untouched stack costs nothing.
   pthread_attr_t attributes;
   pthread_t thread;

@@ -28,19 +28,23 @@ Answer = Literal["found", "infeasible", "stopped"]
 INF = 2**62
 
 
-def exact(problem: Problem, capacity: int, deadline: float, stop: NDArray[np.int32], seed: int = 0) -> tuple[Answer, Int64s]:
+def exact(
+    problem: Problem, capacity: int, deadline: float, stop: NDArray[np.int32], seed: int = 0, fixed: Int64s | None = None
+) -> tuple[Answer, Int64s]:
     """Offsets of a plan no higher than ``capacity`` ("found"), or the proof that there is none ("infeasible").
 
+    ``fixed`` holds the offsets of buffers that keep theirs, -1 for the others, which all go above them: "infeasible" then says no more.
     "stopped": neither by ``deadline`` (time.perf_counter) or before another thread set ``stop[0]``; the offsets then mean nothing.
     """
     if not len(problem):
         return "found", np.zeros(0, dtype=np.int64)
     nodes_of_attempt = len(problem) + 300  # most attempts that succeed hardly ever go back
+    fixed = np.full(len(problem), -1, dtype=np.int64) if fixed is None else fixed
     library = exact_library()
     if library is None:
-        return PythonSearch.of(problem, capacity).restarts(features(problem), nodes_of_attempt, deadline, stop, seed)
+        return PythonSearch.of(problem, capacity, fixed).restarts(features(problem), nodes_of_attempt, deadline, stop, seed)
     seconds = max(0.0, deadline - time.perf_counter())
-    code, offsets = native_exact(library, problem, capacity, features(problem), nodes_of_attempt, seconds, stop, seed)
+    code, offsets = native_exact(library, problem, capacity, fixed, features(problem), nodes_of_attempt, seconds, stop, seed)
     answers: dict[int, Answer] = {1: "found", 0: "infeasible", -1: "stopped"}
     return answers[code], offsets
 
@@ -85,6 +89,7 @@ class PythonSearch:
     solid: list[int]  # per section: the top of what lies there
     rank: list[int]
     offset: list[int]
+    waiting: frozenset[int]  # what is to be placed
     failed: set[tuple[object, ...]] = field(default_factory=set)
     fewest_first: bool = False
     nodes: int = 0
@@ -93,25 +98,30 @@ class PythonSearch:
         """A limit was reached."""
 
     @classmethod
-    def of(cls, problem: Problem, capacity: int) -> PythonSearch:
-        """The search for a plan of ``problem`` no higher than ``capacity``."""
+    def of(cls, problem: Problem, capacity: int, fixed: Int64s | None = None) -> PythonSearch:
+        """The search for a plan of ``problem`` no higher than ``capacity``, above the buffers with a fixed offset."""
         first, end, number = sections(problem)
-        size = (problem.size // problem.unit).tolist()
-        rest = [0] * number
+        unit = problem.unit
+        size = (problem.size // unit).tolist()
+        offset = [-1] * len(size) if fixed is None else [at if at < 0 else at // unit for at in fixed.tolist()]
+        rest, floor = [0] * number, [0] * number
         for j, bytes_ in enumerate(size):
             for s in range(first[j], end[j]):
-                rest[s] += bytes_
-        zeros = [0] * len(size)
-        return cls(capacity // problem.unit, problem.unit, size, first, end, rest, [0] * number, [0] * number, zeros, zeros.copy())
+                if offset[j] < 0:
+                    rest[s] += bytes_
+                else:
+                    floor[s] = max(floor[s], offset[j] + bytes_)
+        waiting = frozenset(j for j, bytes_ in enumerate(size) if bytes_ and offset[j] < 0)
+        start = [max(0, at) for at in offset]
+        return cls(capacity // unit, unit, size, first, end, rest, floor, floor.copy(), [0] * len(size), start, waiting)
 
     def restarts(
         self, features: NDArray[np.float64], nodes: int, deadline: float, stop: NDArray[np.int32], seed: int
     ) -> tuple[Answer, Int64s]:
         """Attempts with random orders of trial, ever longer, until one ends with an answer. Failed states stay known."""
         chance = random.Random(seed)
-        everything = frozenset(j for j, bytes_ in enumerate(self.size) if bytes_)
         start = self.floor.copy(), self.solid.copy(), self.rest.copy()
-        if max(self.rest, default=0) > self.capacity:
+        if any(f + r > self.capacity for f, r in zip(self.floor, self.rest, strict=True)):
             return "infeasible", np.zeros(len(self.size), dtype=np.int64)
         for attempt in count():
             self.floor, self.solid, self.rest = (column.copy() for column in start)
@@ -121,7 +131,7 @@ class PythonSearch:
             self.fewest_first = chance.random() < 0.5
             self.nodes = nodes * (1 + attempt // 4)
             try:
-                found = self.solve(everything, deadline, stop)
+                found = self.solve(self.waiting, deadline, stop)
             except self.Stopped:
                 if self.nodes > 0 or time.perf_counter() > deadline or stop[0]:
                     return "stopped", np.zeros(len(self.size), dtype=np.int64)

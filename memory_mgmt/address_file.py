@@ -76,4 +76,6 @@ def write_plan(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]],
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give --out a path in a folder that exists and is writable") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); give --out a path in a folder that exists and is writable"
+        ) from None

@@ -121,8 +121,8 @@ def solve(problem: Problem, start: Int64s, free: set[int], bound: int, deadline:
     program = pulp.LpProblem("addresses", pulp.LpMinimize)
     used = np.flatnonzero(problem.size).tolist()
     size = {i: float(problem.size[i]) / scale for i in used}
-    at = {i: pulp.LpVariable(f"a{i}", 0, SCALE - size[i]) for i in used}
-    top = pulp.LpVariable("top", bound / scale, SCALE)
+    at = {i: _variable(program, f"a{i}", 0, SCALE - size[i]) for i in used}
+    top = _variable(program, "top", bound / scale, SCALE)
     program += top
     for i in used:
         program += at[i] + size[i] <= top
@@ -131,7 +131,7 @@ def solve(problem: Problem, start: Int64s, free: set[int], bound: int, deadline:
     for below, above in fixed:
         program += at[below] + size[below] <= at[above]
     for i, j in open_:
-        order = pulp.LpVariable(f"z{i}_{j}", cat="Binary")
+        order = _variable(program, f"z{i}_{j}", 0, 1, "Integer")
         order.setInitialValue(0 if start[i] < start[j] else 1)
         program += at[i] + size[i] <= at[j] + SCALE * order
         program += at[j] + size[j] <= at[i] + SCALE * (1 - order)
@@ -145,6 +145,14 @@ def solve(problem: Problem, start: Int64s, free: set[int], bound: int, deadline:
     # The solver's tolerances only ever loosen the program; its own arithmetic may err by far less than this.
     proven = math.ceil((least - 1e-7 * ceiling) / problem.unit) * problem.unit
     return offsets, min(proven, height(problem, offsets))
+
+
+def _variable(program: Any, name: str, low: float, high: float, kind: str = "Continuous") -> Any:
+    import pulp
+
+    if hasattr(program, "add_variable"):  # since PuLP 3.3, which warns of the constructor
+        return program.add_variable(name, low, high, kind)
+    return pulp.LpVariable(name, low, high, kind)
 
 
 def _dropped(problem: Problem, about: Any) -> Int64s:

@@ -42,7 +42,7 @@ def exact_library() -> ctypes.CDLL | None:
         i64 = ctypes.c_int64
         library.address_exact.restype = ctypes.c_int
         library.address_exact.argtypes = [
-            *(ctypes.c_int, _INT64S, _INT64S, _INT64S, i64, i64, _FLOATS, ctypes.c_uint64, ctypes.c_int, i64, ctypes.c_double),
+            *(ctypes.c_int, _INT64S, _INT64S, _INT64S, i64, i64, _INT64S, _FLOATS, ctypes.c_uint64, ctypes.c_int, i64, ctypes.c_double),
             *(_INT32S, _INT64S, ctypes.POINTER(i64)),
         ]
     return library
@@ -77,6 +77,7 @@ def native_exact(
     library: ctypes.CDLL,
     problem: Problem,
     capacity: int,
+    fixed: Int64s,
     features: NDArray[np.float64],
     nodes_of_attempt: int,
     seconds: float,
@@ -86,7 +87,7 @@ def native_exact(
     """1 with the offsets of a plan no higher than ``capacity``, 0 where there is none, -1 when stopped; releases the GIL."""
     offsets, nodes = np.zeros(len(problem), dtype=np.int64), ctypes.c_int64(0)
     # Time is read every 64 nodes: 30 years are as good as for ever and fit the clock.
-    arguments = (problem.unit, capacity, features, seed, _TABLE_BITS, nodes_of_attempt, min(seconds, 1e9), stop, offsets, nodes)
+    arguments = (problem.unit, capacity, fixed, features, seed, _TABLE_BITS, nodes_of_attempt, min(seconds, 1e9), stop, offsets, nodes)
     code = library.address_exact(len(problem), problem.lower, problem.upper, problem.size, *arguments)
     if code == -2:
         raise RuntimeError("no thread could be started for the exact search: too little memory or too many threads")

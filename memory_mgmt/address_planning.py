@@ -21,11 +21,13 @@ from pathlib import Path
 
 from memory_mgmt.address_bilevel import bilevel, stretches
 from memory_mgmt.address_file import read_lifetimes, write_plan
-from memory_mgmt.address_portfolio import Best, descend, exact_fits, greedy, in_parallel, squeak
+from memory_mgmt.address_portfolio import Best, descend, exact_fits, greedy, in_parallel, skeleton, squeak
 from memory_mgmt.address_problem import Int64s, Lifetime, Problem, check_plan, find_overlap, height, problem_of
 from models.errors import UserError
 
 __all__ = ["METHODS", "AddressPlan", "Lifetime", "check_plan", "plan_addresses"]
+
+LARGE = 500  # buffers beyond which the exact search over everything takes its time
 
 METHODS = ("auto", "greedy", "search", "exact", "mip", "bilevel")
 
@@ -112,8 +114,11 @@ def _auto(best: Best, groups: Sequence[Hashable | None], seed: int) -> None:
         in_parallel(best, lambda: squeak(best, 1.0, seed), lambda: squeak(best, 1.0, seed + 1))
         return
 
+    if len(best.problem) > LARGE:
+        skeleton(best)
+
     def from_above() -> None:
-        squeak(best, 0.15, seed)
+        squeak(best, 0.05, seed)
         descend(best, seed + 1, from_below=False)
 
     in_parallel(best, lambda: descend(best, seed, from_below=True), from_above)
@@ -168,7 +173,9 @@ def _bilevel(best: Best, groups: Sequence[Hashable | None], seed: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m memory_mgmt.address_planning", description="Plan addresses of buffers with known lives.")
+    parser = argparse.ArgumentParser(
+        prog="python -m memory_mgmt.address_planning", description="Plan addresses of buffers with known lives."
+    )
     parser.add_argument("input", type=Path, metavar="IN.csv", help="id,lower,upper,size[,group][,...]; lives are [lower, upper)")
     parser.add_argument("--capacity", type=int, help="the height to stay within; exit code 1 when the best plan is higher")
     parser.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds (default: 10)")

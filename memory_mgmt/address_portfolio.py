@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memory_mgmt.address_exact import exact, sections
-from memory_mgmt.address_greedy import FITS, orders, place
+from memory_mgmt.address_greedy import FITS, Fit, orders, place
 from memory_mgmt.address_local_search import squeaky_wheel
 from memory_mgmt.address_native import native_place, search_library
 from memory_mgmt.address_problem import Int64s, Problem, height, max_live
@@ -92,13 +92,56 @@ class Best:
 
 def greedy(best: Best) -> None:
     """Offers the greedy plans, until one meets the bound or the time is over; at least one."""
-    library = search_library()
     for name, order in orders(best.problem):
         for fit in FITS:
-            offsets = place(best.problem, order, fit) if library is None else native_place(library, best.problem, order, fit == "best")
-            best.offer(offsets, f"greedy:{name}/{fit}")
+            best.offer(_placed(best.problem, order, fit), f"greedy:{name}/{fit}")
             if best.over:
                 return
+
+
+def _placed(problem: Problem, order: Int64s, fit: Fit) -> Int64s:
+    library = search_library()
+    return place(problem, order, fit) if library is None else native_place(library, problem, order, fit == "best")
+
+
+def skeleton(best: Best) -> None:
+    """Places long lives greedily, then searches exactly for what lies on them, for several ideas of what is long.
+
+    On a training step this is fast where the search over everything is not: what a layer keeps is stacked, and the transients of each
+    layer are a small problem of their own.
+    """
+    problem, duration = best.problem, best.problem.upper - best.problem.lower
+    parts = sections(problem)
+    span = int(problem.upper.max() - problem.lower.min())
+    for fraction in (64, 32, 16, 8, 4, 2):  # the fastest searches first
+        long = np.flatnonzero(duration > span // fraction)
+        if not 0 < len(long) < len(problem):
+            continue
+        for _, order in orders(problem.subset(long)):
+            if best.over:
+                return
+            fixed = np.full(len(problem), -1, dtype=np.int64)
+            fixed[long] = _placed(problem.subset(long), order, "first")
+            if _least_height(problem, fixed, parts) > best.bound:
+                continue
+            with best.searching(best.bound) as stop:
+                # What succeeds does so at once; the next idea is worth more than a longer search.
+                deadline = min(_share(best, 0.05), time.perf_counter() + 0.1)
+                answer, offsets = exact(problem, best.bound, deadline, stop, fixed=fixed)
+            if answer == "found":
+                best.offer(offsets, "skeleton")
+
+
+def _least_height(problem: Problem, fixed: Int64s, parts: tuple[list[int], list[int], int]) -> int:
+    """The height of the fixed buffers with all others that live at the same time above them, at the worst time."""
+    floor, change = np.zeros(parts[2], dtype=np.int64), np.zeros(parts[2] + 1, dtype=np.int64)
+    for a, b, at, size in zip(parts[0], parts[1], fixed.tolist(), problem.size.tolist(), strict=True):
+        if at < 0:
+            change[a] += size
+            change[b] -= size
+        else:
+            np.maximum(floor[a:b], at + size, out=floor[a:b])
+    return int((floor + np.cumsum(change[:-1])).max())
 
 
 def squeak(best: Best, share: float, seed: int) -> None:

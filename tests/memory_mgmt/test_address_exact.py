@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from memory_mgmt import address_exact
 from memory_mgmt.address_exact import PythonSearch, exact, features
+from memory_mgmt.address_examples import cut_rectangle, full_house
 from memory_mgmt.address_greedy import place
 from memory_mgmt.address_native import exact_library
 from memory_mgmt.address_problem import Lifetime, Problem, find_overlap, height, max_live, problem_of
@@ -51,21 +52,55 @@ def test_finds_the_optimum_and_proves_that_nothing_is_lower(problem: Problem) ->
         assert best == 0 or search(best - 1)[0] == "infeasible"
 
 
-def hard_problem(n: int, seed: int) -> Problem:
-    """A rectangle cut into n pieces at random: a plan without any hole exists, and greedy plans miss it."""
-    chance = np.random.default_rng(seed)
-    pieces = [(0, 1000, 0, 1000)]
-    while len(pieces) < n:
-        t0, t1, b0, b1 = pieces.pop(int(chance.integers(len(pieces))))
-        if chance.random() < 0.5 and t1 - t0 > 1:
-            cut = int(chance.integers(t0 + 1, t1))
-            pieces += [(t0, cut, b0, b1), (cut, t1, b0, b1)]
-        elif b1 - b0 > 1:
-            cut = int(chance.integers(b0 + 1, b1))
-            pieces += [(t0, t1, b0, cut), (t0, t1, cut, b1)]
-        else:
-            pieces.append((t0, t1, b0, b1))
-    return problem_of([Lifetime(k, t0, t1, b1 - b0) for k, (t0, t1, b0, b1) in enumerate(pieces)])
+def fits(problem: Problem, capacity: int) -> bool:
+    """Whether there is a plan, by trying all addresses of one buffer after another."""
+    order = np.argsort(problem.lower, kind="stable").tolist()
+    lower, upper, size = problem.lower.tolist(), problem.upper.tolist(), problem.size.tolist()
+    at: dict[int, int] = {}
+
+    def rest_fits(k: int) -> bool:
+        if k == len(order):
+            return True
+        i = order[k]
+        alive = [j for j in order[:k] if upper[j] > lower[i]]
+        for offset in range(capacity - size[i] + 1):
+            if all(at[j] + size[j] <= offset or offset + size[i] <= at[j] for j in alive):
+                at[i] = offset
+                if rest_fits(k + 1):
+                    return True
+        return False
+
+    return rest_fits(0)
+
+
+def test_proves_that_no_plan_is_as_low_as_the_live_bytes() -> None:
+    limits = time.perf_counter() + 60, RUN_ON
+    answers = []
+    for seed in range(120):
+        problem = problem_of(full_house(20, live=8, seed=seed))
+        python, _ = PythonSearch.of(problem, 8).restarts(features(problem), 300, *limits, seed=seed)
+        answers.append("found" if fits(problem, 8) else "infeasible")
+        assert python == answers[-1], seed
+        if exact_library() is not None:
+            assert exact(problem, 8, *limits, seed=seed)[0] == answers[-1], seed
+    assert answers.count("infeasible") >= 2
+
+
+def test_fixed_buffers_keep_their_offsets_and_lie_below_the_others() -> None:
+    problem = problem_of([Lifetime("a", 0, 4, 2), Lifetime("b", 1, 2, 3), Lifetime("c", 2, 3, 4), Lifetime("d", 0, 6, 1)])
+    fixed = np.array([-1, 3, -1, 0])
+    searches = [lambda capacity: exact(problem, capacity, time.perf_counter() + 20, RUN_ON, fixed=fixed)]
+    limits = time.perf_counter() + 20, RUN_ON
+    searches.append(lambda capacity: PythonSearch.of(problem, capacity, fixed).restarts(features(problem), 300, *limits, seed=0))
+    for search in searches:
+        assert search(7)[0] == "infeasible"  # a would fit below b, but goes on it
+        answer, offsets = search(8)
+        assert answer == "found"
+        assert offsets.tolist() == [6, 3, 1, 0]
+
+
+def hard_problem(pieces: int, seed: int) -> Problem:
+    return problem_of(cut_rectangle(pieces, seed=seed))
 
 
 @pytest.mark.parametrize("seed", range(3))
