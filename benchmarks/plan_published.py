@@ -1,10 +1,10 @@
 """Published long-context runs, planned without a GPU: does the plan for *their* method agree with what they report?
 
 For every recipe whose settings are public: fits or runs out of memory, peak, and step time, from the closed forms of
-``published_methods.py`` and the rates of ``memory_mgmt/devices.py``. One set of rates and assumptions serves all cases and nothing is
-fitted to one; but the closed forms were worked out with these figures in sight, so this is agreement, not prediction. Goals: every
-outcome right, peaks within 10 percent, step times within 20 percent. ``--own`` also plans what longstride would do with the same model,
-length and devices (minutes).
+``published_methods.py``, the traces of ``published_times.py`` and the rates of ``memory_mgmt/devices.py``. One set of rates and
+assumptions serves all cases and nothing is fitted to one; but the closed forms were worked out with these figures in sight, so this is
+agreement, not prediction. Goals: every outcome right, peaks within 10 percent, step times within 20 percent. ``--own`` also plans what
+longstride would do with the same model, length and devices (minutes).
 
   python benchmarks/plan_published.py            # prints; writes plan_published.json and plan_published.md beside it
   python benchmarks/plan_published.py --quick    # prints only
@@ -26,7 +26,8 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # run as a script, not as a module
 
-from published_methods import RESERVED, Estimate, Recipe, Shape, estimate, fits  # noqa: E402
+from published_methods import RESERVED, Estimate, estimate, fits  # noqa: E402
+from published_recipes import Recipe, Shape  # noqa: E402
 
 from memory_mgmt.devices import GIB  # noqa: E402
 
@@ -108,7 +109,12 @@ CASES = (
     Case("1 x H100, 36K, no lever", _alst("h100", 1, 36_000), True, ALST + "h100-sp1-llama-8b-baseline.yml (close to oom)"),
     Case("1 x H100, 500K, all levers", _alst("h100", 1, 500_000, *ALL), True, ALST + "h100-sp1-llama-8b.yml"),
     Case("1 x H100, 500K, no lever", _alst("h100", 1, 500_000), False, LADDER),
-    Case("8 x H100, 160K, loss, no Ulysses", _alst("h100", 8, 160_000, "loss", sp=1), True, "systems.md: the ladder of the recipes"),
+    Case(
+        "8 x H100, 160K, loss, no Ulysses",
+        _alst("h100", 8, 160_000, "loss", sp=1),
+        True,
+        ALST + "h100-sp8-llama-8b-no-ulysses-yes-liger-no-extras.yml",
+    ),
     Case("8 x H100, 160K, no lever", _alst("h100", 8, 160_000, sp=1), False, LADDER),
     Case("8 x H100, 1.1M, loss", _alst("h100", 8, 1_100_000, "loss"), True, ALST + "h100-sp8-llama-8b-no-mlp-no-act-offload.yml"),
     Case("8 x H100, 1.1M, loss, no Ulysses", _alst("h100", 8, 1_100_000, "loss", sp=1), False, LADDER),

@@ -11,7 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from plan_published import CASES, GPT_7B, LLAMA_8B, PEAK_GOAL, QWEN3_8B, TIME_GOAL, Row, compare, markdown, own_overrides
-from published_methods import Recipe, alpha, estimate, fits
+from published_methods import estimate, fits
+from published_recipes import Recipe
+from published_times import alpha
 
 from models.config import ModelConfig
 from models.flops import model_flops_per_token, parameter_count
