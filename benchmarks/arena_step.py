@@ -143,31 +143,35 @@ def run_step_case(system: str, recompute: str, steps: int) -> dict[str, Any]:
 
 
 def run_allocation_case(rounds: int) -> dict[str, Any]:
-    """Nanoseconds per ``torch.empty(4096)``, made and freed: before installation, installed and off, served. Best of the rounds."""
+    """CPU nanoseconds per ``torch.empty(4096)``, made and freed: not installed, installed and off, served. Best of interleaved rounds."""
     import torch
 
     from memory_mgmt.arena import Arena
+    from memory_mgmt.arena_native import uninstall
 
     torch.set_num_threads(1)
 
     def nanoseconds() -> float:
-        started = time.perf_counter()
+        started = time.thread_time_ns()
         for _ in range(ALLOCATIONS):
             torch.empty(4096)
-        return (time.perf_counter() - started) / ALLOCATIONS * 1e9
+        return (time.thread_time_ns() - started) / ALLOCATIONS
 
-    default = [nanoseconds() for _ in range(rounds)]
-    arena = Arena()
-    for _ in range(2):
-        with arena.step():
-            nanoseconds()
-    off, served = [], []
+    found: dict[str, list[float]] = {"default": [], "installed_off": [], "served": []}
     for _ in range(rounds):
-        off.append(nanoseconds())
-        with arena.step():
-            served.append(nanoseconds())
-    assert arena.stats.served == rounds * ALLOCATIONS
-    return {"default": min(default), "installed_off": min(off), "served": min(served)}
+        found["default"] += [nanoseconds() for _ in range(5)]
+        arena = Arena()
+        for _ in range(2):
+            with arena.step():
+                nanoseconds()
+        for _ in range(5):
+            found["installed_off"].append(nanoseconds())
+            with arena.step():
+                found["served"].append(nanoseconds())
+        assert arena.stats.served == 5 * ALLOCATIONS
+        arena.close()
+        assert uninstall()
+    return {name: min(values) for name, values in found.items()}
 
 
 def in_fresh_process(kind: str, *arguments: str) -> dict[str, Any]:
@@ -274,7 +278,7 @@ def main() -> int:
             print(f"{SYSTEMS[system]}, recompute {recompute} ...", file=sys.stderr)
             case = in_fresh_process("step", system, recompute, str(steps))
             report["cases"].append({"system": system, "recompute": recompute, **case})
-    report["nanoseconds_per_allocation"] = in_fresh_process("allocation", "3" if arguments.quick else "15")
+    report["nanoseconds_per_allocation"] = in_fresh_process("allocation", "1" if arguments.quick else "8")
     report["ratios"] = ratios(report["cases"])
     print(text := markdown(report))
     if not arguments.quick:
