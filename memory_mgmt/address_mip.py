@@ -9,6 +9,7 @@ warmStart is ignored in silence), so ``_Started`` hands it to the solver itself.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -63,7 +64,7 @@ def neighbourhood(problem: Problem, offsets: Int64s, lying: list[list[int]], cha
     tops = offsets + problem.size
     touching: dict[int, set[int]] = {}
     for column in lying:
-        for a, b in zip(column, column[1:], strict=False):
+        for a, b in itertools.pairwise(column):
             touching.setdefault(a, set()).add(b)
             touching.setdefault(b, set()).add(a)
     free = {chance.choice(np.flatnonzero(tops == tops.max()).tolist())}
@@ -121,12 +122,12 @@ def solve(problem: Problem, start: Int64s, free: set[int], bound: int, deadline:
     program = pulp.LpProblem("addresses", pulp.LpMinimize)
     used = np.flatnonzero(problem.size).tolist()
     size = {i: float(problem.size[i]) / scale for i in used}
-    at = {i: _variable(program, f"a{i}", 0, SCALE - size[i]) for i in used}
-    top = _variable(program, "top", bound / scale, SCALE)
+    at = {i: _variable(program, f"a{i}", 0, SCALE) for i in used}
+    top = _variable(program, "top", min(SCALE, bound / scale), SCALE)
     program += top
     for i in used:
         program += at[i] + size[i] <= top
-        at[i].setInitialValue(float(start[i]) / scale)
+        at[i].setInitialValue(min(SCALE, float(start[i]) / scale))  # the division may round up
     top.setInitialValue(SCALE)
     for below, above in fixed:
         program += at[below] + size[below] <= at[above]

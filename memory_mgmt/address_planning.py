@@ -91,7 +91,10 @@ def plan_addresses(
 
 def _improve(best: Best, method: str, groups: Sequence[Hashable | None], seed: int) -> None:
     if method == "bilevel":
-        _bilevel(best, groups, seed)
+        grouping = _best_grouping(best, groups)
+        if best.label == "none":  # no transients, so one level is all there is
+            greedy(best)
+        _search_bilevel(best, grouping, 1.0, seed)
         return
     greedy(best)
     if best.over or method == "greedy":
@@ -107,21 +110,23 @@ def _improve(best: Best, method: str, groups: Sequence[Hashable | None], seed: i
 
 
 def _auto(best: Best, groups: Sequence[Hashable | None], seed: int) -> None:
-    _greedy_bilevel(best, groups)
-    if best.over:
-        return
-    if not exact_fits(best.problem):
-        in_parallel(best, lambda: squeak(best, 1.0, seed), lambda: squeak(best, 1.0, seed + 1))
-        return
-
-    if len(best.problem) > LARGE:
+    fits = exact_fits(best.problem)
+    if fits and len(best.problem) > LARGE:
         skeleton(best)
 
-    def from_above() -> None:
-        squeak(best, 0.05, seed)
-        descend(best, seed + 1, from_below=False)
+    def below() -> None:
+        if fits:
+            descend(best, seed, from_below=True)
+        else:
+            squeak(best, 1.0, seed)
 
-    in_parallel(best, lambda: descend(best, seed, from_below=True), from_above)
+    def above() -> None:
+        _search_bilevel(best, _best_grouping(best, groups), 0.2, seed)
+        squeak(best, 0.05 if fits else 1.0, seed + 1)
+        if fits:
+            descend(best, seed + 1, from_below=False)
+
+    in_parallel(best, below, above)
 
 
 def _mip(best: Best, seed: int) -> None:
@@ -141,34 +146,32 @@ def _greedy_plan(problem: Problem) -> Int64s:
     return best.offsets
 
 
-def _greedy_bilevel(best: Best, groups: Sequence[Hashable | None]) -> None:
-    """Offers the bi-level plans with greedy levels: far below a second for a step."""
+def _best_grouping(best: Best, groups: Sequence[Hashable | None]) -> Sequence[Hashable | None]:
+    """The grouping with the lowest bi-level plan by greedy levels, far below a second for a step; offers these plans."""
+    lowest, chosen = None, groups
     for grouping in _groupings(best, groups):
-        if best.over:
-            return
-        best.offer(bilevel(best.problem, grouping, _greedy_plan, _greedy_plan), "bilevel")
-
-
-def _bilevel(best: Best, groups: Sequence[Hashable | None], seed: int) -> None:
-    """The best bi-level plan: the grouping is chosen with greedy levels, then both levels are searched."""
-    candidates = _groupings(best, groups)
-    if not candidates:  # no transients at all: one level is all there is
-        candidates = [[None] * len(best.problem)]
-    chosen = candidates[0]
-    for grouping in candidates:
         offsets = bilevel(best.problem, grouping, _greedy_plan, _greedy_plan)
-        if height(best.problem, offsets) < best.height or best.label == "none":
-            chosen = grouping
         best.offer(offsets, "bilevel")
         if best.over:
-            return
+            return grouping
+        if lowest is None or height(best.problem, offsets) < lowest:
+            lowest, chosen = height(best.problem, offsets), grouping
+    return chosen
 
-    def searched(level_problem: Problem) -> Int64s:
-        level = Best(level_problem, 0.3 * max(0.0, best.deadline - time.perf_counter()))
-        _improve(level, "auto", [None] * len(level_problem), seed)
-        return level.offsets
 
-    best.offer(bilevel(best.problem, chosen, searched, searched), "bilevel")
+def _search_bilevel(best: Best, grouping: Sequence[Hashable | None], share: float, seed: int) -> None:
+    """Offers the bi-level plan with both levels searched, in a share of the time left."""
+    deadline = best.share(share)
+
+    def searched(problem: Problem) -> Int64s:
+        with best.level(problem, 0.3 * max(0.0, deadline - time.perf_counter())) as level:
+            greedy(level)
+            if not level.over and exact_fits(problem):
+                descend(level, seed, from_below=True)
+            return level.offsets
+
+    if not best.over and any(group is not None for group in grouping):
+        best.offer(bilevel(best.problem, grouping, searched, searched), "bilevel")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,6 +39,7 @@ class Best:
         self.label = "none"
         self.changed = threading.Condition()
         self._running: list[tuple[int, NDArray[np.int32]]] = []
+        self._levels: list[Best] = []
 
     @property
     def over(self) -> bool:
@@ -74,7 +75,7 @@ class Best:
         entry = (target, np.zeros(1, dtype=np.int32))
         with self.changed:
             self._running.append(entry)
-            if self.over:
+            if self.over or not self.bound <= target < self.height:
                 entry[1][0] = 1
         try:
             yield entry[1]
@@ -82,12 +83,33 @@ class Best:
             with self.changed:
                 self._running = [other for other in self._running if other is not entry]
 
+    @contextmanager
+    def level(self, problem: Problem, time_limit: float) -> Iterator[Best]:
+        """The best plan of one level of this problem: it ends with this one."""
+        inner = Best(problem, time_limit)
+        with self.changed:
+            self._levels.append(inner)
+            if self.over:
+                inner.stop_all()
+        try:
+            yield inner
+        finally:
+            with self.changed:
+                self._levels.remove(inner)
+
+    def share(self, share: float) -> float:
+        """The deadline for a search that may use this share of the time left."""
+        now = time.perf_counter()
+        return now + share * max(0.0, self.deadline - now)
+
     def stop_all(self) -> None:
         """Ends every search."""
         with self.changed:
             self.deadline = time.perf_counter()
             for _, stop in self._running:
                 stop[0] = 1
+            for inner in self._levels:
+                inner.stop_all()
 
 
 def greedy(best: Best) -> None:
@@ -126,7 +148,7 @@ def skeleton(best: Best) -> None:
                 continue
             with best.searching(best.bound) as stop:
                 # What succeeds does so at once; the next idea is worth more than a longer search.
-                deadline = min(_share(best, 0.05), time.perf_counter() + 0.1)
+                deadline = min(best.share(0.05), time.perf_counter() + 0.1)
                 answer, offsets = exact(problem, best.bound, deadline, stop, fixed=fixed)
             if answer == "found":
                 best.offer(offsets, "skeleton")
@@ -146,7 +168,7 @@ def _least_height(problem: Problem, fixed: Int64s, parts: tuple[list[int], list[
 
 def squeak(best: Best, share: float, seed: int) -> None:
     """Local search from the best plan, for a share of the time left."""
-    deadline = _share(best, share)
+    deadline = best.share(share)
     target = best.bound
     if best.capacity is not None and best.height > best.capacity:
         target = max(target, best.capacity)
@@ -157,8 +179,8 @@ def squeak(best: Best, share: float, seed: int) -> None:
 def descend(best: Best, seed: int, from_below: bool) -> None:
     """Exact searches for lower and lower plans until the best one is proven optimal or the time is over.
 
-    From below: first at the lower bound, for 40 % of the time. Then, and else, halfway between what was not found in its share of the
-    time and the best plan; when nothing is left between, the lower bound once more with all the time.
+    From below: first at the lower bound. Then, and else, halfway between what was not found in its share of the time and the best plan;
+    when nothing is left between, the lower bound once more.
     """
     given_up = best.bound - 1  # no plan this low was found in its share of the time
     target = best.bound
@@ -167,14 +189,14 @@ def descend(best: Best, seed: int, from_below: bool) -> None:
     elif not from_below:
         target = _halfway(best, given_up)
     while not best.over:
-        share = 0.4 if target < best.height - best.problem.unit or given_up < best.bound else 1.0
+        share = 0.7 if target == best.bound else 0.4
         with best.searching(target) as stop:
-            answer, offsets = exact(best.problem, target, _share(best, share), stop, seed)
+            answer, offsets = exact(best.problem, target, best.share(share), stop, seed)
         if answer == "found":
             best.offer(offsets, "exact")
         elif answer == "infeasible":
             best.prove(target + best.problem.unit)
-        else:
+        elif target < best.height:
             given_up = max(given_up, target)
         seed += 2
         target = best.bound if given_up >= best.height - best.problem.unit else _halfway(best, given_up)
@@ -186,11 +208,6 @@ def _halfway(best: Best, given_up: int) -> int:
     """A target between the highest one given up or proven impossible and the best plan, a multiple of the unit."""
     low, high = max(given_up, best.bound - 1), best.height - best.problem.unit
     return max(best.bound, -(-(low + high) // 2 // best.problem.unit) * best.problem.unit) if high > low else best.bound
-
-
-def _share(best: Best, share: float) -> float:
-    now = time.perf_counter()
-    return now + share * max(0.0, best.deadline - now)
 
 
 def exact_fits(problem: Problem) -> bool:

@@ -192,6 +192,15 @@ def test_mip_neighbourhood_improves_and_keeps_the_other_orders() -> None:
     assert height(problem, offsets) <= height(problem, start)
 
 
+def test_mip_searches_neighbourhoods_of_a_large_instance() -> None:
+    lifetimes = cut_rectangle(100, seed=0)
+    greedy = plan_addresses(lifetimes, method="greedy")
+    plan = plan_addresses(lifetimes, method="mip", time_limit=1.5)
+    check_plan(lifetimes, plan.offsets)
+    assert plan.height < greedy.height
+    assert plan.method == "mip"
+
+
 # ---- the command line
 
 
