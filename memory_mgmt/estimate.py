@@ -75,9 +75,9 @@ _LABELS: dict[str, _Label] = {
     "inside a backward pass": _Label("transient", "made and freed while one part of a block runs backward"),
     "gradient of the residual stream": _Label("transient", "one copy of the residual stream"),
     "optimizer step": _Label("transient", "temporaries of AdamW"),
-    "loss inputs": _Label("loss", "last residual stream, its norm, log-sum-exp and loss per token"),
+    "loss inputs": _Label("loss", "last residual stream, log-sum-exp and loss per token"),
     "logits of one tile": _Label("loss", "loss_tile_tokens x vocabulary, one or two copies"),
-    "loss gradients": _Label("loss", "gradients of the hidden states and of the output matrix"),
+    "loss gradients": _Label("loss", "gradients of the last residual stream and of the output matrix"),
     "exchange between ranks": _Label("communication", "ring, halo and state buffers of one layer"),
     "batch": _Label("batch", "tokens, labels and positions of the step, prefetched ones as well"),
     "libraries": _Label("overhead", "measured, not derived: code and scratch of kernels loaded in the first step"),
@@ -275,7 +275,7 @@ class _Step:
 
     def loss_inputs(self) -> _Live:
         s = self.shapes
-        return {"loss inputs": s.norm_kept() + s.narrow + 3 * s.statistic}
+        return {"loss inputs": s.stream + 3 * s.statistic}
 
     def logits(self) -> int:
         """Copies of one tile: the logits, which become their gradient, and their exponentials or a narrow copy for the products."""
@@ -316,7 +316,7 @@ class _Step:
     def loss_backward(self) -> _Live:
         s = self.shapes
         live = _sum(self.kept(len(self.model.layer_kinds)), self.gathered(None, True), self.loss_inputs())
-        return _sum(live, {"loss gradients": s.narrow + self.vocab_size * self.model.d_model * self.wide})
+        return _sum(live, {"loss gradients": s.stream + self.vocab_size * self.model.d_model * self.wide})
 
     def backward(self, block: int) -> list[tuple[str, _Live]]:
         """The four parts of one block's backward: while one runs, what later parts need is still held."""

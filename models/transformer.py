@@ -86,9 +86,9 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
-    def forward(self, h_BTC: Tensor, labels_BT: Tensor, tile_tokens: int) -> Tensor:
-        """Negative log likelihood per token."""
-        return chunked_cross_entropy(h_BTC, self.weight, labels_BT, tile_tokens)
+    def forward(self, x_BTC: Tensor, labels_BT: Tensor, tile_tokens: int, norm: tuple[Tensor, float] | None = None) -> Tensor:
+        """Negative log likelihood per token; ``norm`` as for `chunked_cross_entropy`."""
+        return chunked_cross_entropy(x_BTC, self.weight, labels_BT, tile_tokens, norm)
 
 
 class Transformer(nn.Module):
@@ -105,17 +105,20 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else LossHead(vocab_size, config.d_model)
 
+    def stream(self, batch: Batch) -> Tensor:
+        """x_BTC after the last block: what the final norm reads."""
+        return self.run_blocks(self.blocks, self.embed(batch.tokens_BT), batch.positions_BT, batch.bounds)
+
     def hidden(self, batch: Batch) -> Tensor:
         """h_BTC after the final norm: what the output projection reads."""
-        x_BTC = self.embed(batch.tokens_BT)
-        return self.norm(self.run_blocks(self.blocks, x_BTC, batch.positions_BT, batch.bounds))
+        return self.norm(self.stream(batch))
 
     def forward(self, batch: Batch) -> Tensor:
         """nll_BT: negative log likelihood per token, float32 (float64), 0 where there is no label."""
-        h_BTC = self.hidden(batch)
+        x_BTC, norm = self.stream(batch), (self.norm.weight, self.norm.eps)
         if self.head is not None:
-            return self.head(h_BTC, batch.labels_BT, self.loss_tile_tokens)
-        return chunked_cross_entropy(h_BTC, self.embed.weight, batch.labels_BT, self.loss_tile_tokens)
+            return self.head(x_BTC, batch.labels_BT, self.loss_tile_tokens, norm)
+        return chunked_cross_entropy(x_BTC, self.embed.weight, batch.labels_BT, self.loss_tile_tokens, norm)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models.attention
 from memory_mgmt.apply import apply_policy
@@ -395,3 +396,19 @@ def test_bf16_on_ranks_gives_the_same_bits_as_the_plain_model_on_ranks():
     plain = (config, None, *args[2:])
     for got, want in zip(run_distributed(ranks_gradients, 2, *args), run_distributed(ranks_gradients, 2, *plain), strict=True):
         assert_same(got, want, 0)
+
+
+# --- without values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "swa", "memory"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_fake_tensors_can_be_traced_through_every_policy(kind, group):
+    config = config_of(kind, n_layers=len(NAMED))
+    with FakeTensorMode(), HostStore("cpu") as store:
+        model = Transformer(config, VOCAB)
+        apply_policy(model, Policy(tuple(NAMED.values()), group, 50, 20, 24), store)
+        ids = torch.zeros(2, TOKENS, dtype=torch.int64)
+        model(Batch(ids, ids, ids, Bounds.whole(2, TOKENS))).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        assert store.copied_bytes.to_host > 0 and store.used_bytes == 0

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from models.batch import IGNORE_INDEX
+from models.feedforward import RMSNorm
 from models.loss import chunked_cross_entropy
 
 
@@ -59,6 +60,29 @@ def test_equals_torch_forward_and_backward(tile, upstream):
     dnll = torch.rand_like(got) if upstream == "per token" else torch.tensor(-0.3, dtype=got.dtype)
     for a, b in zip(*(torch.autograd.grad((x * dnll).sum(), (h, weight)) for x in (got, want)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("upstream", ["per token", "one number"])
+@pytest.mark.parametrize("tile", [3, 100])
+def test_the_norm_inside_the_tiles_is_the_norm_before_them(tile, upstream):
+    h, weight, labels = make()
+    norm = RMSNorm(8, 1e-5).double()
+    torch.nn.init.normal_(norm.weight, 1.0)
+    got = chunked_cross_entropy(h, weight, labels, tile, (norm.weight, norm.eps))
+    want = chunked_cross_entropy(norm(h), weight, labels, 100)
+    torch.testing.assert_close(got, want, rtol=0, atol=0 if tile == 100 else 1e-13)
+    dnll = torch.rand_like(got) if upstream == "per token" else torch.tensor(0.25, dtype=got.dtype)
+    for a, b in zip(*(torch.autograd.grad((x * dnll).sum(), (h, weight, norm.weight)) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_only_gradients_that_are_wanted_are_made():
+    h, weight, labels = make()
+    norm = torch.ones(8, dtype=torch.float64, requires_grad=True)
+    chunked_cross_entropy(h.detach(), weight.detach(), labels, 4, (norm, 1e-5)).sum().backward()
+    alone, norm.grad = norm.grad, None
+    chunked_cross_entropy(h, weight, labels, 4, (norm, 1e-5)).sum().backward()
+    assert torch.equal(alone, norm.grad) and norm.grad.any()
 
 
 def test_no_valid_label_gives_zero_loss_and_zero_gradients():
