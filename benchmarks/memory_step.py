@@ -42,11 +42,11 @@ TOKENS, WARM_UP_TOKENS, QUICK_TOKENS = 131_072, 1_024, 8_192
 VOCAB_SIZE = 4096
 MODELS = {
     "attention": ModelConfig(d_model=64, n_heads=1, head_dim=32, d_ff=192, layers=("full",), n_layers=2),
-    "memory": ModelConfig(d_model=128, n_heads=2, d_ff=384, layers=("memory",), n_layers=4, memory=MemoryModuleConfig(chunk_size=64)),
+    "memory": ModelConfig(d_model=64, n_heads=2, d_ff=192, layers=("memory",), n_layers=2, memory=MemoryModuleConfig(chunk_size=64)),
 }
 POLICIES = {
-    "attention": MemoryConfig(recompute="mixer", ffn_tile_tokens=8192, loss_tile_tokens=2048),
-    "memory": MemoryConfig(recompute="block", ffn_tile_tokens=8192, memory_tile_tokens=8192, loss_tile_tokens=2048),
+    "attention": MemoryConfig(recompute="mixer", ffn_tile_tokens=4096, loss_tile_tokens=1024),
+    "memory": MemoryConfig(ffn_tile_tokens=4096, memory_tile_tokens=4096, loss_tile_tokens=1024),
 }
 WAYS = {"attention": ("plain", "save_on_cpu", "hf", "block", "policy"), "memory": ("plain", "save_on_cpu", "block", "policy")}
 MEMORY_GOAL, TIME_GOAL = 0.35, 1.25
@@ -159,8 +159,10 @@ def measure(name: str, way: str, n_tokens: int) -> dict[str, Any]:
     """``run_case`` in a fresh process; {'error': ...} when it dies (for instance killed for memory)."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "case.json"
+        # Threads that wait without spinning: beside other load, spinning would be measured, not the step.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         command = [sys.executable, str(Path(__file__).resolve()), "--child", name, way, str(n_tokens), str(out)]
-        done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         case = {"model": name, "way": way}
         if done.returncode:
             return {**case, "error": f"exit {done.returncode}: {(done.stderr.strip().splitlines() or ['no output'])[-1][-300:]}"}
@@ -192,8 +194,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# One training step at {report['tokens']:,} tokens: peak memory and time",
         "",
-        f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; torch {m['torch']}, transformers {m['transformers']}, Python {m['python']}. "
-        "Made by `python benchmarks/memory_step.py`, whose first lines say what is measured and what is equal.",
+        f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; torch {m['torch']}, transformers {m['transformers']}, Python "
+        f"{m['python']}. Made by `python benchmarks/memory_step.py`, whose first lines say what is measured and what is equal.",
         "",
         f"Vocabulary {VOCAB_SIZE}, fp32, one sequence. " + " ".join(f"{name}: `{text}`." for name, text in report["models"].items()),
         "",

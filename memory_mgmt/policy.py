@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 ActivationClass = Literal["input", "projections", "mixer", "feed_forward"]
 CLASSES: tuple[ActivationClass, ...] = ("input", "projections", "mixer", "feed_forward")
-"""input: the residual stream that enters the block. projections: queries, keys and values after rotation (a memory layer: nothing).
-mixer: the attention's output and log-sum-exp (a memory layer: everything inside it). feed_forward: the residual stream after the
-mixer, its norm, and gate, up and product of the feed-forward."""
+"""input: the residual stream that enters the block. projections: queries, keys and values after rotation (a memory layer: its output,
+where mixer and feed_forward are both recomputed; else nothing). mixer: the attention's output and log-sum-exp, recomputed all or not
+at all (a memory layer: everything inside it). feed_forward: the residual stream after the mixer, gate and up. What is element-wise from
+these, both norms and the product of gate and up, is recomputed in any layer that does not keep everything."""
 
 _TOLERANCE = 1e-9
 

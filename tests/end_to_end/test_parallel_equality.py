@@ -108,10 +108,10 @@ def test_same_training_on_any_mesh(
     assert losses[-1] < losses[0], "the experiment must learn for the comparison to mean something"
     config = experiment(*documents, precision, layout, dp_replicate, dp_shard, cp)
     for rank_losses, rank_norms, rank_parameters in run_distributed(train_steps, dp_replicate * dp_shard * cp, config):
-        # AdamW at this rate grows a rounding error of 4e-8 in the first step's norm to about 1e-5 in the last one's.
-        tolerance = 1e-9 if precision == "fp64" else 4e-5
+        tolerance = 1e-9 if precision == "fp64" else 1e-5
         assert rank_losses == pytest.approx(losses, rel=tolerance, abs=0)
-        assert rank_norms == pytest.approx(norms, rel=tolerance, abs=0)
+        # AdamW at this rate grows a rounding error of 4e-8 in the first step's norm to about 1e-5 in the last one's.
+        assert rank_norms == pytest.approx(norms, rel=tolerance if precision == "fp64" else 4e-5, abs=0)
         assert rank_parameters.keys() == parameters.keys()
         if precision == "fp64":
             for name, value in parameters.items():
