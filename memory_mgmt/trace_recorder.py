@@ -70,6 +70,7 @@ class StepRecorder(TorchDispatchMode):
         self._region = Region("build", None, "")
         self._modules: list[str] = []
         self._host_depth = 0
+        self._finished = False
         self._resize: Any = None
         self.regions_of: dict[int, tuple[Region, Region | None]] = {}
         """Buffer id -> region in which it was made and freed."""
@@ -273,7 +274,8 @@ class StepRecorder(TorchDispatchMode):
 
     def _died(self, key: int) -> None:
         self._known.discard(key)
-        self._end(key)
+        if not self._finished:
+            self._end(key)
 
     def _end(self, key: int) -> None:
         buffer = self._live.pop(key, None)
@@ -320,8 +322,13 @@ class StepRecorder(TorchDispatchMode):
 
     # --- the result ---------------------------------------------------------------------------------------------------------------
 
+    def finish(self) -> None:
+        """The step is over: what dies from now on outlived it."""
+        self._finished = True
+
     def trace(self) -> Trace:
-        """The step so far; what is still live ends with it."""
+        """The finished step; what is still live ends with it."""
+        self.finish()
         end = self._tick() + 1
         for buffer in self._live.values():
             buffer.upper, buffer.freed_in = end, None

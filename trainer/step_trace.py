@@ -20,7 +20,7 @@ from memory_mgmt.apply import policy_of
 from memory_mgmt.offload import HostStore
 from memory_mgmt.policy import CLASSES, Policy
 from memory_mgmt.trace import Trace
-from memory_mgmt.trace_extend import NotRepeating, Shortening, extend, shorten
+from memory_mgmt.trace_extend import MARGIN, NotRepeating, Shortening, extend, shorten
 from memory_mgmt.trace_recorder import StepRecorder
 from models.batch import Batch, Bounds
 from models.config import LayerKind
@@ -38,13 +38,9 @@ def trace_request(request: dict[str, Any]) -> Trace:
     """The trace that ``request`` asks for (``TraceRequest.to_dict``)."""
     config = RunConfig.model_validate(request["config"])
     policy = Policy.from_dict(request["policy"]) if request["policy"] is not None else None
-    kinds = _repeating(config.model.layer_kinds, policy)
     note = "asked for" if request["whole"] else "too few equal layers"
     with _process_group(request["world_size"], config.layout):
-        for multiple in () if request["whole"] else (1, 2) if not _swaps(config, policy) else (2,):
-            cut = shorten(kinds, multiple)
-            if not cut.copies:
-                continue
+        for cut in [] if request["whole"] else _cuts(config, policy):
             try:
                 return extend(_record(*_shortened(config, policy, cut), request), cut)
             except NotRepeating as reason:
@@ -52,6 +48,14 @@ def trace_request(request: dict[str, Any]) -> Trace:
         trace = _record(config, policy, request).trace()
         trace.notes["not_extended"] = note
         return trace
+
+
+def _cuts(config: RunConfig, policy: Policy | None) -> list[Shortening]:
+    """Cuts to try, the one that traces least first. With several passes, with shards or with swapping a layer reaches further."""
+    kinds = _repeating(config.model.layer_kinds, policy)
+    multiples = (2,) if _swaps(config, policy) else (1, 2)
+    cuts = [shorten(kinds, multiple, margin) for multiple in multiples for margin in (MARGIN, MARGIN + 1)]
+    return [cut for cut in cuts if cut.copies]
 
 
 def _swaps(config: RunConfig, policy: Policy | None) -> bool:
@@ -95,6 +99,7 @@ def _record(config: RunConfig, policy: Policy | None, request: dict[str, Any]) -
                 recorder.enter("forward")
                 recorder.start_step()
                 _step(recorder, engine, batches)
+            recorder.finish()
     return recorder
 
 

@@ -1,0 +1,171 @@
+"""The traced step against the real allocator's log of the same step, and a few traced layers against all of them."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memory_mgmt.allocator_log import record_cpu_allocations
+from memory_mgmt.apply import policy_of
+from memory_mgmt.policy import KEEP, RECOMPUTE, LayerPolicy, Policy, Split
+from memory_mgmt.trace import Trace, by_kind
+from memory_mgmt.trace_extend import shorten
+from memory_mgmt.traced_plan import stretches
+from tests.distributed import run_distributed
+from trainer.build import build_engine, host_store, mesh_for
+from trainer.config import RunConfig
+from trainer.step_trace import _batch, trace_request
+from trainer.tracing import TraceRequest
+
+VOCAB = 320
+SMALL = {
+    "model": {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "window": 48},
+    "data": {"seq_len": 1024},
+    "memory": {"loss_tile_tokens": 256},
+}
+
+
+def config(**sections):
+    merged = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections}}
+    return RunConfig.model_validate(merged)
+
+
+def request(cfg, policy=None, whole=True):
+    return TraceRequest(cfg, VOCAB, "cpu", policy, threads=1, whole=whole).to_dict()
+
+
+def real_peak(cfg, policy=None):
+    """Most live bytes of a steady step by the allocator's own log, parameters and states included."""
+    torch.set_num_threads(1)
+    device, mesh = torch.device("cpu"), mesh_for(cfg, torch.device("cpu"))
+    policy = policy or policy_of(cfg.memory, cfg.model.layer_kinds)
+    store = host_store(policy, device, None, None)
+    with record_cpu_allocations() as log:
+        engine = build_engine(cfg, VOCAB, mesh, device, policy, store)
+        batches = [_batch(cfg) for _ in range(cfg.train.grad_accum)]
+        for _ in range(2):
+            start = log.mark()
+            engine.forward_backward(batches)
+            engine.step(1e-3)
+        return log.live_bytes(0, start) + log.peak_bytes(start)
+
+
+def real_peak_of_ranks(values, policy):
+    return real_peak(RunConfig.model_validate(values), policy)
+
+
+MIXED = Policy(
+    (LayerPolicy(KEEP, RECOMPUTE, KEEP, Split(0.5, 0.0, 0.5)), LayerPolicy(KEEP, KEEP, RECOMPUTE, RECOMPUTE)), ffn_tile_tokens=256
+)
+CASES = {
+    "full attention": (config(model={"layers": ["full", "full", "full"]}), None),
+    "window": (config(model={"layers": ["swa", "swa"]}), None),
+    "memory": (config(model={"layers": ["memory", "memory"]}), None),
+    "window and memory, longer": (config(data={"seq_len": 4096}), None),
+    "recomputed blocks": (config(memory={"recompute": "block"}), None),
+    "recomputed but the mixer": (config(model={"layers": ["full", "memory"]}, memory={"recompute": "mixer"}), None),
+    "tiles": (config(memory={"recompute": "block", "ffn_tile_tokens": 128, "memory_tile_tokens": 256}), None),
+    "groups of blocks": (config(model={"layers": ["full"] * 4}, memory={"recompute": "block", "group_blocks": 2}), None),
+    "low precision": (config(model={"layers": ["full", "memory"]}, data={"seq_len": 4096}, train={"precision": "bf16"}), None),
+    "double precision": (config(train={"precision": "fp64"}), None),
+    "two sequences, three passes": (config(train={"micro_batch_size": 2, "grad_accum": 2}), None),
+    "tied embeddings": (config(model={"tie_embeddings": True, "layers": ["full"]}), None),
+    "a policy by token range": (config(model={"layers": ["full", "full"]}), MIXED),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traced_peak_is_the_allocators(name):
+    cfg, policy = CASES[name]
+    traced = trace_request(request(cfg, policy)).peak()[0]
+    assert traced == pytest.approx(real_peak(cfg, policy), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sections", [{"model": {"layers": ["full", "full"]}}, {"memory": {"recompute": "block", "memory_tile_tokens": 128}}]
+)
+def test_traced_peak_is_the_allocators_on_two_ranks(sections):
+    cfg = config(**sections, parallel={"cp": 2})
+    traced = trace_request(request(cfg)).peak()[0]
+    measured = run_distributed(real_peak_of_ranks, 2, cfg.model_dump(mode="json"), None)
+    assert traced == pytest.approx(max(measured), rel=1e-3)
+
+
+def test_swapped_tensors_count_as_host_memory():
+    cfg = config(model={"layers": ["full"] * 4}, memory={"recompute": "mixer", "offload": "kept"})
+    kept = replace(policy_of(config(model={"layers": ["full"] * 4}, memory={"recompute": "mixer"}).memory, ("full",) * 4))
+    here, there = trace_request(request(cfg, kept)), trace_request(request(cfg))
+    inputs = 4 * 1024 * 64 * 4  # the residual stream that enters each of four layers
+    assert here.peak("host")[0] == 0 and there.peak("host")[0] >= inputs
+    assert there.peak()[0] < here.peak()[0]
+
+
+# --- a few layers for many ---------------------------------------------------------------------------------------------------
+
+EXTENDED = {
+    "equal layers": config(model={"layers": ["full"], "n_layers": 10}),
+    "a pattern of two, two ranks": config(model={"layers": ["swa", "memory"], "n_layers": 17}, data={"seq_len": 512}, parallel={"cp": 2}),
+    "recomputed, two passes, four shards": config(
+        model={"layers": ["full"], "n_layers": 12},
+        data={"seq_len": 512},
+        train={"grad_accum": 3},
+        parallel={"cp": 2, "dp_shard": 2},
+        memory={"recompute": "block", "ffn_tile_tokens": 128},
+    ),
+    "swapped inputs": config(
+        model={"layers": ["full"], "n_layers": 18}, data={"seq_len": 256}, memory={"recompute": "block", "offload": "inputs"}
+    ),
+}
+
+
+def summary(trace: Trace):
+    """Everything that must be equal: how often which buffer lived from where to where, and all work."""
+    buffers = sorted(
+        (b.kind, b.op, b.module, b.layer or 0, b.phase, b.freed_in or "", b.size) for b in trace.buffers if b.op != "aten::stack"
+    )
+    ops = sorted((o.name, o.module, o.phase, o.flops, o.bytes, o.message_bytes, o.repeats) for o in trace.ops if o.name != "aten::stack")
+    return buffers, ops
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+def test_extended_trace_is_the_whole_one(name):
+    cfg = EXTENDED[name]
+    whole, extended = trace_request(request(cfg)), trace_request(request(cfg, whole=False))
+    assert extended.notes.get("traced_layers", 99) < len(cfg.model.layer_kinds), extended.notes
+    assert [label for _, label in whole.marks] == [label for _, label in extended.marks]
+    # One tensor differs: the list of gradient norms, a number per parameter.
+    slack = 8 * 16 * len(cfg.model.layer_kinds)
+    ours, theirs = stretches(extended), stretches(whole)
+    assert [label for label, _ in ours] == [label for label, _ in theirs]
+    assert all(abs(a - b) <= slack for (_, a), (_, b) in zip(ours, theirs, strict=True))
+    assert whole.peak("host")[0] == extended.peak("host")[0]
+    assert whole.peak()[0] == pytest.approx(extended.peak()[0], abs=slack)
+    ours, theirs = summary(extended), summary(whole)
+    assert [entry[:-1] for entry in ours[0] if entry[4] != "clip"] == [entry[:-1] for entry in theirs[0] if entry[4] != "clip"]
+    assert [entry for entry in ours[1] if entry[2] != "clip"] == [entry for entry in theirs[1] if entry[2] != "clip"]
+
+
+def test_what_is_cut():
+    cut = shorten("x" + "ab" * 20 + "c")
+    assert (cut.start, cut.period, cut.copies) == (1, 2, 13) and len(cut.traced) == 42 - 26
+    assert [("x" + "ab" * 20 + "c")[i] for i in cut.traced] == list("x" + "ab" * 7 + "c")
+    assert shorten("a" * 7).copies == 0 and shorten("abcabc").copies == 0
+    assert shorten("a" * 20, multiple=2).period == 2
+
+
+def test_kinds_add_up_and_save_round_trips(tmp_path):
+    trace = trace_request(request(config()))
+    peak, time = trace.peak()
+    kinds = by_kind(trace.live_at(time))
+    assert sum(kinds.values()) == peak
+    parameters = sum(b.size for b in trace.buffers if b.kind == "parameter")
+    assert sum(b.size for b in trace.buffers if b.kind == "optimizer") >= 2 * parameters > 0
+    assert {"skeletal", "loss", "transient", "batch", "gradient"} <= {b.kind for b in trace.buffers}
+    trace.save(tmp_path / "t.json.gz")
+    loaded = Trace.load(tmp_path / "t.json.gz")
+    assert loaded == trace
+    (tmp_path / "bad.json.gz").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not a saved trace"):
+        Trace.load(tmp_path / "bad.json.gz")
+    assert os.listdir(tmp_path) == sorted(os.listdir(tmp_path)) and not list(tmp_path.glob("*.tmp"))
