@@ -27,7 +27,7 @@ from models.attention import Attention
 from models.batch import Bounds
 from models.feedforward import compute_dtype
 from models.memory.protocol import MemoryModule
-from models.repeat import turns
+from models.repeat import again, turns
 from models.transformer import Block
 
 _LAST_PASS = "last pass under a memory policy"
@@ -150,7 +150,7 @@ class Pass:
 
     def entered(self, start: int, end: int) -> list[Tensor]:
         """q, k, v (a memory: the normed input) of these tokens, made again from the input."""
-        with torch.no_grad(), torch.autocast(self.positions_BT.device.type, enabled=False):
+        with again(), torch.no_grad(), torch.autocast(self.positions_BT.device.type, enabled=False):
             weights = self.parts.narrow(self.parts.enter_weights())
             table = self.table()
             ranges = [(a, b) for a, b in self.ranges((start, end, self.input_cut)) if start <= a and b <= end]
@@ -242,7 +242,8 @@ class _Leave(torch.autograd.Function):
             middle = middles.pop((a, b), None)
             if middle is None:
                 assert mixed_now is not None
-                middle = parts.middle(one.x.part(a, b), mixed_now, weights)
+                with again():
+                    middle = parts.middle(one.x.part(a, b), mixed_now, weights)
             elif isinstance(middle, _InHost):
                 middle = [parked.fetch() for parked in middle.parked]
             return parts.leave_backward(grads[0].narrow(1, a, b - a), middle, mixed_now, weights, sums)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memory_mgmt.pieces import Held, Parked
 from models.memory.protocol import MemoryModule
+from models.repeat import again
 
 if TYPE_CHECKING:
     from memory_mgmt.execution import Pass
@@ -137,7 +138,7 @@ class AttentionSaving:
         def pack(tensor: Tensor) -> None:
             made.append(tensor.detach())
 
-        with torch.enable_grad(), torch.autocast(**self._pass.autocast), saved_tensors_hooks(pack, _never):
+        with again(), torch.enable_grad(), torch.autocast(**self._pass.autocast), saved_tensors_hooks(pack, _never):
             out_BHTD = self._mixer.inner_attention(*qkv, self._pass.bounds)  # type: ignore[operator]
         self._whole |= dict(zip(self._names, made, strict=True)) | {"out": out_BHTD.detach()}
 

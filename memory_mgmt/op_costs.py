@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+_NO_WORK = frozenset(("aten::_local_scalar_dense", "aten::set_", "aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh"))
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 """Matrix products per score: scores and output; in backward scores again, and the gradients of values, probabilities, keys and queries."""
 
@@ -38,7 +39,7 @@ def op_bytes(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
 def moves_nothing(func: Any) -> bool:
     """Whether an operator only makes a view of its input or an uninitialised tensor."""
     schema = func._schema
-    if schema.name.startswith(("aten::empty", "aten::new_empty")) or schema.name in ("aten::_local_scalar_dense", "aten::set_"):
+    if schema.name.startswith(("aten::empty", "aten::new_empty")) or schema.name in _NO_WORK:
         return True
     aliases = [r.alias_info for r in schema.returns if r.alias_info is not None]
     return bool(aliases) and not any(alias.is_write for alias in aliases)

@@ -240,7 +240,7 @@ class _Extension:
         module = f"{_LAYERS}.{layer + shift}" if region.module == _LAYERS and layer is not None else region.module
         label = f"{region.phase} {module}".strip()
         if not self.marks or self.marks[-1][1] != label:
-            self.marks.append((self.clock, label))
+            self.marks.append((self.clock + 1 if self.clock else 0, label))
 
     def _begin(self, buffer: TracedBuffer, copy: int, shift: int, found: bool) -> None:
         if not found:

@@ -25,7 +25,7 @@ from memory_mgmt.op_costs import op_bytes, op_flops, work_dtype
 from memory_mgmt.op_workspace import workspace_bytes
 from memory_mgmt.trace import Phase, Place, Trace, TracedBuffer, TracedOp, TraceKind
 from models.memory.protocol import MemoryModule
-from models.repeat import TURNS
+from models.repeat import AGAIN, TURNS
 from models.transformer import Transformer
 
 CUDA_BLOCK = 512
@@ -82,7 +82,7 @@ class StepRecorder(TorchDispatchMode):
         region = Region(phase, layer, module)
         if region != self._region:
             self._region = region
-            self._marks.append((self._clock, region))
+            self._marks.append((self._clock + 1, region))
 
     def watch(self, model: Transformer) -> None:
         """Follow which block of ``model`` is running, by hooks that stay on it."""
@@ -299,9 +299,10 @@ class StepRecorder(TorchDispatchMode):
         self._ops.append(self._op(name, layer, flops, moved, work_dtype(inputs or outputs), stream))
 
     def _collective(self, name: str, inputs: list[Tensor], args: Any, layer: int | None) -> None:
-        sizes = [x.numel() * x.element_size() for x in inputs]
-        op = self._op(name, layer, 0, sum(sizes), work_dtype(inputs), "communication")
-        op.group_size, op.message_bytes = max((_group_size(x) for x in args), default=1), max(sizes, default=0) * op.repeats
+        # Each list or tensor among the arguments is one side of the message; the larger one is the whole.
+        sides = [sum(x.numel() * x.element_size() for x in _tensors((argument,))) for argument in args]
+        op = self._op(name, layer, 0, sum(sides), work_dtype(inputs), "communication")
+        op.group_size, op.message_bytes = max((_group_size(x) for x in args), default=1), max(sides, default=0) * op.repeats
         self._ops.append(op)
 
     def _op(self, name: str, layer: int | None, flops: int, moved: int, dtype: str, stream: str) -> TracedOp:
@@ -315,7 +316,7 @@ class StepRecorder(TorchDispatchMode):
             flops=flops * turns,
             bytes=moved * turns,
             dtype=dtype,
-            recompute=_in_backward() and bool(self._modules),
+            recompute=AGAIN.get() or (_in_backward() and bool(self._modules)),
             stream=stream,
             repeats=turns,
         )

@@ -112,7 +112,7 @@ def stretches(trace: Trace) -> list[tuple[str, int]]:
     points, index, live = trace.curve(), 0, 0
     for i, (start, label) in enumerate(trace.marks):
         end = trace.marks[i + 1][0] if i + 1 < len(trace.marks) else trace.end
-        while index < len(points) and points[index][0] <= start:
+        while index < len(points) and points[index][0] < start:
             live, index = points[index][1], index + 1
         top = live
         while index < len(points) and points[index][0] < end:

@@ -1,11 +1,13 @@
-"""Loops of equal turns, cut short where only shapes are followed.
+"""What the code tells whoever records its operations: loops of equal turns, and work that is done again.
 
-A scan over 16,384 chunks takes minutes on fake tensors, and all its turns but the first and the last do the same to memory.
+A scan over 16,384 chunks takes minutes on fake tensors, and all its turns but the first and the last do the same to memory: such
+loops are cut short where only shapes are followed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import groupby
 from typing import TypeVar
@@ -17,6 +19,19 @@ T = TypeVar("T")
 
 TURNS: ContextVar[int] = ContextVar("turns", default=1)
 """How many turns of a loop the present one stands for; a recorder of operations multiplies by it."""
+
+AGAIN: ContextVar[bool] = ContextVar("again", default=False)
+"""Whether the present work repeats work of the forward pass."""
+
+
+@contextmanager
+def again() -> Iterator[None]:
+    """Around work of the forward pass that is done again in the backward pass."""
+    token = AGAIN.set(True)
+    try:
+        yield
+    finally:
+        AGAIN.reset(token)
 
 
 def repeated(n: int, x: Tensor) -> Iterator[int]:
