@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit of every plan")
     parser.add_argument("--only", help="instances whose names contain this; prints only")
     given = parser.parse_args()
-    search_library(), exact_library()
+    search_library()
+    exact_library()
     rows = []
     for name, (lifetimes, capacity) in instances(given.data).items():
         if given.only is None or given.only in name:

@@ -9,6 +9,7 @@ warmStart is ignored in silence), so ``_Started`` hands it to the solver itself.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import random
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from memory_mgmt.address_exact import sections
 from memory_mgmt.address_greedy import place
 from memory_mgmt.address_native import native_place, search_library
 from memory_mgmt.address_problem import Int64s, Problem, height
@@ -40,8 +40,7 @@ def mip(problem: Problem, start: Int64s, bound: int, deadline: float, offer: Off
     chance = random.Random(seed)
     offsets = start
     while time.perf_counter() < deadline and height(problem, offsets) > bound:
-        lying = columns(problem, offsets)
-        free = neighbourhood(problem, offsets, lying, chance)
+        free = neighbourhood(problem, offsets, chance)
         improved, _ = solve(problem, offsets, free, bound, min(deadline, time.perf_counter() + ROUND_SECONDS))
         if height(problem, improved) <= height(problem, offsets):
             offsets = improved
@@ -49,60 +48,61 @@ def mip(problem: Problem, start: Int64s, bound: int, deadline: float, offer: Off
     return bound
 
 
-def columns(problem: Problem, offsets: Int64s) -> list[list[int]]:
-    """Per section (see address_exact.py), its buffers in ascending order of offset."""
-    first, end, number = sections(problem)
-    out: list[list[int]] = [[] for _ in range(number)]
-    for j in np.argsort(offsets, kind="stable").tolist():
-        for s in range(first[j], end[j]):
-            out[s].append(j)
-    return out
-
-
-def neighbourhood(problem: Problem, offsets: Int64s, lying: list[list[int]], chance: random.Random) -> set[int]:
+def neighbourhood(problem: Problem, offsets: Int64s, chance: random.Random) -> set[int]:
     """About 40 buffers that lie next to each other, grown from one that reaches the top."""
+    touching: dict[int, list[int]] = {}
+    for a, b in sorted(pair_orders(problem, offsets, set())[0]):
+        touching.setdefault(a, []).append(b)
+        touching.setdefault(b, []).append(a)
     tops = offsets + problem.size
-    touching: dict[int, set[int]] = {}
-    for column in lying:
-        for a, b in itertools.pairwise(column):
-            touching.setdefault(a, set()).add(b)
-            touching.setdefault(b, set()).add(a)
     free = {chance.choice(np.flatnonzero(tops == tops.max()).tolist())}
     border = list(free)
     while border and len(free) < FREE:
         at = border.pop(chance.randrange(len(border)))
-        fresh = sorted(touching.get(at, set()) - free)[: FREE - len(free)]
+        fresh = [k for k in dict.fromkeys(touching.get(at, [])) if k not in free][: FREE - len(free)]
         free.update(fresh)
         border.extend(fresh)
     return free
 
 
-def pair_orders(lying: list[list[int]], free: set[int]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """The pairs (below, above) that keep their order, without those that follow from others, and the pairs whose order is open.
+Pairs = set[tuple[int, int]]
 
-    Two free buffers are open to each other when no buffer with a fixed order lies between them at any time.
+
+def pair_orders(problem: Problem, offsets: Int64s, free: set[int]) -> tuple[Pairs, Pairs]:
+    """The pairs (below, above) that keep their order, without most of those that follow from others, and the pairs whose order is open.
+
+    Two free buffers are open to each other when no other buffer lies between them at any time. A sweep over time that looks at the
+    neighbours of what begins and ends: n log n, and a look at the free ones at each time.
     """
-    fixed: set[tuple[int, int]] = set()
-    open_: set[tuple[int, int]] = set()
-    apart: set[tuple[int, int]] = set()
-    for column in lying:
-        runs: list[list[int]] = [[]]  # free buffers, cut where a fixed one lies
-        below: int | None = None
-        for j in [*column, None]:
-            if j is not None and j in free:
-                runs[-1].append(j)
-                continue
-            run = runs[-1]
-            if below is not None:
-                fixed.update((below, k) for k in run)
-            if j is not None:
-                fixed.update((k, j) for k in run)
-                if below is not None and not run:
-                    fixed.add((below, j))
-            open_.update((min(a, b), max(a, b)) for n, a in enumerate(run) for b in run[:n])
-            apart.update((min(a, b), max(a, b)) for earlier in runs[:-1] for a in earlier for b in run)
-            below = j
-            runs.append([])
+    lower, upper, at = problem.lower.tolist(), problem.upper.tolist(), offsets.tolist()
+    used = np.flatnonzero(problem.size).tolist()
+    events = sorted([(upper[j], 0, j) for j in used] + [(lower[j], 1, j) for j in used])
+    held: list[tuple[int, int]] = []  # (offset, buffer), ascending, of those alive that are not free
+    loose: list[tuple[int, int]] = []  # of those alive that are free
+    fixed: Pairs = set()
+    open_: Pairs = set()
+    apart: Pairs = set()
+    for k, (now, begins, j) in enumerate(events):
+        lying = loose if j in free else held
+        spot = bisect.bisect_left(lying, (at[j], j))
+        if begins:
+            lying.insert(spot, (at[j], j))
+        else:
+            lying.pop(spot)
+        if lying is held:
+            fixed.update((a[1], b[1]) for a, b in itertools.pairwise(held[max(0, spot - 1) : spot + 2]))
+        if loose and (k + 1 == len(events) or events[k + 1][0] > now):
+            runs: dict[int, list[int]] = {}  # free ones with the same neighbours among the held
+            for offset, i in loose:
+                runs.setdefault(bisect.bisect_left(held, (offset, i)), []).append(i)
+            for spot, run in runs.items():
+                if spot:
+                    fixed.update((held[spot - 1][1], i) for i in run)
+                if spot < len(held):
+                    fixed.update((i, held[spot][1]) for i in run)
+                open_.update(itertools.combinations(run, 2))
+            for one, other in itertools.combinations(runs.values(), 2):
+                apart.update(itertools.product(one, other))
     return fixed, open_ - apart
 
 
@@ -118,7 +118,7 @@ def solve(problem: Problem, start: Int64s, free: set[int], bound: int, deadline:
     if ceiling <= bound or time.perf_counter() >= deadline:
         return start, 0
     scale = ceiling / SCALE
-    fixed, open_ = pair_orders(columns(problem, start), free)
+    fixed, open_ = pair_orders(problem, start, free)
     program = pulp.LpProblem("addresses", pulp.LpMinimize)
     used = np.flatnonzero(problem.size).tolist()
     size = {i: float(problem.size[i]) / scale for i in used}

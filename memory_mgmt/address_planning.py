@@ -111,7 +111,7 @@ def _improve(best: Best, method: str, groups: Sequence[Hashable | None], seed: i
 
 def _auto(best: Best, groups: Sequence[Hashable | None], seed: int) -> None:
     fits = exact_fits(best.problem)
-    if fits and len(best.problem) > LARGE:
+    if len(best.problem) > LARGE:
         skeleton(best)
 
     def below() -> None:

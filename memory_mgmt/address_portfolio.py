@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from memory_mgmt.address_exact import exact, sections
 from memory_mgmt.address_greedy import FITS, Fit, orders, place
 from memory_mgmt.address_local_search import squeaky_wheel
-from memory_mgmt.address_native import native_place, search_library
+from memory_mgmt.address_native import exact_library, native_place, search_library
 from memory_mgmt.address_problem import Int64s, Problem, height, max_live
 
-# The exact search keeps a list of the buffers of every section: 80 MB at this many entries.
+# The exact search keeps a list of the buffers of every section: 160 MB at this many entries. In Python a node costs that many steps.
 LARGEST_EXACT = 20_000_000
+LARGEST_EXACT_PYTHON = 20_000
 
 
 class Best:
@@ -137,7 +138,7 @@ def skeleton(best: Best) -> None:
     span = int(problem.upper.max() - problem.lower.min())
     for fraction in (64, 32, 16, 8, 4, 2):  # the fastest searches first
         long = np.flatnonzero(duration > span // fraction)
-        if not 0 < len(long) < len(problem):
+        if not 0 < len(long) < len(problem) or not exact_fits(problem.subset(np.flatnonzero(duration <= span // fraction))):
             continue
         for _, order in orders(problem.subset(long)):
             if best.over:
@@ -213,7 +214,7 @@ def _halfway(best: Best, given_up: int) -> int:
 def exact_fits(problem: Problem) -> bool:
     """Whether the exact search's tables are of a reasonable size."""
     first, end, _ = sections(problem)
-    return sum(end) - sum(first) <= LARGEST_EXACT
+    return sum(end) - sum(first) <= (LARGEST_EXACT if exact_library() is not None else LARGEST_EXACT_PYTHON)
 
 
 def in_parallel(best: Best, *searches: Callable[[], None]) -> None:

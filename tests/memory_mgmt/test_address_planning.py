@@ -19,10 +19,10 @@ from memory_mgmt import address_native
 from memory_mgmt.address_bilevel import bilevel, stretches
 from memory_mgmt.address_examples import cut_rectangle, training_step
 from memory_mgmt.address_greedy import place
-from memory_mgmt.address_mip import columns, pair_orders, solve
+from memory_mgmt.address_mip import pair_orders, solve
 from memory_mgmt.address_native import search_library
 from memory_mgmt.address_planning import METHODS, Lifetime, check_plan, main, plan_addresses
-from memory_mgmt.address_problem import find_overlap, height, max_live, problem_of
+from memory_mgmt.address_problem import Int64s, Problem, find_overlap, height, max_live, problem_of
 
 ROOT = Path(__file__).parents[2]
 INSTANCES = ROOT.parent / "shared" / "data" / "dsa"
@@ -179,14 +179,31 @@ def test_stretches_finds_the_layers_from_lives_alone() -> None:
     assert expected in list(stretches(problem_of(layers + long)))
 
 
-def test_mip_neighbourhood_improves_and_keeps_the_other_orders() -> None:
-    lifetimes = cut_rectangle(40, seed=3)
-    problem = problem_of(lifetimes)
+def below(problem: Problem, offsets: Int64s) -> set[tuple[int, int]]:
+    """All pairs (below, above) that are alive together."""
+    n = range(len(problem))
+    return {
+        (i, j)
+        for i in n
+        for j in n
+        if problem.lower[i] < problem.upper[j] and problem.lower[j] < problem.upper[i] and offsets[i] < offsets[j]
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mip_neighbourhood_keeps_the_other_orders(seed: int) -> None:
+    problem = problem_of(cut_rectangle(40, seed=seed))
     start = place(problem, np.argsort(problem.lower, kind="stable"), "first")
-    free = set(range(15))
-    fixed, open_ = pair_orders(columns(problem, start), free)
+    free = set(np.random.default_rng(seed).choice(40, 15, replace=False).tolist())
+    fixed, open_ = pair_orders(problem, start, free)
+    # Every order of today is open, or follows from the fixed pairs.
+    follows = set(fixed)
+    while more := {(a, d) for a, b in follows for c, d in fixed if b == c} - follows:
+        follows |= more
+    today = below(problem, start)
+    assert fixed <= today
+    assert today - follows <= open_ <= today
     assert all(a in free and b in free for a, b in open_)
-    assert all(start[below] < start[above] for below, above in fixed)
     offsets, _ = solve(problem, start, free, max_live(problem), time.perf_counter() + 5)
     assert find_overlap(problem, offsets) is None
     assert height(problem, offsets) <= height(problem, start)
@@ -198,6 +215,15 @@ def test_mip_searches_neighbourhoods_of_a_large_instance() -> None:
     plan = plan_addresses(lifetimes, method="mip", time_limit=1.5)
     check_plan(lifetimes, plan.offsets)
     assert plan.height < greedy.height
+    assert plan.method == "mip"
+
+
+def test_cbc_stands_in_for_highs(monkeypatch: pytest.MonkeyPatch) -> None:
+    lifetimes = cut_rectangle(22, span=200, height=40, seed=55)
+    assert not plan_addresses(lifetimes, method="greedy").optimal
+    monkeypatch.setitem(sys.modules, "highspy", None)  # as if it were not installed
+    plan = plan_addresses(lifetimes, method="mip", time_limit=20)
+    assert (plan.height, plan.status) == (40, "optimal")
     assert plan.method == "mip"
 
 
