@@ -9,6 +9,7 @@ Legend: B row, H heads, T token, D head size, C channel.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -76,6 +77,7 @@ class AttentionSaving:
         """Decide about every saved tensor, now that it is known which is which."""
         names = {_place(tensor): name for name, tensor in known.items()}
         self._names = [names.get(_place(tensor), f"saved {i}") for i, tensor in enumerate(self._saved)]
+        self._uses = Counter(self._names)
         tensors = known | dict(zip(self._names, self._saved, strict=True))
         self._saved.clear()
         swapped, kept, _ = self._pass.split["projections"]
@@ -84,13 +86,16 @@ class AttentionSaving:
             self._held[name].trim()
         if not self._again:
             for name, tensor in tensors.items():
-                self._held[name] = self._hold(name, tensor, self._swapped, self._kept)
+                if tensor.ndim:
+                    self._held[name] = self._hold(name, tensor, self._swapped, self._kept)
+                else:
+                    self._whole[name] = tensor.detach()
 
     def _hold(self, name: str, tensor: Tensor, swapped: int, kept: int) -> Held:
         n = self._pass.n_tokens
         if tensor.ndim < 3 or tensor.shape[2] != n:
             # Not one value per token (the keys before a window): whole, where the larger part of the tokens goes.
-            n, swapped = (len(tensor), len(tensor) if 2 * swapped > n else 0) if tensor.ndim else (0, 0)
+            n, swapped = len(tensor), len(tensor) if 2 * swapped > n else 0
             return Held(tensor, 0, swapped, n - swapped, self._pass.parking, name)
         return Held(tensor, 2, swapped, kept, self._pass.parking, name)
 
@@ -107,7 +112,7 @@ class AttentionSaving:
         return self._value(self._names[index], take=True)
 
     def _value(self, name: str, take: bool) -> Tensor:
-        """A saved tensor whole; ``take``: it will not be asked for again."""
+        """A saved tensor whole; ``take``: for one of the places where the graph has it; after the last one it is let go."""
         if name not in self._whole:
             if self._again and (name == "out" or name.startswith("saved")):
                 self._attend_again()
@@ -115,7 +120,8 @@ class AttentionSaving:
                 self._whole |= self._projections()
             else:
                 self._whole[name] = self._held.pop(name).whole()
-        return self._whole.pop(name) if take else self._whole[name]
+        self._uses[name] -= take
+        return self._whole[name] if self._uses[name] > 0 or not take else self._whole.pop(name)
 
     def _projections(self) -> dict[str, Tensor]:
         """q, k, v from what is held; the tokens that are not are projected again, all three at once."""

@@ -132,6 +132,28 @@ def test_any_policy_differs_by_rounding_only(kinds, layers, tile, memory_tile, g
         assert store.used_bytes == 0
 
 
+def another_attention(q_BHTD, k_BGTD, v_BGTD, bounds):
+    """One that autograd takes apart: it saves q twice, copies, and tensors without tokens."""
+    k_BHTD, v_BHTD = (x.repeat_interleave(2, dim=1) for x in (k_BGTD, v_BGTD))
+    scores = (q_BHTD * q_BHTD.sigmoid()) @ k_BHTD.transpose(2, 3)
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return scores.masked_fill(~mask, -1e9).softmax(-1) @ v_BHTD * k_BGTD.exp().mean()
+
+
+@pytest.mark.parametrize("layer", [*NAMED.values(), LayerPolicy(feed_forward=RECOMPUTE)])
+def test_any_attention_may_fill_the_seam(layer):
+    config = config_of("full")
+
+    def run(policy, store=None):
+        model = make(config, torch.float64, policy, store)
+        for block in model.blocks:
+            block.mixer.inner_attention = another_attention
+        return gradients(model)
+
+    with HostStore("cpu") as store:
+        assert_same(run(all_layers(config, layer), store), run(None), 1e-12)
+
+
 def test_several_passes_between_forward_and_backward():
     config = config_of("full", "memory")
     with HostStore("cpu") as store:
