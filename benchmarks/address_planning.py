@@ -93,7 +93,8 @@ def machine() -> str:
     """Processor, cores and versions."""
     cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     packages = ", ".join(f"{name} {version(name)}" for name in ("pulp", "highspy", "numpy"))
-    return f"{cpu or platform.processor()}, {os.cpu_count()} cores; {packages}, Python {platform.python_version()}"
+    load = f"load average {os.getloadavg()[0]:.0f}"  # two threads per plan: other programs show in the seconds
+    return f"{cpu or platform.processor()}, {os.cpu_count()} cores, {load}; {packages}, Python {platform.python_version()}"
 
 
 def main() -> None:
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit of every plan")
     parser.add_argument("--only", help="instances whose names contain this; prints only")
     given = parser.parse_args()
+    described = machine()
     search_library()
     exact_library()
     rows = []
@@ -112,12 +114,12 @@ def main() -> None:
             print(table(rows).splitlines()[-1], flush=True)
     if given.only is not None:
         return
-    result = {"machine": machine(), "date": date.today().isoformat(), "seconds": given.seconds, "rows": rows}
+    result = {"machine": described, "date": date.today().isoformat(), "seconds": given.seconds, "rows": rows}
     target = Path(__file__).with_suffix("")
     target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     target.with_suffix(".md").write_text(
         "# Planning addresses\n\n"
-        f"{machine()}. Made on {result['date']} by `python benchmarks/address_planning.py`, whose first lines say what is measured.\n\n"
+        f"{described}. Made on {result['date']} by `python benchmarks/address_planning.py`, whose first lines say what is measured.\n\n"
         f"Height over lower bound, and seconds, with a limit of {given.seconds:g} s per plan. A star is a certificate: the height "
         "equals the lower bound (the most bytes alive at a time, or more where a search has proven more), no plan can be lower.\n\n"
         + table(rows)

@@ -171,7 +171,8 @@ def _run(program: Any, seconds: float) -> float:
     try:
         import highspy
     except ImportError:
-        program.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=seconds, threads=1, warmStart=True, gapRel=0))
+        cbc = pulp.PULP_CBC_CMD if hasattr(pulp, "PULP_CBC_CMD") else pulp.COIN_CMD  # PuLP 4 brings CBC under the other name
+        program.solve(cbc(msg=False, timeLimit=seconds, threads=1, warmStart=True, gapRel=0))
         proven = program.sol_status == pulp.LpSolutionOptimal
         return float(pulp.value(program.objective)) if proven else -math.inf
 
