@@ -264,7 +264,7 @@ def _open_run(config: RunConfig, run_dir: RunDir | None, name: str) -> RunDir:
 
     from trainer import config_file
     from trainer.out_of_memory import correction
-    from trainer.planning import plan_run
+    from trainer.planning import calibration_path, plan_run
     from trainer.run_dir import RunDir, write_atomic
 
     if run_dir is None:
@@ -278,7 +278,11 @@ def _open_run(config: RunConfig, run_dir: RunDir | None, name: str) -> RunDir:
             earlier = len(list(run_dir.path.glob("config.before_resume_*.yaml"))) + 1
             run_dir.config.replace(run_dir.path / f"config.before_resume_{earlier}.yaml")
         write_atomic(run_dir.config, text.encode())
-        write_atomic(run_dir.memory_plan, plan_run(config, correction=correction(run_dir)).to_json().encode())
+        plan = plan_run(config, correction=correction(run_dir))
+        write_atomic(run_dir.memory_plan, plan.to_json().encode())
+        measured = calibration_path(plan.device)
+        if measured.exists():  # the rates that the plan was made with stay with the run
+            write_atomic(run_dir.path / "calibration.json", measured.read_bytes())
         run_dir.snapshot_code(HOME)
     return run_dir
 
@@ -319,12 +323,32 @@ def _show_plan(args: argparse.Namespace) -> int:
     if args.sweep:
         return _sweep(path, args)
     config = config_file.resolve(path, args.overrides)
+    if args.calibrate:
+        _calibrate(config, args.device)
     plan = plan_run(config, args.device)
     written = _write_timeline(config, plan, args) if args.timeline else ()
     _show(plan.to_json() if args.json else plan_view.plain(plan) + "\n", None if args.json else lambda: plan_view.render(plan))
     for file in written:
         print(f"written: {file}", file=sys.stderr)
     return 0
+
+
+def _calibrate(config: RunConfig, device_name: str | None) -> None:
+    """Measure the device that a run of ``config`` gets here, and keep the rates where plans look for them."""
+    from models.errors import UserError
+    from trainer.planning import calibration_path, this_machine
+
+    here = this_machine(config.train.device)
+    if device_name is not None and device_name.lower() != here.name:
+        raise UserError(f"--calibrate measures this machine's {here.name}; run it on a machine with {device_name}, or leave --device out")
+    import torch
+
+    from memory_mgmt.calibration import calibrate, describe, save
+
+    print(f"measuring {here.name} ...", file=sys.stderr, flush=True)
+    measured = calibrate(torch.device("cuda" if here.is_cuda else "cpu"))
+    save(measured, calibration_path(here.name))
+    print("\n".join([*describe(measured), f"written: {calibration_path(here.name)}"]), file=sys.stderr)
 
 
 def _write_timeline(config: RunConfig, plan: MemoryPlan, args: argparse.Namespace) -> Sequence[Path]:
@@ -341,9 +365,13 @@ def _sweep(path: Path, args: argparse.Namespace) -> int:
 
     if args.timeline:
         raise UserError("--timeline: draws one plan, and --sweep makes many; give one of them")
+
+    def plan(config: RunConfig, device: str | None) -> MemoryPlan:
+        return plan_run(config, device, with_changes=False)
+
     axes = sweep.parse_axes(args.sweep)
     with _progress("planning combinations") as progress:
-        rows = sweep.sweep(path, args.overrides, axes, args.device, plan_run, prepare=trace_ahead, progress=progress)
+        rows = sweep.sweep(path, args.overrides, axes, args.device, plan, prepare=trace_ahead, progress=progress)
     _show(sweep.to_json(rows) if args.json else sweep_table.plain(rows) + "\n", None if args.json else lambda: sweep_table.render(rows))
     return 0
 
@@ -434,6 +462,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", help="plan for this device: cpu, h100, ... (default: this machine's)")
     plan.add_argument("--json", action="store_true", help="print the plan, or the rows of --sweep, as JSON")
     plan.add_argument("--timeline", metavar="DIR", help="write memory_plan.json and the memory timeline (PNG, HTML) into DIR")
+    plan.add_argument("--calibrate", action="store_true", help="first measure this machine's device (seconds); kept for later plans")
     plan.add_argument(
         "--sweep",
         metavar="key=value,value,...",

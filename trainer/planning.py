@@ -82,10 +82,11 @@ class Target:
         return TraceRequest(self.config, self.vocab_size, device_type, policy, threads)
 
 
-def plan_run(config: RunConfig, device_name: str | None = None, correction: float = 1.0) -> MemoryPlan:
+def plan_run(config: RunConfig, device_name: str | None = None, correction: float = 1.0, *, with_changes: bool = True) -> MemoryPlan:
     """What one rank of ``config`` will hold on ``device_name`` (None: this machine's device under train.device), and how fast it goes.
 
-    ``correction``: how many times its plan the run took when it ran out of memory.
+    ``correction``: how many times its plan the run took when it ran out of memory. ``with_changes`` False leaves out what would lower a
+    peak that does not fit, which takes a traced step for each of some eight settings.
 
     Raises UserError for an unknown device, a vocabulary that does not fit the tokenizer, or a step that cannot be traced.
     """
@@ -99,8 +100,8 @@ def plan_run(config: RunConfig, device_name: str | None = None, correction: floa
             raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
         return _estimated(target)
     if config.memory.recompute == "auto":
-        return _chosen(target)
-    return plan_traced(target, trace_step(target.request()))
+        return _chosen(target, with_changes)
+    return plan_traced(target, trace_step(target.request()), with_changes)
 
 
 def target_of(config: RunConfig, device: Device) -> Target:
@@ -110,11 +111,11 @@ def target_of(config: RunConfig, device: Device) -> Target:
     return Target(config, device, Limits(budget, available), model_vocab_size(config, load_tokenizer(config.data.tokenizer).vocab_size))
 
 
-def plan_traced(target: Target, trace: Trace) -> MemoryPlan:
+def plan_traced(target: Target, trace: Trace, with_changes: bool = True) -> MemoryPlan:
     """The plan of a traced step: memory, time, addresses, and what would lower the peak if it does not fit."""
     plan = replace(_without_changes(target, trace), host_budget_bytes=target.host_budget)
     plan = replace(plan, prediction=predict(target, trace), addresses=step_addresses(trace, ADDRESS_SECONDS)[1])
-    return plan if plan.fits else replace(plan, changes=_changes_that_fit(target, plan))
+    return replace(plan, changes=_changes_that_fit(target, plan)) if with_changes and not plan.fits else plan
 
 
 def _without_changes(target: Target, trace: Trace) -> MemoryPlan:
@@ -123,7 +124,7 @@ def _without_changes(target: Target, trace: Trace) -> MemoryPlan:
     )
 
 
-def _chosen(target: Target) -> MemoryPlan:
+def _chosen(target: Target, with_changes: bool) -> MemoryPlan:
     """The plan with the policy that the planner chooses."""
     rates = rates_of(target.device)
     if rates is None:
@@ -146,7 +147,7 @@ def _chosen(target: Target) -> MemoryPlan:
         return _without_changes(target, trace).peak_bytes
 
     chosen = choose_policy(setting, lambda policy: trace_step(target.request(policy)), counted)
-    plan = replace(plan_traced(target, chosen.trace), policy=chosen.policy, host_budget_bytes=target.host_budget)
+    plan = replace(plan_traced(target, chosen.trace, with_changes), policy=chosen.policy, host_budget_bytes=target.host_budget)
     if chosen.choice is None:
         return replace(plan, binding="nothing fits: this is the policy that needs least")
     return replace(plan, binding=chosen.choice.binding, worth=chosen.choice.worth)
