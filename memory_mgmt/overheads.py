@@ -25,6 +25,9 @@ CPU_PROCESS = 400 * MIB
 CUBLAS_WORKSPACE = 32 * MIB
 """One handle on compute capability 9 (Megatron-LM issue 6936); smaller before."""
 NCCL_BUFFERS = GIB // 2
+MALLOC_SLACK = 64 + 32
+"""glibc 2.36 serves an aligned request from a free block only if it could be aligned anywhere in it: a hole that the same request left
+behind is too small for it."""
 SEGMENT = 2 * MIB
 """Unit in which the caching allocator maps memory with expandable segments."""
 
@@ -48,15 +51,15 @@ def fixed_terms(device: Device, ranks: int) -> list[Term]:
     ]
 
 
-def reserved_peak(buffers: Iterable[TracedBuffer], unit: int = SEGMENT) -> int:
+def reserved_peak(buffers: Iterable[TracedBuffer], unit: int = SEGMENT, slack: int = 0) -> int:
     """Bytes that a growing best-fit heap takes for ``buffers``, rounded up to ``unit``: what CUDA's caching allocator holds with
     expandable segments, and what the C library's heap holds for blocks below its mmap threshold.
 
     A request takes the smallest free range that it fits in, else the end of the heap grows; neighbouring free ranges join; nothing is
-    given back.
+    given back. ``slack``: a free range must be so much larger than the request.
     """
     events = sorted((time, begins, buffer.id, buffer.size) for buffer in buffers for time, begins in ((buffer.lower, 1), (buffer.upper, 0)))
-    heap = _Heap()
+    heap = _Heap(slack)
     places: dict[int, int] = {}
     for _, begins, buffer_id, size in events:
         if begins:
@@ -70,7 +73,7 @@ def resident_peak(buffers: Sequence[TracedBuffer], mmap_threshold: int) -> int:
     """Bytes a CPU process holds for ``buffers``: those from ``mmap_threshold`` up are mapped and given back one by one, the others come
     from the heap, which does not shrink."""
     mapped = [buffer for buffer in buffers if buffer.size >= mmap_threshold]
-    heap = reserved_peak((buffer for buffer in buffers if buffer.size < mmap_threshold), unit=1)
+    heap = reserved_peak((buffer for buffer in buffers if buffer.size < mmap_threshold), unit=1, slack=MALLOC_SLACK)
     return heap + live_peak(mapped)
 
 
@@ -86,15 +89,16 @@ def live_peak(buffers: Iterable[TracedBuffer]) -> int:
 class _Heap:
     """Free ranges of a heap by size and by their ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, slack: int) -> None:
         self.top = 0
+        self._slack = slack
         self._by_size: list[tuple[int, int]] = []  # (size, start), sorted
         self._size_at: dict[int, int] = {}  # start -> size
         self._start_before: dict[int, int] = {}  # end -> start
 
     def take(self, size: int) -> int:
         """The start of a range of ``size`` bytes that is used from now on."""
-        index = bisect_left(self._by_size, (size, -1))
+        index = bisect_left(self._by_size, (size + self._slack, -1))
         if index < len(self._by_size):
             start = self._by_size[index][1]
             left = self._remove(start) - size

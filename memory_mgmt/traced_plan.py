@@ -55,21 +55,22 @@ class Limits:
 
 
 def plan_of_trace(
-    trace: Trace, device: Device, ranks: int, limits: Limits, *, prefetched_bytes: int = 0, correction: float = 1.0
+    trace: Trace, device: Device, ranks: int, limits: Limits, *, prefetched_bytes: int = 0, correction: float = 1.0, arena: bool = False
 ) -> MemoryPlan:
     """The plan of one rank that runs the traced step on ``device``.
 
     ``prefetched_bytes``: batches made ready beside the one in the trace, where they share memory with it (CPU). A CPU rank whose
     limit is below twice the peak is planned to give freed blocks back (``return_freed_blocks``). ``correction``: how many times the plan a
-    run was measured to take when it ran out of memory.
+    run was measured to take when it ran out of memory. ``arena``: tensors are served at planned addresses, which leaves about as little
+    beside them as giving freed blocks back.
     """
     terms = _terms(trace)
     if prefetched_bytes:
         terms.append(Term("batches made ready", "batch", prefetched_bytes, prefetched_bytes, "of the steps that follow"))
     terms += fixed_terms(device, ranks)
     tight = False
-    beside, why = _beside(trace, device, tight=False)
-    if not device.is_cuda:
+    beside, why = _beside(trace, device, tight=arena)
+    if not device.is_cuda and not arena:
         tight = limits.bytes is not None and (sum(t.bytes for t in terms) + beside) * TIGHT_FACTOR > limits.bytes
         if tight:
             beside, why = _beside(trace, device, tight=True)

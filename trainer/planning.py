@@ -120,7 +120,13 @@ def plan_traced(target: Target, trace: Trace, with_changes: bool = True) -> Memo
 
 def _without_changes(target: Target, trace: Trace) -> MemoryPlan:
     return plan_of_trace(
-        trace, target.device, target.ranks, target.limits, prefetched_bytes=_prefetched(target), correction=target.correction
+        trace,
+        target.device,
+        target.ranks,
+        target.limits,
+        prefetched_bytes=_prefetched(target),
+        correction=target.correction,
+        arena=target.config.memory.arena,
     )
 
 
