@@ -365,6 +365,8 @@ def _sweep(path: Path, args: argparse.Namespace) -> int:
 
     if args.timeline:
         raise UserError("--timeline: draws one plan, and --sweep makes many; give one of them")
+    if args.calibrate:
+        raise UserError("--calibrate: measures before one plan; give --sweep afterwards, the rates are kept")
 
     def plan(config: RunConfig, device: str | None) -> MemoryPlan:
         return plan_run(config, device, with_changes=False)
