@@ -15,6 +15,7 @@ from memory_mgmt.activations import ELEMENT, WIDE, Shapes
 from memory_mgmt.changes import changes
 from memory_mgmt.config import MemoryConfig
 from memory_mgmt.devices import DEVICES, MIB, Device
+from memory_mgmt.overheads import CPU_LIBRARIES, CPU_PROCESS, CPU_RANK, CUBLAS_WORKSPACE, NCCL_BUFFERS
 from memory_mgmt.plan import GIB, Kind, MemoryPlan, Moment, Term
 from models.config import LayerKind, ModelConfig
 from models.flops import (
@@ -32,10 +33,6 @@ NOT_COUNTED = (
 )
 
 # Measured on Linux x86-64, torch 2.13, glibc 2.36, with memory_mgmt/host_allocator.py in effect.
-CPU_LIBRARIES = 52 * MIB
-"""Growth of a CPU rank in its first step that no tensor explains: kernels and libraries loaded late, scratch of oneDNN and MKL."""
-CPU_RANK = 8 * MIB
-"""The same for being one of several ranks: FSDP, gloo threads and their buffers."""
 HEAP_BLOCK = 2 * MIB
 HEAP_COPIES = 4
 """Tensors of tiles below this size live in the heap; its holes keep about four times one tile's inside."""
@@ -44,10 +41,6 @@ HOLES_SHARE_TILES = 1.0
 """Freed blocks that the C library keeps where it is not told to give them back, as a share of all that comes and goes in a step."""
 TIGHT_FACTOR = 2.0
 """Freed blocks are given back when the limit is below this times the peak; giving them back costs time (memory_mgmt/host_allocator.py)."""
-CPU_PROCESS = 400 * MIB
-"""A process that imported torch and the trainer, before it builds anything."""
-CUBLAS_WORKSPACE = 32 * MIB
-NCCL_BUFFERS = GIB // 2
 
 _Live = dict[str, int]
 
@@ -124,11 +117,7 @@ def estimate(
     step = _Step(model, parallel, memory, optim, seq_len, micro_batch_size, grad_accum, precision, vocab_size, layout == "zigzag", device)
     budget = None if memory.budget_gib is None else int(memory.budget_gib * GIB)
     available = device.memory_bytes if device_bytes is None else device_bytes
-    plan = _plan(step, budget, available, holes=False)
-    tight = plan.limit_bytes is not None and plan.peak_bytes * TIGHT_FACTOR > plan.limit_bytes
-    holes = not tight and not device.is_cuda
-    if holes:
-        plan = _plan(step, budget, available, holes)
+    plan, tight = _plan_within(step, budget, available)
     found = changes(
         model,
         parallel,
@@ -137,9 +126,18 @@ def estimate(
         vocab_size=vocab_size,
         zigzag=layout == "zigzag",
         peak_bytes=plan.peak_bytes,
-        peak_with=lambda m, p: _plan(replace(step, memory=m, parallel=p), None, None, holes).peak_bytes,
+        peak_with=lambda m, p: _plan_within(replace(step, memory=m, parallel=p), budget, available)[0].peak_bytes,
     )
     return replace(plan, changes=tuple(found), return_freed_blocks=tight and not device.is_cuda)
+
+
+def _plan_within(step: _Step, budget: int | None, available: int | None) -> tuple[MemoryPlan, bool]:
+    """The plan, and whether the limits are so tight that freed blocks are to be given back (then they leave no holes)."""
+    plan = _plan(step, budget, available, holes=False)
+    tight = plan.limit_bytes is not None and plan.peak_bytes * TIGHT_FACTOR > plan.limit_bytes
+    if tight or step.device.is_cuda:
+        return plan, tight
+    return _plan(step, budget, available, holes=True), tight
 
 
 @dataclass(frozen=True)

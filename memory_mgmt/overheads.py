@@ -16,7 +16,7 @@ from memory_mgmt.plan import Kind, Term
 from memory_mgmt.trace import TracedBuffer
 
 # Measured on Linux x86-64, torch 2.13, glibc 2.36.
-CPU_LIBRARIES = 52 * MIB
+CPU_LIBRARIES = 26 * MIB
 """Growth of a CPU rank in its first step that no tensor explains: kernels and libraries loaded late, scratch of oneDNN and MKL."""
 CPU_RANK = 8 * MIB
 """The same for being one of several ranks: FSDP, gloo threads and their buffers."""

@@ -105,7 +105,7 @@ def problem_of_trace(trace: Trace, baseline: Policy, setting: Setting) -> Proble
         share_tokens=max(1, setting.shapes.tokens // 64),
         ffn_tiles=setting.ffn_tiles,
         memory_tiles=setting.memory_tiles,
-        group_blocks=tuple(k for k in GROUPS if 4 * k <= len(layers)),
+        group_blocks=tuple(k for k in GROUPS if k == 1 or 4 * k <= len(layers)),
     )
 
 

@@ -99,7 +99,11 @@ def plan_run(config: RunConfig, device_name: str | None = None, correction: floa
         if config.memory.recompute == "auto":
             raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
         return _estimated(target)
-    if config.memory.recompute == "auto":
+    return _plan_of(target, with_changes)
+
+
+def _plan_of(target: Target, with_changes: bool) -> MemoryPlan:
+    if target.config.memory.recompute == "auto":
         return _chosen(target, with_changes)
     return plan_traced(target, trace_step(target.request()), with_changes)
 
@@ -209,28 +213,33 @@ def _changes_that_fit(target: Target, plan: MemoryPlan) -> tuple[Change, ...]:
     """The three cheapest changes of settings that make the plan fit, by the predicted time of their traced steps; where none does,
     those that come nearest."""
     options = [(text, target.with_config(config), cost) for text, config, cost in _options(target)]
-    traces = trace_steps([other.request() for _, other, _ in options])
+    trace_steps([other.request() for _, other, _ in options if other.config.memory.recompute != "auto"])  # in one process
     found: list[tuple[bool, float, Change]] = []
     before = plan.prediction
-    for (text, other, cost), trace in zip(options, traces, strict=True):
-        changed = _without_changes(other, trace)
-        prediction = predict(other, trace)
-        slower = prediction.step_seconds / before.step_seconds - 1 if prediction and before else 0.0
-        words = f"step {slower:+.0%}" if prediction and before else cost
-        if changed.peak_bytes < plan.peak_bytes:
-            rank_cost = slower + (1.0 if other.ranks > target.ranks else 0.0)  # more hardware is the dearest change
-            found.append((changed.fits, rank_cost, Change(text, changed.peak_bytes, words if other.ranks == target.ranks else cost)))
+    for text, other, cost in options:
+        changed = _plan_of(other, with_changes=False)
+        if changed.peak_bytes >= plan.peak_bytes:
+            continue
+        after = changed.prediction
+        slower = after.step_seconds / before.step_seconds - 1 if after and before else 0.0
+        words = f"step {slower:+.0%}" if after and before and other.ranks == target.ranks else cost
+        more_hardware = 1.0 if other.ranks > target.ranks else 0.0  # the dearest change
+        found.append((changed.fits, slower + more_hardware, Change(text, changed.peak_bytes, words)))
     fitting = sorted((entry for entry in found if entry[0]), key=lambda entry: entry[1])
     nearest = sorted((entry for entry in found if not entry[0]), key=lambda entry: entry[2].peak_bytes)
     return tuple(change for _, _, change in (fitting or nearest)[:CHANGES_SHOWN])
 
 
 def _options(target: Target) -> list[tuple[str, RunConfig, str]]:
-    """(command-line overrides, the changed configuration, cost in words): single memory settings, all of them, twice the ranks."""
+    """(command-line overrides, the changed configuration, cost in words): single memory settings and all of them, or for a policy that
+    is chosen host memory; twice the ranks."""
     config, memory = target.config, target.config.memory
-    single = memory_options(config.model, memory, seq_len=config.data.seq_len, cp=config.parallel.cp, vocab_size=target.vocab_size)
-    together = {key: value for settings, _ in single for key, value in settings.items()}
-    options = [*single, (together, "the costs of each added")] if len(single) > 1 else single
+    if memory.recompute == "auto":
+        options = [({"offload": "kept"}, "copies to host memory")] if memory.offload == "none" else []
+    else:
+        single = memory_options(config.model, memory, seq_len=config.data.seq_len, cp=config.parallel.cp, vocab_size=target.vocab_size)
+        together = {key: value for settings, _ in single for key, value in settings.items()}
+        options = [*single, (together, "the costs of each added")] if len(single) > 1 else single
     found = []
     for settings, cost in options:
         text = " ".join(f"memory.{key}={value}" for key, value in settings.items())

@@ -1,0 +1,97 @@
+"""Planned against measured peak memory of real training runs on this machine's CPU: three steps each, real processes, real text.
+
+Measured is the growth of the resident set of rank 0 above the process before the model (``MemoryMonitor``), the largest of the steps;
+planned is what ``longstride plan`` says it will be. Writes plan_accuracy.json and .md beside this file.
+
+    python benchmarks/plan_accuracy.py            all cases, about five minutes on two idle cores
+    python benchmarks/plan_accuracy.py NAME ...   some of them, nothing is written
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent.parent
+COMMON = ["train.steps=3", "train.eval_sequences=0", "model.d_model=128", "model.n_heads=4", "memory.loss_tile_tokens=2048"]
+TIGHT = ["memory.budget_gib=1.5"]
+CASES = {
+    "full attention, 16K": ["model.layers=[full,full]", "data.seq_len=16384", *TIGHT],
+    "full attention, 16K, bf16": ["model.layers=[full,full]", "data.seq_len=16384", "train.precision=bf16", *TIGHT],
+    "window and memory, 32K": ["data.seq_len=32768", *TIGHT],
+    "window and memory, 64K, tiles": [
+        "data.seq_len=65536",
+        "memory.recompute=block",
+        "memory.ffn_tile_tokens=8192",
+        "memory.memory_tile_tokens=8192",
+        *TIGHT,
+    ],
+    "memory, 32K, mixer kept": ["model.layers=[memory,memory]", "data.seq_len=32768", "memory.recompute=mixer", *TIGHT],
+    "full attention, 16K, planned policy": [
+        "model.layers=[full]",
+        "model.n_layers=4",
+        "data.seq_len=16384",
+        "memory.recompute=auto",
+        "memory.budget_gib=0.8",
+    ],
+    "full attention, 16K, arena": ["model.layers=[full,full]", "data.seq_len=16384", "memory.arena=true"],
+    "full attention, 32K, two ranks": ["model.layers=[full,full]", "data.seq_len=32768", "parallel.cp=2", *TIGHT],
+    "window and memory, 64K, two ranks": ["data.seq_len=65536", "parallel.cp=2", *TIGHT],
+}
+
+
+def run(overrides: list[str]) -> dict[str, float]:
+    """Planned and measured bytes of one configuration."""
+    with tempfile.TemporaryDirectory() as root:
+        command = [
+            sys.executable,
+            str(HOME / "longstride.py"),
+            "train",
+            "debug_cpu",
+            *COMMON,
+            *overrides,
+            f"run.root={root}",
+            "run.name=case",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(overrides)}: exit code {done.returncode}\n{done.stderr[-2000:]}{done.stdout[-1000:]}")
+        records = [json.loads(line) for line in (Path(root) / "case" / "metrics.jsonl").read_text().splitlines()]
+        measured = max(record["memory_peak_bytes"] for record in records if record["split"] == "train")
+        return {"planned": records[0]["memory_planned_bytes"], "measured": measured}
+
+
+def main(names: list[str]) -> None:
+    """Run the cases, print a table, write the results when all were run."""
+    rows = {}
+    for name in names or CASES:
+        found = run(CASES[name])
+        rows[name] = {**found, "error": found["planned"] / found["measured"] - 1}
+        print(
+            f"{name:<40} planned {found['planned'] / 2**20:8.1f}  measured {found['measured'] / 2**20:8.1f} MiB  {rows[name]['error']:+.1%}",
+            flush=True,
+        )
+    if names:
+        return
+    machine = f"{platform.processor() or platform.machine()}, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+    versions = {package: version(package) for package in ("torch", "numpy")}
+    result = {"machine": machine, "versions": versions, "cases": rows}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    lines = [
+        "# Planned against measured peak memory (CPU)",
+        "",
+        f"{machine}; torch {versions['torch']}. `python benchmarks/plan_accuracy.py`",
+        "",
+    ]
+    lines += ["| run | planned MiB | measured MiB | error |", "|---|---:|---:|---:|"]
+    lines += [f"| {name} | {r['planned'] / 2**20:.1f} | {r['measured'] / 2**20:.1f} | {r['error']:+.1%} |" for name, r in rows.items()]
+    Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,108 @@
+"""memory.recompute auto: the chosen policy fits by its own traced step, and more memory never makes the step slower."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memory_mgmt.devices import device_named
+from memory_mgmt.policy import KEEP_ALL
+from models.errors import UserError
+from trainer import planning
+from trainer.config import RunConfig
+from trainer.tracing import TraceRequest, trace_step
+
+HOME = Path(__file__).resolve().parents[2]
+
+
+def config(budget=None, offload="none", layers=("full",), **memory):
+    return RunConfig.model_validate(
+        {
+            "model": {"d_model": 512, "n_heads": 4, "layers": list(layers), "n_layers": 4},
+            "data": {"seq_len": 131072},
+            "train": {"precision": "bf16"},
+            "memory": {"recompute": "auto", "budget_gib": budget, "offload": offload, **memory},
+        }
+    )
+
+
+def plan(budget, device="h100", **settings):
+    return planning.plan_run(config(budget, **settings), device, with_changes=False)
+
+
+@pytest.fixture(scope="module")
+def free():
+    return plan(None)
+
+
+def test_everything_is_kept_where_there_is_room(free):
+    assert free.fits and set(free.policy.layers) == {KEEP_ALL} and "nothing" in free.binding
+
+
+def test_less_memory_is_kept_within_and_not_faster(free):
+    fixed = sum(term.bytes for term in free.terms if term.kind in ("outside", "overhead"))
+    lean = plan((fixed + 0.55 * (free.peak_bytes - fixed)) / 2**30)
+    leaner = plan((fixed + 0.40 * (free.peak_bytes - fixed)) / 2**30)
+    assert lean.fits and leaner.fits and leaner.peak_bytes < lean.peak_bytes < free.peak_bytes
+    recomputed = [p.policy.layers[2].feed_forward.recompute + p.policy.layers[2].mixer.recompute for p in (free, lean, leaner)]
+    assert recomputed[0] == 0 and recomputed[2] > 0
+    seconds = [p.prediction.step_seconds for p in (free, lean, leaner)]
+    assert seconds[0] <= seconds[1] * 1.02 and seconds[1] <= seconds[2] * 1.02
+    assert "device memory" in leaner.binding
+
+
+def test_host_memory_is_used_only_where_it_is_allowed(free):
+    fixed = sum(term.bytes for term in free.terms if term.kind in ("outside", "overhead"))
+    budget = (fixed + 0.40 * (free.peak_bytes - fixed)) / 2**30
+    without, with_host = plan(budget), plan(budget, offload="kept")
+    assert without.policy is not None and all(layer.input.swap == 0 for layer in without.policy.layers)
+    assert with_host.fits and with_host.host_bytes >= 0
+
+
+def test_what_cannot_fit_names_the_smallest_budget():
+    small = planning.plan_run(config(0.7, offload="kept"), "h100")  # hardly more than a CUDA context
+    assert not small.fits and "nothing fits" in small.binding
+    assert small.smallest_budget_gib > 0.7
+    assert [change.settings for change in small.changes] in ([], ["parallel.cp=2"])
+
+
+def test_formulas_cannot_choose():
+    with pytest.raises(UserError, match=r"memory\.recompute: auto needs a traced step"):
+        planning.plan_run(config(None, plan="estimate"), "h100")
+
+
+def test_a_pretended_gpu_is_traced_with_its_own_kernels():
+    cfg = config(None)
+    cfg = cfg.model_copy(update={"memory": cfg.memory.model_copy(update={"recompute": "none"})})
+    trace = trace_step(TraceRequest(cfg, 320, "cuda"))
+    names = {op.name for op in trace.ops}
+    assert {"aten::_flash_attention_forward", "aten::_flash_attention_backward", "aten::silu_backward"} <= names
+    assert not any("scaled_dot_product_flash_attention_for_cpu" in name or name == "aten::bmm" for name in names)
+    assert all(b.size % 512 == 0 for b in trace.of("device")) and trace.device == "cuda"
+    # Token ids come from host memory, and no activation is ever as large as all scores would be.
+    assert 0 < trace.peak("host")[0] < 2**23
+    assert max(b.size for b in trace.of("device") if b.kind == "skeletal") < 131072 * 4096
+
+
+def test_planning_leaves_torch_out_of_the_process(tmp_path):
+    code = (
+        "import sys; from trainer.config import RunConfig; from trainer.planning import plan_run\n"
+        "p = plan_run(RunConfig.model_validate({'data': {'seq_len': 256}, 'model': {'d_model': 32, 'n_heads': 2}}), 'h100')\n"
+        "assert p.method == 'traced step' and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HOME, timeout=120)
+
+
+def test_a_step_that_cannot_be_traced_is_refused_with_the_reason():
+    broken = TraceRequest(config(None), -5, "cpu", None)  # recompute auto without a policy
+    with pytest.raises(UserError, match="could not be traced") as error:
+        trace_step(broken)
+    assert "memory.plan=estimate" in str(error.value)
+
+
+def test_devices_without_rates_can_be_planned_but_not_chosen_for():
+    assert device_named("cpu").name == "cpu"
+    unknown = planning.Device("Some GPU", 2**36, {}, ("SOME",))
+    with pytest.raises(UserError, match="--calibrate"):
+        planning._chosen(planning.target_of(config(None), unknown), with_changes=False)
