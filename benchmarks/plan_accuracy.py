@@ -72,10 +72,8 @@ def main(names: list[str]) -> None:
     for name in names or CASES:
         found = run(CASES[name])
         rows[name] = {**found, "error": found["planned"] / found["measured"] - 1}
-        print(
-            f"{name:<40} planned {found['planned'] / 2**20:8.1f}  measured {found['measured'] / 2**20:8.1f} MiB  {rows[name]['error']:+.1%}",
-            flush=True,
-        )
+        planned, measured = found["planned"] / 2**20, found["measured"] / 2**20
+        print(f"{name:<40} planned {planned:8.1f}  measured {measured:8.1f} MiB  {rows[name]['error']:+.1%}", flush=True)
     if names:
         return
     machine = f"{platform.processor() or platform.machine()}, {platform.system()} {platform.release()}, Python {platform.python_version()}"

@@ -1,62 +1,22 @@
 """Put the memory settings of a run onto a model: what is kept, swapped or recomputed, and in which tiles. Before FSDP is applied.
 
-``policy_of`` turns plain settings into a ``Policy``; the planner makes one for ``recompute: auto``; ``apply_policy`` installs it.
+``policy_settings.policy_of`` turns plain settings into a ``Policy``; the planner makes one for ``recompute: auto``; ``apply_policy``
+installs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
 from torch import nn
 
-from memory_mgmt.config import MemoryConfig
 from memory_mgmt.execution import BlockExecution
 from memory_mgmt.groups import GroupedBlocks
 from memory_mgmt.pieces import Store
-from memory_mgmt.policy import KEEP, KEEP_ALL, KEEP_MIXER, RECOMPUTE, RECOMPUTE_BLOCK, SWAP, LayerPolicy, Policy, Split
-from models.config import LayerKind
+from memory_mgmt.policy import KEEP, KEEP_ALL, Policy
 from models.memory.protocol import MemoryModule
 from models.transformer import Block, Transformer, call, run_in_order
-
-_LAYERS = {"none": KEEP_ALL, "mixer": KEEP_MIXER, "block": RECOMPUTE_BLOCK}
-
-
-def policy_of(config: MemoryConfig, layers: int | Sequence[LayerKind]) -> Policy:
-    """The policy that plain settings stand for. ``layers``: their kinds, or how many attention layers.
-
-    ``ffn_tile_tokens`` recomputes the feed-forward in tiles and ``memory_tile_tokens`` the inside of memory layers, whatever
-    ``recompute`` says. Raises ValueError for ``recompute: auto``, which only a planner can answer.
-    """
-    if config.recompute == "auto":
-        raise ValueError("memory.recompute auto is decided by the planner; apply its policy instead")
-    kinds: Sequence[LayerKind] = ("full",) * layers if isinstance(layers, int) else layers
-    return Policy(
-        layers=tuple(_layer_of(config, kind) for kind in kinds),
-        group_blocks=config.group_blocks if config.recompute == "block" else 1,
-        loss_tile_tokens=config.loss_tile_tokens,
-        ffn_tile_tokens=config.ffn_tile_tokens,
-        memory_tile_tokens=config.memory_tile_tokens,
-    )
-
-
-def _layer_of(config: MemoryConfig, kind: LayerKind) -> LayerPolicy:
-    layer = _LAYERS[config.recompute]
-    if config.ffn_tile_tokens:
-        layer = replace(layer, feed_forward=RECOMPUTE)
-    if config.memory_tile_tokens and kind == "memory":
-        layer = replace(layer, mixer=RECOMPUTE)
-    if config.offload == "inputs":
-        return replace(layer, input=SWAP)
-    if config.offload == "kept":
-        swapped = {name: _swap_kept(layer.of(name)) for name in ("input", "projections", "mixer", "feed_forward")}
-        return LayerPolicy(**swapped)
-    return layer
-
-
-def _swap_kept(split: Split) -> Split:
-    return Split(0.0, split.keep + split.swap, split.recompute)
 
 
 def apply_policy(model: Transformer, policy: Policy, store: Store | None = None) -> None:

@@ -112,6 +112,8 @@ class MemoryPlan:
     """Host memory of one rank at most (offloaded activations, states and their buffers)."""
     host_budget_bytes: int | None = None
     """Host memory that one rank may take for offload; None: no limit was set."""
+    disk_tier: bool = False
+    """What is above ``host_budget_bytes`` goes to ``memory.offload_dir``."""
     policy: Policy | None = None
     """What is kept, swapped or recomputed, layer by layer; None: what the configuration says."""
     prediction: Prediction | None = None
@@ -144,8 +146,13 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """True when the peak is within the limit (or there is none)."""
-        return self.limit_bytes is None or self.peak_bytes <= self.limit_bytes
+        """True when the peak is within the limit (or there is none), and offload within its part of host memory."""
+        return (self.limit_bytes is None or self.peak_bytes <= self.limit_bytes) and self.host_fits
+
+    @property
+    def host_fits(self) -> bool:
+        """True when what is offloaded is within this rank's part of host memory, or a disk takes the rest."""
+        return self.host_budget_bytes is None or self.disk_tier or self.host_bytes <= self.host_budget_bytes
 
     @property
     def smallest_budget_gib(self) -> float:
@@ -207,6 +214,9 @@ def verdict(plan: MemoryPlan) -> str:
         limits.append(f"{plan.device} with {gib(plan.device_bytes)}")
     against = " and ".join(limits) or "no limit"
     outcome = "fits" if plan.fits else "does not fit"
+    if not plan.host_fits:
+        limits.append(f"{gib(plan.host_budget_bytes or 0)} of host memory")
+        against = " and ".join(limits)
     return f"planned peak {gib(plan.peak_bytes)} per rank at '{plan.peak_moment}'; {outcome} ({against})"
 
 
@@ -215,8 +225,14 @@ def refusal(plan: MemoryPlan) -> str:
 
     Raises ValueError when the plan fits.
     """
-    if plan.fits or plan.limit_bytes is None:
+    if plan.fits:
         raise ValueError("the plan fits: there is nothing to refuse")
+    if plan.limit_bytes is None or plan.peak_bytes <= plan.limit_bytes:
+        allowed = plan.host_budget_bytes or 0
+        return (
+            f"memory.host_gib: offload takes {gib(plan.host_bytes)} of host memory per rank, {gib(allowed)} is this rank's part\n"
+            "raise memory.host_gib, name a local disk in memory.offload_dir, offload less (memory.offload=inputs or none) or recompute more"
+        )
     over_budget = plan.budget_bytes is not None and plan.peak_bytes > plan.budget_bytes
     limit = f"memory.budget_gib {plan.limit_bytes / GIB:g}" if over_budget else f"{gib(plan.limit_bytes)} on {plan.device}"
     first = (

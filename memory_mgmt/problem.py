@@ -143,10 +143,15 @@ class _Reader:
         passes = self.setting.passes
         return LayerCost(
             kind=kind,
-            **classes,
+            input=classes["input"],
+            projections=classes["projections"],
+            mixer=classes["mixer"],
+            feed_forward=classes["feed_forward"],
             forward_seconds=passes * (forward.end - forward.start),
             backward_seconds=max(passes * (backward.end - backward.start) - again, 0.0),
-            **stages,
+            entrance_stages=stages["entrance_stages"],
+            mixer_stages=stages["mixer_stages"],
+            ffn_stages=stages["ffn_stages"],
             gradient_bytes=self.gradients(i),
         )
 

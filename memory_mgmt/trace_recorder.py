@@ -96,20 +96,19 @@ class StepRecorder(TorchDispatchMode):
 
     def _entering(self, i: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not _in_backward():
-                self.enter("forward", i, f"blocks.{i}")
-                if i == 0 and args[0].requires_grad:
-                    args[0].register_hook(lambda _grad: self.enter("backward", None, "embed"))
+            # A block that runs again in the backward pass belongs to it; of a group of blocks it is what comes first there.
+            again = _in_backward()
+            self.enter("backward" if again else "forward", i, f"blocks.{i}")
+            if i == 0 and not again and args[0].requires_grad:
+                args[0].register_hook(lambda _grad: self.enter("backward", None, "embed"))
 
         return hook
 
     def _leaving(self, i: int, last: bool) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, out: Tensor) -> None:
-            if _in_backward():
-                return
             if out.requires_grad:
                 out.register_hook(lambda _grad: self.enter("backward", i, f"blocks.{i}"))
-            if last:
+            if last and not _in_backward():
                 self.enter("loss", None, "head")
 
         return hook

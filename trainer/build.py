@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from memory_mgmt.apply import apply_policy, policy_of
+from memory_mgmt.apply import apply_policy
 from memory_mgmt.arena import build_arena
 from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.monitor import MemoryMonitor
@@ -23,6 +23,7 @@ from memory_mgmt.offload import HostStore
 from memory_mgmt.plan import MemoryPlan, gib
 from memory_mgmt.plan_check import PlanCheck, tensor_bytes
 from memory_mgmt.policy import CLASSES, Policy
+from memory_mgmt.policy_settings import policy_of
 from models.flops import model_flops_per_token
 from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer

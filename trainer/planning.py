@@ -21,6 +21,7 @@ from memory_mgmt.estimate import estimate
 from memory_mgmt.native import cache_dir
 from memory_mgmt.plan import Change, MemoryPlan, Prediction
 from memory_mgmt.policy import Policy
+from memory_mgmt.policy_settings import policy_of
 from memory_mgmt.trace import Trace
 from memory_mgmt.traced_plan import Limits, plan_of_trace, step_addresses
 from models.errors import UserError
@@ -36,6 +37,8 @@ VOCAB_MULTIPLE = 64
 CHANGES_SHOWN = 3
 HOST_SHARE = 0.8
 """Of a node's memory that offload may take where memory.host_gib does not say."""
+HOST_MARGIN = 0.98
+"""Of a rank's host memory that the planner may fill: parked tensors are rounded up to pages and slabs."""
 ADDRESS_SECONDS = 2.0
 """Spent on addresses in a plan; a step of thousands of buffers takes a fraction of it."""
 _DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -117,13 +120,15 @@ def target_of(config: RunConfig, device: Device) -> Target:
 
 def plan_traced(target: Target, trace: Trace, with_changes: bool = True) -> MemoryPlan:
     """The plan of a traced step: memory, time, addresses, and what would lower the peak if it does not fit."""
-    plan = replace(_without_changes(target, trace), host_budget_bytes=target.host_budget)
+    memory = target.config.memory
+    policy = None if memory.recompute == "auto" else policy_of(memory, target.config.model.layer_kinds)
+    plan = replace(_without_changes(target, trace), policy=policy)
     plan = replace(plan, prediction=predict(target, trace), addresses=step_addresses(trace, ADDRESS_SECONDS)[1])
     return replace(plan, changes=_changes_that_fit(target, plan)) if with_changes and not plan.fits else plan
 
 
 def _without_changes(target: Target, trace: Trace) -> MemoryPlan:
-    return plan_of_trace(
+    plan = plan_of_trace(
         trace,
         target.device,
         target.ranks,
@@ -132,6 +137,7 @@ def _without_changes(target: Target, trace: Trace) -> MemoryPlan:
         correction=target.correction,
         arena=target.config.memory.arena,
     )
+    return replace(plan, host_budget_bytes=target.host_budget, disk_tier=target.config.memory.offload_dir is not None)
 
 
 def _chosen(target: Target, with_changes: bool) -> MemoryPlan:
@@ -149,7 +155,7 @@ def _chosen(target: Target, with_changes: bool) -> MemoryPlan:
         ParallelDims.from_config(target.config.parallel, target.ranks),
         target.ranks_per_node,
         budget=limit,
-        host=0 if target.config.memory.offload == "none" else target.host_budget,
+        host=0 if target.config.memory.offload == "none" else int(HOST_MARGIN * target.host_budget),
         cuda=target.device.is_cuda,
     )
 
@@ -157,7 +163,7 @@ def _chosen(target: Target, with_changes: bool) -> MemoryPlan:
         return _without_changes(target, trace).peak_bytes
 
     chosen = choose_policy(setting, lambda policy: trace_step(target.request(policy)), counted)
-    plan = replace(plan_traced(target, chosen.trace, with_changes), policy=chosen.policy, host_budget_bytes=target.host_budget)
+    plan = replace(plan_traced(target, chosen.trace, with_changes), policy=chosen.policy)
     if chosen.choice is None:
         return replace(plan, binding="nothing fits: this is the policy that needs least")
     return replace(plan, binding=chosen.choice.binding, worth=chosen.choice.worth)

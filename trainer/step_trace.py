@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from memory_mgmt.apply import policy_of
 from memory_mgmt.offload import HostStore
 from memory_mgmt.policy import CLASSES, Policy
+from memory_mgmt.policy_settings import policy_of
 from memory_mgmt.trace import Trace
 from memory_mgmt.trace_extend import MARGIN, NotRepeating, Shortening, extend, shorten
 from memory_mgmt.trace_recorder import StepRecorder
@@ -37,7 +37,8 @@ WARM_UP_STEPS = 1
 def trace_request(request: dict[str, Any]) -> Trace:
     """The trace that ``request`` asks for (``TraceRequest.to_dict``)."""
     config = RunConfig.model_validate(request["config"])
-    policy = Policy.from_dict(request["policy"]) if request["policy"] is not None else None
+    given = Policy.from_dict(request["policy"]) if request["policy"] is not None else None
+    policy = given or policy_of(config.memory, config.model.layer_kinds)
     note = "asked for" if request["whole"] else "too few equal layers"
     with _process_group(request["world_size"], config.layout):
         for cut in [] if request["whole"] else _cuts(config, policy):
@@ -50,41 +51,37 @@ def trace_request(request: dict[str, Any]) -> Trace:
         return trace
 
 
-def _cuts(config: RunConfig, policy: Policy | None) -> list[Shortening]:
+def _cuts(config: RunConfig, policy: Policy) -> list[Shortening]:
     """Cuts to try, the one that traces least first. With several passes, with shards or with swapping a layer reaches further."""
     kinds = _repeating(config.model.layer_kinds, policy)
-    multiples = (2,) if _swaps(config, policy) else (1, 2)
+    multiples = (2,) if _swaps(policy) else (1, 2)
     cuts = [shorten(kinds, multiple, margin) for multiple in multiples for margin in (MARGIN, MARGIN + 1)]
     return [cut for cut in cuts if cut.copies]
 
 
-def _swaps(config: RunConfig, policy: Policy | None) -> bool:
+def _swaps(policy: Policy) -> bool:
     """Whether layers take turns with the two buffers of the way back from host memory."""
-    policy = policy or policy_of(config.memory, config.model.layer_kinds)
     return any(layer.of(name).swap > 0 for layer in policy.layers for name in CLASSES)
 
 
-def _repeating(kinds: Sequence[LayerKind], policy: Policy | None) -> list[Hashable]:
+def _repeating(kinds: Sequence[LayerKind], policy: Policy) -> list[Hashable]:
     """What must be equal for two layers to be equal; groups of blocks repeat as a whole."""
-    if policy is None:
-        return list(kinds)
     return [(kind, layer, i % policy.group_blocks) for i, (kind, layer) in enumerate(zip(kinds, policy.layers, strict=True))]
 
 
-def _shortened(config: RunConfig, policy: Policy | None, cut: Shortening) -> tuple[RunConfig, Policy | None]:
+def _shortened(config: RunConfig, policy: Policy, cut: Shortening) -> tuple[RunConfig, Policy]:
     kinds = tuple(config.model.layer_kinds[i] for i in cut.traced)
     model = config.model.model_copy(update={"layers": kinds, "n_layers": None})
-    shorter = replace(policy, layers=tuple(policy.layers[i] for i in cut.traced)) if policy is not None else None
+    shorter = replace(policy, layers=tuple(policy.layers[i] for i in cut.traced))
     return config.model_copy(update={"model": model}), shorter
 
 
-def _record(config: RunConfig, policy: Policy | None, request: dict[str, Any]) -> StepRecorder:
+def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepRecorder:
     device_type, world_size = request["device_type"], request["world_size"]
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
     # The mesh is real: it reads rank numbers out of tensors.
     mesh = build_mesh(ParallelDims.from_config(config.parallel, world_size), device_type) if world_size > 1 else None
     recorder = StepRecorder(device_type, request["threads"])
-    policy = policy or policy_of(config.memory, config.model.layer_kinds)
     with FakeTensorMode():
         store = HostStore(device, fake_empty=recorder.host_empty)
         with torch.device(device):

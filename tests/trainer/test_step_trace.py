@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from memory_mgmt.allocator_log import record_cpu_allocations
-from memory_mgmt.apply import policy_of
 from memory_mgmt.policy import KEEP, RECOMPUTE, LayerPolicy, Policy, Split
+from memory_mgmt.policy_settings import policy_of
 from memory_mgmt.trace import Trace, by_kind
 from memory_mgmt.trace_extend import shorten
 from memory_mgmt.traced_plan import stretches
@@ -112,6 +112,9 @@ EXTENDED = {
         train={"grad_accum": 3},
         parallel={"cp": 2, "dp_shard": 2},
         memory={"recompute": "block", "ffn_tile_tokens": 128},
+    ),
+    "groups of two blocks": config(
+        model={"layers": ["full"], "n_layers": 18}, data={"seq_len": 256}, memory={"recompute": "block", "group_blocks": 2}
     ),
     "swapped inputs": config(
         model={"layers": ["full"], "n_layers": 18}, data={"seq_len": 256}, memory={"recompute": "block", "offload": "inputs"}
