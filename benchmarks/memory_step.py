@@ -14,7 +14,7 @@ the growth of peak resident memory in the measured step above the process before
   block            longstride, only block inputs kept, no tiles but the loss's
   policy           longstride with the policy named in the result
 
-  python benchmarks/memory_step.py            # everything, about 10 minutes; writes memory_step.json and memory_step.md beside it
+  python benchmarks/memory_step.py            # everything, 10 to 20 minutes; writes memory_step.json and memory_step.md beside it
   python benchmarks/memory_step.py --quick    # 8K tokens, prints only
   python benchmarks/memory_step.py --only attention,policy    # one case, prints only
 """
@@ -125,9 +125,10 @@ def run_case(name: str, way: str, n_tokens: int) -> dict[str, Any]:
     """Loss, seconds and peak growth of the measured step."""
     import torch
 
-    from memory_mgmt.apply import apply_policy, policy_of
+    from memory_mgmt.apply import apply_policy
     from memory_mgmt.host_allocator import return_freed_memory
     from memory_mgmt.monitor import MemoryMonitor
+    from memory_mgmt.policy_settings import policy_of
 
     return_freed_memory()  # for every way: otherwise holes of the heap are measured, not the step
     if way == "hf":

@@ -59,7 +59,7 @@ def test_does_without_torch(arguments: list[str], tmp_path: Path) -> None:
         (["train", "debug_cpu", "--nproc", "2"], ["parallel", "1 ranks", "2 were started"]),
         (["train", "debug_cpu", "--nproc", "2", "train.steps=0"], ["train.steps", "> 0"]),
         (["train", "debug_cpu", "memory.budget_gib=0.001"], ["memory.budget_gib"]),
-        (["train", "debug_cpu", "parallel.cp=2", "memory.budget_gib=0.001"], ["memory.budget_gib"]),
+        (["train", "debug_cpu", "parallel.cp=2", "memory.budget_gib=0.001", "memory.plan=estimate"], ["memory.budget_gib"]),
         (["train", "debug_cpu", "data.source=text", "data.path=absent.txt"], ["absent.txt"]),
         (["train", "debug_cpu", "data.tokenizer=absent.json"], ["data.tokenizer", "absent.json"]),
         (["plan", "debug_cpu", "--device", "abacus"], ["abacus", "h100"]),

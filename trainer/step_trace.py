@@ -30,8 +30,9 @@ from trainer.build import engine_for, shaped_model
 from trainer.config import RunConfig
 from trainer.engine import Engine
 
-WARM_UP_STEPS = 1
-"""Steps before the one that counts: sharding rules are worked out on whole fake tensors then, which a real run does not hold."""
+WARM_UP_TOKENS = 128
+"""Tokens per range of the step before the one that counts: there sharding rules of parameters are worked out on whole fake tensors, which
+a real run does not hold. They do not depend on the length of a sequence."""
 
 
 def trace_request(request: dict[str, Any]) -> Trace:
@@ -90,12 +91,12 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
         with recorder:
             engine = engine_for(config, model, mesh, device)
             _adopt(recorder, engine)
-            batches = [_batch(config) for _ in range(min(config.train.grad_accum, 2))]
+            _step(recorder, engine, [_batch(config, _warm_up_tokens(config))])
+            batches = [_batch(config, config.data.seq_len) for _ in range(min(config.train.grad_accum, 2))]
             recorder.tag((x for b in batches for x in (b.tokens_BT, b.labels_BT, b.positions_BT)), "batch")
-            for _ in range(WARM_UP_STEPS + 1):
-                recorder.enter("forward")
-                recorder.start_step()
-                _step(recorder, engine, batches)
+            recorder.enter("forward")
+            recorder.start_step()
+            _step(recorder, engine, batches)
             recorder.finish()
     return recorder
 
@@ -115,9 +116,13 @@ def _adopt(recorder: StepRecorder, engine: Engine) -> None:
     recorder.adopt(state["optim"].items(), "optimizer")
 
 
-def _batch(config: RunConfig) -> Batch:
+def _warm_up_tokens(config: RunConfig) -> int:
+    return min(config.data.seq_len, WARM_UP_TOKENS * config.parallel.cp * (2 if config.layout == "zigzag" else 1))
+
+
+def _batch(config: RunConfig, tokens: int) -> Batch:
     """One micro-batch of one document per row; on fake tensors only the shape counts."""
-    rows, tokens = config.train.micro_batch_size, config.data.seq_len
+    rows = config.train.micro_batch_size
     bounds = Bounds(tokens, ((0, tokens),), ((0,),) * rows)
     positions_BT = torch.arange(tokens).expand(rows, tokens).contiguous()
     return Batch(torch.zeros(rows, tokens, dtype=torch.long), torch.zeros(rows, tokens, dtype=torch.long), positions_BT, bounds)

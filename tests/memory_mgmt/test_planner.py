@@ -129,7 +129,7 @@ def test_faster_than_memo_on_its_own_model(seq_k: int, host: float) -> None:
     problem = replace(gpt(seq_k << 10, host=host), tokens=(seq_k << 10) // 8, share_tokens=1024)
     choice = solve(problem)
     memo = evaluate(problem, solve_memo(problem))
-    assert choice is not None and choice.method == "lp"
+    assert choice is not None and choice.method != "memo"
     if not memo.violations:
         assert choice.seconds <= memo.seconds
 

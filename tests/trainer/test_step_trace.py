@@ -43,7 +43,7 @@ def real_peak(cfg, policy=None):
     store = host_store(policy, device, None, None)
     with record_cpu_allocations() as log:
         engine = build_engine(cfg, VOCAB, mesh, device, policy, store)
-        batches = [_batch(cfg) for _ in range(cfg.train.grad_accum)]
+        batches = [_batch(cfg, cfg.data.seq_len) for _ in range(cfg.train.grad_accum)]
         for _ in range(2):
             start = log.mark()
             engine.forward_backward(batches)
