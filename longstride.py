@@ -141,7 +141,8 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
     started = env.world_size if env.is_rank else nproc
     ranks = ParallelDims.from_config(config.parallel, started).world_size
     check_launch(env, config.train.precision, config.train.device, config.train.grad_accum, ranks)
-    _check_plan(config)
+    if run_dir is None or not _kept_plan(config, run_dir):
+        _check_plan(config)
     if run_dir is None and config.run.name is not None and env.rank == 0:
         _refuse_existing(Path(config.run.root) / config.run.name)
     # A run that plans again after running out of memory needs a process of its own that may end.
@@ -273,18 +274,38 @@ def _open_run(config: RunConfig, run_dir: RunDir | None, name: str) -> RunDir:
         run_dir = RunDir(Path(config.run.root) / name)
         run_dir.create()
     text = config_file.dump(config)
+    kept = _kept_plan(config, run_dir)
     with run_dir.lock():
         if run_dir.config.exists() and run_dir.config.read_text() != text:
             earlier = len(list(run_dir.path.glob("config.before_resume_*.yaml"))) + 1
             run_dir.config.replace(run_dir.path / f"config.before_resume_{earlier}.yaml")
         write_atomic(run_dir.config, text.encode())
-        plan = plan_run(config, correction=correction(run_dir))
-        write_atomic(run_dir.memory_plan, plan.to_json().encode())
-        measured = calibration_path(plan.device)
-        if measured.exists():  # the rates that the plan was made with stay with the run
-            write_atomic(run_dir.path / "calibration.json", measured.read_bytes())
+        if not kept:
+            plan = plan_run(config, correction=correction(run_dir))
+            write_atomic(run_dir.memory_plan, plan.to_json().encode())
+            measured = calibration_path(plan.device)
+            if measured.exists():  # the rates that the plan was made with stay with the run
+                write_atomic(run_dir.path / "calibration.json", measured.read_bytes())
         run_dir.snapshot_code(HOME)
     return run_dir
+
+
+def _kept_plan(config: RunConfig, run_dir: RunDir) -> bool:
+    """Whether the run's plan holds on: nothing that it depends on has changed and memory has not run out since. A resumed run then
+    repeats the arithmetic of the first one, whatever rates a new plan would go by."""
+    from memory_mgmt.plan import MemoryPlan
+    from trainer import config_file
+    from trainer.planning import same_step
+
+    if not (run_dir.config.exists() and run_dir.memory_plan.exists()):
+        return False
+    try:
+        MemoryPlan.from_json(run_dir.memory_plan.read_text())
+    except ValueError:
+        return False
+    made = run_dir.memory_plan.stat().st_mtime
+    ran_out = any(note.stat().st_mtime > made for note in (run_dir.path / "oom").glob("*.json"))
+    return not ran_out and same_step(config_file.resolve(run_dir.config), config)
 
 
 def _reload(run_dir: RunDir) -> RunConfig:

@@ -105,6 +105,14 @@ def plan_run(config: RunConfig, device_name: str | None = None, correction: floa
     return _plan_of(target, with_changes)
 
 
+def same_step(one: RunConfig, other: RunConfig) -> bool:
+    """Whether two configurations plan the same step within the same limits."""
+    keys = [
+        (TraceRequest(c, 1, "cpu").to_dict(), c.memory, c.train.device, c.train.threads_per_rank, c.data.tokenizer) for c in (one, other)
+    ]
+    return keys[0] == keys[1]
+
+
 def _plan_of(target: Target, with_changes: bool) -> MemoryPlan:
     if target.config.memory.recompute == "auto":
         return _chosen(target, with_changes)

@@ -91,3 +91,19 @@ def test_correction_grows_with_every_time(tmp_path):
     assert out_of_memory.correction(run) == pytest.approx(1.1 * 1.05**2)
     (run.path / "oom" / "rank_9_000.json").write_text("torn")
     assert len(out_of_memory.records(run)) == 3
+
+
+def test_a_resumed_run_keeps_its_plan_until_a_setting_changes(tmp_path):
+    command = [sys.executable, str(HOME / "longstride.py")]
+    settings = ["data.seq_len=256", "train.eval_sequences=0", "train.steps=1", "memory.recompute=mixer", "memory.plan=estimate"]
+
+    def run(*arguments):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "runs" / "r" / "memory_plan.json").read_text())
+
+    first = run("train", "debug_cpu", *settings, "run.name=r")
+    marked = {**first, "binding": "left as it was"}
+    (tmp_path / "runs" / "r" / "memory_plan.json").write_text(json.dumps(marked))
+    assert run("resume", "r", "train.steps=2")["binding"] == "left as it was"
+    assert run("resume", "r", "train.steps=3", "memory.ffn_tile_tokens=64")["binding"] != "left as it was"
