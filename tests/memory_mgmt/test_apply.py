@@ -6,9 +6,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from memory_mgmt.apply import apply_policy, policy_of
+from memory_mgmt.apply import apply_policy
 from memory_mgmt.config import MemoryConfig
 from memory_mgmt.policy import KEEP, KEEP_ALL, KEEP_MIXER, RECOMPUTE, RECOMPUTE_BLOCK, SWAP, LayerPolicy, Policy
+from memory_mgmt.policy_settings import policy_of
 from models.batch import Batch, Bounds
 from models.config import ModelConfig
 from models.transformer import Transformer, init_weights

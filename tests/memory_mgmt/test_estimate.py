@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from memory_mgmt.activations import Shapes
-from memory_mgmt.apply import apply_policy, policy_of
+from memory_mgmt.apply import apply_policy
 from memory_mgmt.config import MemoryConfig
 from memory_mgmt.devices import DEVICES
 from memory_mgmt.estimate import estimate
 from memory_mgmt.plan import refusal
+from memory_mgmt.policy_settings import policy_of
 from models.batch import Batch, Bounds
 from models.config import MemoryModuleConfig, ModelConfig
 from models.transformer import Transformer, init_weights
