@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from memory_mgmt.op_scratch import flash_cpu_backward_scratch
 from models.attention_plan import TileLimits
 from models.config import LayerKind, ModelConfig
 from models.flops import ffn_parameters, memory_matmul_parameters
@@ -182,10 +183,10 @@ class Shapes:
         if kind == "swa" and c.window < self.tokens and not self.cuda:
             return self.n * (2 * queries * self.e + (queries + 2 * keys) * self.w) + self._window_stack(queries, keys)
         total = self.n * ((2 * queries + 2 * keys) * self.e + queries * self.w // 2)
-        if self.cuda:
-            # FlashAttention-2 backward: dq accumulates in fp32, dk and dv are made per query head and then summed.
-            total += self.n * queries * (4 + 2 * self.e)
-        return total
+        if not self.cuda:
+            return total + flash_cpu_backward_scratch(self.tokens, self.tokens, self.e)
+        # FlashAttention-2 backward: dq accumulates in fp32, dk and dv are made per query head and then summed.
+        return total + self.n * queries * (4 + 2 * self.e)
 
     def _window_stack(self, queries: int, keys: int) -> int:
         """Gradients dk, dv and dq of one call's stack of blocks; with several rows the stacked inputs are copies as well."""

@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-MKLDNN_PER_THREAD = 80 * 1024
-"""oneDNN packs blocks of a low-precision matrix product; measured 81 to 165 KB per thread, hardly depending on the shape."""
-_CPU_FLASH_QUERY_BLOCK, _CPU_FLASH_KEY_BLOCK = 256, 512
+from memory_mgmt.op_scratch import MKLDNN_PER_THREAD, flash_cpu_backward_scratch, flash_cpu_scratch
 
 
 def workspace_bytes(name: str, args: Sequence[Any], kwargs: dict[str, Any], device_type: str, threads: int) -> int:
@@ -45,11 +43,13 @@ def _low_precision_product(args: Sequence[Any], kwargs: dict[str, Any], threads:
 
 
 def _flash_cpu(args: Sequence[Any], kwargs: dict[str, Any], threads: int) -> int:
-    """Per thread a block of scores and of outputs in float32; in low precision also one head's keys and values, packed."""
     q, k = args[0], args[1]
-    block = _CPU_FLASH_QUERY_BLOCK * (_CPU_FLASH_KEY_BLOCK + q.shape[3] + 2) * 4
-    packed = 2 * k.shape[2] * k.shape[3] * q.element_size() if q.element_size() == 2 else 0
-    return threads * (min(block, q.shape[2] * (_CPU_FLASH_KEY_BLOCK + q.shape[3] + 2) * 4) + packed)
+    return threads * flash_cpu_scratch(q.shape[2], k.shape[2], q.shape[3], q.element_size())
+
+
+def _flash_cpu_backward(args: Sequence[Any], kwargs: dict[str, Any], threads: int) -> int:
+    q, k = args[1], args[2]
+    return threads * flash_cpu_backward_scratch(q.shape[2], k.shape[2], q.element_size())
 
 
 def _flash_cuda_backward(args: Sequence[Any], kwargs: dict[str, Any], threads: int) -> int:
@@ -69,6 +69,7 @@ _CPU: dict[str, _Rule] = {
     "aten::mm": _low_precision_product,
     "aten::addmm": _low_precision_product,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _flash_cpu,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _flash_cpu_backward,
 }
 _CUDA: dict[str, _Rule] = {
     "aten::logsumexp": _logsumexp,

@@ -41,7 +41,9 @@ def experiment(data_path: str, cache: str, precision: str, layout: str, dp_repli
                 "seed": 3,
                 "device": "cpu",
             },
-            "optim": {"lr": 1e-2, "clip_norm": 0.5, "schedule": {"warmup_steps": 2}},
+            # eps: at 1e-8 AdamW divides by it the gradients of 1e-7 that are rounding errors, and one process in float32 is 1.2e-5
+            # away from float64 after 5 steps: then the comparison would tell of AdamW and not of the mesh.
+            "optim": {"lr": 1e-2, "eps": 1e-6, "clip_norm": 0.5, "schedule": {"warmup_steps": 2}},
             "parallel": {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "layout": layout},
             "memory": {"loss_tile_tokens": 20},
         }
@@ -110,8 +112,8 @@ def test_same_training_on_any_mesh(
     for rank_losses, rank_norms, rank_parameters in run_distributed(train_steps, dp_replicate * dp_shard * cp, config):
         tolerance = 1e-9 if precision == "fp64" else 1e-5
         assert rank_losses == pytest.approx(losses, rel=tolerance, abs=0)
-        # AdamW at this rate grows a rounding error of 4e-8 in the first step's norm to about 1e-5 in the last one's.
-        assert rank_norms == pytest.approx(norms, rel=tolerance if precision == "fp64" else 4e-5, abs=0)
+        assert rank_norms == pytest.approx(norms, rel=tolerance, abs=0)
+        assert rank_norms[0] == pytest.approx(norms[0], rel=min(tolerance, 1e-6), abs=0)
         assert rank_parameters.keys() == parameters.keys()
         if precision == "fp64":
             for name, value in parameters.items():

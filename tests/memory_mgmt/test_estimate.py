@@ -99,11 +99,20 @@ def test_kept_bytes_of_other_shapes(config):
     assert kept + x_BTC.nbytes == pytest.approx(expected, rel=0.01)
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("memory", [MemoryConfig(), TILES, TILES.model_copy(update={"recompute": "block"})], ids=["whole", "tiles", "all"])
 @pytest.mark.parametrize("kinds", [("full", "swa"), ("memory",), ("swa", "memory")], ids="-".join)
-def test_planned_peak_of_a_step_is_the_allocator_s(kinds, memory, precision):
-    """A real step of forward, loss, backward, clipping and AdamW on one process, by the CPU allocator's own log."""
+def test_planned_peak_of_a_step_is_the_allocator_s(kinds, memory, precision, one_thread):
+    """A real step of forward, loss, backward, clipping and AdamW on one process, by the CPU allocator's own log. One thread: the
+    scratch of more is counted in "libraries"."""
     config = config_of(*kinds)
     model = model_of(config, precision, memory)
     optimizer = build_optimizer(model, OptimConfig())
@@ -122,9 +131,7 @@ def test_planned_peak_of_a_step_is_the_allocator_s(kinds, memory, precision):
     at_peak = {term.name: term.bytes for term in plan.terms}
     before = at_peak["parameters"] + at_peak["AdamW moments"]
     apart = sum(at_peak.get(name, 0) for name in ("libraries", "heap", "heap holes", "process", "batch"))
-    assert plan.peak_bytes - apart == pytest.approx(
-        before + peak_allocated(step), rel=0.13
-    )  # the rest: scratch of the attention kernel, which is in "libraries"
+    assert plan.peak_bytes - apart == pytest.approx(before + peak_allocated(step), rel=0.12)
 
 
 def test_terms_add_up_to_the_largest_moment():

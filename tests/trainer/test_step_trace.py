@@ -68,6 +68,21 @@ CASES = {
     "tiles": (config(memory={"recompute": "block", "ffn_tile_tokens": 128, "memory_tile_tokens": 256}), None),
     "groups of blocks": (config(model={"layers": ["full"] * 4}, memory={"recompute": "block", "group_blocks": 2}), None),
     "low precision": (config(model={"layers": ["full", "memory"]}, data={"seq_len": 4096}, train={"precision": "bf16"}), None),
+    "peak inside the attention kernel's backward": (
+        config(
+            model={"layers": ["full", "full"], "n_layers": 2}, data={"seq_len": 4096}, memory={"recompute": "block", "loss_tile_tokens": 32}
+        ),
+        None,
+    ),
+    "the same in low precision": (
+        config(
+            model={"layers": ["full", "full"], "n_layers": 2},
+            data={"seq_len": 4096},
+            memory={"recompute": "block", "loss_tile_tokens": 32},
+            train={"precision": "bf16"},
+        ),
+        None,
+    ),
     "double precision": (config(train={"precision": "fp64"}), None),
     "two sequences, three passes": (config(train={"micro_batch_size": 2, "grad_accum": 2}), None),
     "tied embeddings": (config(model={"tie_embeddings": True, "layers": ["full"]}), None),
