@@ -139,16 +139,43 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
 
     env = environment()
     started = env.world_size if env.is_rank else nproc
+    if run_dir is None and config.run.name is not None and env.rank == 0:
+        _refuse_existing(Path(config.run.root) / config.run.name)
+    if config.parallel.chosen_by_plan:
+        config = _settled(config, None, started, env)
     ranks = ParallelDims.from_config(config.parallel, started).world_size
     check_launch(env, config.train.precision, config.train.device, config.train.grad_accum, ranks)
     if run_dir is None or not _kept_plan(config, run_dir):
         _check_plan(config)
-    if run_dir is None and config.run.name is not None and env.rank == 0:
-        _refuse_existing(Path(config.run.root) / config.run.name)
     # A run that plans again after running out of memory needs a process of its own that may end.
     if env.is_rank or (ranks == 1 and not config.memory.replan_on_oom):
         return _train_here(config, run_dir, name, env)
     return _train_on_local_ranks(config, run_dir, name, ranks, env)
+
+
+def _settled(config: RunConfig, device: str | None, ranks: int | None, env: Env | None = None) -> RunConfig:
+    """``config`` with its ``auto`` degrees chosen, and what was chosen told; among ranks that a launcher started rank 0 chooses."""
+    from parallel.distributed import on_one_rank
+    from trainer.choosing_degrees import settled
+
+    def choose() -> RunConfig:
+        found = settled(config, device, ranks)
+        print("\n".join(found.lines()), file=sys.stderr, flush=True)
+        return found.config
+
+    if env is None or not env.is_rank:
+        return choose()
+    _join(config, env)
+    return on_one_rank(env, choose)
+
+
+def _join(config: RunConfig, env: Env) -> None:
+    """Become one of the ranks: device, threads, process group."""
+    from parallel.distributed import init_distributed, select_device, use_threads
+
+    device = select_device(config.train.device, env)
+    use_threads(config.train.threads_per_rank, env)
+    init_distributed(env, device, config.parallel.timeout_seconds)
 
 
 def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, ranks: int, env: Env) -> int:
@@ -192,15 +219,13 @@ def _launch(config: RunConfig, run_dir: RunDir, ranks: int, resume: bool) -> int
 
 def _train_here(config: RunConfig, run_dir: RunDir | None, name: str, env: Env) -> int:
     """This process is the only rank, or one of several that torchrun, srun, mpirun or accelerate started."""
-    from parallel.distributed import end_distributed, init_distributed, on_one_rank, select_device, use_threads
+    from parallel.distributed import end_distributed, on_one_rank
     from trainer import build
 
     resume = run_dir is not None
-    device = select_device(config.train.device, env)
     if env.accelerate is not None and env.accelerate.use_cpu:
         config = _with(config, "train", device="cpu")
-    use_threads(config.train.threads_per_rank, env)
-    init_distributed(env, device, config.parallel.timeout_seconds)
+    _join(config, env)
     on_one_rank(env, lambda: _prepare(config), per_machine=True)
     run_dir = on_one_rank(env, lambda: _open_run(config, run_dir, name))
     code = build.train(_reload(run_dir), run_dir.path, resume)
@@ -220,13 +245,11 @@ def _run_rank(path: str, launcher_pid: str, how: str) -> int:
     log = join_launcher(int(launcher_pid), env.rank, run_dir.log(env.rank))
 
     def train() -> int:
-        from parallel.distributed import end_distributed, init_distributed, select_device, use_threads
+        from parallel.distributed import end_distributed
         from trainer import build
 
         config = _reload(run_dir)
-        device = select_device(config.train.device, env)
-        use_threads(config.train.threads_per_rank, env)
-        init_distributed(env, device, config.parallel.timeout_seconds)
+        _join(config, env)
         code = build.train(config, run_dir.path, how == "resume")
         end_distributed()
         return code
@@ -346,6 +369,8 @@ def _show_plan(args: argparse.Namespace) -> int:
     config = config_file.resolve(path, args.overrides)
     if args.calibrate:
         _calibrate(config, args.device)
+    if config.parallel.chosen_by_plan:
+        config = _settled(config, args.device, None)
     plan = plan_run(config, args.device)
     written = _write_timeline(config, plan, args) if args.timeline else ()
     _show(plan.to_json() if args.json else plan_view.plain(plan) + "\n", None if args.json else lambda: plan_view.render(plan))

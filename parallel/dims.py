@@ -21,7 +21,9 @@ class ParallelDims:
 
     @staticmethod
     def from_config(config: ParallelConfig, world_size: int | None = None) -> ParallelDims:
-        """The degrees of ``config``; raises UserError when their product is not ``world_size`` (if given)."""
+        """The degrees of ``config``; raises UserError when their product is not ``world_size`` (if given), or one is still ``auto``."""
+        if config.chosen_by_plan:
+            raise UserError(f"parallel.{config.chosen_by_plan[0]}: auto has not been resolved here; give a number")
         dims = ParallelDims(config.dp_replicate, config.dp_shard, config.cp)
         if world_size is not None and dims.world_size != world_size:
             raise UserError(

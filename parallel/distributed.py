@@ -183,14 +183,15 @@ def select_device(setting: Literal["auto", "cpu", "cuda"], env: Env) -> torch.de
 
 
 def init_distributed(env: Env, device: torch.device, timeout_seconds: float) -> None:
-    """Join the default process group: gloo for CPU tensors, NCCL for CUDA. One rank alone needs no group and makes none.
+    """Join the default process group: gloo for CPU tensors, NCCL for CUDA. One rank alone needs no group and makes none; who has
+    joined stays.
 
     Raises UserError when the ranks that answer are not those that were started (unconnected processes would each train alone).
     """
     import torch
     import torch.distributed as dist
 
-    if env.world_size == 1:
+    if env.world_size == 1 or dist.is_initialized():
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if device.type == "cuda":

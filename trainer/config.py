@@ -130,6 +130,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> RunConfig:
+        parallel = self.parallel
+        if parallel.chosen_by_plan:
+            return self  # checked for every choice
+        product = parallel.dp_replicate * parallel.dp_shard * parallel.cp
+        if parallel.ranks not in (None, product):
+            raise ValueError(
+                f"parallel.ranks {parallel.ranks} is not dp_replicate {parallel.dp_replicate} x dp_shard {parallel.dp_shard} x "
+                f"cp {parallel.cp} = {product}; leave it null or make one of them auto"
+            )
         parts = self.parallel.cp * (2 if self.layout == "zigzag" else 1)
         if self.data.seq_len % parts:
             raise ValueError(
@@ -147,5 +156,6 @@ class RunConfig(Section):
 
     @property
     def global_batch_sequences(self) -> int:
-        """Sequences consumed by one optimizer step over all ranks."""
-        return self.parallel.dp_replicate * self.parallel.dp_shard * self.train.micro_batch_size * self.train.grad_accum
+        """Sequences consumed by one optimizer step over all ranks; a degree that is ``auto`` counts as 1."""
+        groups = max(1, self.parallel.dp_replicate) * max(1, self.parallel.dp_shard)
+        return groups * self.train.micro_batch_size * self.train.grad_accum

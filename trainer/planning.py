@@ -22,6 +22,7 @@ from memory_mgmt.native import cache_dir
 from memory_mgmt.plan import Change, MemoryPlan, Prediction
 from memory_mgmt.policy import Policy
 from memory_mgmt.policy_settings import policy_of
+from memory_mgmt.problem import Setting
 from memory_mgmt.trace import Trace
 from memory_mgmt.traced_plan import Limits, plan_of_trace, step_addresses
 from models.errors import UserError
@@ -93,16 +94,15 @@ def plan_run(config: RunConfig, device_name: str | None = None, correction: floa
 
     Raises UserError for an unknown device, a vocabulary that does not fit the tokenizer, or a step that cannot be traced.
     """
+    return plan_target(replace(target_for(config, device_name), correction=correction), with_changes)
+
+
+def target_for(config: RunConfig, device_name: str | None) -> Target:
+    """What ``config`` is planned for on ``device_name`` (None: this machine's device). Raises UserError for an unknown device."""
     try:
-        device = this_machine(config.train.device) if device_name is None else device_named(device_name)
+        return target_of(config, this_machine(config.train.device) if device_name is None else device_named(device_name))
     except ValueError as error:
         raise UserError(f"--device: {error}") from None
-    target = replace(target_of(config, device), correction=correction)
-    if config.memory.plan == "estimate":
-        if config.memory.recompute == "auto":
-            raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
-        return _estimated(target)
-    return _plan_of(target, with_changes)
 
 
 def same_step(one: RunConfig, other: RunConfig) -> bool:
@@ -113,7 +113,12 @@ def same_step(one: RunConfig, other: RunConfig) -> bool:
     return keys[0] == keys[1]
 
 
-def _plan_of(target: Target, with_changes: bool) -> MemoryPlan:
+def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
+    """``plan_run`` of a target."""
+    if target.config.memory.plan == "estimate":
+        if target.config.memory.recompute == "auto":
+            raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
+        return _estimated(target)
     if target.config.memory.recompute == "auto":
         return _chosen(target, with_changes)
     return plan_traced(target, trace_step(target.request()), with_changes)
@@ -130,12 +135,13 @@ def plan_traced(target: Target, trace: Trace, with_changes: bool = True) -> Memo
     """The plan of a traced step: memory, time, addresses, and what would lower the peak if it does not fit."""
     memory = target.config.memory
     policy = None if memory.recompute == "auto" else policy_of(memory, target.config.model.layer_kinds)
-    plan = replace(_without_changes(target, trace), policy=policy)
+    plan = replace(bare_plan(target, trace), policy=policy)
     plan = replace(plan, prediction=predict(target, trace), addresses=step_addresses(trace, ADDRESS_SECONDS)[1])
     return replace(plan, changes=_changes_that_fit(target, plan)) if with_changes and not plan.fits else plan
 
 
-def _without_changes(target: Target, trace: Trace) -> MemoryPlan:
+def bare_plan(target: Target, trace: Trace) -> MemoryPlan:
+    """Memory and limits of a traced step, without its time, addresses and changes."""
     plan = plan_of_trace(
         trace,
         target.device,
@@ -150,31 +156,32 @@ def _without_changes(target: Target, trace: Trace) -> MemoryPlan:
 
 def _chosen(target: Target, with_changes: bool) -> MemoryPlan:
     """The plan with the policy that the planner chooses."""
+    chosen = choose_policy(
+        setting_for(target), lambda policy: trace_step(target.request(policy)), lambda trace: bare_plan(target, trace).peak_bytes
+    )
+    plan = replace(plan_traced(target, chosen.trace, with_changes), policy=chosen.policy)
+    if chosen.choice is None:
+        return replace(plan, binding="nothing fits: this is the policy that needs least")
+    return replace(plan, binding=chosen.choice.binding, worth=chosen.choice.worth)
+
+
+def setting_for(target: Target) -> Setting:
+    """The planner's circumstances. Raises UserError where the device's rates are not known."""
     rates = rates_of(target.device)
     if rates is None:
         raise UserError(
             f"memory.recompute: auto needs the rates of {target.device.name}; measure them there with longstride plan --calibrate"
         )
-    limit = target.limits.bytes or target.device.memory_bytes or host_bytes() // target.ranks
-    setting = setting_of(
+    return setting_of(
         target.config,
         target.vocab_size,
         rates,
         ParallelDims.from_config(target.config.parallel, target.ranks),
         target.ranks_per_node,
-        budget=limit,
+        budget=target.limits.bytes or target.device.memory_bytes or host_bytes() // target.ranks,
         host=0 if target.config.memory.offload == "none" else int(HOST_MARGIN * target.host_budget),
         cuda=target.device.is_cuda,
     )
-
-    def counted(trace: Trace) -> int:
-        return _without_changes(target, trace).peak_bytes
-
-    chosen = choose_policy(setting, lambda policy: trace_step(target.request(policy)), counted)
-    plan = replace(plan_traced(target, chosen.trace, with_changes), policy=chosen.policy)
-    if chosen.choice is None:
-        return replace(plan, binding="nothing fits: this is the policy that needs least")
-    return replace(plan, binding=chosen.choice.binding, worth=chosen.choice.worth)
 
 
 def predict(target: Target, trace: Trace) -> Prediction | None:
@@ -231,7 +238,7 @@ def _changes_that_fit(target: Target, plan: MemoryPlan) -> tuple[Change, ...]:
     found: list[tuple[bool, float, Change]] = []
     before = plan.prediction
     for text, other, cost in options:
-        changed = _plan_of(other, with_changes=False)
+        changed = plan_target(other)
         if changed.peak_bytes >= plan.peak_bytes:
             continue
         after = changed.prediction

@@ -4,7 +4,8 @@ An axis is ``key=value,value,...`` where the key is any setting, or
 
 - ``device``: names of the device table;
 - ``gpus``: numbers of ranks. With D = parallel.dp_replicate x parallel.dp_shard of the combination, ``parallel.cp`` becomes gpus / D
-  where D divides it; otherwise all ranks share one sequence: parallel.cp = gpus and both other degrees 1. The table shows the degrees.
+  where D divides it; otherwise all ranks share one sequence: parallel.cp = gpus and both other degrees 1. Degrees that are auto are
+  chosen for so many ranks instead. The table shows the degrees.
 
 Whole numbers may end in k or m (1k = 1024, 1m = 1024k). Try alone: ``longstride plan million --sweep data.seq_len=256k,1m gpus=1,2``.
 """
@@ -23,6 +24,7 @@ from memory_mgmt.devices import device_named
 from memory_mgmt.plan import Change, MemoryPlan
 from models.errors import UserError
 from trainer import config_file
+from trainer.choosing_degrees import degrees_of, settled
 from trainer.config import RunConfig
 
 MAX_COMBINATIONS = 1000
@@ -163,8 +165,9 @@ def _resolved(path: Path, overrides: Sequence[str], axes: Sequence[Axis], values
     device = swept.get("device", device)
     try:
         settings = [f"{key}={expanded(value)}" for key, value in swept.items() if key not in ("device", "gpus")]
-        config, degrees = _with_ranks(path, [*overrides, *settings], int(swept["gpus"]) if "gpus" in swept else None)
-        return Row(swept, device, degrees, config)
+        config = _with_ranks(path, [*overrides, *settings], int(swept["gpus"]) if "gpus" in swept else None)
+        config = settled(config, device).config
+        return Row(swept, device, degrees_of(config), config)
     except UserError as error:
         return Row(swept, device, refused=_reason(error, path))
 
@@ -178,16 +181,22 @@ def _planned(row: Row, plan_run: PlanRun) -> Row:
         return replace(row, refused=_reason(error, None))
 
 
-def _with_ranks(path: Path, overrides: Sequence[str], gpus: int | None) -> tuple[RunConfig, str]:
-    """The configuration on ``gpus`` ranks (None: as many as it says), and its degrees in words."""
-    if gpus is not None:
+def _with_ranks(path: Path, overrides: Sequence[str], gpus: int | None) -> RunConfig:
+    """The configuration on ``gpus`` ranks (None: as many as it says)."""
+    if gpus is not None and _leaves_degrees_open(path, overrides):
+        overrides = [*overrides, f"parallel.ranks={gpus}"]
+    elif gpus is not None:
         other = _other_degrees(path, overrides)
         fixed = ["parallel.dp_replicate=1", "parallel.dp_shard=1"] if gpus % other else []
         overrides = [*overrides, *fixed, f"parallel.cp={gpus if fixed else gpus // other}"]
-    config = config_file.resolve(path, overrides)
-    parallel = config.parallel
-    degrees = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard, "cp": parallel.cp}
-    return config, " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1 or name == "cp")
+    return config_file.resolve(path, overrides)
+
+
+def _leaves_degrees_open(path: Path, overrides: Sequence[str]) -> bool:
+    try:
+        return bool(config_file.resolve(path, overrides).parallel.chosen_by_plan)
+    except UserError:  # perhaps of the length that given degrees cannot split
+        return False
 
 
 def _other_degrees(path: Path, overrides: Sequence[str]) -> int:

@@ -9,12 +9,15 @@ import contextlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from memory_mgmt.devices import device_named
 from models.errors import UserError
 from trainer.planning import target_of, this_machine
-from trainer.sweep import Combination
 from trainer.tracing import TraceRequest, trace_steps
+
+if TYPE_CHECKING:
+    from trainer.sweep import Combination
 
 MAX_PROCESSES = 4
 
@@ -28,6 +31,11 @@ def trace_ahead(combinations: Sequence[Combination]) -> None:
                 request = target_of(config, this_machine(config.train.device) if name is None else device_named(name)).request()
                 if request not in requests:  # h100 and h200 share a trace
                     requests.append(request)
+    trace_ahead_of(requests)
+
+
+def trace_ahead_of(requests: Sequence[TraceRequest]) -> None:
+    """Put these traces into the cache, several processes at a time."""
     shares = _shares(requests, min(MAX_PROCESSES, os.cpu_count() or 1))
     with ThreadPoolExecutor(max(1, len(shares))) as pool:
         list(pool.map(_trace, shares))

@@ -1,0 +1,181 @@
+"""What ``parallel.dp_replicate``, ``dp_shard`` and ``cp`` are where the configuration says ``auto``: the degrees with the fastest step
+that fits, by the traced step of each. Imports no torch.
+
+Every choice does the same experiment: the sequences of a step stay what ``auto`` degrees of 1 would make them, so more data-parallel
+ranks do fewer passes each. Try alone: ``longstride plan debug_cpu parallel.cp=auto parallel.dp_shard=auto parallel.ranks=4``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from memory_mgmt.planner import solve
+from memory_mgmt.problem import baseline_policy, problem_of_trace
+from models.errors import UserError
+from trainer.config import RunConfig
+from trainer.planning import Target, bare_plan, plan_target, predict, setting_for, target_for
+from trainer.sweep_traces import trace_ahead_of
+from trainer.tracing import TraceRequest, trace_step
+
+TIME_LIMIT = 120.0
+"""Seconds after which no further degrees are tried; those without room in any policy are tried last."""
+_SOLVE_SECONDS = 2.0
+_TOGETHER = 8
+"""Steps traced before the time is looked at again; a process traces several of them, which saves the others its start."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One choice of degrees: seconds of its step and bytes of its peak, as far as they are known."""
+
+    config: RunConfig
+    degrees: str
+    status: str
+    """``fits``, ``does not fit``, ``refused: ...`` or ``not tried``."""
+    seconds: float = math.inf
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A configuration without ``auto`` degrees, and what it was chosen from (nothing where there was no choice to make)."""
+
+    config: RunConfig
+    tried: tuple[Tried, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The choice in words, fastest first."""
+        if not self.tried:
+            return []
+        lines = [f"degrees: {degrees_of(self.config)}, of {len(self.tried)} possible"]
+        for one in self.tried:
+            time_and_peak = f"{one.seconds:.4g} s, {one.peak_bytes / 2**30:.2f} GiB" if one.peak_bytes else ""
+            lines.append(f"  {one.degrees:<38} {one.status:<14} {time_and_peak}".rstrip())
+        return lines
+
+
+def settled(config: RunConfig, device_name: str | None = None, ranks: int | None = None) -> Settled:
+    """``config`` with every ``auto`` degree chosen, for ``ranks`` ranks (None: ``parallel.ranks``) of ``device_name`` (None: this
+    machine's device).
+
+    The fastest step that fits wins; where none fits, the one that needs least. Raises UserError where the number of ranks is not
+    known or contradicts ``parallel.ranks``, and where no choice of degrees is possible, with the reason of each.
+    """
+    if not config.parallel.chosen_by_plan:
+        return Settled(config)
+    if config.memory.plan == "estimate":
+        raise UserError(f"parallel.{config.parallel.chosen_by_plan[0]}: auto needs traced steps; leave memory.plan at trace")
+    total = _ranks_of(config, ranks)
+    possible, refused = _possible(config, total)
+    if not possible:
+        reasons = "".join(f"\n  {one.degrees}: {one.status.removeprefix('refused: ')}" for one in refused[:6])
+        raise UserError(f"parallel.{config.parallel.chosen_by_plan[0]}: no degrees for {total} ranks are possible{reasons}")
+    if len(possible) == 1:
+        return Settled(possible[0])
+    tried = _try_all([target_for(one, device_name) for one in possible])
+    ranked = sorted(tried, key=lambda one: (one.status != "fits", one.seconds if one.status == "fits" else one.peak_bytes or math.inf))
+    for best in ranked:
+        # What the planner's problem did not see may make the fastest policy too large: only a traced plan promises.
+        if best.status != "fits" or plan_target(target_for(best.config, device_name)).fits:
+            return Settled(best.config, tuple(ranked) + tuple(refused))
+    return Settled(ranked[0].config, tuple(ranked) + tuple(refused))
+
+
+def degrees_of(config: RunConfig) -> str:
+    """``dp_shard 2 x cp 4``; degrees of 1 are left out except ``cp``."""
+    parallel = config.parallel
+    degrees = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard, "cp": parallel.cp}
+    return " x ".join(f"{name} {degree or 'auto'}" for name, degree in degrees.items() if degree != 1 or name == "cp")
+
+
+def _ranks_of(config: RunConfig, started: int | None) -> int:
+    asked = config.parallel.ranks
+    if asked is None and started is None:
+        raise UserError(f"parallel.{config.parallel.chosen_by_plan[0]}: auto needs the number of ranks; set parallel.ranks or --nproc")
+    if asked is not None and started is not None and asked != started:
+        raise UserError(f"parallel.ranks: {asked}, but {started} were started; leave it null or start {asked}")
+    return asked or started or 1
+
+
+def _possible(config: RunConfig, ranks: int) -> tuple[list[RunConfig], list[Tried]]:
+    """Configurations of every choice that the settings allow, and those they refuse with the reason."""
+    possible, refused = [], []
+    sequences = config.global_batch_sequences
+    for replicate, shard, cp in _factors(config, ranks):
+        degrees = {"dp_replicate": replicate, "dp_shard": shard, "cp": cp, "ranks": None}
+        parallel = config.parallel.model_copy(update=degrees)
+        passes, rest = divmod(sequences, replicate * shard * config.train.micro_batch_size)
+        train = config.train.model_copy(update={"grad_accum": max(1, passes)})
+        chosen = config.model_copy(update={"parallel": parallel, "train": train})
+        words = degrees_of(chosen)
+        if rest or not passes:
+            reason = f"{sequences} sequences per step are not divisible among {replicate * shard} x {config.train.micro_batch_size}"
+            refused.append(Tried(chosen, words, f"refused: {reason}"))
+            continue
+        try:
+            possible.append(RunConfig.model_validate(dict(chosen)))
+        except ValidationError as error:
+            refused.append(Tried(chosen, words, f"refused: {error.errors()[0]['msg'].removeprefix('Value error, ')}"))
+    return possible, refused
+
+
+def _factors(config: RunConfig, ranks: int) -> Iterator[tuple[int, int, int]]:
+    """(dp_replicate, dp_shard, cp) with ``ranks`` as product and the given degrees as they are."""
+    parallel = config.parallel
+    for cp in _divisors(ranks, parallel.cp):
+        for shard in _divisors(ranks // cp, parallel.dp_shard):
+            replicate = ranks // cp // shard
+            if parallel.dp_replicate in (0, replicate):
+                yield replicate, shard, cp
+
+
+def _divisors(number: int, given: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0 and given in (0, n)]
+
+
+def _try_all(targets: Sequence[Target]) -> list[Tried]:
+    """Every target's step, the promising first: short sequences' parts need little traffic, so the least cp whose leanest step fits."""
+    order = sorted(targets, key=lambda target: (not _may_fit(target), target.config.parallel.cp, -target.config.parallel.dp_replicate))
+    deadline = time.monotonic() + TIME_LIMIT
+    tried = []
+    for start in range(0, len(order), _TOGETHER):
+        some = order[start : start + _TOGETHER]
+        if time.monotonic() < deadline:
+            trace_ahead_of([_first_request(target) for target in some])
+            tried += [_try(target) for target in some]
+        else:
+            tried += [Tried(target.config, degrees_of(target.config), "not tried") for target in some]
+    return tried
+
+
+def _may_fit(target: Target) -> bool:
+    """By formulas, with everything recomputed: a guess that only orders the tries."""
+    leanest = target.config.memory.model_copy(update={"recompute": "block", "plan": "estimate", "offload": "inputs"})
+    return plan_target(target.with_config(target.config.model_copy(update={"memory": leanest}))).fits
+
+
+def _first_request(target: Target) -> TraceRequest:
+    """The step that a target is judged by first."""
+    if target.config.memory.recompute == "auto":
+        return target.request(baseline_policy(setting_for(target)))
+    return target.request()
+
+
+def _try(target: Target) -> Tried:
+    words = degrees_of(target.config)
+    trace = trace_step(_first_request(target))
+    if target.config.memory.recompute != "auto":
+        plan, prediction = bare_plan(target, trace), predict(target, trace)
+        seconds = prediction.step_seconds if prediction is not None else math.inf
+        return Tried(target.config, words, "fits" if plan.fits else "does not fit", seconds, plan.peak_bytes)
+    setting = setting_for(target)
+    problem = problem_of_trace(trace, baseline_policy(setting), setting)
+    choice = solve(problem, _SOLVE_SECONDS, with_worth=False)
+    if choice is None:
+        return Tried(target.config, words, "does not fit")
+    return Tried(target.config, words, "fits", choice.seconds * target.config.train.grad_accum / setting.passes, choice.peak_bytes)
