@@ -3,7 +3,7 @@ copies that computation hides.
 
 A linear program through PuLP (``planner_lp.py``), a greedy (``planner_greedy.py``) and MEMO's rule (``planner_memo.py``) each propose a
 policy; ``planner_simulate.evaluate`` checks all of them and the fastest valid one is returned. When nothing fits:
-``planner_search.smallest_budget`` and ``cheapest_changes``. Imports no torch.
+``planner_search.smallest_budget``. Imports no torch.
 
 Try alone: ``pytest tests/memory_mgmt/test_planner.py``.
 """
@@ -103,7 +103,7 @@ def cases(problem: Problem) -> list[Case]:
 
 
 def solve(problem: Problem, time_limit: float = 10.0, *, with_worth: bool = True) -> Choice | None:
-    """The fastest valid policy, or None when nothing fits (then: ``smallest_budget``, ``cheapest_changes``).
+    """The fastest valid policy, or None when nothing fits (then: ``smallest_budget``).
 
     Every pair of tiles and every group size is a case; cases are taken in the order of their greedy's result, and those whose
     computation alone is not faster than the best policy so far are skipped. Within ``time_limit`` seconds. ``with_worth``: also find

@@ -12,7 +12,7 @@ from memory_mgmt.planner import solve
 from memory_mgmt.planner_lp import Program
 from memory_mgmt.planner_memo import memo_alpha, solve_memo
 from memory_mgmt.planner_problem import ClassCost, LossTile, Problem, Stage
-from memory_mgmt.planner_search import Candidate, cheapest_changes, choose, smallest_budget
+from memory_mgmt.planner_search import smallest_budget
 from memory_mgmt.planner_simulate import evaluate
 from memory_mgmt.policy import CLASSES, KEEP, RECOMPUTE, SWAP, LayerPolicy, Policy, Split
 from tests.memory_mgmt.planner_cases import GIB, gpt, problems
@@ -274,46 +274,6 @@ def test_smallest_budget() -> None:
 def test_smallest_budget_counts_the_update() -> None:
     least = smallest_budget(replace(gpt(64 << 10), other_peak_bytes=70 * GIB, budget_bytes=GIB))
     assert least.budget_bytes == pytest.approx(70 * GIB, rel=1e-5)
-
-
-def test_cheapest_changes_are_those_that_fit_fastest_first() -> None:
-    def problem_with(changed) -> Problem | None:
-        if changed.get("parallel.cp") == 3:
-            raise ValueError("cp 3 does not divide the heads")
-        return replace(gpt(1 << 20, ranks=changed.get("parallel.cp", 8)), budget_bytes=int(changed.get("memory.budget_gib", 30) * GIB))
-
-    options = [{"memory.budget_gib": 31}, {"parallel.cp": 32}, {"memory.budget_gib": 60}, {"parallel.cp": 3}, {"parallel.cp": 16}]
-    rows = cheapest_changes(problem_with, options)
-    assert [row.overrides for row in rows] == ["parallel.cp=32", "parallel.cp=16", "memory.budget_gib=60"]
-    assert rows[0].change().settings == "parallel.cp=32" and "s per step" in rows[0].change().cost
-
-
-def test_choose_ranks_by_seconds_per_token() -> None:
-    made = []
-
-    def candidate(name: str, seq: int, ranks: int, step_tokens: int) -> Candidate:
-        def problem() -> Problem:
-            made.append(name)
-            return replace(gpt(seq, ranks=ranks), step_tokens=step_tokens)
-
-        return Candidate({"name": name}, problem)
-
-    def refused() -> Problem:
-        raise ValueError("7 heads over 2 ranks")
-
-    ranking = choose(
-        [candidate("cp8", 1 << 18, 8, 1 << 18), candidate("cp16", 1 << 18, 16, 1 << 18), candidate("slow", 1 << 18, 2, 1 << 18),
-         Candidate({"name": "odd"}, refused), candidate("cp1", 1 << 18, 1, 1 << 19)]
-    )  # fmt: skip
-    assert ranking.complete and ranking.best is not None and ranking.best.settings == {"name": "cp16"}
-    status = {row.settings["name"]: row.status for row in ranking.rows}
-    assert status["cp8"] == "fits" and status["odd"] == "refused: 7 heads over 2 ranks" and status["slow"] == "cannot be faster"
-    assert made == ["cp8", "cp16", "slow", "cp1"]
-
-
-def test_choose_stops_at_its_time_limit() -> None:
-    ranking = choose([Candidate({"n": n}, lambda: gpt(1 << 16)) for n in range(3)], time_limit=-1.0)
-    assert not ranking.complete and ranking.best is None and {row.status for row in ranking.rows} == {"not tried"}
 
 
 def test_eighty_layers_within_the_limit() -> None:

@@ -1,0 +1,157 @@
+"""Degrees that are auto: the fastest mesh that fits, by the plan of each; the same experiment whatever is chosen."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memory_mgmt.plan import MemoryPlan
+from models.errors import UserError
+from parallel.dims import ParallelDims
+from trainer import choosing_degrees, planning
+from trainer.choosing_degrees import degrees_of, settled
+from trainer.config import RunConfig
+from trainer.config_file import resolve
+
+HOME = Path(__file__).resolve().parents[2]
+DEGREES = ("dp_replicate", "dp_shard", "cp")
+
+
+def config(ranks=None, grad_accum=4, seq_len=65536, budget=None, recompute="none", **degrees):
+    return RunConfig.model_validate(
+        {
+            "model": {"d_model": 256, "n_heads": 4, "layers": ["full"], "n_layers": 2},
+            "data": {"seq_len": seq_len},
+            "train": {"precision": "bf16", "grad_accum": grad_accum},
+            "parallel": {"ranks": ranks, **dict.fromkeys(DEGREES, "auto"), **degrees},
+            "memory": {"budget_gib": budget, "recompute": recompute},
+        }
+    )
+
+
+def plan(chosen):
+    return planning.plan_run(chosen, "h100", with_changes=False)
+
+
+def seconds(made):
+    assert made.prediction is not None
+    return made.prediction.step_seconds
+
+
+@pytest.fixture(scope="module")
+def free():
+    return settled(config(ranks=4), "h100")
+
+
+def test_the_fastest_of_all_that_fit_is_chosen(free):
+    plans = {one.degrees: plan(one.config) for one in free.tried if one.status == "fits"}
+    assert len(plans) == 6 and len({round(seconds(one), 6) for one in plans.values()}) > 1
+    fastest = min(seconds(one) for one in plans.values())
+    assert seconds(plans[degrees_of(free.config)]) == fastest
+    for one in free.tried:
+        assert one.seconds == seconds(plans[one.degrees]) and one.peak_bytes == plans[one.degrees].peak_bytes
+    assert degrees_of(free.config) in free.lines()[0] and len(free.lines()) == 7
+
+
+def test_every_choice_is_the_same_experiment(free):
+    for one in free.tried:
+        assert one.config.global_batch_sequences == 4 and ParallelDims.from_config(one.config.parallel).world_size == 4
+        assert one.config.parallel.ranks is None and not one.config.parallel.chosen_by_plan
+
+
+def test_a_budget_that_only_split_sequences_keep_decides(free):
+    by_cp = {one.config.parallel.cp: one.peak_bytes for one in free.tried}
+    between = (by_cp[4] + by_cp[2]) / 2 / 2**30
+    chosen = settled(config(ranks=4, budget=between), "h100")
+    assert chosen.config.parallel.cp == 4 and plan(chosen.config).fits
+    assert {one.status for one in chosen.tried if one.config.parallel.cp < 4} == {"does not fit"}
+    nothing = settled(config(ranks=4, budget=by_cp[4] / 2 / 2**30), "h100")
+    assert not plan(nothing.config).fits and nothing.config.parallel.cp == 4
+
+
+def test_with_a_policy_to_choose_as_well(free):
+    by_cp = {one.config.parallel.cp: one.peak_bytes for one in free.tried}
+    budget = (by_cp[4] + by_cp[2]) / 2 / 2**30
+    chosen = settled(config(ranks=2, grad_accum=2, budget=budget, recompute="auto", dp_replicate=1), "h100")
+    made = plan(chosen.config)
+    assert made.fits and made.policy is not None and [one.status for one in chosen.tried] == ["fits", "fits"]
+    assert seconds(made) <= 1.02 * chosen.tried[0].seconds  # the ranking's problem sees more memory than the traced policy takes
+
+
+def test_given_degrees_stay(free):
+    chosen = settled(config(ranks=4, dp_replicate=2), "h100")
+    assert chosen.config.parallel.dp_replicate == 2 and {one.config.parallel.dp_replicate for one in chosen.tried} == {2}
+    assert chosen.config.global_batch_sequences == 8  # grad_accum passes of each of the two given replicas
+    given = RunConfig()
+    assert settled(given).config is given
+
+
+def test_tries_stop_at_the_time_limit(monkeypatch):
+    monkeypatch.setattr(choosing_degrees, "TIME_LIMIT", -1.0)
+    chosen = settled(config(ranks=4), "h100")
+    assert {one.status for one in chosen.tried} == {"not tried"} and chosen.config.parallel.cp == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "ranks", "words"),
+    [
+        ({}, None, "set parallel.ranks or --nproc"),
+        ({"ranks": 4}, 2, "parallel.ranks: 4, but 2 were started"),
+        ({"ranks": 3, "grad_accum": 1}, None, "(?s)no degrees for 3 ranks.*sequences per step are not divisible.*data.seq_len"),
+    ],
+)
+def test_what_cannot_be_chosen_says_why(wrong, ranks, words):
+    with pytest.raises(UserError, match=words):
+        settled(config(**wrong), "h100", ranks)
+
+
+def test_formulas_choose_no_degrees():
+    with pytest.raises(UserError, match="memory.plan at trace"):
+        settled(resolve(HOME / "configs" / "debug_cpu.yaml", ["parallel.cp=auto", "parallel.ranks=2", "memory.plan=estimate"]))
+
+
+def test_ranks_must_be_the_product_of_given_degrees():
+    with pytest.raises(UserError, match="parallel.ranks 3 is not .* = 2; leave it null"):
+        resolve(HOME / "configs" / "debug_cpu.yaml", ["parallel.cp=2", "parallel.ranks=3"])
+    with pytest.raises(UserError, match="neither a whole number nor auto"):
+        resolve(HOME / "configs" / "debug_cpu.yaml", ["parallel.cp=automatic"])
+    with pytest.raises(UserError, match="auto has not been resolved"):
+        ParallelDims.from_config(config(ranks=2).parallel)
+
+
+SMALL = "data.seq_len=64 model.d_model=16 model.n_heads=2 model.window=16 data.source=jsonl data.path=text.jsonl data.cache_dir=tokens"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize("started", [[sys.executable], TORCHRUN], ids=["own ranks", "torchrun"])
+def test_a_run_holds_what_was_chosen(tmp_path, started):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"the {n} of the many words"}) + "\n" for n in range(40)))
+    own = ["--nproc", "2"] if len(started) == 1 else []
+    settings = [
+        "parallel.cp=auto",
+        "parallel.dp_shard=auto",
+        "train.grad_accum=2",
+        "train.steps=1",
+        "train.eval_sequences=0",
+        "run.name=it",
+    ]
+    command = [*started, str(HOME / "longstride.py"), "train", "debug_cpu", *own, *SMALL.split(), *settings]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("degrees: ") == 1
+    run_dir = tmp_path / "runs" / "it"
+    held = resolve(run_dir / "config.yaml")
+    assert not held.parallel.chosen_by_plan and held.global_batch_sequences == 2
+    assert MemoryPlan.from_json((run_dir / "memory_plan.json").read_text()).ranks == 2
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_sweep_over_gpus_chooses_in_every_row():
+    command = [sys.executable, str(HOME / "longstride.py"), "plan", "debug_cpu", "parallel.cp=auto", "parallel.dp_shard=auto"]
+    command += ["train.grad_accum=2", "--sweep", "gpus=1,2", "--device", "h100", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["ranks"] for row in rows] == [1, 2] and "auto" not in done.stdout and all(row["fits"] for row in rows)
