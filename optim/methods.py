@@ -1,0 +1,101 @@
+"""What a method of updating matrices looks like to the driver: states by name and shape, and a step that says what it needs from the
+other ranks instead of communicating itself.
+
+A matrix [m, n] lies on its ranks by rows, as FSDP2 shards it. A step is a generator: it yields requests, gets their answers, and
+returns the update. The driver runs the generators of all matrices side by side and answers all requests of one kind in one collective,
+so a training step has as many collectives as its longest method has requests, not as many as there are matrices. One rank alone
+answers itself.
+
+Legend: m rows of the whole matrix, n columns, i rows of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a matrix that this rank holds: ``first`` to ``first + count`` of ``total``; ``count`` may be 0."""
+
+    total: int
+    first: int
+    count: int
+    ranks: int = 1
+    """That share the matrix."""
+    rank: int = 0
+    """This one among them."""
+
+    @staticmethod
+    def whole(total: int) -> Rows:
+        """Of a matrix that one rank holds."""
+        return Rows(total, 0, total)
+
+    @staticmethod
+    def chunk(total: int, rank: int, ranks: int) -> Rows:
+        """As FSDP2 and ``torch.chunk`` deal rows: equal parts, rounded up, the last ones shorter or empty."""
+        size = -(-total // ranks)
+        first = min(rank * size, total)
+        return Rows(total, first, min(size, total - first), ranks, rank)
+
+    @property
+    def slice(self) -> slice:
+        """Of dim 0 of the whole matrix."""
+        return slice(self.first, self.first + self.count)
+
+
+class Sum(NamedTuple):
+    """The sum of ``tensor`` over the ranks that share the matrix; the answer has its shape and is the same on all."""
+
+    tensor: Tensor
+
+
+class SumRows(NamedTuple):
+    """Of the sum over ranks of ``tensor`` [rows, ...] this rank's ``Rows.chunk`` of dim 0."""
+
+    tensor: Tensor
+
+
+class GatherRows(NamedTuple):
+    """All ranks' ``tensor`` (each its ``Rows.chunk`` of ``total`` rows) put together along dim 0."""
+
+    tensor: Tensor
+    total: int
+
+
+Request = Sum | SumRows | GatherRows
+Steps = Generator[Request, Tensor, Tensor]
+"""Yields requests, is sent their answers, returns the update [i, n] in the gradient's dtype."""
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One state tensor of a matrix. ``rows``: dim 0 are the matrix's rows and lie where they lie; ``chunk``: dim 0 is dealt to the
+    matrix's ranks by ``Rows.chunk``; ``whole``: the same on every rank."""
+
+    shape: tuple[int, ...]
+    placement: Literal["rows", "chunk", "whole"]
+    dtype: torch.dtype = torch.float32
+    codec: Literal["moment", "variance", "exact"] = "exact"
+    """What the storage may do with it: ``moment`` signed and ``variance`` not negative may be kept in few bits, ``exact`` may not."""
+
+
+class Method(Protocol):
+    """How a matrix is updated. Immutable; everything that changes is in the states."""
+
+    def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
+        """The states of a matrix of ``shape``, all zero at first."""
+        ...
+
+    def step(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
+        """One step on this rank's rows of the gradient (float32). ``states``: this rank's parts, written in place. ``step``: 1 in the
+        first. ``key``: a number of the parameter's own that is the same on every mesh, for random bases.
+
+        The generator returns the update: the driver subtracts learning rate times it (float32, [i, n]) after weight decay.
+        """
+        ...
