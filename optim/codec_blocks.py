@@ -62,7 +62,7 @@ class BlockCodec:
         """Name -> (shape, dtype) of the stored tensors of a tensor of ``shape``, global or local, of at least one dim."""
         rows, columns = _matrix(shape)
         codes = ((rows, -(-columns // self.format.per_byte)), self.format.codes_dtype)
-        return {"codes": codes} | {name: ((rows, -(-columns // self.block)), torch.float32) for name in self.format.scales}
+        return {"codes": codes} | dict.fromkeys(self.format.scales, ((rows, -(-columns // self.block)), torch.float32))
 
     def bytes(self, shape: tuple[int, ...]) -> int:
         """That the parts take."""

@@ -4,12 +4,12 @@ first moment    code k of -127..127  ->  sign(k) (k / 127)^2 s      nearest in t
 second moment   code k of 1..255     ->  (k / 255)^4 s              rounded up or down by chance
 
 Why these roots: the update m / sqrt(v) needs small numbers to be right relative to themselves, since a block mixes columns whose gradients
-differ by decades. Measured on gradients of a small language model against the second power for v, softsign for m, the third, the
-eighth and a logarithm, these have the smallest errors over dense, sparse and heavy-tailed matrices together
-(``benchmarks/optimizer_codecs.py``). Why chance for v: an average that moves by 0.1 percent a step never leaves a code whose neighbours
-are 1.6 percent away. Rounded to nearest, v of a row of rare tokens was off by a bias, and updates by 5 percent in size; rounded up with
-the probability that leaves the expectation alone, by 0.1. The chance is a hash of the number's own bits: no generator, the same bits
-on every run and mesh.
+differ by decades. On recorded gradients of a small language model no other code is better on all matrices, and these stay near the best on
+each, where softsign or the square root of v err twice as much on heavy tails (``benchmarks/optimizer_codecs.md``).
+
+Why chance for v: an average that moves by 0.1 percent a step never leaves a code whose neighbours are 1.6 percent away. Rounded to
+nearest, it lags, and updates come out 3 to 10 percent too large where gradients grow rare; rounded up with the probability that leaves
+the expectation alone, by 0.3 at most. The chance is a hash of the number's own bits: no generator, the same bits on every run and mesh.
 
 Zero: v is never stored below code 1, so a number above 0 comes back above 0, as at least 2.4e-10 of its block's largest. What is smaller
 grows to that, which makes an update smaller, not larger. (Only a block of nothing above 1e-28 may come back as zeros: roots below 1e-14,

@@ -59,7 +59,8 @@ class Codec(Protocol):
 @dataclass(frozen=True)
 class PlainCodec:
     """One float of ``dtype`` for each element. bfloat16 is the nearest, or with ``dithered`` rounded by chance as second moments need
-    (``codec_int8`` says why); it keeps float32's range, so nothing that matters to Adam becomes 0."""
+    (``codec_int8`` says why); it keeps float32's range, so nothing that matters to Adam becomes 0. An average of nothing but zeros from
+    some step on may stop shrinking: without new bits there is no new chance. (A block's scale would still shrink it.)"""
 
     name: str
     dtype: torch.dtype

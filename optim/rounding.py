@@ -37,7 +37,7 @@ def bf16_by_own_bits_(value: Tensor, out: Tensor) -> None:
     """Write ``value`` (float32) into ``out`` (bfloat16) rounded up in magnitude by a chance that is a hash of its own bits."""
     for rows in _pieces(value):
         bits = value[rows].view(torch.int32)
-        _keep_high(bits + ((bits * _GOLDEN >> 16) & 0xFFFF), 16, value[rows], out[rows])
+        _keep_high((bits * _GOLDEN >> 16).bitwise_and_(0xFFFF).add_(bits), 16, bits, out[rows])
 
 
 def stochastic_bf16_(value: Tensor, out: Tensor, *, seed: int, key: int, step: int, first: int = 0) -> None:
@@ -51,7 +51,7 @@ def stochastic_bf16_(value: Tensor, out: Tensor, *, seed: int, key: int, step: i
     bits, rounded = value.view(-1).view(torch.int32), out.view(-1)
     for here in row_chunks(bits.numel(), 1, piece_elements(value.device)):
         chance = random_bits(first + here.start, here.stop - here.start, seed=seed, key=key, step=step, device=value.device)
-        _keep_high(bits[here] + (chance.int() & 0xFFFF), 16, value.view(-1)[here], rounded[here])
+        _keep_high(chance.int().bitwise_and_(0xFFFF).add_(bits[here]), 16, bits[here], rounded[here])
 
 
 def random_bits(first: int, count: int, *, seed: int, key: int, step: int, device: torch.device) -> Tensor:
@@ -75,9 +75,10 @@ def split_24bit_(value: Tensor, high: Tensor, low: Tensor) -> None:
     8 bits, rounded to nearest, so ``join_24bit`` gives ``value`` within 2^-16 of itself, and exactly what was joined before."""
     for rows in _pieces(value):
         # high * 2^8 + low is the number rounded to 24 bits; each rounding adds half of what its shift drops.
-        short = (value[rows].view(torch.int32) + 0x80) >> 8
+        bits = value[rows].view(torch.int32)
+        short = (bits + 0x80) >> 8
         low[rows] = short - ((short + 0x80) >> 8 << 8)
-        _keep_high(short + 0x80, 8, value[rows], high[rows])
+        _keep_high(short + 0x80, 8, bits, high[rows])
 
 
 def join_24bit(high: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
@@ -93,11 +94,12 @@ def _pieces(tensor: Tensor) -> Iterator[slice]:
     return row_chunks(tensor.shape[0], tensor[:1].numel(), piece_elements(tensor.device))
 
 
-def _keep_high(bits: Tensor, shift: int, value: Tensor, out: Tensor) -> None:
-    """Write ``bits >> shift`` as bfloat16; where ``value`` is NaN, NaN (a carry may have made anything of its bits)."""
-    pattern = out.view(torch.int16)
-    pattern.copy_(bits >> shift)
-    pattern.masked_fill_(value != value, _NAN_BITS)
+def _keep_high(rounded: Tensor, shift: int, bits: Tensor, out: Tensor) -> None:
+    """Write ``rounded >> shift`` as bfloat16; where ``bits``, those of the float32 itself, are NaN, NaN: a carry may have made anything
+    of it. (In integers, since comparing floats takes longer than all the rest.)"""
+    pattern = rounded >> shift
+    beyond_infinity = (bits & 0x7FFFFFFF).neg_().add_(0x7F800000).bitwise_right_shift_(31)  # -1 where NaN, else 0
+    out.view(torch.int16).copy_(pattern.bitwise_or_(beyond_infinity.bitwise_and_(_NAN_BITS)))
 
 
 def _stream(seed: int, key: int, step: int) -> int:
