@@ -6,7 +6,7 @@ A row is everything behind dim 0, flattened. Blocks lie inside a row, the last o
 parts of some rows are those rows of the parts, wherever a mesh cuts. Formats use only operations that IEEE 754 rounds one way
 (multiply, divide, root, round, maximum), so the bits do not depend on the piece an element is in.
 
-Legend: R rows, C columns of a row, N blocks in a piece of a row, B elements of a block.
+Legend: R rows, C columns of a row, N blocks (in one dim, or rows x blocks of a row), B elements of a block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class Format(Protocol):
-    """What codes and scales mean. All tensors are views [R, N, ...]; ``scratch`` are two float32 tensors [R, N, B] to write over."""
+    """What codes and scales mean. ``scratch`` are two float32 tensors [N, B] to write over."""
 
     @property
     def scales(self) -> tuple[str, ...]:
@@ -41,12 +41,12 @@ class Format(Protocol):
         """Codes in one element of the part ``codes``."""
         ...
 
-    def encode_(self, value_RNB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
-        """Write the codes [R, N, B / per_byte, rounded up] and scales [R, N] of ``value_RNB``."""
+    def encode_(self, value_NB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
+        """Write the codes [N, B / per_byte, rounded up] and scales [N] of ``value_NB``."""
         ...
 
-    def decode_(self, codes: Tensor, scales: list[Tensor], out_RNB: Tensor, scratch: list[Tensor]) -> None:
-        """The numbers of the codes, into ``out_RNB``."""
+    def decode_(self, codes: Tensor, scales: list[Tensor], out_NB: Tensor, scratch: list[Tensor]) -> None:
+        """The numbers of the codes, into ``out_NB``."""
         ...
 
 
@@ -71,55 +71,52 @@ class BlockCodec:
     def encode_(self, value: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Write ``value`` (float32, left as it is) into ``parts``."""
         matrix_RC = value.flatten(1) if value.dim() > 1 else value.unsqueeze(1)
-        for piece in self._pieces(value.shape, value.device):
-            codes, scales, scratch = piece.views(parts)
-            self.format.encode_(piece.blocks(matrix_RC), codes, scales, scratch)
+        for value_NB, codes, scales, scratch in self._pieces(matrix_RC, parts):
+            self.format.encode_(value_NB, codes, scales, scratch)
 
     def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], out: Tensor | None = None) -> Tensor:
         """The stored tensor of ``shape`` as float32; written into ``out`` (contiguous) where given."""
         if out is None:
             out = torch.empty(shape, dtype=torch.float32, device=parts["codes"].device)
         matrix_RC = out.view(_matrix(shape))  # raises where out is not contiguous: a copy would be written instead
-        for piece in self._pieces(shape, out.device):
-            codes, scales, scratch = piece.views(parts)
-            self.format.decode_(codes, scales, piece.blocks(matrix_RC), scratch)
+        for out_NB, codes, scales, scratch in self._pieces(matrix_RC, parts):
+            self.format.decode_(codes, scales, out_NB, scratch)
         return out
 
-    def _pieces(self, shape: tuple[int, ...], device: torch.device) -> Iterator[_Piece]:
-        rows, columns = _matrix(shape)
-        limit = max(piece_elements(device), self.block)
-        scratch = [torch.empty(min(limit, rows * columns), dtype=torch.float32, device=device) for _ in range(2)]
+    def _pieces(self, matrix_RC: Tensor, parts: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]:
+        """The matrix and its parts, as the format takes them, a few blocks at a time; with scratch."""
+        limit = max(piece_elements(matrix_RC.device), self.block)
+        scratch = torch.empty((2, min(limit, matrix_RC.numel())), dtype=torch.float32, device=matrix_RC.device)
+        for blocks in self._in_blocks(matrix_RC, [parts[name] for name in ("codes", *self.format.scales)]):
+            for some in _runs(blocks[0].shape, limit):
+                value_NB, codes, *scales = [tensor[some] for tensor in blocks]
+                yield value_NB, codes, scales, [work[: value_NB.numel()].view(value_NB.shape) for work in scratch]
+
+    def _in_blocks(self, matrix_RC: Tensor, parts: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Views of the whole blocks, then of the short ones at the ends of rows: numbers, codes, scales."""
+        codes, *scales = parts
+        columns, per_byte = matrix_RC.shape[1], self.format.per_byte
         whole = columns - columns % self.block
-        for start, stop, width in ((0, whole, self.block), (whole, columns, columns - whole)):
-            step = max(width, limit // max(width, 1) * width)
-            for first in range(start, stop, max(step, 1)):
-                count = min(step, stop - first)
-                for rows_here in row_chunks(rows, count, limit):
-                    yield _Piece(self, rows_here, first, count, width, scratch)
+        if whole:
+            in_rows = [
+                matrix_RC[:, :whole].unflatten(1, (-1, self.block)),
+                codes[:, : whole // per_byte].unflatten(1, (-1, self.block // per_byte)),
+                *(scale[:, : whole // self.block] for scale in scales),
+            ]
+            # As one long run of blocks where memory allows: fewer dims, fewer pieces.
+            yield [t.flatten(0, 1) for t in in_rows] if all(t.is_contiguous() for t in in_rows) else in_rows
+        if columns > whole:
+            yield [matrix_RC[:, whole:], codes[:, whole // per_byte :], *(scale[:, whole // self.block] for scale in scales)]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Some rows and columns that are blocks of ``width``."""
-
-    codec: BlockCodec
-    rows: slice
-    first: int
-    count: int
-    width: int
-    scratch: list[Tensor]
-
-    def blocks(self, matrix_RC: Tensor) -> Tensor:
-        return matrix_RC[self.rows, self.first : self.first + self.count].unflatten(1, (-1, self.width))
-
-    def views(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Codes, scales and scratch of this piece."""
-        per_byte, first_block, blocks = self.codec.format.per_byte, self.first // self.codec.block, self.count // self.width
-        packed = -(-self.width // per_byte)
-        codes = parts["codes"][self.rows, self.first // per_byte : self.first // per_byte + blocks * packed].unflatten(1, (-1, packed))
-        scales = [parts[name][self.rows, first_block : first_block + blocks] for name in self.codec.format.scales]
-        rows = self.rows.stop - self.rows.start
-        return codes, scales, [work[: rows * self.count].view(rows, blocks, self.width) for work in self.scratch]
+def _runs(shape: torch.Size, limit: int) -> Iterator[slice | tuple[slice, slice]]:
+    """Cuts of the dims before the last, of at most ``limit`` elements or one block."""
+    if len(shape) == 2 or shape[1:].numel() <= limit:
+        yield from row_chunks(shape[0], shape[1:].numel(), limit)
+        return
+    for row in range(shape[0]):
+        for blocks in row_chunks(shape[1], shape[2], limit):
+            yield slice(row, row + 1), blocks
 
 
 def part_bytes(parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:

@@ -30,22 +30,22 @@ class Dynamic8:
     codes_dtype = torch.uint8
     per_byte = 1
 
-    def encode_(self, value_RNB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
+    def encode_(self, value_NB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        tables = _tables(self.signed, value_RNB.device)
-        scaled_RNB, cell_RNB = scratch[0], scratch[1].view(torch.int32)
-        torch.abs(value_RNB, out=scaled_RNB)
-        scales[0].copy_(scaled_RNB.amax(-1))
-        torch.div(value_RNB, scales[0].clamp_min(TINY).unsqueeze(-1), out=scaled_RNB)
-        torch.bitwise_right_shift(scaled_RNB.view(torch.int32), 16, out=cell_RNB)
-        least = tables.code_of_cell.index_select(0, cell_RNB.bitwise_and_(0xFFFF).view(-1))
-        least.add_(scaled_RNB.view(-1) > tables.border.index_select(0, least))
+        tables = _tables(self.signed, value_NB.device)
+        scaled_NB, cell_NB = scratch[0], scratch[1].view(torch.int32)
+        torch.abs(value_NB, out=scaled_NB)
+        scales[0].copy_(scaled_NB.amax(-1))
+        torch.div(value_NB, scales[0].clamp_min(TINY).unsqueeze(-1), out=scaled_NB)
+        torch.bitwise_right_shift(scaled_NB.view(torch.int32), 16, out=cell_NB)
+        least = tables.code_of_cell.index_select(0, cell_NB.bitwise_and_(0xFFFF).view(-1))
+        least.add_(scaled_NB.view(-1) > tables.border.index_select(0, least))
         codes.copy_((least if self.signed else least.clamp_min_(1)).view(codes.shape))
 
-    def decode_(self, codes: Tensor, scales: list[Tensor], out_RNB: Tensor, scratch: list[Tensor]) -> None:
+    def decode_(self, codes: Tensor, scales: list[Tensor], out_NB: Tensor, scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
         numbers = _tables(self.signed, codes.device).numbers
-        out_RNB.copy_(numbers.index_select(0, codes.int().view(-1)).view(codes.shape)).mul_(scales[0].unsqueeze(-1))
+        out_NB.copy_(numbers.index_select(0, codes.int().view(-1)).view(codes.shape)).mul_(scales[0].unsqueeze(-1))
 
 
 def dynamic_numbers(signed: bool) -> Tensor:

@@ -31,21 +31,21 @@ class SignedInt4:
     codes_dtype = torch.uint8
     per_byte = 2
 
-    def encode_(self, value_RNB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
+    def encode_(self, value_NB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        root_RNB, sign_RNB = scratch
-        torch.abs(value_RNB, out=root_RNB)
-        scales[0].copy_(root_RNB.amax(-1).mul_(_LARGEST_SIGNED**-2))
-        root_RNB.div_(scales[0].clamp_min(TINY).unsqueeze(-1))
+        root_NB, sign_NB = scratch
+        torch.abs(value_NB, out=root_NB)
+        scales[0].copy_(root_NB.amax(-1).mul_(_LARGEST_SIGNED**-2))
+        root_NB.div_(scales[0].clamp_min(TINY).unsqueeze(-1))
         # The midpoint of k^2 and (k + 1)^2 is (k + 1/2)^2 + 1/4.
-        root_RNB.sub_(0.25).clamp_min_(1e-3).sqrt_().round_().mul_(torch.sgn(value_RNB, out=sign_RNB)).add_(_MIDDLE)
-        _pack_(root_RNB, codes, sign_RNB)
+        root_NB.sub_(0.25).clamp_min_(1e-3).sqrt_().round_().mul_(torch.sgn(value_NB, out=sign_NB)).add_(_MIDDLE)
+        _pack_(root_NB, codes, sign_NB)
 
-    def decode_(self, codes: Tensor, scales: list[Tensor], out_RNB: Tensor, scratch: list[Tensor]) -> None:
+    def decode_(self, codes: Tensor, scales: list[Tensor], out_NB: Tensor, scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        _unpack_(codes, out_RNB)
-        out_RNB.sub_(_MIDDLE)
-        out_RNB.mul_(torch.abs(out_RNB, out=scratch[0])).mul_(scales[0].unsqueeze(-1))
+        _unpack_(codes, out_NB)
+        out_NB.sub_(_MIDDLE)
+        out_NB.mul_(torch.abs(out_NB, out=scratch[0])).mul_(scales[0].unsqueeze(-1))
 
 
 class UnsignedInt4:
@@ -55,18 +55,18 @@ class UnsignedInt4:
     codes_dtype = torch.uint8
     per_byte = 2
 
-    def encode_(self, value_RNB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
+    def encode_(self, value_NB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        root_RNB, hash_RNB = scratch
-        scales[0].copy_(value_RNB.amax(-1).mul_(_LARGEST_UNSIGNED**-2))
-        torch.div(value_RNB, scales[0].clamp_min(TINY).unsqueeze(-1), out=root_RNB).rsqrt_().reciprocal_()  # the root, quick for zeros too
-        add_dither_(root_RNB, value_RNB, hash_RNB.view(torch.int32)).round_().clamp_(1, _LARGEST_UNSIGNED).sub_(1)
-        _pack_(root_RNB, codes, hash_RNB)
+        root_NB, hash_NB = scratch
+        scales[0].copy_(value_NB.amax(-1).mul_(_LARGEST_UNSIGNED**-2))
+        torch.div(value_NB, scales[0].clamp_min(TINY).unsqueeze(-1), out=root_NB).rsqrt_().reciprocal_()  # the root, quick for zeros too
+        add_dither_(root_NB, value_NB, hash_NB.view(torch.int32)).round_().clamp_(1, _LARGEST_UNSIGNED).sub_(1)
+        _pack_(root_NB, codes, hash_NB)
 
-    def decode_(self, codes: Tensor, scales: list[Tensor], out_RNB: Tensor, scratch: list[Tensor]) -> None:
+    def decode_(self, codes: Tensor, scales: list[Tensor], out_NB: Tensor, scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        _unpack_(codes, out_RNB)
-        out_RNB.add_(1).square_().mul_(scales[0].unsqueeze(-1))
+        _unpack_(codes, out_NB)
+        out_NB.add_(1).square_().mul_(scales[0].unsqueeze(-1))
 
 
 class AffineInt4:
@@ -76,18 +76,18 @@ class AffineInt4:
     codes_dtype = torch.uint8
     per_byte = 2
 
-    def encode_(self, value_RNB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
+    def encode_(self, value_NB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        steps_RNB, (step, low) = scratch[0], scales
-        low.copy_(value_RNB.amin(-1))
-        step.copy_(value_RNB.amax(-1).sub_(low).div_(_LARGEST_AFFINE))
-        torch.sub(value_RNB, low.unsqueeze(-1), out=steps_RNB).div_(step.clamp_min(TINY).unsqueeze(-1))
-        _pack_(steps_RNB.round_().clamp_(0, _LARGEST_AFFINE), codes, scratch[1])
+        steps_NB, (step, low) = scratch[0], scales
+        low.copy_(value_NB.amin(-1))
+        step.copy_(value_NB.amax(-1).sub_(low).div_(_LARGEST_AFFINE))
+        torch.sub(value_NB, low.unsqueeze(-1), out=steps_NB).div_(step.clamp_min(TINY).unsqueeze(-1))
+        _pack_(steps_NB.round_().clamp_(0, _LARGEST_AFFINE), codes, scratch[1])
 
-    def decode_(self, codes: Tensor, scales: list[Tensor], out_RNB: Tensor, scratch: list[Tensor]) -> None:
+    def decode_(self, codes: Tensor, scales: list[Tensor], out_NB: Tensor, scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        _unpack_(codes, out_RNB)
-        out_RNB.mul_(scales[0].unsqueeze(-1)).add_(scales[1].unsqueeze(-1))
+        _unpack_(codes, out_NB)
+        out_NB.mul_(scales[0].unsqueeze(-1)).add_(scales[1].unsqueeze(-1))
 
 
 def pack_affine_int4(matrix: Tensor, group: int = AFFINE_GROUP) -> dict[str, Tensor]:
@@ -111,18 +111,18 @@ def _affine(group: int) -> BlockCodec:
     return BlockCodec("int4_affine", AffineInt4(), group)
 
 
-def _pack_(codes_RNB: Tensor, out: Tensor, scratch_RNB: Tensor) -> None:
+def _pack_(codes_NB: Tensor, out: Tensor, scratch_NB: Tensor) -> None:
     """Codes 0 to 15, as floats, into bytes: of a block, the second half behind the first. Writes over both inputs.
 
     Halves and not neighbours, so that both are runs of memory."""
     half = out.shape[-1]
-    low, high = codes_RNB[..., :half], codes_RNB[..., half:]
+    low, high = codes_NB[..., :half], codes_NB[..., half:]
     low[..., : high.shape[-1]].add_(high, alpha=16)
-    whole = scratch_RNB.view(torch.int32)[..., :half]
+    whole = scratch_NB.view(torch.int32)[..., :half]
     out.copy_(whole.copy_(low))  # by way of int32: torch converts float to uint8 one number at a time
 
 
-def _unpack_(codes: Tensor, out_RNB: Tensor) -> None:
+def _unpack_(codes: Tensor, out_NB: Tensor) -> None:
     half = codes.shape[-1]
-    out_RNB[..., :half].copy_(codes & 15)
-    out_RNB[..., half:].copy_((codes >> 4)[..., : out_RNB.shape[-1] - half])
+    out_NB[..., :half].copy_(codes & 15)
+    out_NB[..., half:].copy_((codes >> 4)[..., : out_NB.shape[-1] - half])

@@ -35,20 +35,20 @@ class SignedInt8:
     codes_dtype = torch.int8
     per_byte = 1
 
-    def encode_(self, value_RNB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
+    def encode_(self, value_NB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        root_RNB, scaled_RNB = scratch
-        torch.abs(value_RNB, out=root_RNB)
-        scales[0].copy_(root_RNB.amax(-1).mul_(_LARGEST_SIGNED**-2))
-        torch.div(value_RNB, scales[0].clamp_min(TINY).unsqueeze(-1), out=scaled_RNB)
+        root_NB, scaled_NB = scratch
+        torch.abs(value_NB, out=root_NB)
+        scales[0].copy_(root_NB.amax(-1).mul_(_LARGEST_SIGNED**-2))
+        torch.div(value_NB, scales[0].clamp_min(TINY).unsqueeze(-1), out=scaled_NB)
         # The root with its sign is x / sqrt(|x|); what the floor is for rounds to 0. (On CPUs torch.sqrt is slow where there are zeros.)
-        torch.abs(scaled_RNB, out=root_RNB).clamp_min_(1e-3).rsqrt_()
-        codes.copy_(scaled_RNB.mul_(root_RNB).round_())
+        torch.abs(scaled_NB, out=root_NB).clamp_min_(1e-3).rsqrt_()
+        codes.copy_(scaled_NB.mul_(root_NB).round_())
 
-    def decode_(self, codes: Tensor, scales: list[Tensor], out_RNB: Tensor, scratch: list[Tensor]) -> None:
+    def decode_(self, codes: Tensor, scales: list[Tensor], out_NB: Tensor, scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        out_RNB.copy_(codes)
-        out_RNB.mul_(torch.abs(out_RNB, out=scratch[0])).mul_(scales[0].unsqueeze(-1))
+        out_NB.copy_(codes)
+        out_NB.mul_(torch.abs(out_NB, out=scratch[0])).mul_(scales[0].unsqueeze(-1))
 
 
 class UnsignedInt8:
@@ -58,15 +58,15 @@ class UnsignedInt8:
     codes_dtype = torch.uint8
     per_byte = 1
 
-    def encode_(self, value_RNB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
+    def encode_(self, value_NB: Tensor, codes: Tensor, scales: list[Tensor], scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        root_RNB, hash_RNB = scratch[0], scratch[1].view(torch.int32)
-        scales[0].copy_(value_RNB.amax(-1).mul_(_LARGEST_UNSIGNED**-4))
-        torch.div(value_RNB, scales[0].clamp_min(TINY).unsqueeze(-1), out=root_RNB).rsqrt_().rsqrt_()  # its fourth root
-        add_dither_(root_RNB, value_RNB, hash_RNB).round_().clamp_(1, _LARGEST_UNSIGNED)
-        codes.copy_(hash_RNB.copy_(root_RNB))  # by way of int32: torch converts float to uint8 one number at a time
+        root_NB, hash_NB = scratch[0], scratch[1].view(torch.int32)
+        scales[0].copy_(value_NB.amax(-1).mul_(_LARGEST_UNSIGNED**-4))
+        torch.div(value_NB, scales[0].clamp_min(TINY).unsqueeze(-1), out=root_NB).rsqrt_().rsqrt_()  # its fourth root
+        add_dither_(root_NB, value_NB, hash_NB).round_().clamp_(1, _LARGEST_UNSIGNED)
+        codes.copy_(hash_NB.copy_(root_NB))  # by way of int32: torch converts float to uint8 one number at a time
 
-    def decode_(self, codes: Tensor, scales: list[Tensor], out_RNB: Tensor, scratch: list[Tensor]) -> None:
+    def decode_(self, codes: Tensor, scales: list[Tensor], out_NB: Tensor, scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        out_RNB.copy_(codes)
-        out_RNB.square_().square_().mul_(scales[0].unsqueeze(-1))
+        out_NB.copy_(codes)
+        out_NB.square_().square_().mul_(scales[0].unsqueeze(-1))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-_CPU_PIECE = 1 << 17
+_CPU_PIECE = 1 << 18
 _ACCELERATOR_PIECE = 1 << 24
 
 
