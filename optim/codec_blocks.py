@@ -86,10 +86,10 @@ class BlockCodec:
     def _pieces(self, matrix_RC: Tensor, parts: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]:
         """The matrix and its parts, as the format takes them, a few blocks at a time; with scratch."""
         limit = max(piece_elements(matrix_RC.device), self.block)
-        scratch = torch.empty((2, min(limit, matrix_RC.numel())), dtype=torch.float32, device=matrix_RC.device)
+        scratch = [torch.empty(min(limit, matrix_RC.numel()), dtype=torch.float32, device=matrix_RC.device) for _ in range(2)]
         for blocks in self._in_blocks(matrix_RC, [parts[name] for name in ("codes", *self.format.scales)]):
             for some in _runs(blocks[0].shape, limit):
-                value_NB, codes, *scales = [tensor[some] for tensor in blocks]
+                value_NB, codes, *scales = blocks if some is None else [tensor[some] for tensor in blocks]
                 yield value_NB, codes, scales, [work[: value_NB.numel()].view(value_NB.shape) for work in scratch]
 
     def _in_blocks(self, matrix_RC: Tensor, parts: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -97,26 +97,29 @@ class BlockCodec:
         codes, *scales = parts
         columns, per_byte = matrix_RC.shape[1], self.format.per_byte
         whole = columns - columns % self.block
+        if whole == columns and all(tensor.is_contiguous() for tensor in (matrix_RC, *parts)):
+            yield [matrix_RC.view(-1, self.block), codes.view(-1, self.block // per_byte), *(scale.view(-1) for scale in scales)]
+            return
         if whole:
-            in_rows = [
+            yield [
                 matrix_RC[:, :whole].unflatten(1, (-1, self.block)),
                 codes[:, : whole // per_byte].unflatten(1, (-1, self.block // per_byte)),
                 *(scale[:, : whole // self.block] for scale in scales),
             ]
-            # As one long run of blocks where memory allows: fewer dims, fewer pieces.
-            yield [t.flatten(0, 1) for t in in_rows] if all(t.is_contiguous() for t in in_rows) else in_rows
         if columns > whole:
             yield [matrix_RC[:, whole:], codes[:, whole // per_byte :], *(scale[:, whole // self.block] for scale in scales)]
 
 
-def _runs(shape: torch.Size, limit: int) -> Iterator[slice | tuple[slice, slice]]:
-    """Cuts of the dims before the last, of at most ``limit`` elements or one block."""
-    if len(shape) == 2 or shape[1:].numel() <= limit:
+def _runs(shape: torch.Size, limit: int) -> Iterator[slice | tuple[slice, slice] | None]:
+    """Cuts of the dims before the last, of at most ``limit`` elements or one block; None where all fits."""
+    if shape.numel() <= limit:
+        yield None
+    elif len(shape) == 2 or shape[1:].numel() <= limit:
         yield from row_chunks(shape[0], shape[1:].numel(), limit)
-        return
-    for row in range(shape[0]):
-        for blocks in row_chunks(shape[1], shape[2], limit):
-            yield slice(row, row + 1), blocks
+    else:
+        for row in range(shape[0]):
+            for blocks in row_chunks(shape[1], shape[2], limit):
+                yield slice(row, row + 1), blocks
 
 
 def part_bytes(parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
