@@ -12,7 +12,7 @@ from torch import Tensor
 from optim.low_rank import moment_specs
 from optim.methods import GatherRows, Rows, StateSpec, Steps, Sum
 from optim.projectors import GaussianProjector, Projector, project, usable_rank
-from optim.rules import TINY, Adam, NormGrowth, channel_scale
+from optim.rules import ADAM, GROWTH, TINY, Adam, NormGrowth, channel_scale
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Apollo:
 
     projector: Projector
     scaling: Literal["channel", "tensor"] = "channel"
-    rule: Adam = Adam()
+    rule: Adam = ADAM
     scale: float = 1.0
-    growth: NormGrowth | None = NormGrowth()
+    growth: NormGrowth | None = GROWTH
 
     def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
         side, rank = self.projector.side(shape), usable_rank(self.projector.rank, shape)
@@ -59,6 +59,6 @@ class Apollo:
         return torch.ones_like(norm) if self.growth is None else self.growth.factor(norm, states)
 
 
-def apollo_mini(scale: float = 128.0, rule: Adam | None = None) -> Apollo:
+def apollo_mini(scale: float = 128.0, rule: Adam = ADAM) -> Apollo:
     """APOLLO-Mini (section 4.3): rank 1, one factor for the whole matrix."""
-    return Apollo(GaussianProjector(rank=1), "tensor", rule or Adam(), scale)
+    return Apollo(GaussianProjector(rank=1), "tensor", rule, scale)

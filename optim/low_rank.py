@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optim.methods import GatherRows, Rows, StateSpec, Steps, Sum
 from optim.projectors import Projector, Side, coordinates_spec, lift, project, usable_rank
-from optim.rules import Adam, NormGrowth, channel_scale
+from optim.rules import ADAM, GROWTH, Adam, NormGrowth, channel_scale
 
 
 def moment_specs(shape: tuple[int, int], side: Side, columns: int) -> Mapping[str, StateSpec]:
@@ -34,7 +34,7 @@ class GaLore:
     """
 
     projector: Projector
-    rule: Adam = Adam()
+    rule: Adam = ADAM
     scale: float = 0.25
 
     def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
@@ -61,9 +61,9 @@ class Fira:
     """
 
     projector: Projector
-    rule: Adam = Adam()
+    rule: Adam = ADAM
     scale: float = 0.25
-    growth: NormGrowth = NormGrowth()
+    growth: NormGrowth = GROWTH
     scaled_residual: bool = False
 
     def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:

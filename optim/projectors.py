@@ -1,6 +1,6 @@
 """Bases of small subspaces in which a method keeps the states of a matrix, and the way there and back.
 
-Two sides. ``right`` (tall matrices, GaLore's ``std``): basis V [n, r], coordinates R = G V [m, r], local to each rank. ``left`` (wide ones):
+Two sides. ``right`` (tall matrices, GaLore's ``std``): basis V [n, r], coordinates R = G V [m, r], local to each rank. ``left`` (wide):
 basis U [m, r], of which a rank needs its own rows only, coordinates R = Gᵀ U [n, r], summed over ranks and dealt by chunks. So the
 coordinates are always [long side, r] and lie dealt. "Basis" below is V, or this rank's rows of U.
 
@@ -96,8 +96,8 @@ class SingularProjector:
     ``how="exact"``: eigenvectors of the Gram matrix of the shorter side in float64. Their error is that of a float32 SVD or less,
     since what float64 squares away lies below float32. Tall matrices send Gram matrices [n, n], wide ones are gathered.
 
-    ``how="subspace"``: one or more passes of block power iteration with Rayleigh-Ritz (Halko, Martinsson and Tropp 2011, section 4;
-    stabilised by a shift as in Tropp et al. 2017, algorithm 3), warm from the last basis plus ``oversample`` random columns. No rank
+    ``how="subspace"``: block power iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1; shifted as in Tropp et al. 2017,
+    algorithm 3), warm from the last basis plus ``oversample`` random columns. No rank
     sees the whole matrix, all factorisations are of [r, r] matrices in float64. Directions in which the gradient vanishes keep their
     old basis vectors, so that they too are the same on every mesh.
 
@@ -204,38 +204,36 @@ def _subspace(gradient_in: Tensor, start: Tensor, rank: int, side: Side, passes:
     return block
 
 
-_SHIFT = 1e-6
-"""Of the power iteration, as a part of its Gram matrix: above float32 rounding, below what matters to captured energy."""
+_SHIFT = 1e-10
+"""Of a Gram matrix, as a part of it. Its root, 1e-5, is above float32's rounding and below what matters to captured energy."""
 
 
 def _pass(gradient_in: Tensor, block: Tensor, keep: int, dealt: bool) -> Steps:
-    """One power iteration Z = A block with A = GᵀG (right) or GGᵀ (left), and the leading ``keep`` Ritz vectors of the span of Z: the
-    singular vectors of B = Z (blockᵀ Z)^(-1/2), by the eigenvectors of BᵀB."""
-    old = block.double()
-    if dealt:
-        sketch_nk = yield Sum(gradient_in.T @ block)
-        power = (gradient_in @ sketch_nk).double()
-        inner = sketch_nk.double().T @ sketch_nk.double()
-    else:
-        power = (yield Sum(gradient_in.T @ (gradient_in @ block))).double()
-        inner = old.T @ power
-    factor, shift = _shifted_factor((inner + inner.T) / 2)
-    half = _divided(power + shift * old, factor)
-    small = torch.cat((half.T @ half, old.T @ half))
-    small = (yield Sum(small)) if dealt else small
-    gram, overlap = small.chunk(2)
+    """One power iteration, B = Gᵀ orth(G block) (left: G orth(Gᵀ block)), and the leading ``keep`` left singular vectors of B, by the
+    eigenvectors of BᵀB. Orthonormal factors between the products keep small singular values apart from the rounding of large ones."""
+    outer, inner = (gradient_in, gradient_in.T) if dealt else (gradient_in.T, gradient_in)
+    image = inner @ block
+    image = ((yield Sum(image)) if dealt else image).double()
+    gram = image.T @ image
+    factor, shift = _shifted_factor(gram if dealt else (yield Sum(gram)))
+    half = outer @ _divided(image, factor).float()
+    half = (half if dealt else (yield Sum(half))).double() + _divided(block.double() * shift, factor)
+    small = torch.cat((half.T @ half, block.double().T @ half))
+    gram, overlap = ((yield Sum(small)) if dealt else small).chunk(2)
     values, vectors = torch.linalg.eigh(gram)
     scaled = (vectors * values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt())[:, -keep:].flip(1)
     return (half @ (scaled * _signs((overlap @ scaled).diagonal()))).float()
 
 
-def _shifted_factor(inner: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of ``inner`` + shift, and the shift: larger where rounding (TF32) has left ``inner`` indefinite."""
-    size = inner.norm()
-    shift = torch.where(size > 0, size * _SHIFT, torch.ones_like(size))
+def _shifted_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of ``gram`` + diag(shift), and the shift [k]: larger should rounding have left ``gram`` indefinite. It falls from
+    column to column, so that where the gradient vanishes the old basis has an order too and is kept."""
+    size = gram.norm()
+    grades = torch.linspace(2, 1, len(gram), dtype=gram.dtype, device=gram.device)
+    shift = torch.where(size > 0, size * _SHIFT, torch.ones_like(size)) * grades
     while True:
-        factor, failed = torch.linalg.cholesky_ex(inner + shift * torch.eye(len(inner), dtype=inner.dtype, device=inner.device))
-        if not bool(failed) or not bool(torch.isfinite(shift)):
+        factor, failed = torch.linalg.cholesky_ex(gram + shift.diag())
+        if not bool(failed) or not bool(torch.isfinite(size)):
             return factor, shift
         shift = shift * 100
 

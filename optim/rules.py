@@ -42,6 +42,10 @@ class Adam:
         return (1 - beta2**step) ** 0.5 / (1 - beta1**step)
 
 
+ADAM = Adam()
+"""As the reference packages of GaLore, APOLLO and Fira have it."""
+
+
 @dataclass(frozen=True)
 class NormGrowth:
     """Fira's norm-growth limiter (arXiv 2410.01623, section 4.3): a norm may grow by ``limit`` per step at most, counted from the
@@ -63,6 +67,10 @@ class NormGrowth:
         factor = torch.where((previous > 0) & (growth > self.limit), self.limit / growth, torch.ones_like(previous))
         states["norm"].copy_(norm * factor)
         return factor
+
+
+GROWTH = NormGrowth()
+"""As in Fira and APOLLO."""
 
 
 def channel_scale(ratio: Tensor, coordinates: Tensor) -> Tensor:

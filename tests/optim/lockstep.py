@@ -41,13 +41,13 @@ class Simulator:
     shape: tuple[int, int]
     ranks: int = 1
     key: int = 7
-    dtype: torch.dtype = torch.float32
     requests: list[str] = field(default_factory=list)
     """Of the last step, by name."""
 
     def __post_init__(self) -> None:
         self.rows = [Rows.chunk(self.shape[0], rank, self.ranks) for rank in range(self.ranks)]
         self.specs = dict(self.method.states(self.shape))
+        ranks = range(self.ranks)
         self.states = [
             {name: torch.zeros(self._local_shape(spec, rank)) for name, spec in self.specs.items()} for rank in range(self.ranks)
         ]
