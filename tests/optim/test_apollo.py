@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from optim.apollo import Apollo, apollo_mini
 from optim.counter_random import gaussian_rows
-from optim.projectors import GaussianProjector, Refresh, SingularProjector
-from tests.optim.lockstep import Simulator
+from optim.methods import Rows, StateSpec, Steps
+from optim.projectors import GaussianProjector, Refresh, Side, SingularProjector, short_side
+from tests.optim.lockstep import Simulator, relative
 from tests.optim.tape import bias, check_sharded, close, hf_adam, over_all_shapes, over_shapes, tape
 
 GAP = 6
@@ -58,6 +64,38 @@ def test_mini_is_rank_one_by_tensor() -> None:
     for gradient, wanted in zip(tape(shape), expected, strict=False):
         close(simulator.step(gradient), wanted)
     assert simulator.local_bytes() == [4 * (2 * 24 + 1)]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A recorded basis."""
+
+    vectors: Tensor
+    rank: int
+    refresh: Refresh = Refresh()
+
+    def side(self, shape: tuple[int, int]) -> Side:
+        return short_side(shape)
+
+    def states(self, shape: tuple[int, int]) -> dict[str, StateSpec]:
+        return {}
+
+    def basis(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
+        return self.vectors
+        yield  # pyright: ignore[reportUnreachable]
+
+
+@pytest.mark.parametrize(("kind", "rank", "scaling", "scale"), [("channel", 3, "channel", 1.0), ("mini", 1, "tensor", 128.0)])
+@pytest.mark.parametrize(("name", "shape"), [("tall", (12, 6)), ("wide", (6, 12)), ("square", (7, 7))])
+def test_the_authors_package(name: str, shape: tuple[int, int], kind: str, rank: int, scaling: str, scale: float) -> None:
+    """Where 20 steps of apollo-torch 1.0.3 moved the weights on this tape at rate 1 without decay, recorded with its random basis."""
+    recorded = json.loads(Path(__file__).with_name("apollo_torch_1_0_3.json").read_text())[f"{name}_{kind}"]
+    basis = torch.tensor(recorded["basis"])
+    vectors = basis if shape[0] < shape[1] else basis.T
+    method = Apollo(Given(vectors, rank), scaling, scale=scale)  # pyright: ignore[reportArgumentType]
+    simulator = Simulator(method, shape)
+    moved = torch.stack([simulator.step(gradient).double() for gradient in tape(shape)]).sum(dim=0)
+    assert relative(moved, torch.tensor(recorded["moved"])) <= 2e-6  # its weights are summed in float32
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,9 @@ def test_at_full_rank_of_a_diagonal_basis_it_is_adam(shape: tuple[int, int]) -> 
 
 def test_requests_and_state_bytes() -> None:
     for shape, requests in (((40, 16), []), ((16, 40), ["SumRows", "GatherRows"])):
-        alone, dealt = (Simulator(GaLore(SingularProjector(4, Refresh(50, stagger=False), shard_basis=True)), shape, ranks) for ranks in (1, 4))
+        alone, dealt = (
+            Simulator(GaLore(SingularProjector(4, Refresh(50, stagger=False), shard_basis=True)), shape, ranks) for ranks in (1, 4)
+        )
         for gradient in tape(shape)[:2]:
             alone.step(gradient)
             dealt.step(gradient)

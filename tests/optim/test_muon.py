@@ -27,13 +27,15 @@ def muon(gradients: list[np.ndarray], nesterov: bool, adjust: str) -> list[np.nd
     return updates
 
 
+@pytest.mark.parametrize(("precision", "bound"), [(torch.float64, 1e-6), (None, 3e-6)])
 @pytest.mark.parametrize(("nesterov", "adjust"), [(True, "original"), (False, "match_rms_adamw")])
 @over_shapes
-def test_the_paper_in_float64(shape: tuple[int, int], nesterov: bool, adjust: str) -> None:
-    gradients = tape(shape, noise=2.0)
-    simulator = Simulator(Muon(nesterov=nesterov, adjust=adjust), shape)  # pyright: ignore[reportArgumentType]
+def test_the_paper_in_float64(shape: tuple[int, int], nesterov: bool, adjust: str, precision: torch.dtype | None, bound: float) -> None:
+    """The polynomial takes differences of terms up to ten times its value, five times over: in float32 that costs a digit."""
+    gradients = tape(shape, noise=6.0)
+    simulator = Simulator(Muon(nesterov=nesterov, adjust=adjust, precision=precision), shape)  # pyright: ignore[reportArgumentType]
     for gradient, expected in zip(gradients, muon([g.double().numpy() for g in gradients], nesterov, adjust), strict=True):
-        close(simulator.step(gradient), expected)
+        close(simulator.step(gradient), expected, bound)
 
 
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
@@ -49,14 +51,15 @@ def test_torch(shape: tuple[int, int], adjust: str) -> None:
         parameter.grad = gradient.clone()
         reference.step()
         theirs = before - parameter.detach()
-        assert relative(exact.step(gradient), theirs) <= 3e-2
-        assert relative(rounded.step(gradient), theirs) <= 3e-2
+        assert relative(exact.step(gradient), theirs) <= 5e-2
+        assert relative(rounded.step(gradient), theirs) <= 1e-2
 
 
 @over_shapes
 def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
-    values = torch.linalg.svdvals(newton_schulz(tape(shape, noise=2.0)[0], 5))
-    assert 0.65 < float(values.min()) and float(values.max()) < 1.25
+    u, _, vh = torch.linalg.svd(tape(shape)[0], full_matrices=False)
+    values = torch.linalg.svdvals(newton_schulz((u * torch.logspace(0, -1.5, len(vh))) @ vh, 5))
+    assert float(values.min()) > 0.65 and float(values.max()) < 1.25
 
 
 @over_all_shapes

@@ -141,7 +141,9 @@ def test_refreshes_come_every_gap_and_not_all_at_once() -> None:
     assert [apart.epoch(step, 3) for step in (1, 7, 8, 17, 18)] == [0, 0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("build", [lambda: Refresh(gap=0), lambda: SingularProjector(0).states((3, 4)), lambda: GaussianProjector(0).states((3, 4))])
+@pytest.mark.parametrize(
+    "build", [lambda: Refresh(gap=0), lambda: SingularProjector(0).states((3, 4)), lambda: GaussianProjector(0).states((3, 4))]
+)
 def test_what_cannot_be_is_refused(build: Any) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         build()
@@ -169,7 +171,9 @@ def test_random_numbers_are_normal_and_independent() -> None:
 
 def test_random_bits_do_not_change_between_versions() -> None:
     """A seed-only basis lives in checkpoints as nothing but this function."""
-    expected = torch.tensor([[-0.420448899269104, 1.6028039455413818, -0.677211582660675], [-0.8513137698173523, 0.7456985116004944, 1.0952340364456177]])
+    expected = torch.tensor(
+        [[-0.420448899269104, 1.6028039455413818, -0.677211582660675], [-0.8513137698173523, 0.7456985116004944, 1.0952340364456177]]
+    )
     torch.testing.assert_close(gaussian_rows(123456789, 3, 2, 2, 3, CPU), expected, rtol=1e-6, atol=0)
 
 
