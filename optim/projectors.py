@@ -39,14 +39,22 @@ class Refresh:
         return (step - 1 + (key % self.gap if self.stagger else 0)) // self.gap
 
     def due(self, step: int, key: int) -> bool:
-        return step == 1 or self.epoch(step, key) != self.epoch(step - 1, key)
+        return self.since(step, key) == 1
+
+    def since(self, step: int, key: int) -> int:
+        """Steps with this step's basis, this one included: 1 in the step that renews it."""
+        passed = step - 1 + (key % self.gap if self.stagger else 0)
+        return step if passed < self.gap else passed % self.gap + 1
 
 
 class Projector(Protocol):
     """Finds the basis. Immutable, as methods are."""
 
-    rank: int
-    refresh: Refresh
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def refresh(self) -> Refresh: ...
 
     def side(self, shape: tuple[int, int]) -> Side: ...
 

@@ -72,7 +72,7 @@ class Given:
 
     vectors: Tensor
     rank: int
-    refresh: Refresh = Refresh()
+    refresh: Refresh
 
     def side(self, shape: tuple[int, int]) -> Side:
         return short_side(shape)
@@ -92,7 +92,7 @@ def test_the_authors_package(name: str, shape: tuple[int, int], kind: str, rank:
     recorded = json.loads(Path(__file__).with_name("apollo_torch_1_0_3.json").read_text())[f"{name}_{kind}"]
     basis = torch.tensor(recorded["basis"])
     vectors = basis if shape[0] < shape[1] else basis.T
-    method = Apollo(Given(vectors, rank), scaling, scale=scale)  # pyright: ignore[reportArgumentType]
+    method = Apollo(Given(vectors, rank, Refresh()), scaling, scale=scale)  # pyright: ignore[reportArgumentType]
     simulator = Simulator(method, shape)
     moved = torch.stack([simulator.step(gradient).double() for gradient in tape(shape)]).sum(dim=0)
     assert relative(moved, torch.tensor(recorded["moved"])) <= 2e-6  # its weights are summed in float32
