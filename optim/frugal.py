@@ -10,8 +10,8 @@ from torch import Tensor
 
 from optim.counter_random import gaussian_rows
 from optim.methods import Rows, StateSpec, Steps
-from optim.projectors import Refresh
-from optim.rules import Adam
+from optim.projectors import REFRESH, Refresh
+from optim.rules import TORCH_ADAM, Adam
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Frugal:
     """
 
     density: float = 0.25
-    refresh: Refresh = Refresh()  # noqa: RUF009  # immutable
-    rule: Adam = Adam(eps=1e-8, form="torch")  # noqa: RUF009
+    refresh: Refresh = REFRESH
+    rule: Adam = TORCH_ADAM
     inactive_scale: float = 1.0
 
     def __post_init__(self) -> None:

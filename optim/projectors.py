@@ -47,6 +47,9 @@ class Refresh:
         return step if passed < self.gap else passed % self.gap + 1
 
 
+REFRESH = Refresh()
+
+
 class Projector(Protocol):
     """Finds the basis. Immutable, as methods are."""
 
@@ -113,7 +116,7 @@ class SingularProjector:
     """
 
     rank: int
-    refresh: Refresh = Refresh()
+    refresh: Refresh = REFRESH
     how: Literal["exact", "subspace"] = "subspace"
     passes: int = 1
     """Of power iteration in a later refresh; the first, which starts from nothing, makes two more."""
@@ -160,7 +163,7 @@ class GaussianProjector:
     function of (key, epoch, element): made anew in each step by each rank for its own rows, nothing stored, nothing sent."""
 
     rank: int
-    refresh: Refresh = Refresh()
+    refresh: Refresh = REFRESH
 
     def side(self, shape: tuple[int, int]) -> Side:
         return short_side(shape)

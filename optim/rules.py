@@ -45,6 +45,9 @@ class Adam:
 ADAM = Adam()
 """As the reference packages of GaLore, APOLLO and Fira have it."""
 
+TORCH_ADAM = Adam(eps=1e-8, form="torch")
+"""As torch.optim.AdamW has it."""
+
 
 @dataclass(frozen=True)
 class NormGrowth:

@@ -50,12 +50,12 @@ def close(actual: Tensor, expected: np.ndarray, bound: float = 1e-6) -> None:
     assert error <= bound, f"{error:.2e} > {bound:.0e}"
 
 
-def check_sharded(method: Method, shape: tuple[int, int], bound: float = 1e-6, steps: int = 8) -> None:
+def check_sharded(method: Method, shape: tuple[int, int], bound: float = 1e-6, steps: int = 8, noise: float = 0.3) -> None:
     """Updates and states of 2, 3 and 4 ranks equal those of one."""
     alone = Simulator(method, shape)
     dealt = [Simulator(method, shape, ranks) for ranks in (2, 3, 4)]
     weight = weights(shape)
-    for gradient in tape(shape)[:steps]:
+    for gradient in tape(shape, noise=noise)[:steps]:
         expected = alone.step(gradient, weight)
         for simulator in dealt:
             error = relative(simulator.step(gradient, weight), expected)
