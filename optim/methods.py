@@ -50,7 +50,8 @@ class Rows:
 
 
 class Sum(NamedTuple):
-    """The sum of ``tensor`` over the ranks that share the matrix; the answer has its shape and is the same on all."""
+    """The sum of ``tensor`` (float32, or float64 for small Gram matrices of a refresh) over the ranks that share the matrix; the answer
+    has its shape and dtype and is the same on all."""
 
     tensor: Tensor
 
@@ -68,7 +69,11 @@ class GatherRows(NamedTuple):
     total: int
 
 
-Request = Sum | SumRows | GatherRows
+class Weight(NamedTuple):
+    """This rank's rows of the parameter before the step [i, n], in any floating dtype: answered without communication."""
+
+
+Request = Sum | SumRows | GatherRows | Weight
 Steps = Generator[Request, Tensor, Tensor]
 """Yields requests, is sent their answers, returns the update [i, n] in the gradient's dtype."""
 

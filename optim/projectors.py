@@ -1,0 +1,254 @@
+"""Bases of small subspaces in which a method keeps the states of a matrix, and the way there and back.
+
+Two sides. ``right`` (tall matrices, GaLore's ``std``): basis V [n, r], coordinates R = G V [m, r], local to each rank. ``left`` (wide):
+basis U [m, r], of which a rank needs its own rows only, coordinates R = Gᵀ U [n, r], summed over ranks and dealt by chunks. So the
+coordinates are always [long side, r] and lie dealt. "Basis" below is V, or this rank's rows of U.
+
+Does not know what is done with the coordinates. Try alone: tests/optim/test_projectors.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from optim.counter_random import gaussian_rows
+from optim.methods import GatherRows, Rows, StateSpec, Steps, Sum, SumRows
+
+Side = Literal["right", "left"]
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """When a basis is renewed: in the first step and every ``gap`` steps after. ``stagger`` shifts each matrix by its key, so that no
+    step renews all; without it all are renewed in steps 1, gap + 1, ... as the reference packages do."""
+
+    gap: int = 200
+    stagger: bool = True
+
+    def __post_init__(self) -> None:
+        if self.gap < 1:
+            raise ValueError(f"gap {self.gap} must be at least 1")
+
+    def epoch(self, step: int, key: int) -> int:
+        """Renewals before this step's own basis: 0 for the first one."""
+        return (step - 1 + (key % self.gap if self.stagger else 0)) // self.gap
+
+    def due(self, step: int, key: int) -> bool:
+        return self.since(step, key) == 1
+
+    def since(self, step: int, key: int) -> int:
+        """Steps with this step's basis, this one included: 1 in the step that renews it."""
+        passed = step - 1 + (key % self.gap if self.stagger else 0)
+        return step if passed < self.gap else passed % self.gap + 1
+
+
+REFRESH = Refresh()
+
+
+class Projector(Protocol):
+    """Finds the basis. Immutable, as methods are."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def refresh(self) -> Refresh: ...
+
+    def side(self, shape: tuple[int, int]) -> Side: ...
+
+    def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]: ...
+
+    def basis(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
+        """The basis for this step [n, r] or [i, r], renewed if due; a stored one is written in place."""
+        ...
+
+
+def short_side(shape: tuple[int, int]) -> Side:
+    """GaLore's ``std``: the shorter dimension is compressed, a square matrix from the right."""
+    return "right" if shape[0] >= shape[1] else "left"
+
+
+def usable_rank(rank: int, shape: tuple[int, int]) -> int:
+    """No more directions than the matrix has. Raises ValueError below 1."""
+    if rank < 1:
+        raise ValueError(f"rank {rank} must be at least 1")
+    return min(rank, *shape)
+
+
+def coordinates_spec(shape: tuple[int, int], side: Side, columns: int, codec: Literal["moment", "variance", "exact"]) -> StateSpec:
+    """Of a state that lies as the coordinates do: [long side, columns]."""
+    return StateSpec((shape[0], columns), "rows", codec=codec) if side == "right" else StateSpec((shape[1], columns), "chunk", codec=codec)
+
+
+def project(gradient_in: Tensor, basis: Tensor, side: Side) -> Steps:
+    """Coordinates: this rank's rows of G V [m, r], or its chunk of Gᵀ U [n, r]."""
+    if side == "right":
+        return gradient_in @ basis
+    return (yield SumRows(gradient_in.T @ basis))
+
+
+def lift(coordinates: Tensor, basis: Tensor, side: Side, columns: int) -> Steps:
+    """Coordinates as ``project`` returns them -> this rank's rows [i, n] of the whole space."""
+    if side == "right":
+        return coordinates @ basis.T
+    whole_nr = yield GatherRows(coordinates, columns)
+    return basis @ whole_nr.T
+
+
+@dataclass(frozen=True)
+class SingularProjector:
+    """The leading singular vectors of the gradient (GaLore, arXiv 2403.03507, section 3 and 4.1, where they come from a full SVD).
+
+    ``how="exact"``: eigenvectors of the Gram matrix of the shorter side in float64. Their error is that of a float32 SVD or less,
+    since what float64 squares away lies below float32. Tall matrices send Gram matrices [n, n], wide ones are gathered.
+
+    ``how="subspace"``: block power iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1; shifted as in Tropp et al. 2017,
+    algorithm 3), warm from the last basis plus ``oversample`` random columns. No rank
+    sees the whole matrix, all factorisations are of [r, r] matrices in float64. Directions in which the gradient vanishes keep their
+    old basis vectors, so that they too are the same on every mesh.
+
+    Signs are chosen by the previous basis (at first by fixed random vectors), singular vectors being free up to them.
+    """
+
+    rank: int
+    refresh: Refresh = REFRESH
+    how: Literal["exact", "subspace"] = "subspace"
+    passes: int = 1
+    """Of power iteration in a later refresh; the first, which starts from nothing, makes two more."""
+    oversample: int = 8
+    always_right: bool = False
+    """Compress the columns of wide matrices too: no communication and smaller states, but fewer directions captured."""
+    shard_basis: bool = False
+    """Deal the right basis [n, r] to ranks and gather it in each step, rather than keep it whole on all."""
+
+    def side(self, shape: tuple[int, int]) -> Side:
+        return "right" if self.always_right else short_side(shape)
+
+    def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
+        rank = usable_rank(self.rank, shape)
+        if self.side(shape) == "left":
+            return {"basis": StateSpec((shape[0], rank), "rows")}
+        return {"basis": StateSpec((shape[1], rank), "chunk" if self.shard_basis else "whole")}
+
+    def basis(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
+        stored, columns = states["basis"], gradient_in.shape[1]
+        side = self.side((rows.total, columns))
+        dealt = side == "right" and self.shard_basis
+        basis = (yield GatherRows(stored, columns)) if dealt else stored
+        if not self.refresh.due(step, key):
+            return basis
+        first, total = (0, columns) if side == "right" else (rows.first, rows.total)
+        epoch = self.refresh.epoch(step, key)
+        if step == 1:
+            basis = gaussian_rows(key, epoch, first, len(basis), basis.shape[1], basis.device)
+        if self.how == "exact":
+            new = yield from _exact(gradient_in, basis, side, rows)
+        else:
+            more = min(self.oversample, total - basis.shape[1])
+            extra = gaussian_rows(key, ~epoch, first, len(basis), more, basis.device)
+            passes = self.passes + (2 if step == 1 else 0)
+            new = yield from _subspace(gradient_in, torch.cat((basis, extra), dim=1), basis.shape[1], side, passes)
+        stored.copy_(new[Rows.chunk(columns, rows.rank, rows.ranks).slice] if dealt else new)
+        return new
+
+
+@dataclass(frozen=True)
+class GaussianProjector:
+    """Independent N(0, 1/r), so that lengths are kept on average (Johnson-Lindenstrauss; APOLLO, arXiv 2412.05270, section 4.2). A
+    function of (key, epoch, element): made anew in each step by each rank for its own rows, nothing stored, nothing sent."""
+
+    rank: int
+    refresh: Refresh = REFRESH
+
+    def side(self, shape: tuple[int, int]) -> Side:
+        return short_side(shape)
+
+    def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
+        usable_rank(self.rank, shape)
+        return {}
+
+    def basis(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
+        columns = gradient_in.shape[1]
+        rank = usable_rank(self.rank, (rows.total, columns))
+        right = self.side((rows.total, columns)) == "right"
+        first, count = (0, columns) if right else (rows.first, rows.count)
+        return gaussian_rows(key, self.refresh.epoch(step, key), first, count, rank, gradient_in.device).mul_(rank**-0.5)
+        yield  # pyright: ignore[reportUnreachable]  # a generator without requests
+
+
+def _exact(gradient_in: Tensor, old: Tensor, side: Side, rows: Rows) -> Steps:
+    if side == "right":
+        precise = gradient_in.double()
+        gram = yield Sum(precise.T @ precise)
+        new = _leading(gram, old.shape[1])
+        overlap = (old.double() * new).sum(dim=0)
+    else:
+        precise = (yield GatherRows(gradient_in, rows.total)).double()
+        new = _leading(precise @ precise.T, old.shape[1])[rows.slice]
+        overlap = yield Sum((old.double() * new).sum(dim=0))
+    return (new * _signs(overlap)).float()
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """Eigenvectors [d, rank] of the largest eigenvalues, largest first."""
+    return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+
+
+def _signs(overlap: Tensor) -> Tensor:
+    return torch.where(overlap < 0, -1.0, 1.0).to(overlap.dtype)
+
+
+def _subspace(gradient_in: Tensor, start: Tensor, rank: int, side: Side, passes: int) -> Steps:
+    """``start`` [d, k], d the short side (of the left: this rank's rows) -> orthonormal [d, rank], leading directions first."""
+    dealt = side == "left"
+    block = start.double()
+    gram = block.T @ block
+    gram = (yield Sum(gram)) if dealt else gram
+    block = _divided(block, torch.linalg.cholesky(gram)).float()
+    for index in range(passes):
+        block = yield from _pass(gradient_in, block, rank if index == passes - 1 else block.shape[1], dealt)
+    return block
+
+
+_SHIFT = 1e-10
+"""Of a Gram matrix, as a part of it. Its root, 1e-5, is above float32's rounding and below what matters to captured energy."""
+
+
+def _pass(gradient_in: Tensor, block: Tensor, keep: int, dealt: bool) -> Steps:
+    """One power iteration, B = Gᵀ orth(G block) (left: G orth(Gᵀ block)), and the leading ``keep`` left singular vectors of B, by the
+    eigenvectors of BᵀB. Orthonormal factors between the products keep small singular values apart from the rounding of large ones."""
+    outer, inner = (gradient_in, gradient_in.T) if dealt else (gradient_in.T, gradient_in)
+    image = inner @ block
+    image = ((yield Sum(image)) if dealt else image).double()
+    gram = image.T @ image
+    factor, shift = _shifted_factor(gram if dealt else (yield Sum(gram)))
+    half = outer @ _divided(image, factor).float()
+    half = (half if dealt else (yield Sum(half))).double() + _divided(block.double() * shift, factor)
+    small = torch.cat((half.T @ half, block.double().T @ half))
+    gram, overlap = ((yield Sum(small)) if dealt else small).chunk(2)
+    values, vectors = torch.linalg.eigh(gram)
+    scaled = (vectors * values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt())[:, -keep:].flip(1)
+    return (half @ (scaled * _signs((overlap @ scaled).diagonal()))).float()
+
+
+def _shifted_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of ``gram`` + diag(shift), and the shift [k]: larger should rounding have left ``gram`` indefinite. It falls from
+    column to column, so that where the gradient vanishes the old basis has an order too and is kept."""
+    size = gram.norm()
+    grades = torch.linspace(2, 1, len(gram), dtype=gram.dtype, device=gram.device)
+    shift = torch.where(size > 0, size * _SHIFT, torch.ones_like(size)) * grades
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + shift.diag())
+        if not bool(failed) or not bool(torch.isfinite(size)):
+            return factor, shift
+        shift = shift * 100
+
+
+def _divided(block: Tensor, factor: Tensor) -> Tensor:
+    """block · factor⁻ᵀ."""
+    return torch.linalg.solve_triangular(factor, block.T, upper=False).T
