@@ -141,8 +141,7 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
     started = env.world_size if env.is_rank else nproc
     if run_dir is None and config.run.name is not None and env.rank == 0:
         _refuse_existing(Path(config.run.root) / config.run.name)
-    if config.parallel.chosen_by_plan:
-        config = _settled(config, None, started, env)
+    config = _settled(config, None, started, env)
     ranks = ParallelDims.from_config(config.parallel, started).world_size
     check_launch(env, config.train.precision, config.train.device, config.train.grad_accum, ranks)
     if run_dir is None or not _kept_plan(config, run_dir):
@@ -154,9 +153,12 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
 
 
 def _settled(config: RunConfig, device: str | None, ranks: int | None, env: Env | None = None) -> RunConfig:
-    """``config`` with its ``auto`` degrees chosen, and what was chosen told; among ranks that a launcher started rank 0 chooses."""
+    """``config`` with its ``auto`` settings chosen, and what was chosen told; among ranks that a launcher started rank 0 chooses."""
     from parallel.distributed import on_one_rank
-    from trainer.choosing_degrees import settled
+    from trainer.settling import open_settings, settled
+
+    if not open_settings(config):
+        return config
 
     def choose() -> RunConfig:
         found = settled(config, device, ranks)
@@ -369,8 +371,7 @@ def _show_plan(args: argparse.Namespace) -> int:
     config = config_file.resolve(path, args.overrides)
     if args.calibrate:
         _calibrate(config, args.device)
-    if config.parallel.chosen_by_plan:
-        config = _settled(config, args.device, None)
+    config = _settled(config, args.device, None)
     plan = plan_run(config, args.device)
     written = _write_timeline(config, plan, args) if args.timeline else ()
     _show(plan.to_json() if args.json else plan_view.plain(plan) + "\n", None if args.json else lambda: plan_view.render(plan))

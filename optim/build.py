@@ -1,46 +1,64 @@
-"""Build the optimizer a configuration names. Try alone: ``build_optimizer(torch.nn.Linear(4, 4), OptimConfig())``."""
+"""Build the optimizer a configuration names. Try alone: ``build_optimizer(torch.nn.Linear(4, 4), preset="adamw_8bit")``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 
 from optim.config import OptimConfig
-from optim.param_groups import split_by_decay
+from optim.driver import ComposedOptimizer, Lane
+from optim.recipes import Recipe, recipe_of
+from optim.routing import Routed, route
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` over the trainable parameters of ``model``, sharded or not, with its states allocated.
+def build_optimizer(model: nn.Module, config: OptimConfig | None = None, **settings: Any) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters of ``model``, sharded or not, with its states allocated.
 
-    Learning rates are set by the caller at each step (``optim.schedule.learning_rate``). Raises ValueError for an unknown preset.
+    ``settings``: of ``OptimConfig``, in place of those of ``config``. The caller may set each group's ``lr`` at each step
+    (``optim.schedule.learning_rate`` times the group's ``lr_factor``). Raises ValueError for settings that are unknown or contradict one
+    another (pydantic's ValidationError is one), a model without trainable parameters, and parameters that lie in a way that is not known.
     """
-    if config.preset not in PRESETS:
-        raise ValueError(f"optim.preset {config.preset!r} is unknown; known: {', '.join(sorted(PRESETS))}")
-    decayed, kept = split_by_decay(model)
-    groups = [
-        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-        {"params": list(kept.values()), "weight_decay": 0.0},
+    config = config or OptimConfig()
+    if settings:
+        config = OptimConfig.model_validate({**config.model_dump(exclude_unset=True), **settings})
+    routed = route(model)
+    if not routed:
+        raise ValueError("the model has no trainable parameter")
+    groups = _groups(routed, config)
+    if config.preset == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        allocate_states(optimizer)
+        return optimizer
+    recipe = recipe_of(config)
+    lanes = [_lane(one, recipe) for one in routed]
+    return ComposedOptimizer(groups, lanes, config.lr)
+
+
+def _lane(routed: Routed, recipe: Recipe) -> Lane:
+    if routed.part == "matrix" or (recipe.matrix_everywhere and routed.parameter.ndim == 2):
+        return Lane(routed.name, routed.parameter, recipe.matrix, recipe.matrix_storage)
+    return Lane(routed.name, routed.parameter, recipe.rest, recipe.rest_storage)
+
+
+def _groups(routed: Sequence[Routed], config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups: decayed first, each with its own weight decay and learning rate; empty ones are left out. ``lr_factor`` is for a
+    caller that sets rates by a schedule of ``config.lr``."""
+    rest = 1.0 if config.rest_lr is None else config.rest_lr / config.lr
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for one in sorted(routed, key=lambda one: not one.decayed):
+        groups.setdefault((one.decayed, rest if one.part == "rest" else 1.0), []).append(one.parameter)
+    return [
+        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "lr": config.lr * factor, "lr_factor": factor}
+        for (decayed, factor), parameters in groups.items()
     ]
-    optimizer = PRESETS[config.preset]([group for group in groups if group["params"]], config)
-    allocate_states(optimizer)
-    return optimizer
-
-
-def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-
-
-PRESETS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {"adamw": _adamw}
-"""``optim.preset`` -> optimizer over parameter groups."""
 
 
 def allocate_states(optimizer: torch.optim.Optimizer) -> None:
-    """Create the (zero) states now instead of in the first step: a checkpoint can be loaded into them, and a run that does
-    not fit fails before its first step. Works for every optimizer whose step with zero gradient and zero rate changes no
-    parameter."""
+    """Create the (zero) states of torch's AdamW now instead of in the first step: a checkpoint can be loaded into them, and a run that
+    does not fit fails before its first step."""
     saved = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = 0.0, 0.0

@@ -6,31 +6,102 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from models.config import Section
+from models.config import PositiveInt, Section
 
 
 class ScheduleConfig(Section):
     """Learning rate as a pure function of the step."""
 
-    kind: Literal["wsd", "cosine", "constant"] = "wsd"
-    """wsd: warm up, stay, decay linearly at the end; cosine: warm up, then half a cosine down; constant: warm up, then stay."""
+    kind: Literal["wsd", "cosine", "constant", "inverse_sqrt", "infinite"] = "wsd"
+    """wsd: warm up, stay, decay linearly at the end; cosine: warm up, then half a cosine down; constant: warm up, then stay;
+    inverse_sqrt: warm up, then fall as one over the root of the step; infinite: warm up, half a cosine down to a rate that stays for as
+    long as training goes on, and an exponential decay at the end."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     """Steps of linear warm-up from 0."""
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Share of train.steps spent in the final linear decay (wsd only)."""
+    """Share of train.steps spent in the final decay (wsd, infinite)."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Learning rate at the last step as a fraction of optim.lr."""
+    """Learning rate at the last step as a fraction of optim.lr (wsd, cosine, infinite)."""
+    cooldown_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps from the end of the warm-up until the rate stays (infinite only)."""
+    constant_lr_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The rate that stays as a fraction of optim.lr (infinite only)."""
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> ScheduleConfig:
+        if self.kind == "infinite" and not 0 < self.min_lr_ratio <= self.constant_lr_ratio:
+            raise ValueError(
+                f"min_lr_ratio {self.min_lr_ratio} must be above 0 and at most constant_lr_ratio {self.constant_lr_ratio} "
+                "with kind infinite"
+            )
+        return self
+
+
+Preset = Literal[
+    "adamw",
+    "adamw_8bit",
+    "adamw_4bit",
+    "sgd",
+    "adafactor",
+    "adalomo",
+    "galore",
+    "galore_8bit",
+    "natural_galore",
+    "fira",
+    "apollo",
+    "apollo_mini",
+    "frugal",
+    "subset_norm_sm",
+    "muon",
+]
+_LOW_RANK = ("rank", "update_gap", "scale", "rest", "state")
+READ: dict[str, tuple[str, ...]] = {
+    "sgd": ("momentum",),
+    "adafactor": ("rest",),
+    "adalomo": ("rest",),
+    "galore": (*_LOW_RANK, "svd"),
+    "galore_8bit": (*_LOW_RANK, "svd"),
+    "natural_galore": (*_LOW_RANK, "svd"),
+    "fira": (*_LOW_RANK, "svd"),
+    "frugal": ("density", "update_gap", "rest", "state"),
+    "subset_norm_sm": ("rank", "update_gap", "svd", "rest", "state"),
+    "apollo": _LOW_RANK,
+    "apollo_mini": _LOW_RANK,
+    "muon": ("momentum", "rest", "state"),
+}
+"""Which of the optional settings a preset reads; one that it does not read is refused."""
+OPTIONAL = ("momentum", "density", "rank", "update_gap", "scale", "svd", "rest", "state")
 
 
 class OptimConfig(Section):
     """The optimizer."""
 
-    preset: Literal["adamw"] = "adamw"
-    """Which optimizer."""
+    preset: Literal["auto"] | Preset = "adamw"
+    """Which optimizer (docs/optimizers.md). auto: the first of optim.allowed whose step fits the memory budget."""
+    allowed: Annotated[tuple[Preset, ...], Field(min_length=1, strict=False)] = ("adamw", "adamw_8bit")
+    """What preset auto may choose, the most wanted first."""
     lr: float = Field(default=3e-4, gt=0)
     """Peak learning rate."""
+    rest_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of everything but the matrices of hidden layers (embedding, head, norms, biases, gates); null: lr."""
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Momentum of sgd (null: 0, which keeps no state) and of muon (null: 0.95)."""
+    density: float | None = Field(default=None, gt=0, le=1)
+    """Share of a matrix's columns that frugal keeps moments for; null: 0.25."""
+    rank: PositiveInt | None = None
+    """Rank of the projection (null: 128; apollo 256, apollo_mini 1)."""
+    update_gap: PositiveInt | None = None
+    """Steps after which a projection is made anew; null: 200."""
+    scale: float | None = Field(default=None, gt=0)
+    """Factor of projected updates; null: galore, natural_galore, fira 0.25, apollo 1, apollo_mini 128."""
+    svd: Literal["subspace", "exact"] | None = None
+    """How a projection to singular vectors is found. subspace (null): iterated from the one before; exact: by decomposition."""
+    rest: Literal["adamw", "adamw_8bit", "adamw_4bit", "sgd"] | None = None
+    """Preset of what is not a matrix of a hidden layer, where the preset is for matrices; null: adamw_8bit."""
+    state: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    """How moments of matrices are kept between steps; null: as the preset says."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -39,6 +110,15 @@ class OptimConfig(Section):
     """Global gradient norm above which gradients are scaled down; null switches clipping off."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
+
+    @model_validator(mode="after")
+    def _check_what_is_read(self) -> OptimConfig:
+        if self.preset != "auto":
+            for name in OPTIONAL:
+                if getattr(self, name) is not None and name not in READ.get(self.preset, ()):
+                    readers = ", ".join(preset for preset, names in READ.items() if name in names)
+                    raise ValueError(f"{name} is not read by preset {self.preset}; leave it null (it is read by {readers})")
+        return self
 
     @model_validator(mode="after")
     def _check_betas(self) -> OptimConfig:

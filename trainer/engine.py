@@ -158,7 +158,7 @@ class Engine:
         norm = float(clip_grad_norm(self.parameters.values(), self.clip_norm, shard_group))
         if norm == norm and norm != float("inf"):
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_factor", 1.0)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

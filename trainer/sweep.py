@@ -24,8 +24,8 @@ from memory_mgmt.devices import device_named
 from memory_mgmt.plan import Change, MemoryPlan
 from models.errors import UserError
 from trainer import config_file
-from trainer.choosing_degrees import degrees_of, settled
 from trainer.config import RunConfig
+from trainer.settling import degrees_of, settled
 
 MAX_COMBINATIONS = 1000
 FORMAT_VERSION = 1

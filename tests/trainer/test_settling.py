@@ -1,4 +1,5 @@
-"""Degrees that are auto: the fastest mesh that fits, by the plan of each; the same experiment whatever is chosen."""
+"""Settings that are auto: the fastest mesh that fits, by the plan of each; the same experiment whatever mesh is chosen; presets in the
+order in which they are wanted."""
 
 import json
 import subprocess
@@ -10,10 +11,10 @@ import pytest
 from memory_mgmt.plan import MemoryPlan
 from models.errors import UserError
 from parallel.dims import ParallelDims
-from trainer import choosing_degrees, planning
-from trainer.choosing_degrees import degrees_of, settled
+from trainer import planning, settling
 from trainer.config import RunConfig
 from trainer.config_file import resolve
+from trainer.settling import degrees_of, settled
 
 HOME = Path(__file__).resolve().parents[2]
 DEGREES = ("dp_replicate", "dp_shard", "cp")
@@ -46,12 +47,12 @@ def free():
 
 
 def test_the_fastest_of_all_that_fit_is_chosen(free):
-    plans = {one.degrees: plan(one.config) for one in free.tried if one.status == "fits"}
+    plans = {one.words: plan(one.config) for one in free.tried if one.status == "fits"}
     assert len(plans) == 6 and len({round(seconds(one), 6) for one in plans.values()}) > 1
     fastest = min(seconds(one) for one in plans.values())
     assert seconds(plans[degrees_of(free.config)]) == fastest
     for one in free.tried:
-        assert one.seconds == seconds(plans[one.degrees]) and one.peak_bytes == plans[one.degrees].peak_bytes
+        assert one.seconds == seconds(plans[one.words]) and one.peak_bytes == plans[one.words].peak_bytes
     assert degrees_of(free.config) in free.lines()[0] and len(free.lines()) == 7
 
 
@@ -88,8 +89,26 @@ def test_given_degrees_stay(free):
     assert settled(given).config is given
 
 
+def with_presets(budget, ranks=1, **changes):
+    one = config(ranks=ranks, grad_accum=1, seq_len=4096, budget=budget, **changes)
+    model = one.model.model_copy(update={"vocab_size": 32768})
+    return one.model_copy(update={"model": model, "optim": one.optim.model_copy(update={"preset": "auto"})})
+
+
+def test_the_most_wanted_preset_that_fits_is_taken():
+    free = settled(with_presets(None, dp_replicate=1, dp_shard=1, cp=1), "h100")
+    assert free.config.optim.preset == "adamw" and len(free.tried) == 1
+    peak = free.tried[0].peak_bytes / 2**30
+    tight = settled(with_presets(peak - 0.03, dp_replicate=1, dp_shard=1, cp=1), "h100")
+    assert tight.config.optim.preset == "adamw_8bit" and plan(tight.config).fits
+    assert [(one.words, one.status) for one in tight.tried] == [("adamw", "does not fit"), ("adamw_8bit", "fits")]
+    assert tight.lines()[0] == "chosen: adamw_8bit, of 2 possible"
+    hopeless = settled(with_presets(0.1, dp_replicate=1, dp_shard=1, cp=1), "h100")
+    assert hopeless.config.optim.preset == "adamw_8bit" and not plan(hopeless.config).fits
+
+
 def test_tries_stop_at_the_time_limit(monkeypatch):
-    monkeypatch.setattr(choosing_degrees, "TIME_LIMIT", -1.0)
+    monkeypatch.setattr(settling, "TIME_LIMIT", -1.0)
     chosen = settled(config(ranks=4), "h100")
     assert {one.status for one in chosen.tried} == {"not tried"} and chosen.config.parallel.cp == 1
 
@@ -140,7 +159,7 @@ def test_a_run_holds_what_was_chosen(tmp_path, started):
     command = [*started, str(HOME / "longstride.py"), "train", "debug_cpu", *own, *SMALL.split(), *settings]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("degrees: ") == 1
+    assert done.stderr.count("chosen: ") == 1
     run_dir = tmp_path / "runs" / "it"
     held = resolve(run_dir / "config.yaml")
     assert not held.parallel.chosen_by_plan and held.global_batch_sequences == 2

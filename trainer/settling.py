@@ -1,8 +1,10 @@
-"""What ``parallel.dp_replicate``, ``dp_shard`` and ``cp`` are where the configuration says ``auto``: the degrees with the fastest step
-that fits, by the traced step of each. Imports no torch.
+"""What the configuration leaves ``auto``: degrees of the mesh and the optimizer preset, by the traced step of each choice.
 
-Every choice does the same experiment: the sequences of a step stay what ``auto`` degrees of 1 would make them, so more data-parallel
-ranks do fewer passes each. Try alone: ``longstride plan debug_cpu parallel.cp=auto parallel.dp_shard=auto parallel.ranks=4``.
+Imports no torch.
+
+The first preset of ``optim.allowed`` with a mesh that fits is taken, and of its meshes the one with the fastest step. Degrees never
+change the experiment: the sequences of a step stay what ``auto`` degrees of 1 would make them, so more data-parallel ranks do fewer
+passes each. Try alone: ``longstride plan debug_cpu parallel.cp=auto parallel.dp_shard=auto parallel.ranks=4``.
 """
 
 from __future__ import annotations
@@ -31,10 +33,11 @@ _TOGETHER = 8
 
 @dataclass(frozen=True)
 class Tried:
-    """One choice of degrees: seconds of its step and bytes of its peak, as far as they are known."""
+    """One choice: seconds of its step and bytes of its peak, as far as they are known."""
 
     config: RunConfig
-    degrees: str
+    words: str
+    """The choice: degrees, and the preset where that is ``auto``."""
     status: str
     """``fits``, ``does not fit``, ``refused: ...`` or ``not tried``."""
     seconds: float = math.inf
@@ -43,47 +46,65 @@ class Tried:
 
 @dataclass(frozen=True)
 class Settled:
-    """A configuration without ``auto`` degrees, and what it was chosen from (nothing where there was no choice to make)."""
+    """A configuration without ``auto``, and what it was chosen from (nothing where there was no choice to make)."""
 
     config: RunConfig
     tried: tuple[Tried, ...] = ()
 
     def lines(self) -> list[str]:
-        """The choice in words, fastest first."""
+        """The choice in words, then all that were tried."""
         if not self.tried:
             return []
-        lines = [f"degrees: {degrees_of(self.config)}, of {len(self.tried)} possible"]
+        chosen = next(one.words for one in self.tried if one.config is self.config)
+        lines = [f"chosen: {chosen}, of {len(self.tried)} possible"]
         for one in self.tried:
             time_and_peak = f"{one.seconds:.4g} s, {one.peak_bytes / 2**30:.2f} GiB" if one.peak_bytes else ""
-            lines.append(f"  {one.degrees:<38} {one.status:<14} {time_and_peak}".rstrip())
+            lines.append(f"  {one.words:<38} {one.status:<14} {time_and_peak}".rstrip())
         return lines
 
 
-def settled(config: RunConfig, device_name: str | None = None, ranks: int | None = None) -> Settled:
-    """``config`` with every ``auto`` degree chosen, for ``ranks`` ranks (None: ``parallel.ranks``) of ``device_name`` (None: this
-    machine's device).
+def open_settings(config: RunConfig) -> list[str]:
+    """Keys that ``settled`` has to choose."""
+    preset = ["optim.preset"] if config.optim.preset == "auto" else []
+    return [f"parallel.{name}" for name in config.parallel.chosen_by_plan] + preset
 
-    The fastest step that fits wins; where none fits, the one that needs least. Raises UserError where the number of ranks is not
-    known or contradicts ``parallel.ranks``, and where no choice of degrees is possible, with the reason of each.
+
+def settled(config: RunConfig, device_name: str | None = None, ranks: int | None = None) -> Settled:
+    """``config`` with every ``auto`` of ``open_settings`` chosen, for ``ranks`` ranks (None: ``parallel.ranks``) of ``device_name`` (None:
+    this machine's device).
+
+    Where nothing fits, the choice that needs least. Raises UserError where the number of ranks is not known or contradicts
+    ``parallel.ranks``, and where no choice of degrees is possible, with the reason of each.
     """
-    if not config.parallel.chosen_by_plan:
+    keys = open_settings(config)
+    if not keys:
         return Settled(config)
     if config.memory.plan == "estimate":
-        raise UserError(f"parallel.{config.parallel.chosen_by_plan[0]}: auto needs traced steps; leave memory.plan at trace")
-    total = _ranks_of(config, ranks)
-    possible, refused = _possible(config, total)
+        raise UserError(f"{keys[0]}: auto needs traced steps; leave memory.plan at trace")
+    possible, refused = _possible(config, _ranks_of(config, ranks)) if config.parallel.chosen_by_plan else ([config], [])
     if not possible:
-        reasons = "".join(f"\n  {one.degrees}: {one.status.removeprefix('refused: ')}" for one in refused[:6])
-        raise UserError(f"parallel.{config.parallel.chosen_by_plan[0]}: no degrees for {total} ranks are possible{reasons}")
-    if len(possible) == 1:
-        return Settled(possible[0])
-    tried = _try_all([target_for(one, device_name) for one in possible])
-    ranked = sorted(tried, key=lambda one: (one.status != "fits", one.seconds if one.status == "fits" else one.peak_bytes or math.inf))
-    for best in ranked:
-        # What the planner's problem did not see may make the fastest policy too large: only a traced plan promises.
-        if best.status != "fits" or plan_target(target_for(best.config, device_name)).fits:
-            return Settled(best.config, tuple(ranked) + tuple(refused))
-    return Settled(ranked[0].config, tuple(ranked) + tuple(refused))
+        reasons = "".join(f"\n  {one.words}: {one.status.removeprefix('refused: ')}" for one in refused[:6])
+        raise UserError(f"{keys[0]}: no degrees for {_ranks_of(config, ranks)} ranks are possible{reasons}")
+    presets = config.optim.allowed if config.optim.preset == "auto" else (config.optim.preset,)
+    tried: list[Tried] = []
+    for preset in presets:
+        choices = [one.model_copy(update={"optim": one.optim.model_copy(update={"preset": preset})}) for one in possible]
+        if len(choices) == len(presets) == 1:
+            return Settled(choices[0])
+        some = _try_all([target_for(one, device_name) for one in choices], config)
+        tried += sorted(some, key=lambda one: (one.status != "fits", one.seconds if one.status == "fits" else one.peak_bytes or math.inf))
+        for one in tried[-len(some) :]:
+            # What the planner's problem did not see may make the fastest policy too large: only a traced plan promises.
+            if one.status == "fits" and plan_target(target_for(one.config, device_name)).fits:
+                return Settled(one.config, (*tried, *refused))
+    leanest = min(tried, key=lambda one: one.peak_bytes or math.inf)
+    return Settled(leanest.config, (*tried, *refused))
+
+
+def _words(config: RunConfig, asked: RunConfig) -> str:
+    """What was chosen where ``asked`` says auto."""
+    degrees = [degrees_of(config)] if asked.parallel.chosen_by_plan else []
+    return ", ".join([*degrees, *([config.optim.preset] if asked.optim.preset == "auto" else [])])
 
 
 def degrees_of(config: RunConfig) -> str:
@@ -112,7 +133,7 @@ def _possible(config: RunConfig, ranks: int) -> tuple[list[RunConfig], list[Trie
         passes, rest = divmod(sequences, replicate * shard * config.train.micro_batch_size)
         train = config.train.model_copy(update={"grad_accum": max(1, passes)})
         chosen = config.model_copy(update={"parallel": parallel, "train": train})
-        words = degrees_of(chosen)
+        words = _words(chosen, config)
         if rest or not passes:
             reason = f"{sequences} sequences per step are not divisible among {replicate * shard} x {config.train.micro_batch_size}"
             refused.append(Tried(chosen, words, f"refused: {reason}"))
@@ -138,7 +159,7 @@ def _divisors(number: int, given: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0 and given in (0, n)]
 
 
-def _try_all(targets: Sequence[Target]) -> list[Tried]:
+def _try_all(targets: Sequence[Target], asked: RunConfig) -> list[Tried]:
     """Every target's step, the promising first: short sequences' parts need little traffic, so the least cp whose leanest step fits."""
     order = sorted(targets, key=lambda target: (not _may_fit(target), target.config.parallel.cp, -target.config.parallel.dp_replicate))
     deadline = time.monotonic() + TIME_LIMIT
@@ -147,16 +168,17 @@ def _try_all(targets: Sequence[Target]) -> list[Tried]:
         some = order[start : start + _TOGETHER]
         if time.monotonic() < deadline:
             trace_ahead_of([_first_request(target) for target in some])
-            tried += [_try(target) for target in some]
+            tried += [_try(target, _words(target.config, asked)) for target in some]
         else:
-            tried += [Tried(target.config, degrees_of(target.config), "not tried") for target in some]
+            tried += [Tried(target.config, _words(target.config, asked), "not tried") for target in some]
     return tried
 
 
 def _may_fit(target: Target) -> bool:
     """By formulas, with everything recomputed: a guess that only orders the tries."""
     leanest = target.config.memory.model_copy(update={"recompute": "block", "plan": "estimate", "offload": "inputs"})
-    return plan_target(target.with_config(target.config.model_copy(update={"memory": leanest}))).fits
+    optim = target.config.optim.model_copy(update={"preset": "adamw"})  # the only one that formulas know
+    return plan_target(target.with_config(target.config.model_copy(update={"memory": leanest, "optim": optim}))).fits
 
 
 def _first_request(target: Target) -> TraceRequest:
@@ -166,8 +188,7 @@ def _first_request(target: Target) -> TraceRequest:
     return target.request()
 
 
-def _try(target: Target) -> Tried:
-    words = degrees_of(target.config)
+def _try(target: Target, words: str) -> Tried:
     trace = trace_step(_first_request(target))
     if target.config.memory.recompute != "auto":
         plan, prediction = bare_plan(target, trace), predict(target, trace)

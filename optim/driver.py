@@ -1,0 +1,226 @@
+"""The optimizer that composes methods, storage and placement: a ``torch.optim.Optimizer`` for plain tensors and FSDP2's DTensors.
+
+Every parameter has a lane: a rule (elementwise, on this rank's part) or a method for matrices (``optim/methods.py``, which asks for what it
+needs from the other ranks), and a codec for each state. Only tensors are in ``state``; they lie as their parameter lies, so a checkpoint
+can be loaded on any number of ranks. States exist from the start.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim.clip import local_part
+from optim.codecs import Codec, codec_for
+from optim.elementwise import Rule, Storage
+from optim.exchange import run_together, with_weight
+from optim.methods import Method, StateSpec, Steps
+from optim.placement import Placed
+
+CHUNK_ELEMENTS = 1 << 20
+"""Of a tensor that an elementwise rule works on at a time: what it decodes and makes on top is a few times so much."""
+TOGETHER_ELEMENTS = 1 << 24
+"""Of matrices of this rank whose steps run side by side; bounds their float32 updates."""
+
+
+@dataclass
+class Lane:
+    """One parameter, how it is updated and how its states are kept."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    rule: Rule | Method
+    storage: Storage
+    placed: Placed = field(init=False)
+    specs: dict[str, StateSpec] = field(init=False)
+    codecs: dict[str, Codec] = field(init=False)
+    """Of the states that are not kept as they are."""
+
+    def __post_init__(self) -> None:
+        if self.parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{self.name} is {self.parameter.dtype}; optimizers take float32 or float64 parameters")
+        self.placed = Placed.of(self.parameter)
+        self.specs = dict(self.rule.states(self.placed.shape))  # pyright: ignore[reportArgumentType]
+        self.codecs = {}
+        if self.dtype == torch.float32:
+            for name, spec in self.specs.items():
+                codec = codec_for(self.storage, spec.shape, spec.codec != "variance") if spec.codec != "exact" else None
+                if codec is not None and codec.name != "fp32":
+                    self.codecs[name] = codec
+
+    @property
+    def key(self) -> int:
+        """The same on every mesh and in every process."""
+        return zlib.crc32(self.name.encode())
+
+    @property
+    def is_method(self) -> bool:
+        """Updated as a whole matrix, not element by element."""
+        return hasattr(self.rule, "step")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the update is computed: methods compute in float32."""
+        return torch.float32 if self.is_method else self.parameter.dtype
+
+    def stored(self) -> dict[str, StateSpec]:
+        """Every tensor that is kept, by its name in ``state``."""
+        found: dict[str, StateSpec] = {}
+        for name, spec in self.specs.items():
+            if name in self.codecs:
+                parts = self.codecs[name].parts(spec.shape)
+                found |= {f"{name}.{part}": StateSpec(shape, spec.placement, dtype) for part, (shape, dtype) in parts.items()}
+            else:
+                wide = self.dtype if spec.dtype == torch.float32 else spec.dtype
+                found[name] = StateSpec(spec.shape, spec.placement, wide, spec.codec)
+        return found
+
+    def planned_bytes(self) -> int:
+        """Of this rank's states, the step counter included."""
+        sizes = [_count(self.placed.local_shape(spec)) * spec.dtype.itemsize for spec in self.stored().values()]
+        return sum(sizes) + torch.float32.itemsize
+
+
+def _count(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+class ComposedOptimizer(torch.optim.Optimizer):
+    """See the module.
+
+    Args:
+        groups: parameter groups as of any torch optimizer; ``lr`` and ``weight_decay`` (default 0) are read at every step.
+        lanes: one per parameter of the groups.
+        lr: of the groups that have none.
+    Raises ValueError for a parameter that has no lane, or lies in a way that is not known (``Placed.of``).
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], lanes: Sequence[Lane], lr: float) -> None:
+        self.lanes = {lane.parameter: lane for lane in lanes}
+        super().__init__(list(groups), {"lr": lr, "weight_decay": 0.0})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.lanes:
+                    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no lane")
+                self._make_states(self.lanes[parameter])
+
+    def _make_states(self, lane: Lane) -> None:
+        state = self.state[lane.parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for name, spec in lane.stored().items():
+            state[name] = lane.placed.zeros(spec, lane.parameter.device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every torch optimizer; states keep their dtypes, which torch would make the parameter's (codes come back unchanged: they are
+        whole numbers of few bits)."""
+        super().load_state_dict(state_dict)
+        for lane in self.lanes.values():
+            state = self.state[lane.parameter]
+            for name, spec in lane.stored().items():
+                state[name] = state[name].to(spec.dtype)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient; ``closure`` may compute it. Every rank must have gradients for the same ones."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lanes = [self.lanes[parameter] for parameter in group["params"] if parameter.grad is not None]
+            lr, decay = group["lr"], group["weight_decay"]
+            for lane in lanes:
+                if not lane.is_method:
+                    self._elementwise(lane, lr, decay)
+            for shard_group, some in _together([lane for lane in lanes if lane.is_method]):
+                self._matrices(some, shard_group, lr, decay)
+        return loss
+
+    def _next(self, lane: Lane) -> int:
+        counter = self.state[lane.parameter]["step"]
+        counter += 1
+        return int(counter)
+
+    def _elementwise(self, lane: Lane, lr: float, decay: float) -> None:
+        step, rule = self._next(lane), cast(Rule, lane.rule)
+        parameter, gradient = local_part(lane.parameter), local_part(cast(Tensor, lane.parameter.grad))
+        if not parameter.ndim:
+            parameter, gradient = parameter.view(1), gradient.view(1)
+        stored = self._stored(lane)
+        per_row = max(1, parameter[:1].numel())
+        for rows in _chunks(parameter.shape[0], max(1, CHUNK_ELEMENTS // per_row)):
+            part = {name: tensor[rows] if tensor.ndim else tensor.view(1) for name, tensor in stored.items()}
+            states = _decoded(lane, part, parameter[rows].shape)
+            # The rule may overwrite its gradient; the parameter's own stays as it is.
+            update = rule.update(gradient[rows].to(lane.dtype, copy=True), states, step)
+            _encode(lane, part, states)
+            if decay:
+                parameter[rows].mul_(1 - lr * decay)
+            parameter[rows].sub_(update, alpha=lr)
+
+    def _matrices(self, lanes: Sequence[Lane], group: dist.ProcessGroup | None, lr: float, decay: float) -> None:
+        states, steps = [], cast(list[Steps], [])
+        for lane in lanes:
+            stored = self._stored(lane)
+            states.append((stored, _decoded(lane, stored, None)))
+            gradient = local_part(cast(Tensor, lane.parameter.grad)).to(lane.dtype)
+            step = cast(Method, lane.rule).step(gradient, states[-1][1], lane.placed.rows, self._next(lane), lane.key)
+            steps.append(with_weight(step, local_part(lane.parameter)))
+        for i, update in run_together(steps, group):
+            _encode(lanes[i], *states[i])
+            parameter = local_part(lanes[i].parameter)
+            if decay:
+                parameter.mul_(1 - lr * decay)
+            parameter.sub_(update, alpha=lr)
+
+    def _stored(self, lane: Lane) -> dict[str, Tensor]:
+        """This rank's parts of what is kept."""
+        state = self.state[lane.parameter]
+        return {name: local_part(state[name]) for name in lane.stored()}
+
+
+def _together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
+    """Lanes whose matrices the same ranks share, at most ``TOGETHER_ELEMENTS`` of each rank at a time; the same on every rank."""
+    groups: dict[dist.ProcessGroup | None, list[Lane]] = {}
+    for lane in lanes:
+        groups.setdefault(lane.placed.group, []).append(lane)
+    for group, members in groups.items():
+        some: list[Lane] = []
+        size = 0
+        for lane in members:
+            largest = -(-_count(lane.placed.shape) // lane.placed.rows.ranks)
+            if some and size + largest > TOGETHER_ELEMENTS:
+                yield group, some
+                some, size = [], 0
+            some.append(lane)
+            size += largest
+        if some:
+            yield group, some
+
+
+def _chunks(rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _decoded(lane: Lane, stored: dict[str, Tensor], shape: torch.Size | None) -> dict[str, Tensor]:
+    """The states to work on; ``shape``: of every state (elementwise), None: each its own."""
+    states = {}
+    for name, spec in lane.specs.items():
+        if name in lane.codecs:
+            parts = {part: stored[f"{name}.{part}"] for part in lane.codecs[name].parts(spec.shape)}
+            states[name] = lane.codecs[name].decode(parts, shape or lane.placed.local_shape(spec))
+        else:
+            states[name] = stored[name]
+    return states
+
+
+def _encode(lane: Lane, stored: dict[str, Tensor], states: dict[str, Tensor]) -> None:
+    for name, codec in lane.codecs.items():
+        codec.encode_(states[name], {part: stored[f"{name}.{part}"] for part in codec.parts(lane.specs[name].shape)})

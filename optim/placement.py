@@ -1,0 +1,72 @@
+"""Where a parameter lies: which rows of it this rank holds, with whom it shares them, and states that lie alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from optim.clip import local_part
+from optim.methods import Rows, StateSpec
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The lie of one parameter. ``group``: the ranks that share its rows; None where this rank has all of them."""
+
+    shape: tuple[int, ...]
+    rows: Rows
+    group: dist.ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
+    placements: tuple[Placement, ...] = ()
+
+    @staticmethod
+    def of(parameter: Tensor) -> Placed:
+        """Of a plain tensor or of a DTensor sharded along dim 0 over one axis of its mesh.
+
+        Raises ValueError for any other placement.
+        """
+        shape = tuple(parameter.shape)
+        total = shape[0] if shape else 1
+        if not isinstance(parameter, DTensor):
+            return Placed(shape, Rows.whole(total))
+        placed = cast(DTensor, parameter)
+        mesh, placements = placed.device_mesh, tuple(placed.placements)
+        axes = [axis for axis, placement in enumerate(placements) if not isinstance(placement, Replicate)]
+        if not axes:
+            return Placed(shape, Rows.whole(total), None, mesh, placements)
+        if len(axes) > 1 or not (isinstance(shard := placements[axes[0]], Shard) and shard.dim == 0):
+            raise ValueError(f"a parameter lies as {placements}; optimizers know Shard(0) over one axis of the mesh")
+        rows = Rows.chunk(total, mesh.get_local_rank(axes[0]), mesh.size(axes[0]))
+        return Placed(shape, rows, mesh.get_group(axes[0]), mesh, placements)
+
+    def zeros(self, spec: StateSpec, device: torch.device) -> Tensor:
+        """A state as ``spec`` says: plain where the parameter is whole, else a DTensor of its global shape."""
+        shape = torch.Size(spec.shape)
+        if self.mesh is None or spec.placement == "whole" or not self._shares:
+            return torch.zeros(shape, dtype=spec.dtype, device=device)
+        rows = self.rows if spec.placement == "rows" else Rows.chunk(shape[0], self.rows.rank, self.rows.ranks)
+        local = torch.zeros((rows.count, *shape[1:]), dtype=spec.dtype, device=device)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+
+    @property
+    def _shares(self) -> bool:
+        return self.rows.ranks > 1
+
+    def local_shape(self, spec: StateSpec) -> tuple[int, ...]:
+        """Of this rank's part of a state."""
+        if spec.placement == "whole" or not self._shares:
+            return spec.shape
+        rows = self.rows if spec.placement == "rows" else Rows.chunk(spec.shape[0], self.rows.rank, self.rows.ranks)
+        return (rows.count, *spec.shape[1:])
+
+
+def storage_bytes(tensor: Tensor) -> int:
+    """Bytes of the storage behind this rank's part of ``tensor``: what it really keeps alive."""
+    return local_part(tensor).untyped_storage().nbytes()
