@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,8 @@ Communication = Sum | SumRows | GatherRows
 
 
 def run_together(steps: Sequence[Steps], group: dist.ProcessGroup | None) -> Iterator[tuple[int, Tensor]]:
-    """(index, update) of every step as it ends; requests for weights are answered before (``with_weight``). ``group``: the ranks that share the matrices; None: this rank answers itself.
+    """(index, update) of every step as it ends. Requests for weights are answered before (``with_weight``). ``group``: the ranks that
+    share the matrices; None: this rank answers itself.
 
     Every rank of the group must run the same steps in the same order.
     """
@@ -53,8 +54,7 @@ def answered(requests: Sequence[Communication], group: dist.ProcessGroup | None)
     if group is None:
         return [request.tensor for request in requests]
     answers: list[Tensor | None] = [None] * len(requests)
-    kinds: tuple[tuple[type, Callable[..., list[Tensor]]], ...] = ((Sum, _sums), (SumRows, _row_sums), (GatherRows, _gathered))
-    for kind, answer in kinds:
+    for kind, answer in _ANSWERS.items():
         of_kind = [i for i, request in enumerate(requests) if isinstance(request, kind)]
         for dtype in sorted({requests[i].tensor.dtype for i in of_kind}, key=str):
             some = [i for i in of_kind if requests[i].tensor.dtype == dtype]
@@ -105,3 +105,6 @@ def _padded(tensor: Tensor, ranks: int) -> Tensor:
     size = -(-tensor.shape[0] // ranks)
     missing = size * ranks - tensor.shape[0]
     return torch.cat([tensor, tensor.new_zeros((missing, *tensor.shape[1:]))]) if missing else tensor.contiguous()
+
+
+_ANSWERS: dict[type, Callable[[Any, dist.ProcessGroup], list[Tensor]]] = {Sum: _sums, SumRows: _row_sums, GatherRows: _gathered}

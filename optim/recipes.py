@@ -60,7 +60,8 @@ def _with_rest(config: OptimConfig, method: Method, storage: Storage = "fp32", e
 
 def _projected(config: OptimConfig, rank: int = 128) -> SingularProjector:
     refresh = Refresh(config.update_gap or 200)
-    return SingularProjector(config.rank or rank, refresh, config.svd or "subspace")
+    # The basis of a tall matrix is dealt to the ranks like every other state, for one message per step.
+    return SingularProjector(config.rank or rank, refresh, config.svd or "subspace", shard_basis=True)
 
 
 def _galore(storage: Storage) -> Callable[[OptimConfig], Recipe]:
