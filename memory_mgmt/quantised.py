@@ -50,7 +50,7 @@ def quantised(tensor: Tensor, kind: Quantise = "int8") -> Quantised:
     scales = rows.new_empty((len(rows), -(-width // GROUP)), dtype=scale_dtype)
     for piece, taken, scale in _pieces(rows, values, scales):
         _quantise(piece, taken, scale, limit)
-    return Quantised(values.view(tensor.shape), scales.view(*outer, -1), tensor.dtype)
+    return Quantised(values.view(tensor.shape), scales.view(*outer, -(-width // GROUP)), tensor.dtype)
 
 
 def dequantised(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,7 +58,7 @@ def dequantised(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     *outer, width = values.shape or (1,)
     rows = values.reshape(math.prod(outer), width)
     restored = rows.new_empty(rows.shape, dtype=dtype)
-    for piece, out, scale in _pieces(rows, restored, scales.reshape(len(rows), -1)):
+    for piece, out, scale in _pieces(rows, restored, scales.reshape(len(rows), -(-width // GROUP))):
         if scale.dtype == dtype:
             out.copy_(piece).mul_(scale)
         else:

@@ -13,6 +13,9 @@ GROUP = 128
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 23}
 """Elements that are worked on at once, rounded to whole rows: bounds scratch memory, and stays in the cache between passes."""
 
+_ON_SCALES = 9
+"""Operations on a chunk's scales while they are made: their bytes do not count, their launches do."""
+
 
 def packed_bytes(rows: int, width: int, itemsize: int) -> int:
     """Bytes of the values and scales of ``rows`` x ``width`` elements of ``itemsize`` bytes."""
@@ -25,7 +28,7 @@ def quantise_seconds(elements: int, itemsize: int, rates: Rates, cuda: bool) -> 
     widened = 0 if itemsize == wide else itemsize + wide
     # Largest magnitude; (widening and) scaling; rounding; narrowing.
     passes = (itemsize, itemsize + wide) if cuda else (widened, wide, wide, 2 * wide)
-    return _seconds((*passes, 2 * wide, wide + 1), elements, rates, cuda)
+    return _seconds((*passes, 2 * wide, wide + 1), elements, rates, cuda, _ON_SCALES)
 
 
 def dequantise_seconds(elements: int, itemsize: int, rates: Rates, cuda: bool) -> float:
@@ -33,9 +36,10 @@ def dequantise_seconds(elements: int, itemsize: int, rates: Rates, cuda: bool) -
     return _seconds((1 + itemsize, 2 * itemsize), elements, rates, cuda)
 
 
-def _seconds(bytes_per_element: tuple[int, ...], elements: int, rates: Rates, cuda: bool) -> float:
+def _seconds(bytes_per_element: tuple[int, ...], elements: int, rates: Rates, cuda: bool, small: int = 0) -> float:
     chunk = min(elements, CHUNK["cuda" if cuda else "cpu"])
     if not chunk:
         return 0.0
     once = sum(rates.elementwise.seconds(n * chunk) + rates.launch_seconds for n in bytes_per_element if n)
+    once += small * rates.launch_seconds
     return once * elements / chunk
