@@ -145,9 +145,7 @@ EXTENDED = {
     "groups of two blocks": config(
         model={"layers": ["full"], "n_layers": 18}, data={"seq_len": 256}, memory={"recompute": "block", "group_blocks": 2}
     ),
-    "in eight bits": config(
-        model={"layers": ["full"], "n_layers": 9}, data={"seq_len": 256}, memory={"quantise": "feed_forward", "ffn_tile_tokens": 64}
-    ),
+    "in eight bits": config(model={"layers": ["full"], "n_layers": 9}, data={"seq_len": 128}, memory={"quantise": "feed_forward"}),
     "swapped inputs": config(
         model={"layers": ["full"], "n_layers": 18}, data={"seq_len": 256}, memory={"recompute": "block", "offload": "inputs"}
     ),
