@@ -2,8 +2,8 @@
 
 One scale per group of 128 neighbouring elements of a row (last dim): the group's largest magnitude over what eight bits reach. int8
 comes back within 1/254 of the group's largest magnitude; fp8 (e4m3) within 1/16 of each value, or of the smallest that it tells from
-0. On top of that comes the rounding of the tensor's own dtype. A group with an infinity or a NaN comes back as NaN. The same input
-gives the same bits.
+0. On top of that comes the rounding of the tensor's own dtype. Of a group with an infinity or a NaN nothing finite comes back. The same
+input gives the same bits.
 """
 
 from __future__ import annotations
@@ -70,16 +70,14 @@ def _quantise(piece: Tensor, values: Tensor, scale: Tensor, limit: float) -> Non
     """Groups [r, g, n] into ``values`` of that shape and ``scale`` [r, g, 1]."""
     wide = torch.promote_types(piece.dtype, torch.float32)
     if piece.is_cuda:  # promotes inside its kernels
-        largest = torch.linalg.vector_norm(piece, math.inf, dim=-1, keepdim=True)
+        found = torch.linalg.vector_norm(piece, math.inf, dim=-1, keepdim=True, dtype=wide)
     else:  # a norm would take ten times as long, and mixed dtypes would be copied unseen
         piece = piece.to(wide)
-        largest = torch.maximum(piece.amax(-1, keepdim=True), piece.amin(-1, keepdim=True).neg_())
-    found = largest.to(wide) / limit
-    # Below the normal numbers a scale has no inverse: such a group becomes 0. An infinite one is told from all finite ones as NaN.
-    found = torch.where(found < torch.finfo(wide).tiny, 1.0, torch.where(found == math.inf, math.nan, found))
-    scale.copy_(found)
-    scaled = piece * scale.to(wide).reciprocal()
-    # What the cast makes of a NaN does not matter: the scale carries it.
+        found = torch.maximum(piece.amax(-1, keepdim=True), piece.amin(-1, keepdim=True).neg_())
+    # Below the normal numbers a scale has no inverse.
+    scale.copy_(found.div_(limit).clamp_min_(torch.finfo(wide).tiny))
+    scaled = piece * torch.reciprocal(scale.to(wide))
+    # What the cast makes of a NaN does not matter: the scale is infinite or NaN too.
     values.copy_(scaled.round_() if values.dtype == torch.int8 else scaled)
 
 
