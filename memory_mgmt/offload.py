@@ -148,8 +148,7 @@ class HostStore:
             if quantise is None:
                 return Parked(self, layout, mode, compact, self._stored(tensor, layout, slot, mode))
             parts = []
-            packed = quantised(tensor.as_strided(layout.packed_size, layout.stride, tensor.storage_offset()), quantise)
-            for part in (packed.values, packed.scales):
+            for part in quantised(tensor.as_strided(layout.packed_size, layout.stride, tensor.storage_offset()), quantise)[:2]:
                 own = layout_of(part)
                 parts.append(Parked(self, own, mode, False, self._stored(part, own, slot, mode)))
             return Parked(self, layout, mode, compact, (parts[0], parts[1]))

@@ -1,7 +1,7 @@
 """The choice as a linear program: shares per layer and class, the times of three queues, memory at every position.
 
-Variables per layer: swapped, recomputed and quantised share of each class (kept is the rest); end of forward f, of the copy out d, of the copy
-back h, of backward b. Minimised: the end of backward. Times enter as ``later >= earlier + duration`` only, so the least solution is
+Variables per layer: swapped, recomputed and quantised share of each class (kept is the rest); end of forward f, of the copy out d, of
+the copy back h, of backward b. Minimised: the end of backward. Times enter as ``later >= earlier + duration`` only, so the least solution is
 the schedule itself. Integers: which loss tile, and whole-or-nothing recomputation. Imports no torch.
 """
 

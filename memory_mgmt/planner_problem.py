@@ -3,10 +3,12 @@
 The step that is modelled (the execution follows it, ``planner_simulate.py`` walks it, ``planner_lp.py`` writes it as rows):
 
 - Forward of layer i makes all its activations. Then the recomputed shares are dropped, the swapped shares start their copy to host
-  memory, the quantised shares are copied into eight bits, the kept shares stay. Two rounding buffers: forward of layer i waits until the copies of layer i-2 are done.
+  memory, the quantised shares are copied into eight bits, the kept shares stay. Two rounding buffers: forward of layer i waits
+  until the copies of layer i-2 are done.
 - Backward of layer i starts when backward of i+1 has ended; at that moment the copy back of layer i-1 is started (one layer ahead).
   It waits for its own swapped shares, recomputes what is missing (the whole block in order, so that every class finds what it
-  is made of) and makes the quantised shares wide again, then goes through feed-forward, mixer and entrance (norm and projections), each dropping its class.
+  is made of) and makes the quantised shares wide again, then goes through feed-forward, mixer and entrance (norm and
+  projections), each dropping its class.
 - Copies out, copies in and computation are three queues; each is served in order.
 """
 

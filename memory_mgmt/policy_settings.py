@@ -16,7 +16,8 @@ def policy_of(config: MemoryConfig, layers: int | Sequence[LayerKind]) -> Policy
     """The policy that plain settings stand for. ``layers``: their kinds, or how many attention layers.
 
     ``ffn_tile_tokens`` recomputes the feed-forward in tiles and ``memory_tile_tokens`` the inside of memory layers, whatever
-    ``recompute`` says; with ``quantise`` those tiles are kept in eight bits instead. Raises ValueError for ``recompute: auto``, which only a planner can answer.
+    ``recompute`` says; with ``quantise`` the feed-forward's tiles are kept in eight bits instead. Raises ValueError for
+    ``recompute: auto``, which only a planner can answer.
     """
     if config.recompute == "auto":
         raise ValueError("memory.recompute auto is decided by the planner; apply its policy instead")

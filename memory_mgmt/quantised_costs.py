@@ -11,7 +11,7 @@ from memory_mgmt.cost_rates import Rates
 GROUP = 128
 """Neighbouring elements of a row that share one scale; the last group of a row may be smaller."""
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
-"""Elements that are worked on at once, rounded to whole rows: bounds scratch memory, and stays in the cache between passes."""
+"""Elements that are worked on at once, rounded to whole rows: bounds scratch memory, and on a CPU stays in the cache between passes."""
 
 _ON_SCALES = 6
 """Operations on a chunk's scales while they are made: their bytes do not count, their launches do."""

@@ -74,9 +74,7 @@ def without_eight_bits(problem: Problem) -> Problem:
     """The same problem where they are not allowed."""
 
     def plain(layer: LayerCost) -> LayerCost:
-        return replace(
-            layer, feed_forward=replace(layer.feed_forward, quantised_bytes=None, quantise_seconds=0.0, dequantise_seconds=0.0)
-        )
+        return replace(layer, feed_forward=replace(layer.feed_forward, quantised_bytes=None, quantise_seconds=0.0, dequantise_seconds=0.0))
 
     return replace(problem, layers=tuple(plain(layer) for layer in problem.layers))
 
