@@ -1,8 +1,8 @@
 """The choice as a linear program: shares per layer and class, the times of three queues, memory at every position.
 
-Variables per layer: swapped, recomputed and quantised share of each class (kept is the rest); end of forward f, of the copy out d, of
-the copy back h, of backward b. Minimised: the end of backward. Times enter as ``later >= earlier + duration`` only, so the least solution is
-the schedule itself. Integers: which loss tile, and whole-or-nothing recomputation. Imports no torch.
+Variables per layer: swapped, recomputed and quantised share of each class (kept is the rest); end of forward f, of the copy out
+d, of the copy back h, of backward b. Minimised: the end of backward. Times enter as ``later >= earlier + duration`` only, so the
+least solution is the schedule itself. Integers: which loss tile, and whole-or-nothing recomputation. Imports no torch.
 """
 
 from __future__ import annotations
