@@ -63,7 +63,8 @@ def memory_options(
         options.append(({"memory_tile_tokens": tile}, f"about {share:.0%} more compute"))
     if memory.recompute != "block":
         head_share = 2 * vocab_size * model.d_model / flops_per_token  # the head is not inside a block
-        # Nothing is left to keep in eight bits then.
-        instead: dict[str, int | str] = {"recompute": "block"} | ({"quantise": "none"} if memory.quantise != "none" else {})
+        instead: dict[str, int | str] = {"recompute": "block"}
+        if memory.quantise != "none":  # nothing is left to keep in eight bits then
+            instead["quantise"] = "none"
         options.append((instead, f"about {1 / 3 - head_share:.0%} more compute"))
     return options

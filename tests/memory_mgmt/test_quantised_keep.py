@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from memory_mgmt.apply import apply_policy
+from memory_mgmt.changes import memory_options
 from memory_mgmt.config import MemoryConfig
 from memory_mgmt.offload import HostStore
 from memory_mgmt.policy import KEEP, KEEP_ALL, QUANTISE, RECOMPUTE, SWAP, LayerPolicy, Policy, Split
@@ -125,6 +126,13 @@ def test_settings_that_leave_nothing_to_quantise_are_refused(other):
     with pytest.raises(ValidationError, match="nothing to keep in eight bits.*quantise none"):
         MemoryConfig(quantise="feed_forward", **other)
     MemoryConfig(quantise="feed_forward", **{**other, "recompute": "auto"})
+
+
+def test_changes_that_would_be_refused_are_not_suggested():
+    memory = MemoryConfig(quantise="feed_forward")
+    options = memory_options(ModelConfig(), memory, seq_len=65536, cp=1, vocab_size=320)
+    assert ({"recompute": "block", "quantise": "none"}) in [settings for settings, _ in options]
+    assert all(MemoryConfig.model_validate({**memory.model_dump(), **settings}) for settings, _ in options)
 
 
 @pytest.mark.parametrize("name", ["input", "projections", "mixer"])
