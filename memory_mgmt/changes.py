@@ -55,12 +55,16 @@ def memory_options(
     tile = max(256, min(2048, local_tokens // 16))
     if not memory.ffn_tile_tokens and tile < local_tokens:
         share = 2 * ffn_parameters(model) * len(model.layer_kinds) / flops_per_token
-        options.append(({"ffn_tile_tokens": tile}, f"about {share:.0%} more compute"))
+        in_eight_bits = memory.quantise != "none"  # then tiles are not computed again
+        options.append(({"ffn_tile_tokens": tile}, "the same work in tiles" if in_eight_bits else f"about {share:.0%} more compute"))
     if not memory.memory_tile_tokens and tile < local_tokens and "memory" in model.layer_kinds:
         per_layer = memory_matmul_parameters(model) + memory_other_parameters(model)
         share = 2 * per_layer * model.layer_kinds.count("memory") / flops_per_token
         options.append(({"memory_tile_tokens": tile}, f"about {share:.0%} more compute"))
     if memory.recompute != "block":
         head_share = 2 * vocab_size * model.d_model / flops_per_token  # the head is not inside a block
-        options.append(({"recompute": "block"}, f"about {1 / 3 - head_share:.0%} more compute"))
+        instead: dict[str, int | str] = {"recompute": "block"}
+        if memory.quantise != "none":  # nothing is left to keep in eight bits then
+            instead["quantise"] = "none"
+        options.append((instead, f"about {1 / 3 - head_share:.0%} more compute"))
     return options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.config import PositiveInt, Section
 
@@ -24,6 +24,10 @@ class MemoryConfig(Section):
     offload: Literal["none", "inputs", "kept"] = "none"
     """What waits in host memory between forward and backward. inputs: block inputs. kept: everything that is not recomputed.
     With recompute auto: none forbids swapping, else the planner decides."""
+    quantise: Literal["none", "feed_forward"] = "none"
+    """What may be kept in eight bits between forward and backward, which changes gradients a little (the loss of a step not at all).
+    feed_forward: the feed-forward's gate, up and the stream before them. With recompute auto the planner decides what share; else all of
+    them are, in tiles of ffn_tile_tokens where that is set (and then none of it is recomputed)."""
     host_gib: float | None = Field(default=None, gt=0)
     """Host memory that the ranks of one node may take together for offload, in GiB. null: four fifths of the machine's."""
     offload_dir: str | None = None
@@ -38,3 +42,18 @@ class MemoryConfig(Section):
     """Serve the tensors of a training step from one region at planned addresses (memory_mgmt/arena.py)."""
     replan_on_oom: bool = False
     """After running out of memory: plan again with the measured peak and go on from the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _check_quantise(self) -> MemoryConfig:
+        if self.quantise != "none":
+            if self.recompute in ("mixer", "block"):
+                raise ValueError(
+                    f"quantise {self.quantise} has nothing to keep in eight bits: recompute {self.recompute} computes the feed-forward "
+                    "again; use recompute none or auto, or quantise none"
+                )
+            if self.offload == "kept" and self.recompute == "none":
+                raise ValueError(
+                    f"quantise {self.quantise} has nothing to keep in eight bits: offload kept takes it to host memory as it is; "
+                    "use offload none or inputs, recompute auto, or quantise none"
+                )
+        return self

@@ -22,6 +22,7 @@ from torch import Tensor
 from memory_mgmt.mixer_saving import AttentionSaving, MemorySaving, Saving
 from memory_mgmt.pieces import Held, Parked, Parking, Store, alike, assemble, spans
 from memory_mgmt.policy import LayerPolicy
+from memory_mgmt.quantised import Quantised, quantised
 from memory_mgmt.tiles import GradientSums, RopeTable, TokenWise, check_known
 from models.attention import Attention
 from models.batch import Bounds
@@ -125,9 +126,9 @@ class Pass:
         self.split = {
             name: self.run.policy.of(name).tokens(self.n_tokens, self.run.tile_tokens) for name in ("projections", "feed_forward")
         }
-        swapped, kept, _ = self.run.policy.input.tokens(self.n_tokens, self.run.tile_tokens)
-        self.input_cut = swapped
-        self.x = Held(x_BTC, 1, swapped, kept, self.parking, "input")
+        split = self.run.policy.input.tokens(self.n_tokens, self.run.tile_tokens)
+        self.input_cut = split.swapped
+        self.x = Held(x_BTC, 1, split.swapped, split.kept, self.parking, "input")
         # The pass of the layer below, so that its tensors come back while this layer's backward runs.
         before = self.bounds._cache.get(_LAST_PASS)
         self.below = before if self.run.index > 0 else None
@@ -187,6 +188,25 @@ class _InHost(NamedTuple):
 
     parked: list[Parked]
 
+    def tensors(self) -> list[Tensor]:
+        """They, on the device again."""
+        return [parked.fetch() for parked in self.parked]
+
+
+class _InEightBits(NamedTuple):
+    """The same, on the device up to rounding."""
+
+    packed: list[Quantised]
+
+    @staticmethod
+    def of(tensors: list[Tensor]) -> _InEightBits:
+        """Takes ``tensors`` out of their list one after another, so that each can be freed once its copy is made."""
+        return _InEightBits([quantised(tensors.pop(0)) for _ in range(len(tensors))])
+
+    def tensors(self) -> list[Tensor]:
+        """They, near enough; the copies are gone then."""
+        return [self.packed.pop(0).restored() for _ in range(len(self.packed))]
+
 
 class _Enter(torch.autograd.Function):
     @staticmethod
@@ -244,8 +264,8 @@ class _Leave(torch.autograd.Function):
                 assert mixed_now is not None
                 with again():
                     middle = parts.middle(one.x.part(a, b), mixed_now, weights)
-            elif isinstance(middle, _InHost):
-                middle = [parked.fetch() for parked in middle.parked]
+            elif not isinstance(middle, list):
+                middle = middle.tensors()
             return parts.leave_backward(grads[0].narrow(1, a, b - a), middle, mixed_now, weights, sums)
 
         with torch.autocast(grads[0].device.type, enabled=False):
@@ -260,28 +280,30 @@ def _enter(one: Pass, x_BTC: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _leave(one: Pass, x_BTC: Tensor, mixed: Tensor, weights: Sequence[Tensor], middles: dict | None) -> Tensor:
-    """y_BTC. ``middles`` takes, by range, what is kept or parked of it; None saves nothing."""
+    """y_BTC. ``middles`` takes, by range, what is kept (as it is or in eight bits) or parked of it; None saves nothing."""
     parts, dim = one.parts, one.parts.mixer_dim
     narrow = parts.narrow(weights)
     y_BTC = torch.empty_like(x_BTC)
-    last = 0 if middles is None else sum(one.split["feed_forward"][:2])  # first token of which nothing is held
-    for a, b in turns(one.ranges(() if middles is None else _leave_cuts(one)), x_BTC, alike(lambda a, b: b <= last)):
+    held = 0 if middles is None else one.split["feed_forward"].held
+    for a, b in turns(one.ranges(() if middles is None else _leave_cuts(one)), x_BTC, alike(lambda a, b: b <= held)):
         middle = parts.middle(x_BTC[:, a:b], mixed.narrow(dim, a, b - a), narrow)
         parts.leave(middle, narrow, y_BTC[:, a:b])
         if middles is None:
             continue
-        swapped, kept, _ = one.split["feed_forward"]
-        if b <= swapped:
+        split = one.split["feed_forward"]
+        if b <= split.swapped:
             parked = [one.parking.park(tensor, ("feed_forward", a, i)) for i, tensor in enumerate(middle)]
             middles[a, b] = _InHost(parked)
-        elif b <= swapped + kept:
+        elif b <= split.swapped + split.kept:
             middles[a, b] = middle
+        elif b <= split.held:
+            middles[a, b] = _InEightBits.of(middle)
     return y_BTC
 
 
-def _leave_cuts(one: Pass) -> tuple[int, int, int]:
-    swapped, kept, _ = one.split["feed_forward"]
-    return swapped, swapped + kept, one.input_cut
+def _leave_cuts(one: Pass) -> tuple[int, ...]:
+    split = one.split["feed_forward"]
+    return split.swapped, split.swapped + split.kept, split.held, one.input_cut
 
 
 def _rows(table: RopeTable | None, start: int, end: int) -> RopeTable | None:

@@ -63,8 +63,8 @@ class _Group(torch.autograd.Function):
         # The group below, so that its input comes back while this group's backward runs.
         ctx.below = bounds._cache.get(_LAST_GROUP) if first else None
         bounds._cache[_LAST_GROUP] = weakref.ref(ctx.parking)
-        swapped, kept, _recomputed = run.inputs[first].tokens(x_BTC.shape[1], 0)
-        ctx.x = Held(x_BTC, 1, swapped, kept, ctx.parking, "input")
+        split = run.inputs[first].tokens(x_BTC.shape[1], 0)
+        ctx.x = Held(x_BTC, 1, split.swapped, split.kept, ctx.parking, "input")
         y_BTC = run_in_order(blocks, x_BTC, positions_BT, bounds)
         ctx.x.trim()
         return y_BTC

@@ -51,10 +51,10 @@ class AttentionSaving:
     def __init__(self, one: Pass) -> None:
         self._pass = one
         self._mixer = one.run.block.mixer
-        swapped, kept, recomputed = one.run.policy.mixer.tokens(one.n_tokens, one.run.tile_tokens)
+        split = one.run.policy.mixer.tokens(one.n_tokens, one.run.tile_tokens)
         # Attention cannot be run for the last tokens only: then all of it runs again, and nothing need be held.
-        self._again = recomputed > 0
-        self._swapped, self._kept = swapped, kept
+        self._again = split.recomputed > 0
+        self._swapped, self._kept = split.swapped, split.kept
         self._saved: list[Tensor] = []
         self._names: list[str] = []
         self._held: dict[str, Held] = {}
@@ -80,9 +80,9 @@ class AttentionSaving:
         self._uses = Counter(self._names)
         tensors = known | dict(zip(self._names, self._saved, strict=True))
         self._saved.clear()
-        swapped, kept, _ = self._pass.split["projections"]
+        split = self._pass.split["projections"]
         for name in ("q", "k", "v"):
-            self._held[name] = self._hold(name, tensors.pop(name), swapped, kept)
+            self._held[name] = self._hold(name, tensors.pop(name), split.swapped, split.kept)
             self._held[name].trim()
         if not self._again:
             for name, tensor in tensors.items():
@@ -188,13 +188,12 @@ class MemorySaving:
         if not tile and max(split.keep, split.swap, split.recompute) < 1:
             tile = -(-n // 8)
         self._tile_tokens = tile
-        self._swapped, kept, _ = split.tokens(n, tile)
-        self._recomputed_from = self._swapped + kept
-        self._output_wanted = one.split["feed_forward"][2] > 0
-        output_swapped, _, output_recomputed = one.split["projections"]
+        tokens, output = split.tokens(n, tile), one.split["projections"]
+        self._swapped, self._recomputed_from = tokens.swapped, tokens.held
+        self._output_wanted = one.split["feed_forward"].recomputed > 0
         recomputed = self._recomputed_from == 0
-        self._run_again = recomputed and self._output_wanted and output_recomputed > 0 and not one.run.keep_rng
-        self._output_swapped = output_swapped if recomputed else self._swapped
+        self._run_again = recomputed and self._output_wanted and output.recomputed > 0 and not one.run.keep_rng
+        self._output_swapped = output.swapped if recomputed else self._swapped
         self._park_now, self._count = False, 0
         self._output: Held | None = None
         self.again: tuple[Tensor, Tensor] | None = None

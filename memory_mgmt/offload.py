@@ -30,9 +30,9 @@ from memory_mgmt.host_memory import HostMemory
 from memory_mgmt.offload_copies import Copies, CudaCopies, PlainCopies
 from memory_mgmt.offload_entries import Entry, Episode, living
 from memory_mgmt.offload_layout import Layout, fake_mode_of, flat_bytes, from_parameter, layout_of, restored, why_not
-from memory_mgmt.offload_quantised import Quantise, dequantised, quantised
 from memory_mgmt.offload_residence import Residence
 from memory_mgmt.offload_return import WayBack
+from memory_mgmt.quantised import Quantise, dequantised, quantised
 
 
 class Copied(NamedTuple):
@@ -134,7 +134,7 @@ class HostStore:
         """Start the copy to host memory; the caller may drop the tensor at once, and must not write to it.
 
         ``compact``: a tensor with holes (a slice) comes back contiguous instead of with its old strides. ``quantise``: eight bits
-        per element, inexact (offload_quantised.py). Raises ValueError for a parameter, another device or a tensor that is no plain
+        per element, inexact (quantised.py). Raises ValueError for a parameter, another device or a tensor that is no plain
         strided one, UserError when the host budget is exceeded, RuntimeError when the store is closed.
         """
         if reason := self.why_not(tensor):
@@ -148,7 +148,7 @@ class HostStore:
             if quantise is None:
                 return Parked(self, layout, mode, compact, self._stored(tensor, layout, slot, mode))
             parts = []
-            for part in quantised(tensor.as_strided(layout.packed_size, layout.stride, tensor.storage_offset()), quantise):
+            for part in quantised(tensor.as_strided(layout.packed_size, layout.stride, tensor.storage_offset()), quantise)[:2]:
                 own = layout_of(part)
                 parts.append(Parked(self, own, mode, False, self._stored(part, own, slot, mode)))
             return Parked(self, layout, mode, compact, (parts[0], parts[1]))

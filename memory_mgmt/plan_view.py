@@ -33,6 +33,8 @@ COLORS = {
 """One color per kind of a plan's terms; the memory timeline uses the same for the kinds that both know."""
 
 HEADER = ("what one rank holds", "kind", "at the peak", "share", "how it is computed")
+_SHARES = {"swap": "swap", "keep": "keep", "quantise": "eight bits", "recompute": "recompute"}
+"""Shares of a split in the order of the tokens, and what people read."""
 _NEGLIGIBLE = 0.005
 _LABEL_WIDTH = 16
 
@@ -148,7 +150,7 @@ def policy_lines(policy: Policy) -> list[str]:
 
 def split_text(split: Split) -> str:
     """``keep``, or ``keep 40 % recompute 60 %`` where several shares are above half a percent."""
-    shares = {name: getattr(split, name) for name in ("swap", "keep", "recompute") if getattr(split, name) >= _NEGLIGIBLE}
+    shares = {words: getattr(split, name) for name, words in _SHARES.items() if getattr(split, name) >= _NEGLIGIBLE}
     return next(iter(shares)) if len(shares) == 1 else " ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
 
 

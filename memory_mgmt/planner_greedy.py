@@ -1,5 +1,6 @@
 """The choice by seconds per byte freed, without a solver: what is dear to recompute is swapped as long as copies are hidden, what is
-cheap is recomputed, and copies that are not hidden are paid for only where recomputing costs more. Imports no torch.
+cheap is recomputed or, where that is allowed, kept in eight bits, and copies that are not hidden are paid for only where those cost more.
+Imports no torch.
 
 Layers that are alike get the same shares. How many bytes must go is found by trying: the simulated excess is added to the need until
 nothing exceeds.
@@ -28,13 +29,18 @@ class _Item:
     """To recompute; infinite where that is not allowed."""
     may_swap: bool
     whole: bool
+    packed: float = 1.0
+    """Bytes of an eight-bit copy per byte; at least 1 where none is allowed."""
+    packing_seconds: float = math.inf
+    """To make and to read the copy, per byte that it frees."""
     swap: float = 0.0
     recompute: float = 0.0
+    quantise: float = 0.0
 
     @property
     def left(self) -> float:
-        """Bytes still kept."""
-        return self.bytes - self.swap - self.recompute
+        """Bytes still kept as they are."""
+        return self.bytes - self.swap - self.recompute - self.quantise
 
 
 @dataclass
@@ -113,6 +119,9 @@ def _items(runs: list[_Run]) -> list[_Item]:
             allowed = cost.may_recompute and name != "input"
             price = cost.recompute_seconds / cost.bytes if allowed and not run.spared else math.inf
             item = _Item(r, name, cost.bytes * len(run.layers), price, cost.may_swap and run.swappable, cost.whole_recompute)
+            if cost.quantised_bytes is not None and cost.quantised_bytes < cost.bytes and not run.spared:
+                item.packed = cost.quantised_bytes / cost.bytes
+                item.packing_seconds = (cost.quantise_seconds + cost.dequantise_seconds) / (cost.bytes - cost.quantised_bytes)
             if not cost.may_keep:
                 item.recompute = item.bytes
             items.append(item)
@@ -120,7 +129,7 @@ def _items(runs: list[_Run]) -> list[_Item]:
 
 
 def _free(problem: Problem, runs: list[_Run], items: list[_Item], need: float) -> float:
-    """Swap and recompute until ``need`` bytes are freed; the bytes that could not be."""
+    """Swap, recompute and pack into eight bits until ``need`` bytes are freed; the bytes that could not be."""
     hidden = [run.hidden for run in runs]
     host = problem.host_bytes / problem.swap_ratio
 
@@ -137,19 +146,31 @@ def _free(problem: Problem, runs: list[_Run], items: list[_Item], need: float) -
         take = min(item.left, need)
         item.recompute += take
         need -= take
+        if item.packed < 1.0:  # what was packed before can still go altogether
+            take = min(item.quantise, need / item.packed)
+            item.quantise -= take
+            item.recompute += take
+            need -= take * item.packed
+
+    def pack(item: _Item) -> None:
+        nonlocal need
+        take = min(item.left, need / (1 - item.packed))
+        item.quantise += take
+        need -= take * (1 - item.packed)
 
     dear = sorted((item for item in items if item.may_swap), key=lambda item: -item.seconds_per_byte)
     for item in dear:
         swap(item, max(0.0, hidden[item.run]))
     waited = problem.swap_ratio * (1 / problem.bandwidth_out + 1 / problem.bandwidth_in)
-    cheap = sorted((item for item in items if item.seconds_per_byte < math.inf), key=lambda item: item.seconds_per_byte)
-    for item in cheap:
-        if item.seconds_per_byte <= waited:
-            recompute(item)
+    ways = [(item.seconds_per_byte, recompute, item) for item in items] + [(item.packing_seconds, pack, item) for item in items]
+    cheap = sorted((way for way in ways if way[0] < math.inf), key=lambda way: way[0])
+    for price, free, item in cheap:
+        if price <= waited:
+            free(item)
     for item in dear:
         swap(item, math.inf)
-    for item in cheap:
-        recompute(item)
+    for _, free, item in cheap:
+        free(item)
     return max(0.0, need)
 
 
@@ -164,10 +185,12 @@ def _policy(problem: Problem, runs: list[_Run], items: list[_Item], tile: LossTi
 
 def _split(item: _Item, place: int, count: int) -> Split:
     """The split of one layer of a run; what is recomputed whole is so in the first layers, whose bytes are held longest."""
-    swap, recompute = item.swap / item.bytes, item.recompute / item.bytes
+    swap, recompute, quantise = item.swap / item.bytes, item.recompute / item.bytes, item.quantise / item.bytes
     if item.whole and recompute > 0:
         n_whole = math.ceil(recompute * count - 1e-9)
         if place < n_whole:
             return Split(0.0, 0.0, 1.0)
-        swap, recompute = min(1.0, swap * count / (count - n_whole)), 0.0
-    return Split(max(0.0, 1.0 - swap - recompute), swap, recompute)
+        others = count / (count - n_whole)
+        swap, recompute = min(1.0, swap * others), 0.0
+        quantise = min(1.0 - swap, quantise * others)
+    return Split(max(0.0, 1.0 - swap - recompute - quantise), swap, recompute, quantise)

@@ -1,8 +1,8 @@
 """The choice as a linear program: shares per layer and class, the times of three queues, memory at every position.
 
-Variables per layer: swapped and recomputed share of each class (kept is the rest); end of forward f, of the copy out d, of the copy
-back h, of backward b. Minimised: the end of backward. Times enter as ``later >= earlier + duration`` only, so the least solution is
-the schedule itself. Integers: which loss tile, and whole-or-nothing recomputation. Imports no torch.
+Variables per layer: swapped, recomputed and quantised share of each class (kept is the rest); end of forward f, of the copy out
+d, of the copy back h, of backward b. Minimised: the end of backward. Times enter as ``later >= earlier + duration`` only, so the
+least solution is the schedule itself. Integers: which loss tile, and whole-or-nothing recomputation. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 import pulp
 
 from memory_mgmt.planner_problem import LayerCost, Problem
-from memory_mgmt.policy import CLASSES, ActivationClass, LayerPolicy, Split
+from memory_mgmt.planner_solver import run_solver, split_of, value_of
+from memory_mgmt.policy import CLASSES, ActivationClass, LayerPolicy
 
-_ROUND = 1e-7
-"""Shares closer to 0 or 1 than this are meant to be 0 or 1."""
 _TIE_BREAK = 1e-7
-"""Of the step per step's worth of copies: among equal solutions the one that copies less."""
+"""Of the step per step's worth of copies: among equal solutions the one that copies less, and keeps less in eight bits."""
 
 _INTEGER_GAP = 1e-4
 """Share of the objective that a choice of integers may be worse than the best."""
@@ -54,6 +53,11 @@ class _Shares:
 
     swap: dict[str, pulp.LpVariable] = field(default_factory=dict)
     recompute: dict[str, pulp.LpVariable] = field(default_factory=dict)
+    quantise: dict[str, pulp.LpVariable] = field(default_factory=dict)
+
+    def not_kept(self, name: ActivationClass) -> list[pulp.LpVariable]:
+        """The shares of a class that are not simply kept."""
+        return [part[name] for part in (self.swap, self.recompute, self.quantise) if name in part]
 
 
 class Program:
@@ -113,7 +117,9 @@ class Program:
                 made.swap[name] = self._variable(f"s_{i}_{name}")
             if cost.may_recompute and name != "input":
                 made.recompute[name] = self._variable(f"r_{i}_{name}", integer=cost.whole_recompute)
-            parts = [(1.0, part[name]) for part in (made.swap, made.recompute) if name in part]
+            if cost.quantised_bytes is not None:
+                made.quantise[name] = self._variable(f"q_{i}_{name}")
+            parts = [(1.0, variable) for variable in made.not_kept(name)]
             if not cost.may_keep:
                 self._row(f"all_{i}_{name}", parts, "==", 1.0)
             elif len(parts) > 1:
@@ -138,6 +144,11 @@ class Program:
         layer = self.problem.layers[i]
         return [(layer.of(name).bytes / per, s) for name, s in self.shares[i].swap.items()]  # type: ignore[arg-type]
 
+    def _quantise_terms(self, i: int, part: str) -> list[Term]:
+        """Time of ``quantise`` or ``dequantise`` of layer i."""
+        layer, shares = self.problem.layers[i], self.shares[i].quantise
+        return [(getattr(layer.of(name), f"{part}_seconds") / self.second, q) for name, q in shares.items()]  # type: ignore[arg-type]
+
     def _own(self, i: int, names: Sequence[ActivationClass]) -> tuple[float, list[Term]]:
         """What is there of a layer's classes during its own forward or backward: all, less what exists in tiles only."""
         layer = self.problem.layers[i]
@@ -147,6 +158,9 @@ class Program:
             cost = layer.of(name)
             if cost.tiled_bytes is not None and name in self.shares[i].recompute:
                 terms.append((-(cost.bytes - cost.tiled_bytes) / self.byte, self.shares[i].recompute[name]))
+            if cost.tiled_bytes is not None and cost.quantised_bytes is not None:
+                there = cost.tiled_bytes + cost.quantised_bytes
+                terms.append((-(cost.bytes - there) / self.byte, self.shares[i].quantise[name]))
         return whole, terms
 
     def _limit(self, name: str, moment: str, terms: Sequence[Term], fixed_bytes: float) -> None:
@@ -196,8 +210,9 @@ class Program:
         kept = self._variable(f"kept_{i}", None)
         terms: list[Term] = [(1.0, kept), *((-factor, variable) for factor, variable in before)]
         for name in CLASSES:
-            size = layer.of(name).bytes / self.byte
-            terms += [(size, part[name]) for part in (shares.swap, shares.recompute) if name in part]
+            size, packed = layer.of(name).bytes / self.byte, (layer.of(name).quantised_bytes or 0) / self.byte
+            terms += [(size, variable) for variable in shares.not_kept(name)]
+            terms += [(-packed, shares.quantise[name])] if name in shares.quantise else []
         self._row(f"keep_{i}", terms, "==", sum(layer.of(name).bytes for name in CLASSES) / self.byte)
         return [(1.0, kept)]
 
@@ -220,15 +235,15 @@ class Program:
         out = [self._variable(f"d_{i}", None) for i in range(n)]
         loss = self._variable("l", None)
         for i, layer in enumerate(problem.layers):
-            duration = layer.forward_seconds / second
+            duration, work = layer.forward_seconds / second, self._quantise_terms(i, "quantise")
             before = forward[i - 1] if i else None
             if not problem.overlap:
                 self.copy_rows[f"f_{i}_after"] = (i, problem.bandwidth_out)
-                self._after(f"f_{i}_after", forward[i], before, self._copy_terms(i, problem.bandwidth_out), duration)
+                self._after(f"f_{i}_after", forward[i], before, [*work, *self._copy_terms(i, problem.bandwidth_out)], duration)
                 continue
-            self._after(f"f_{i}_after", forward[i], before, [], duration)
+            self._after(f"f_{i}_after", forward[i], before, work, duration)
             if i > 1 and self.shares[i - 2].swap:
-                self._after(f"f_{i}_buffer", forward[i], out[i - 2], [], duration)
+                self._after(f"f_{i}_buffer", forward[i], out[i - 2], work, duration)
             self._copy(f"d_{i}_ready", i, out[i], forward[i], problem.bandwidth_out)
             if i:
                 self._copy(f"d_{i}_queue", i, out[i], out[i - 1], problem.bandwidth_out)
@@ -245,6 +260,7 @@ class Program:
         for i in reversed(range(n)):
             layer = self.problem.layers[i]
             work = [(layer.of(name).recompute_seconds / second, r) for name, r in self.shares[i].recompute.items()]  # type: ignore[arg-type]
+            work += self._quantise_terms(i, "dequantise")
             duration = (layer.backward_seconds + layer.tile_seconds) / second
             before = end[i + 1] if i + 1 < n else loss
             if not self.problem.overlap:
@@ -265,6 +281,8 @@ class Program:
     def _objective(self) -> None:
         per = self.problem.bandwidth_out * self.second / _TIE_BREAK
         copies = [term for i in range(self.n) for term in self._swap_terms(i, per)]
+        for layer, shares in zip(self.problem.layers, self.shares, strict=True):
+            copies += [(layer.of(name).bytes / per, q) for name, q in shares.quantise.items()]  # type: ignore[arg-type]
         merged: dict[pulp.LpVariable, float] = {}
         for factor, variable in copies:
             merged[variable] = merged.get(variable, 0.0) + factor
@@ -286,7 +304,7 @@ class Program:
 
     def _seconds(self) -> float:
         """Of the step in the present solution."""
-        return _value(self.end) * self.second + self.problem.fixed_seconds
+        return value_of(self.end) * self.second + self.problem.fixed_seconds
 
     def _settle_integers(self, deadline: float, like: Solution | None, cutoff: float) -> bool:
         """Fix every integer variable at a good value; False when there is none, or when even fractions reach ``cutoff``."""
@@ -296,18 +314,18 @@ class Program:
         left = max(0.1, (deadline - time.monotonic()) / 3)
         if run_solver(self.program, left, relaxed=True) is None or self._seconds() >= cutoff:
             return False
-        bound = _value(self.program.objective)
+        bound = value_of(self.program.objective)
         whole = self._whole_values()
         if len(whole) < len(self.integers):
             # Most layers come out whole in the relaxation: settling the others is nearly always as good as the full search.
             self._fix(whole)
             quick = run_solver(self.program, left, relative_gap=_INTEGER_GAP)
-            found = _value(self.program.objective) if quick else math.inf
+            found = value_of(self.program.objective) if quick else math.inf
             values = self._whole_values() if quick else {}
             if found > bound + abs(bound) * _INTEGER_GAP:
                 self._release()
                 searched = run_solver(self.program, left, relative_gap=_INTEGER_GAP)
-                if searched and _value(self.program.objective) < found:
+                if searched and value_of(self.program.objective) < found:
                     values = self._whole_values()
             if not values:
                 return False
@@ -317,7 +335,7 @@ class Program:
 
     def _whole_values(self) -> dict[str, float]:
         """The integer variables that are whole in the present solution."""
-        values = {variable.name: _value(variable) for variable in self.integers}
+        values = {variable.name: value_of(variable) for variable in self.integers}
         return {name: float(round(value)) for name, value in values.items() if abs(value - round(value)) < 1e-6}
 
     def _integers_of(self, solution: Solution) -> dict[str, float]:
@@ -344,14 +362,14 @@ class Program:
         link = 0.0
         for name, (i, bandwidth) in self.copy_rows.items():
             if name in rows:
-                swapped = sum(factor * _value(variable) for factor, variable in self._swap_terms(i, 1.0 / problem.swap_ratio))
+                swapped = sum(factor * value_of(variable) for factor, variable in self._swap_terms(i, 1.0 / problem.swap_ratio))
                 link += (rows[name].pi or 0.0) * swapped / bandwidth**2
         dear = sorted((name for name, price in prices.items() if price > 1e-6), key=lambda name: -prices[name])
         return Solution(
             layers=tuple(self._policy(i) for i in range(self.n)),
-            loss_tile=max(range(len(self.loss)), key=lambda j: _value(self.loss[j])),
+            loss_tile=max(range(len(self.loss)), key=lambda j: value_of(self.loss[j])),
             seconds=self._seconds(),
-            budget_bytes=_value(self.budget) * self.byte if self.minimise == "budget" else problem.budget_bytes,
+            budget_bytes=value_of(self.budget) * self.byte if self.minimise == "budget" else problem.budget_bytes,
             solver=solver,
             device_worth=sum(prices.values()) * per_byte,
             host_worth=host,
@@ -361,29 +379,5 @@ class Program:
 
     def _policy(self, i: int) -> LayerPolicy:
         shares = self.shares[i]
-        return LayerPolicy(**{name: _split(shares.swap.get(name), shares.recompute.get(name)) for name in CLASSES})
-
-
-def _value(of: pulp.LpVariable | pulp.LpAffineExpression | None) -> float:
-    """A solved variable's or expression's value; 0 for what the solver left out."""
-    value = None if of is None else of.value()
-    return 0.0 if value is None else float(value)  # type: ignore[arg-type]
-
-
-def _split(swap: pulp.LpVariable | None, recompute: pulp.LpVariable | None) -> Split:
-    """A class's split from its variables; the solver's last digits are cleaned off."""
-    s, r = (0.0 if v is None else min(1.0, max(0.0, _value(v))) for v in (swap, recompute))
-    s, r = (0.0 if x < _ROUND else 1.0 if x > 1 - _ROUND else x for x in (s, r))
-    s = min(s, 1.0 - r)
-    keep = 1.0 - s - r
-    return Split(0.0, 1.0 - r, r) if 0 < keep < _ROUND and s > 0 else Split(0.0, s, 1.0 - s) if 0 < keep < _ROUND else Split(keep, s, r)
-
-
-def run_solver(program: pulp.LpProblem, time_limit: float, relative_gap: float | None = None, relaxed: bool = False) -> str | None:
-    """Solve through PuLP: HiGHS, or CBC where highspy is not installed. The solver's name, or None without a solution. ``relaxed``:
-    integers may be fractions."""
-    options = {"mip": not relaxed, "msg": False, "timeLimit": time_limit, "gapRel": relative_gap, "threads": 1}
-    highs = pulp.HiGHS(**options)
-    name, solver = ("HiGHS", highs) if highs.available() else ("CBC", pulp.PULP_CBC_CMD(**options))
-    program.solve(solver)
-    return name if program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) else None
+        parts = (shares.swap, shares.recompute, shares.quantise)
+        return LayerPolicy(**{name: split_of(*(part.get(name) for part in parts)) for name in CLASSES})

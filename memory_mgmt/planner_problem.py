@@ -3,10 +3,12 @@
 The step that is modelled (the execution follows it, ``planner_simulate.py`` walks it, ``planner_lp.py`` writes it as rows):
 
 - Forward of layer i makes all its activations. Then the recomputed shares are dropped, the swapped shares start their copy to host
-  memory, the kept shares stay. Two rounding buffers: forward of layer i waits until the copies of layer i-2 are done.
+  memory, the quantised shares are copied into eight bits, the kept shares stay. Two rounding buffers: forward of layer i waits
+  until the copies of layer i-2 are done.
 - Backward of layer i starts when backward of i+1 has ended; at that moment the copy back of layer i-1 is started (one layer ahead).
   It waits for its own swapped shares, recomputes what is missing (the whole block in order, so that every class finds what it
-  is made of), then goes through feed-forward, mixer and entrance (norm and projections), each dropping its class.
+  is made of) and makes the quantised shares wide again, then goes through feed-forward, mixer and entrance (norm and
+  projections), each dropping its class.
 - Copies out, copies in and computation are three queues; each is served in order.
 """
 
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from memory_mgmt.policy import ActivationClass, Policy
+from memory_mgmt.policy import CLASSES, QUANTISABLE, ActivationClass, Policy
 
 UNLIMITED = 1 << 60
 """Bytes of a budget that never binds."""
@@ -39,6 +41,12 @@ class ClassCost:
     tiled_bytes: int | None = None
     """Bytes that exist at once when all of it is recomputed in tiles (what stays whole; the tile itself is in ``Stage``). None: it
     cannot be recomputed in tiles."""
+    quantised_bytes: int | None = None
+    """Held from forward to backward when all tokens are kept in eight bits; None: that is not allowed. In tiles they are wide one tile at
+    a time only, as recomputed ones."""
+    quantise_seconds: float = 0.0
+    """To make the eight-bit copy of all of it, in forward; ``dequantise_seconds``: to make it wide again, in backward."""
+    dequantise_seconds: float = 0.0
 
 
 NOTHING = ClassCost()
@@ -154,6 +162,8 @@ class Problem:
         if self.group_inside not in ("all", "one"):
             raise ValueError(f"group_inside is '{self.group_inside}'; known: all, one")
         for i, layer in enumerate(self.layers):
+            if any(layer.of(name).quantised_bytes is not None for name in CLASSES if name not in QUANTISABLE):
+                raise ValueError(f"layer {i} may keep in eight bits what cannot be; only {', '.join(QUANTISABLE)} can")
             for name, tiles in (("entrance", self.ffn_tiles), ("mixer", self.memory_tiles), ("ffn", self.ffn_tiles)):
                 stages = getattr(layer, f"{name}_stages")
                 if len(stages) not in (1, len(tiles)):

@@ -13,7 +13,8 @@ _TOUCH = 1e-6
 
 def rounded(layers: tuple[LayerPolicy, ...], problem: Problem) -> tuple[LayerPolicy, ...]:
     """``layers`` with every share a multiple of ``share_tokens`` or of the tile, as the execution cuts them. Neither kept nor
-    swapped shares grow where the rest can be recomputed; else what is not kept is swapped. ``problem`` has one tiling left."""
+    swapped shares nor those in eight bits grow where the rest can be recomputed; else what is not kept is swapped, or where
+    nothing is, in eight bits. ``problem`` has one tiling left."""
     if problem.tokens <= 0:
         return layers
     made: dict[tuple[LayerPolicy, object], LayerPolicy] = {}
@@ -35,10 +36,12 @@ def _rounded(split: Split, cost: ClassCost, tokens: int, step: int) -> Split:
     def down(share: float) -> float:
         return 1.0 if share >= 1 - _TOUCH else min(1.0, math.floor(share * tokens / step + _TOUCH) * step / tokens)
 
-    keep, swap = down(split.keep), down(split.swap)
-    if 1.0 - keep - swap < _TOUCH:
-        return Split(1.0 - swap, swap, 0.0)
+    keep, swap, quantise = down(split.keep), down(split.swap), down(split.quantise)
+    if 1.0 - keep - swap - quantise < _TOUCH:
+        return Split(1.0 - swap - quantise, swap, 0.0, quantise)
     if cost.may_recompute and split.recompute > _TOUCH:
-        return Split(keep, swap, 1.0 - keep - swap)
-    # Nothing of it is recomputed: what does not fit a whole step goes with the larger of the two shares that remain.
-    return Split(keep, 1.0 - keep, 0.0) if split.swap > 0 else Split(1.0, 0.0, 0.0)
+        return Split(keep, swap, 1.0 - keep - swap - quantise, quantise)
+    # Nothing of it is recomputed: what does not fit a whole step goes with the shares that remain.
+    if split.swap > 0:
+        return Split(keep, 1.0 - keep - quantise, 0.0, quantise)
+    return Split(keep, 0.0, 0.0, 1.0 - keep) if split.quantise > 0 else Split(1.0, 0.0, 0.0)

@@ -26,6 +26,8 @@ class Evaluation:
     seconds: float
     recompute_seconds: float
     """Forward work done again, tiles' own cost included."""
+    quantise_seconds: float
+    """Making eight-bit copies and making them wide again."""
     waiting_seconds: float
     """Computation waiting for copies."""
     copied_bytes: int
@@ -69,7 +71,7 @@ class _Walk:
         self.now = self.out_free = self.in_free = 0.0
         self.parked_at: dict[int, float] = {}
         self.back_at: dict[int, float] = {}
-        self.recomputed = self.waited = 0.0
+        self.recomputed = self.quantised = self.waited = 0.0
 
     # --- what a layer makes, keeps and lacks ---------------------------------------------------------------------------------
 
@@ -77,12 +79,25 @@ class _Walk:
         """Bytes of a class that are kept, swapped or recomputed."""
         return getattr(self.policy.layers[i].of(name), part) * self.layers[i].of(name).bytes
 
+    def in_eight_bits(self, i: int, name: ActivationClass) -> float:
+        """Bytes of the eight-bit copies of a class."""
+        return self.policy.layers[i].of(name).quantise * (self.layers[i].of(name).quantised_bytes or 0)
+
     def materialise(self, i: int, name: ActivationClass) -> None:
         """A whole class is there, except what is only ever there one tile at a time."""
-        cost = self.layers[i].of(name)
-        recomputed = self.policy.layers[i].of(name).recompute
-        whole = cost.bytes if cost.tiled_bytes is None else (1 - recomputed) * cost.bytes + recomputed * cost.tiled_bytes
+        cost, split = self.layers[i].of(name), self.policy.layers[i].of(name)
+        whole = float(cost.bytes)
+        if cost.tiled_bytes is not None:
+            by_tile = split.recompute + split.quantise
+            whole = (1 - by_tile) * cost.bytes + by_tile * cost.tiled_bytes + self.in_eight_bits(i, name)
         self.memory.hold(i, name, whole)
+
+    def convert(self, i: int, part: str) -> None:
+        """Time of ``quantise`` in forward or ``dequantise`` in backward."""
+        layer, splits = self.layers[i], self.policy.layers[i]
+        seconds = sum(splits.of(name).quantise * getattr(layer.of(name), f"{part}_seconds") for name in CLASSES)
+        self.now += seconds
+        self.quantised += seconds
 
     def wait(self, until: float) -> None:
         """Computation stands still until a copy is done."""
@@ -114,10 +129,11 @@ class _Walk:
         self.memory.look(f"{moment} of layer {i}, feed-forward", layer.ffn_stages[0].forward_bytes)
         if moment == "forward":
             self.now += layer.forward_seconds
+            self.convert(i, "quantise")
 
     def leave(self, i: int, name: ActivationClass) -> None:
-        """After forward: the kept share stays, the swapped share stays until its copy is done."""
-        self.memory.hold(i, name, self.share(i, name, "keep"))
+        """After forward: the kept share stays, whole or in eight bits, the swapped share stays until its copy is done."""
+        self.memory.hold(i, name, self.share(i, name, "keep") + self.in_eight_bits(i, name))
         self.memory.hold(i, name + " on its way", self.share(i, name, "swap"))
 
     def park(self, g: int) -> None:
@@ -169,7 +185,8 @@ class _Walk:
             for i in group:
                 for name in CLASSES:
                     self.memory.drop(i, name + " on its way")
-                    self.memory.hold(i, name, self.share(i, name, "keep") + self.share(i, name, "swap"))
+                    here = self.share(i, name, "keep") + self.share(i, name, "swap") + self.in_eight_bits(i, name)
+                    self.memory.hold(i, name, here)
             if len(group) > 1:
                 self.remake_group(group)
             for i in reversed(group):
@@ -203,6 +220,7 @@ class _Walk:
         layer = self.layers[i]
         if not remade:
             self.spend(self.missing_seconds(i))
+        self.convert(i, "dequantise")
         self.memory.hold(i, "gradients", layer.gradient_bytes)
         for name in CLASSES:
             self.materialise(i, name)
@@ -238,6 +256,7 @@ def evaluate(problem: Problem, policy: Policy) -> Evaluation:
         host_bytes=round(host),
         seconds=walk.now + problem.fixed_seconds,
         recompute_seconds=walk.recomputed,
+        quantise_seconds=walk.quantised,
         waiting_seconds=walk.waited,
         copied_bytes=round(host),
         violations=tuple(violations),
@@ -261,6 +280,8 @@ def _forbidden_in(i: int, cost: LayerCost, splits: LayerPolicy, swappable: bool,
             yield f"layer {i}: {name} may not be swapped"
         if split.keep > _SLACK and not known.may_keep:
             yield f"layer {i}: {name} may not be kept"
+        if split.quantise > 0 and known.quantised_bytes is None:
+            yield f"layer {i}: {name} may not be kept in eight bits"
         if name == "input":
             if inner and split.recompute < 1:
                 yield f"layer {i}: the input inside a group is recomputed, not kept"

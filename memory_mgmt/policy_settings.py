@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from memory_mgmt.config import MemoryConfig
-from memory_mgmt.policy import KEEP_ALL, KEEP_MIXER, RECOMPUTE, RECOMPUTE_BLOCK, SWAP, LayerPolicy, Policy, Split
+from memory_mgmt.policy import KEEP_ALL, KEEP_MIXER, QUANTISE, RECOMPUTE, RECOMPUTE_BLOCK, SWAP, LayerPolicy, Policy, Split
 from models.config import LayerKind
 
 _LAYERS = {"none": KEEP_ALL, "mixer": KEEP_MIXER, "block": RECOMPUTE_BLOCK}
@@ -16,7 +16,8 @@ def policy_of(config: MemoryConfig, layers: int | Sequence[LayerKind]) -> Policy
     """The policy that plain settings stand for. ``layers``: their kinds, or how many attention layers.
 
     ``ffn_tile_tokens`` recomputes the feed-forward in tiles and ``memory_tile_tokens`` the inside of memory layers, whatever
-    ``recompute`` says. Raises ValueError for ``recompute: auto``, which only a planner can answer.
+    ``recompute`` says; with ``quantise`` the feed-forward's tiles are kept in eight bits instead. Raises ValueError for
+    ``recompute: auto``, which only a planner can answer.
     """
     if config.recompute == "auto":
         raise ValueError("memory.recompute auto is decided by the planner; apply its policy instead")
@@ -32,7 +33,9 @@ def policy_of(config: MemoryConfig, layers: int | Sequence[LayerKind]) -> Policy
 
 def _layer_of(config: MemoryConfig, kind: LayerKind) -> LayerPolicy:
     layer = _LAYERS[config.recompute]
-    if config.ffn_tile_tokens:
+    if config.quantise == "feed_forward" and config.recompute == "none":
+        layer = replace(layer, feed_forward=QUANTISE)
+    elif config.ffn_tile_tokens:
         layer = replace(layer, feed_forward=RECOMPUTE)
     if config.memory_tile_tokens and kind == "memory":
         layer = replace(layer, mixer=RECOMPUTE)
@@ -45,4 +48,4 @@ def _layer_of(config: MemoryConfig, kind: LayerKind) -> LayerPolicy:
 
 
 def _swap_kept(split: Split) -> Split:
-    return Split(0.0, split.keep + split.swap, split.recompute)
+    return replace(split, keep=0.0, swap=split.keep + split.swap)

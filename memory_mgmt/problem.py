@@ -9,13 +9,14 @@ Imports no torch.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from memory_mgmt.activations import Shapes
 from memory_mgmt.cost_model import Rates, Stretch, Topology, copy_seconds, step_schedule
 from memory_mgmt.planner_problem import ClassCost, LayerCost, LossTile, Problem, Stage
-from memory_mgmt.policy import KEEP_MIXER, LayerPolicy, Policy
+from memory_mgmt.policy import KEEP_MIXER, ActivationClass, LayerPolicy, Policy
+from memory_mgmt.quantised_costs import dequantise_seconds, packed_bytes, quantise_seconds
 from memory_mgmt.trace import Trace
 from models.config import LayerKind, ModelConfig
 from models.flops import ffn_parameters
@@ -41,6 +42,8 @@ class Setting:
     step_tokens: int
     passes: int
     """Forward and backward passes in the trace."""
+    quantise: tuple[ActivationClass, ...] = ()
+    """Classes that may be kept in eight bits."""
 
     @property
     def ffn_tiles(self) -> tuple[int, ...]:
@@ -167,7 +170,7 @@ class _Reader:
                 "input": ClassCost(s.stream, may_recompute=False),
                 "projections": ClassCost(),
                 "mixer": ClassCost(inside, tokens_seconds, tiled_bytes=0),
-                "feed_forward": ClassCost(s.stream + 2 * s.n * c.ff_width * s.e, passes * leave, tiled_bytes=0),
+                "feed_forward": self.packable(ClassCost(s.stream + 2 * s.n * c.ff_width * s.e, passes * leave, tiled_bytes=0)),
             }
         project = self.product_seconds(2 * s.n * c.d_model * (queries + 2 * keys))
         output = self.product_seconds(2 * s.n * c.d_model * queries)
@@ -175,8 +178,27 @@ class _Reader:
             "input": ClassCost(s.stream, may_recompute=False),
             "projections": ClassCost(s.n * (queries + 2 * keys) * s.e, passes * project),
             "mixer": ClassCost(s.n * (queries * s.e + c.n_heads * s.w), passes * self.attention_seconds(), whole_recompute=True),
-            "feed_forward": ClassCost(s.stream + s.statistic + 2 * s.n * c.ff_width * s.e, passes * (leave + output), tiled_bytes=0),
+            "feed_forward": self.packable(
+                ClassCost(s.stream + s.statistic + 2 * s.n * c.ff_width * s.e, passes * (leave + output), tiled_bytes=0)
+            ),
         }
+
+    def packable(self, feed_forward: ClassCost) -> ClassCost:
+        """With the costs of eight bits where they are allowed: of the stream (wide), gate and up."""
+        if "feed_forward" not in self.setting.quantise:
+            return feed_forward
+        s, c = self.setting.shapes, self.setting.model
+        parts = ((c.d_model, s.w), (c.ff_width, s.e), (c.ff_width, s.e))
+
+        def seconds(of: Callable[[int, int, Rates, bool], float]) -> float:
+            return self.setting.passes * self.sharing * sum(of(s.n * width, size, self.setting.rates, s.cuda) for width, size in parts)
+
+        return replace(
+            feed_forward,
+            quantised_bytes=sum(packed_bytes(s.n, width, size) for width, size in parts),
+            quantise_seconds=seconds(quantise_seconds),
+            dequantise_seconds=seconds(dequantise_seconds),
+        )
 
     def product_seconds(self, flops: int) -> float:
         return self.setting.rates.of(self.setting.rates.matmul, self.setting.shapes.precision).seconds(flops) * self.sharing

@@ -57,6 +57,7 @@ def setting_of(
         host_bytes=host,
         step_tokens=config.global_batch_sequences * config.data.seq_len,
         passes=min(config.train.grad_accum, 2),
+        quantise=() if config.memory.quantise == "none" else (config.memory.quantise,),
     )
 
 

@@ -120,6 +120,8 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
             raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
         if target.config.optim.preset != "adamw":
             raise UserError(f"optim.preset: {target.config.optim.preset} needs a traced step; leave memory.plan at trace")
+        if target.config.memory.quantise != "none":
+            raise UserError(f"memory.quantise: {target.config.memory.quantise} needs a traced step; leave memory.plan at trace")
         return _estimated(target)
     if target.config.memory.recompute == "auto":
         return _chosen(target, with_changes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from memory_mgmt.planner_problem import ClassCost, LayerCost, LossTile, Problem, Stage
@@ -57,6 +59,26 @@ def classes(may_recompute: bool, tiled: bool = False) -> st.SearchStrategy[Class
     ).map(lambda cost: cost if cost.tiled_bytes is None or cost.tiled_bytes <= cost.bytes else ClassCost(cost.bytes))
 
 
+@st.composite
+def packable(draw: st.DrawFn, tiled: bool) -> ClassCost:
+    """Costs of a class that may or may not be kept in eight bits."""
+    cost = draw(classes(True, tiled))
+    share = draw(st.sampled_from([None, 0.25, 0.5]))
+    if share is None or not cost.bytes:
+        return cost
+    seconds = st.sampled_from([0.0, 0.05, 0.4])
+    return replace(cost, quantised_bytes=int(share * cost.bytes), quantise_seconds=draw(seconds), dequantise_seconds=draw(seconds))
+
+
+def without_eight_bits(problem: Problem) -> Problem:
+    """The same problem where they are not allowed."""
+
+    def plain(layer: LayerCost) -> LayerCost:
+        return replace(layer, feed_forward=replace(layer.feed_forward, quantised_bytes=None, quantise_seconds=0.0, dequantise_seconds=0.0))
+
+    return replace(problem, layers=tuple(plain(layer) for layer in problem.layers))
+
+
 def stages(count: int = 1) -> st.SearchStrategy[tuple[Stage, ...]]:
     """Working bytes of one half of a layer, per tile candidate."""
     size = st.integers(0, 3 * GIB)
@@ -77,7 +99,7 @@ def problems(draw: st.DrawFn, max_layers: int = 5, tiles: bool = True, groups: b
                 input=classes(False),
                 projections=classes(True),
                 mixer=classes(True),
-                feed_forward=classes(True, tiled=len(ffn_tiles) > 1),
+                feed_forward=packable(tiled=len(ffn_tiles) > 1),
                 forward_seconds=second,
                 backward_seconds=second,
                 entrance_stages=stages(),

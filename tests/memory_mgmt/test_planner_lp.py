@@ -15,7 +15,7 @@ from memory_mgmt.planner_groups import grouped, spread
 from memory_mgmt.planner_lp import Program, Solution
 from memory_mgmt.planner_problem import ClassCost, LayerCost, LossTile, Problem, Stage, Tiling
 from memory_mgmt.planner_simulate import evaluate
-from memory_mgmt.policy import CLASSES, KEEP, RECOMPUTE, SWAP, LayerPolicy, Policy, Split
+from memory_mgmt.policy import CLASSES, KEEP, QUANTISE, RECOMPUTE, SWAP, LayerPolicy, Policy, Split
 from tests.memory_mgmt.planner_cases import GIB, gpt, problems
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -44,7 +44,8 @@ def test_no_valid_policy_is_faster_than_the_program(problem: Problem, data: st.D
     shares = st.sampled_from([KEEP, SWAP, RECOMPUTE, Split(0.5, 0.5, 0.0), Split(0.0, 0.5, 0.5), Split(0.5, 0.0, 0.5)])
     solution = Program(problem).solve()
     for _ in range(20):
-        layers = tuple(data.draw(st.builds(LayerPolicy, *[shares] * 4)) for _ in problem.layers)
+        packed = st.one_of(shares, st.sampled_from([QUANTISE, Split(0.5, 0.0, 0.0, 0.5), Split(0.0, 0.25, 0.25, 0.5)]))
+        layers = tuple(data.draw(st.builds(LayerPolicy, shares, shares, shares, packed)) for _ in problem.layers)
         tile = data.draw(st.sampled_from(problem.loss_tiles))
         found = evaluate(problem, Policy(layers, loss_tile_tokens=tile.tokens))
         if not found.violations:

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from memory_mgmt.cost_rates import cpu_rates
 from memory_mgmt.devices import device_named
-from memory_mgmt.policy import KEEP_ALL
+from memory_mgmt.plan_view import policy_lines
+from memory_mgmt.policy import KEEP_ALL, Policy
+from models.config import ModelConfig
 from models.errors import UserError
+from parallel.dims import ParallelDims
 from trainer import planning
-from trainer.config import RunConfig
+from trainer.choosing import choose_policy, setting_of
+from trainer.config import DataSection, RunConfig, TrainSection
+from trainer.step_trace import trace_request
 from trainer.tracing import TraceRequest, trace_step
 
 HOME = Path(__file__).resolve().parents[2]
@@ -70,6 +76,34 @@ def test_what_cannot_fit_names_the_smallest_budget():
 def test_formulas_cannot_choose():
     with pytest.raises(UserError, match=r"memory\.recompute: auto needs a traced step"):
         planning.plan_run(config(None, plan="estimate"), "h100")
+
+
+def test_formulas_do_not_know_eight_bits():
+    with pytest.raises(UserError, match=r"memory\.quantise: feed_forward needs a traced step; leave memory\.plan at trace"):
+        planning.plan_run(config(None, recompute="none", quantise="feed_forward", plan="estimate"), "h100")
+
+
+def test_eight_bits_are_chosen_where_they_are_allowed_and_cheaper():
+    """On a CPU, where making gate and up again takes longer than reading and writing them in eight bits."""
+    cfg = config(quantise="feed_forward").model_copy(update={"train": TrainSection(precision="fp32")})
+    model = ModelConfig(d_model=512, n_heads=8, n_layers=2, layers=("full",))
+    cfg = cfg.model_copy(update={"data": DataSection(seq_len=4096), "model": model})
+
+    def trace(policy):
+        return trace_request(TraceRequest(cfg, 320, "cpu", policy, whole=True).to_dict())
+
+    def peak(trace):
+        return trace.peak()[0]
+
+    budget = int(0.7 * peak(trace(Policy((KEEP_ALL,) * 2, loss_tile_tokens=512))))
+    dims = ParallelDims.from_config(cfg.parallel, 1)
+    setting = setting_of(cfg, 320, cpu_rates(1), dims, 1, budget=budget, host=0, cuda=False)
+    found = choose_policy(setting, trace, peak)
+    assert found.choice is not None and peak(found.trace) <= budget
+    assert sum(layer.feed_forward.quantise for layer in found.policy.layers) > 0.2
+    assert any("feed-forward" in line and "eight bits" in line for line in policy_lines(found.policy))
+    plain = cfg.model_copy(update={"memory": cfg.memory.model_copy(update={"quantise": "none"})})
+    assert setting_of(plain, 320, cpu_rates(1), dims, 1, budget=budget, host=0, cuda=False).quantise == ()
 
 
 def test_a_pretended_gpu_is_traced_with_its_own_kernels():

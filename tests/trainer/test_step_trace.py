@@ -58,6 +58,9 @@ def real_peak_of_ranks(values, policy):
 MIXED = Policy(
     (LayerPolicy(KEEP, RECOMPUTE, KEEP, Split(0.5, 0.0, 0.5)), LayerPolicy(KEEP, KEEP, RECOMPUTE, RECOMPUTE)), ffn_tile_tokens=256
 )
+FOUR_WAYS = Policy(
+    (LayerPolicy(feed_forward=Split(0.25, 0.25, 0.25, 0.25)), LayerPolicy(feed_forward=Split(0.5, 0.0, 0.0, 0.5))), loss_tile_tokens=256
+)
 CASES = {
     "full attention": (config(model={"layers": ["full", "full", "full"]}), None),
     "window": (config(model={"layers": ["swa", "swa"]}), None),
@@ -89,6 +92,17 @@ CASES = {
     "double precision": (config(train={"precision": "fp64"}), None),
     "two sequences, three passes": (config(train={"micro_batch_size": 2, "grad_accum": 2}), None),
     "tied embeddings": (config(model={"tie_embeddings": True, "layers": ["full"]}), None),
+    "in eight bits": (config(model={"layers": ["full", "full"]}, data={"seq_len": 2048}, memory={"quantise": "feed_forward"}), None),
+    "in eight bits, by tiles, in low precision": (
+        config(
+            model={"layers": ["full", "full"]},
+            data={"seq_len": 4096},
+            memory={"quantise": "feed_forward", "ffn_tile_tokens": 512},
+            train={"precision": "bf16"},
+        ),
+        None,
+    ),
+    "in all four ways by token range": (config(model={"layers": ["full", "memory"]}), FOUR_WAYS),
     "a policy by token range": (config(model={"layers": ["full", "full"]}), MIXED),
 }
 
@@ -134,6 +148,7 @@ EXTENDED = {
     "groups of two blocks": config(
         model={"layers": ["full"], "n_layers": 18}, data={"seq_len": 256}, memory={"recompute": "block", "group_blocks": 2}
     ),
+    "in eight bits": config(model={"layers": ["full"], "n_layers": 9}, data={"seq_len": 128}, memory={"quantise": "feed_forward"}),
     "swapped inputs": config(
         model={"layers": ["full"], "n_layers": 18}, data={"seq_len": 256}, memory={"recompute": "block", "offload": "inputs"}
     ),
