@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).resolve().parent.parent
-COMMON = ["train.steps=3", "train.eval_sequences=0", "train.threads_per_rank=1", "model.d_model=128", "model.n_heads=4", "memory.loss_tile_tokens=2048"]
+COMMON = [
+    "train.steps=3",
+    "train.eval_sequences=0",
+    "train.threads_per_rank=1",
+    "model.d_model=128",
+    "model.n_heads=4",
+    "memory.loss_tile_tokens=2048",
+]
 TIGHT = ["memory.budget_gib=1.5"]
 CASES = {
     "full attention, 16K": ["model.layers=[full,full]", "data.seq_len=16384", *TIGHT],
@@ -90,7 +97,11 @@ def write(file: Path, rows: dict[str, dict[str, Any]]) -> None:
     machine = f"{processor}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
     versions = {package: version(package) for package in ("torch", "numpy")}
     file.write_text(json.dumps({"machine": machine, "versions": versions, "cases": rows}, indent=2) + "\n")
-    lines = ["# Planned against measured peak memory (CPU)", "", f"{machine}; torch {versions['torch']}. `python benchmarks/plan_accuracy.py`"]
+    lines = [
+        "# Planned against measured peak memory (CPU)",
+        "",
+        f"{machine}; torch {versions['torch']}. `python benchmarks/plan_accuracy.py`",
+    ]
     lines += ["", "| run | heap | planned MiB | measured MiB | error |", "|---|---|---:|---:|---:|"]
     for name, row in rows.items():
         planned, measured = row["planned"] / 2**20, row["measured"] / 2**20
