@@ -1,8 +1,8 @@
 """Planned against measured peak memory of real training runs on this machine's CPU: three steps each, real processes, real text.
 
 Measured is the growth of the resident set of rank 0 above the process before the model (``MemoryMonitor``), the largest of the steps;
-planned is what ``longstride plan`` says it will be. ``heap`` in the table: what happens to freed blocks (``memory_mgmt/host_allocator.py``).
-One thread per rank, so that results do not depend on the machine's cores. Writes plan_accuracy.json and .md beside this file.
+planned is what ``longstride plan`` says it will be. ``heap`` in the table: what happens to freed blocks (``host_allocator.py``). One thread
+per rank, so that results do not depend on the machine's cores. Writes plan_accuracy.json and .md beside this file.
 
     python benchmarks/plan_accuracy.py            all cases, about five minutes on two idle cores
     python benchmarks/plan_accuracy.py NAME ...   some of them: their rows are made anew

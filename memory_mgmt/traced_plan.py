@@ -21,10 +21,10 @@ TIGHT_FACTOR = 2.0
 """A CPU rank gives freed blocks back when the limit is below this times the peak; giving them back costs time (host_allocator.py)."""
 MMAP_THRESHOLD_MAX = 32 * MIB
 """glibc's mmap threshold once tensors of that size have been freed; below it blocks come from the heap."""
-HOLES_SHARE, HOLES_SHARE_LEAST = 0.7, 0.35
+HOLES_SHARE, HOLES_SHARE_LEAST = 0.7, 0.1
 """Holes of an ordinary heap at most and at least, as a share of the small blocks that come and go in a step. Small objects that stay
-(oneDNN's kernels among them) split the free ranges, so it depends on the run and grows over its steps: 0.35 to 0.63 were measured in the
-first five, 0.67 after the 160 of the quickstart. A limit below twice the peak leaves no room for them (``TIGHT_FACTOR``)."""
+(oneDNN's kernels among them) split the free ranges, so it depends on the run and grows over its steps: 0.1 to 0.26 were measured in the
+first step, 0.39 to 0.63 within six, 0.67 after the 160 of the quickstart. A limit below twice the peak leaves no room for them (``TIGHT_FACTOR``)."""
 MMAP_THRESHOLD_FIXED = MIB
 """The threshold that ``host_allocator.return_freed_memory`` sets."""
 
@@ -103,7 +103,7 @@ def plan_of_trace(
 
 def _spread_text(spread: int) -> str:
     return (
-        f"how the heap's holes fall in one run, which may hold {gib(spread)} less; "
+        f"how the heap's holes fall in one run, which may hold up to {gib(spread)} less in its first steps; "
         "memory.arena, or a budget below twice the peak, leaves next to none"
     )
 

@@ -34,7 +34,7 @@ def test_an_ordinary_heaps_holes_are_planned_at_most_and_the_plan_says_how_much_
     assert not plan.return_freed_blocks
     assert held(plan, "heap holes") == pytest.approx(HOLES_SHARE * SMALL, abs=1)
     assert plan.spread_bytes == pytest.approx((HOLES_SHARE - HOLES_SHARE_LEAST) * SMALL, abs=2)
-    assert "11.2 MiB less" in plan.not_counted[-1]
+    assert "up to 19.2 MiB less" in plan.not_counted[-1]
     assert MemoryPlan.from_json(plan.to_json()) == plan
 
 
@@ -42,7 +42,7 @@ def test_an_ordinary_heaps_holes_are_planned_at_most_and_the_plan_says_how_much_
 def test_holes_that_go_back_to_the_system_leave_nothing_to_chance(settings):
     plan = planned(**settings)
     assert plan.spread_bytes == 0 and not any("heap" in text for text in plan.not_counted)
-    assert held(plan, "heap holes") < planned().spread_bytes
+    assert held(plan, "heap holes") < 0.1 * SMALL
     assert plan.return_freed_blocks == ("budget" in settings)
 
 
