@@ -24,7 +24,8 @@ MMAP_THRESHOLD_MAX = 32 * MIB
 HOLES_SHARE, HOLES_SHARE_LEAST = 0.7, 0.1
 """Holes of an ordinary heap at most and at least, as a share of the small blocks that come and go in a step. Small objects that stay
 (oneDNN's kernels among them) split the free ranges, so it depends on the run and grows over its steps: 0.1 to 0.26 were measured in the
-first step, 0.39 to 0.63 within six, 0.67 after the 160 of the quickstart. A limit below twice the peak leaves no room for them (``TIGHT_FACTOR``)."""
+first step, 0.39 to 0.63 within six, 0.67 after the 160 of the quickstart. A limit below twice the peak leaves no room for them
+(``TIGHT_FACTOR``)."""
 MMAP_THRESHOLD_FIXED = MIB
 """The threshold that ``host_allocator.return_freed_memory`` sets."""
 
