@@ -111,6 +111,8 @@ def write(file: Path, rows: dict[str, dict[str, Any]]) -> None:
         "heap: *given back*: memory is tight, freed blocks go back to the system; *arena*: planned addresses; *ordinary*: there is room to",
         "spare and the C library keeps its holes, which the plan counts near the most that was measured.",
     ]
+    if missing := [name for name in CASES if name not in rows]:
+        lines += ["", f"Not measured yet: {'; '.join(missing)}."]
     file.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
