@@ -18,6 +18,13 @@ from memory_mgmt.trace import TracedBuffer
 # Measured on Linux x86-64, torch 2.13, glibc 2.36.
 CPU_LIBRARIES = 26 * MIB
 """Growth of a CPU rank in its first step that no tensor explains: kernels and libraries loaded late, scratch of oneDNN and MKL."""
+ONEDNN_KERNEL = 3 * MIB // 4
+"""A kernel that oneDNN writes for one shape (``op_kernels.py``): 0.52 MiB that stay in use; they lie between tensors in the C library's
+heap, where 0.6 to 0.8 MiB were measured to become resident for each."""
+ONEDNN_KERNELS = 1024
+"""oneDNN keeps so many and forgets the one not used for longest (ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
+ONEDNN_LIBRARY = 9 * MIB // 2
+"""Pages of oneDNN's own code that writing kernels loads."""
 CPU_RANK = 8 * MIB
 """The same for being one of several ranks: FSDP, gloo threads and their buffers."""
 CPU_PROCESS = 400 * MIB
@@ -32,8 +39,8 @@ SEGMENT = 2 * MIB
 """Unit in which the caching allocator maps memory with expandable segments."""
 
 
-def fixed_terms(device: Device, ranks: int) -> list[Term]:
-    """What is there whatever the step does."""
+def fixed_terms(device: Device, ranks: int, onednn_kernels: int = 0) -> list[Term]:
+    """What is there at any moment of the step; ``onednn_kernels``: how many its low-precision products have on CPU."""
 
     def term(name: str, kind: Kind, size: int, text: str) -> Term:
         return Term(name, kind, size, size, text)
@@ -45,10 +52,15 @@ def fixed_terms(device: Device, ranks: int) -> list[Term]:
         ]
         return terms + ([term("NCCL buffers", "outside", NCCL_BUFFERS, "channels of the process groups")] if ranks > 1 else [])
     libraries = CPU_LIBRARIES + (CPU_RANK if ranks > 1 else 0)
-    return [
+    terms = [
         term("libraries", "overhead", libraries, "measured, not derived: code and scratch of kernels loaded in the first step"),
         term("process", "outside", CPU_PROCESS, "interpreter, torch and the trainer before anything is built"),
     ]
+    if onednn_kernels:
+        kernels = min(onednn_kernels, ONEDNN_KERNELS)
+        text = f"written for the shapes of {kernels} low-precision products and kept: {ONEDNN_KERNEL / MIB:g} MiB each, measured"
+        terms.append(term("oneDNN kernels", "overhead", ONEDNN_LIBRARY + kernels * ONEDNN_KERNEL, text))
+    return terms
 
 
 def reserved_peak(buffers: Iterable[TracedBuffer], unit: int = SEGMENT, slack: int = 0) -> int:

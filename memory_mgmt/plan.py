@@ -106,6 +106,8 @@ class MemoryPlan:
     """What the device has; None: not known."""
     return_freed_blocks: bool = False
     """Whether a CPU rank must give freed blocks back to stay within the plan (``memory_mgmt/host_allocator.py``)."""
+    spread_bytes: int = 0
+    """How much less than the peak a run may hold by chance (holes of an ordinary heap on CPU)."""
     not_counted: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
     host_bytes: int = 0

@@ -44,10 +44,13 @@ class PlanCheck:
         }
 
     def warning(self, measured_bytes: int) -> str | None:
-        """A line when the measured peak is further from the planned one than ``TOLERANCE``; again only when the gap has doubled."""
+        """A line when the measured peak is further from the planned one than ``TOLERANCE`` and what chance explains.
+
+        Again only when the gap has doubled.
+        """
         planned = self.plan.measurable_peak_bytes
         gap = measured_bytes - planned
-        if self.plan.device == "cpu" and abs(gap) < CPU_NOISE_BYTES:
+        if self.plan.device == "cpu" and -CPU_NOISE_BYTES - self.plan.spread_bytes < gap < CPU_NOISE_BYTES:
             return None
         share = abs(gap) / planned if planned else 0.0
         if share <= max(TOLERANCE, 2 * self._warned_at):

@@ -10,7 +10,7 @@ What operators allocate inside their kernels and free before they return is adde
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from memory_mgmt.op_costs import op_bytes, op_flops, work_dtype
+from memory_mgmt.op_kernels import onednn_kernels
 from memory_mgmt.op_workspace import workspace_bytes
 from memory_mgmt.trace import Phase, Place, Trace, TracedBuffer, TracedOp, TraceKind
 from models.memory.protocol import MemoryModule
@@ -66,6 +67,7 @@ class StepRecorder(TorchDispatchMode):
         self._known: set[int] = set()
         self._buffers: list[TracedBuffer] = []
         self._ops: list[TracedOp] = []
+        self._kernels: dict[Hashable, int] = {}
         self._marks: list[tuple[int, Region]] = []
         self._region = Region("build", None, "")
         self._modules: list[str] = []
@@ -163,6 +165,7 @@ class StepRecorder(TorchDispatchMode):
         self._clock = 0
         self._buffers = list(self._live.values())
         self._ops, self._marks = [], [(0, self._region)]
+        self._kernels = {}
         self.regions_of = {}
         for i, buffer in enumerate(self._buffers):
             buffer.id, buffer.lower, buffer.upper, buffer.freed_in = i, 0, -1, None
@@ -210,6 +213,8 @@ class StepRecorder(TorchDispatchMode):
         if space in _COLLECTIVE_SPACES:
             self._collective(name, inputs, args, layer)
         else:
+            if self.device_type == "cpu":
+                self._kernels.update([onednn_kernels(name, args)])
             scratch = workspace_bytes(name, args, kwargs, self.device_type, self._threads)
             if scratch:
                 self._scratch(name, scratch, layer)
@@ -336,7 +341,7 @@ class StepRecorder(TorchDispatchMode):
             if buffer.kind == "transient":
                 buffer.kind = _kind(buffer)
         marks = [(time, region.label) for time, region in self._marks]
-        return Trace(self.device_type, self._buffers, self._ops, marks, end)
+        return Trace(self.device_type, self._buffers, self._ops, marks, end, {"onednn_kernels": sum(self._kernels.values())})
 
     @property
     def regions(self) -> list[tuple[int, Region]]:

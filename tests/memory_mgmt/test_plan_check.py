@@ -1,5 +1,7 @@
 """Measured against planned: when a line is due, what it says, and what counts as having run out of memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,6 +33,13 @@ def test_small_differences_of_a_resident_set_say_nothing():
     check = PlanCheck(plan("cpu", 2**28))
     assert check.warning(2**28 + 60 * 2**20) is None
     assert check.warning(2**28 + 80 * 2**20) is not None
+
+
+def test_holes_that_a_run_happens_not_to_have_say_nothing():
+    spread = replace(plan("cpu", GIB), spread_bytes=GIB // 4)
+    assert PlanCheck(spread).warning(GIB - GIB // 4 - 60 * 2**20) is None
+    assert PlanCheck(spread).warning(GIB - GIB // 4 - 80 * 2**20) is not None
+    assert PlanCheck(spread).warning(GIB + 80 * 2**20) is not None  # never more
 
 
 def test_what_counts_as_out_of_memory():
