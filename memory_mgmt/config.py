@@ -24,6 +24,9 @@ class MemoryConfig(Section):
     offload: Literal["none", "inputs", "kept"] = "none"
     """What waits in host memory between forward and backward. inputs: block inputs. kept: everything that is not recomputed.
     With recompute auto: none forbids swapping, else the planner decides."""
+    offload_optimizer: Literal["none", "host", "auto"] = "none"
+    """Where the optimizer's states (AdamW: 8 bytes per parameter) live. host: in host memory; the update brings them to the device bucket
+    by bucket. auto: the planner takes host where the step does not fit without it, or is faster with it."""
     host_gib: float | None = Field(default=None, gt=0)
     """Host memory that the ranks of one node may take together for offload, in GiB. null: four fifths of the machine's."""
     offload_dir: str | None = None

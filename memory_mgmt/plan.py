@@ -114,6 +114,8 @@ class MemoryPlan:
     """Host memory that one rank may take for offload; None: no limit was set."""
     disk_tier: bool = False
     """What is above ``host_budget_bytes`` goes to ``memory.offload_dir``."""
+    offload_optimizer: Literal["none", "host"] = "none"
+    """Where the optimizer's states live: what ``memory.offload_optimizer`` says, or what was chosen for auto."""
     policy: Policy | None = None
     """What is kept, swapped or recomputed, layer by layer; None: what the configuration says."""
     prediction: Prediction | None = None

@@ -12,8 +12,9 @@ from optim.config import OptimConfig
 from optim.param_groups import split_by_decay
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` over the trainable parameters of ``model``, sharded or not, with its states allocated.
+def build_optimizer(model: nn.Module, config: OptimConfig, *, with_states: bool = True) -> torch.optim.Optimizer:
+    """The optimizer of ``config`` over the trainable parameters of ``model``, sharded or not, with its states allocated (unless
+    ``with_states`` is False: somebody else places them).
 
     Learning rates are set by the caller at each step (``optim.schedule.learning_rate``). Raises ValueError for an unknown preset.
     """
@@ -25,7 +26,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": list(kept.values()), "weight_decay": 0.0},
     ]
     optimizer = PRESETS[config.preset]([group for group in groups if group["params"]], config)
-    allocate_states(optimizer)
+    if with_states:
+        allocate_states(optimizer)
     return optimizer
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
 from memory_mgmt.planner import solve
 from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.errors import UserError
+from trainer.choosing_offload import places
 from trainer.config import RunConfig
 from trainer.planning import Target, bare_plan, plan_target, predict, setting_for, target_for
 from trainer.sweep_traces import trace_ahead_of
@@ -78,7 +79,7 @@ def settled(config: RunConfig, device_name: str | None = None, ranks: int | None
     if len(possible) == 1:
         return Settled(possible[0])
     tried = _try_all([target_for(one, device_name) for one in possible])
-    ranked = sorted(tried, key=lambda one: (one.status != "fits", one.seconds if one.status == "fits" else one.peak_bytes or math.inf))
+    ranked = sorted(tried, key=_rank)
     for best in ranked:
         # What the planner's problem did not see may make the fastest policy too large: only a traced plan promises.
         if best.status != "fits" or plan_target(target_for(best.config, device_name)).fits:
@@ -146,7 +147,7 @@ def _try_all(targets: Sequence[Target]) -> list[Tried]:
     for start in range(0, len(order), _TOGETHER):
         some = order[start : start + _TOGETHER]
         if time.monotonic() < deadline:
-            trace_ahead_of([_first_request(target) for target in some])
+            trace_ahead_of([_first_request(placed) for target in some for placed in _placed(target)])
             tried += [_try(target) for target in some]
         else:
             tried += [Tried(target.config, degrees_of(target.config), "not tried") for target in some]
@@ -166,7 +167,23 @@ def _first_request(target: Target) -> TraceRequest:
     return target.request()
 
 
+def _placed(target: Target) -> list[Target]:
+    """The target with each place that its optimizer's states may be in."""
+    return [target.with_config(config) for config in places(target.config)[: 2 if target.device.is_cuda else 1]]
+
+
 def _try(target: Target) -> Tried:
+    """The better of its places; which one it is, the plan of the chosen degrees says."""
+    best = min((_try_placed(placed) for placed in _placed(target)), key=_rank)
+    return replace(best, config=target.config)
+
+
+def _rank(one: Tried) -> tuple[bool, float]:
+    """What wins is first: the fastest that fits, else the one that needs least."""
+    return one.status != "fits", one.seconds if one.status == "fits" else one.peak_bytes or math.inf
+
+
+def _try_placed(target: Target) -> Tried:
     words = degrees_of(target.config)
     trace = trace_step(_first_request(target))
     if target.config.memory.recompute != "auto":
