@@ -10,7 +10,7 @@ from memory_mgmt.plan_view import plain
 from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.errors import UserError
 from parallel.dims import ParallelDims
-from trainer import planning
+from trainer import choosing_degrees, planning
 from trainer.choosing import setting_of
 from trainer.choosing_offload import as_planned, resolve_offload
 from trainer.config import RunConfig
@@ -103,8 +103,27 @@ def test_auto_takes_host_memory_only_where_it_must(both):
     assert read.offload_optimizer == "host" and as_planned(config(), read).memory.offload_optimizer == "host"
     assert planned_trace(config(budget_gib=between), tight, "h100").peak()[0] < planned_trace(config(), roomy, "h100").peak()[0]
     assert same_step(config(), config()) and not same_step(config(), config("host"))
-    refused = planning.plan_run(config("none", budget_gib=between), "h100")
-    assert not refused.fits and "memory.offload_optimizer=host" in {change.settings for change in refused.changes}
+
+
+@pytest.mark.parametrize("settings", [{}, {"recompute": "auto"}])
+def test_a_plan_that_does_not_fit_offers_it(settings):
+    def offered(device, where):
+        target = planning.target_of(config(where, **settings), device_named(device))
+        return "memory.offload_optimizer=host" in {text for text, _, _ in planning._options(target)}
+
+    assert offered("h100", "none") and not offered("h100", "host") and not offered("cpu", "none")
+
+
+def test_degrees_are_tried_with_both_places(monkeypatch):
+    def tried(target):
+        host = target.config.memory.offload_optimizer == "host"
+        assert target.config.memory.offload_optimizer in ("none", "host")
+        return choosing_degrees.Tried(target.config, "cp 1", "fits" if host else "does not fit", 2.0 if host else 1.0, 100)
+
+    monkeypatch.setattr(choosing_degrees, "_try_placed", tried)
+    for device, status in (("h100", "fits"), ("cpu", "does not fit")):
+        found = choosing_degrees._try(planning.target_of(config(), device_named(device)))
+        assert found.status == status and found.config == config()  # which place it is stays the plan's to say
 
 
 def test_host_memory_is_one_budget(both):
