@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from memory_mgmt.devices import device_named
-from memory_mgmt.plan import MemoryPlan, Prediction, Term
+from memory_mgmt.plan import MemoryPlan, Prediction, Term, refusal
 from memory_mgmt.plan_view import plain
 from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.errors import UserError
@@ -133,6 +133,7 @@ def test_host_memory_is_one_budget(both):
     for settings in (little, {**little, "offload_dir": "/tmp"}):
         plan = planning.plan_run(config("host", **settings), "h100", with_changes=False)
         assert not plan.fits and not plan.host_fits and plan.peak_bytes == there.peak_bytes
+        assert "memory.offload_optimizer=none" in refusal(plan)
     target = planning.target_of(config("host", recompute="auto", offload="kept"), device_named("h100"))
     dims = ParallelDims.from_config(target.config.parallel, 1)
     setting = setting_of(target.config, target.vocab_size, planning.rates_of(target.device), dims, 1, budget=GIB, host=GIB, cuda=True)
