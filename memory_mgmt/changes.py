@@ -22,6 +22,7 @@ def changes(
     seq_len: int,
     vocab_size: int,
     zigzag: bool,
+    cuda: bool,
     peak_bytes: int,
     peak_with: Callable[[MemoryConfig, ParallelConfig], int],
 ) -> list[Change]:
@@ -29,7 +30,7 @@ def changes(
 
     ``peak_with(memory, parallel)`` is the planned peak in bytes under other settings.
     """
-    options = memory_options(model, memory, seq_len=seq_len, cp=parallel.cp, vocab_size=vocab_size)
+    options = memory_options(model, memory, seq_len=seq_len, cp=parallel.cp, vocab_size=vocab_size, cuda=cuda)
     together = {key: value for settings, _ in options for key, value in settings.items()}
     if len(together) > 1:
         options.append((together, "the costs of each added"))
@@ -44,9 +45,9 @@ def changes(
 
 
 def memory_options(
-    model: ModelConfig, memory: MemoryConfig, *, seq_len: int, cp: int, vocab_size: int
+    model: ModelConfig, memory: MemoryConfig, *, seq_len: int, cp: int, vocab_size: int, cuda: bool
 ) -> list[tuple[dict[str, int | str], str]]:
-    """Single changes under ``memory`` and their cost in words."""
+    """Single changes under ``memory`` and their cost in words. ``cuda``: the device has memory of its own."""
     local_tokens, flops_per_token = seq_len // cp, model_flops_per_token(model, vocab_size, seq_len)
     options: list[tuple[dict[str, int | str], str]] = []
     for tile in (1024, 256):
@@ -67,4 +68,11 @@ def memory_options(
         if memory.quantise != "none":  # nothing is left to keep in eight bits then
             instead["quantise"] = "none"
         options.append((instead, f"about {1 / 3 - head_share:.0%} more compute"))
-    return options
+    return options + offload_options(memory, cuda=cuda)
+
+
+def offload_options(memory: MemoryConfig, *, cuda: bool) -> list[tuple[dict[str, int | str], str]]:
+    """The optimizer's states in host memory, where that is other memory than the device's and they are not there yet."""
+    if not cuda or memory.offload_optimizer != "none":
+        return []
+    return [({"offload_optimizer": "host"}, "its states copied to the device and back in every update")]

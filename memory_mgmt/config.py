@@ -28,6 +28,9 @@ class MemoryConfig(Section):
     """What may be kept in eight bits between forward and backward, which changes gradients a little (the loss of a step not at all).
     feed_forward: the feed-forward's gate, up and the stream before them. With recompute auto the planner decides what share; else all of
     them are, in tiles of ffn_tile_tokens where that is set (and then none of it is recomputed)."""
+    offload_optimizer: Literal["none", "host", "auto"] = "none"
+    """Where the optimizer's states (AdamW: 8 bytes per parameter) live. host: in host memory; the update brings them to the device bucket
+    by bucket. auto: the planner takes host where the step does not fit without it, or is faster with it."""
     host_gib: float | None = Field(default=None, gt=0)
     """Host memory that the ranks of one node may take together for offload, in GiB. null: four fifths of the machine's."""
     offload_dir: str | None = None

@@ -13,6 +13,7 @@ clock for computation and one for each of NVLink, network, and the two direction
 * all other collectives (all-to-all, state passing, norms) are waited for at once;
 * copies to host memory run beside the computation of this stretch and the next and are waited for after that (two rounding buffers);
   copies back are recorded where their prefetch starts and are waited for when the next stretch begins;
+* an offloaded optimizer's stretches are its buckets: one comes in the buffer that the bucket before the present one leaves;
 * with ``Rates.overlap`` false (CPU) nothing runs beside anything.
 
 Exposed time is what computation waits. Not modelled: stragglers, input of data, checkpoints, and the host falling behind the device.
@@ -22,6 +23,7 @@ Imports no torch. Try alone: ``longstride plan quickstart``.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -36,6 +38,8 @@ _GATHER_OF_PARAMETERS = "fsdp::all_gather_copy_in"
 _REDUCTION_OF_GRADIENTS = "fsdp::chunk_cat"
 _PHASES: dict[str, Phase] = {phase: phase for phase in get_args(Phase)}
 _FORWARD = ("build", "forward", "loss")
+_ONCE = ("clip", "update")
+"""Phases that come once in a step, after all passes."""
 
 
 @dataclass
@@ -84,6 +88,7 @@ def predict_step(
     tokens_per_step: int,
     model_flops_per_step: float,
     peak_flops: float | None = None,
+    passes: float = 1.0,
 ) -> Prediction:
     """Time and traffic of the traced step.
 
@@ -91,21 +96,25 @@ def predict_step(
         tokens_per_step: of the whole run, all ranks and micro-steps.
         model_flops_per_step: of the whole run, by ``models/flops.py`` (nothing counted for recomputation).
         peak_flops: peak FLOP/s of one device; None: MFU is not known.
+        passes: how many times as many forward and backward passes the step has as the trace; clipping and update come once.
     Raises ValueError where an operation's cost is not known (``op_seconds``).
     """
     stretches = step_schedule(trace, rates, topology)
-    seconds = stretches[-1].end if stretches else 0.0
-    copied = sum(moved_bytes(work.op) for s in stretches for work in s.work if work.kind in COPIES)
+
+    def total(of: Callable[[Stretch], float]) -> float:
+        return sum(of(s) * (1.0 if s.phase in _ONCE else passes) for s in stretches)
+
+    seconds = total(lambda s: s.end - s.start)
     return Prediction(
         step_seconds=seconds,
         tokens_per_second=tokens_per_step / seconds if seconds else 0.0,
         mfu=model_flops_per_step / (seconds * peak_flops * topology.ranks) if peak_flops and seconds else None,
-        compute_seconds=sum(s.compute for s in stretches),
-        recompute_seconds=sum(s.recompute for s in stretches),
-        exposed_communication_seconds=sum(s.waited_communication for s in stretches),
-        exposed_copy_seconds=sum(s.waited_copy for s in stretches),
+        compute_seconds=total(lambda s: s.compute),
+        recompute_seconds=total(lambda s: s.recompute),
+        exposed_communication_seconds=total(lambda s: s.waited_communication),
+        exposed_copy_seconds=total(lambda s: s.waited_copy),
         host_bytes_per_node=trace.peak("host")[0] * topology.ranks_per_node,
-        copied_bytes=copied,
+        copied_bytes=round(total(lambda s: sum(moved_bytes(work.op) for work in s.work if work.kind in COPIES))),
         source=rates.source,
     )
 
@@ -180,7 +189,7 @@ class _Schedule:
 
     def _begin(self, i: int) -> None:
         """Wait for what this stretch needs; start what the next one needs."""
-        if self.stretches[i].phase in ("clip", "update"):
+        if self.stretches[i].phase in _ONCE and (i == 0 or self.stretches[i - 1].phase != "update"):
             self._wait_for_all(i)
         self._start_gathers(i, i)
         self._arrive_from(i, self.gathers, before=i + 1 if i in self.gathered else i)
@@ -228,7 +237,9 @@ class _Schedule:
             self._wait(i, self.now + work.seconds, copy=True)
             return
         pending = self.copies_out if work.kind == "copy_out" else self.copies_in
-        pending.append(_Pending(self._occupy(work, work.kind), i))
+        # In the update the buffer is that of the bucket before, which has to leave it.
+        ready = self.copies_out[-1].done if stretch.phase == "update" and work.kind == "copy_in" and self.copies_out else 0.0
+        pending.append(_Pending(self._occupy(work, work.kind, ready), i))
 
     def _occupy(self, work: _Work, channel: str | None = None, ready: float = 0.0) -> float:
         """Put work on its link, behind what is there and not before ``ready``; gives the time at which it is done."""

@@ -15,8 +15,13 @@ from memory_mgmt.activations import ELEMENT, WIDE, Shapes
 from memory_mgmt.changes import changes
 from memory_mgmt.config import MemoryConfig
 from memory_mgmt.devices import DEVICES, MIB, Device
+from memory_mgmt.estimate_terms import LABELS as _LABELS
+from memory_mgmt.estimate_terms import Live as _Live
+from memory_mgmt.estimate_terms import add as _add
+from memory_mgmt.estimate_terms import summed as _sum
+from memory_mgmt.optimizer_buckets import BUCKET_BYTES, bucket_width
 from memory_mgmt.overheads import CPU_LIBRARIES, CPU_PROCESS, CPU_RANK, CUBLAS_WORKSPACE, NCCL_BUFFERS
-from memory_mgmt.plan import GIB, Kind, MemoryPlan, Moment, Term
+from memory_mgmt.plan import GIB, MemoryPlan, Moment, Term
 from models.config import LayerKind, ModelConfig
 from models.flops import (
     block_parameters,
@@ -42,45 +47,8 @@ HOLES_SHARE_TILES = 1.0
 TIGHT_FACTOR = 2.0
 """Freed blocks are given back when the limit is below this times the peak; giving them back costs time (memory_mgmt/host_allocator.py)."""
 
-_Live = dict[str, int]
-
-
-@dataclass(frozen=True)
-class _Label:
-    kind: Kind
-    formula: str
-
-
-_LABELS: dict[str, _Label] = {
-    "parameters": _Label("parameters", "this rank's shard, {w} bytes each"),
-    "parameters gathered (one block)": _Label("parameters", "one block whole for computing, in backward the next one's buffer as well"),
-    "parameters gathered (embedding, head)": _Label("parameters", "embedding, final norm and head stay whole through the step"),
-    "gradients": _Label("gradients", "one per parameter of the shard, {w} bytes each"),
-    "gradients before reduction": _Label("gradients", "one block's and the head's gradients whole, and the reduction's copy"),
-    "AdamW moments": _Label("optimizer", "two per parameter of the shard, {w} bytes each"),
-    "block inputs": _Label("activations", "residual stream and norm statistics of every block"),
-    "attention": _Label("activations", "per attention layer: input, q, k, v, out, log-sum-exp"),
-    "memory layers": _Label("activations", "per memory layer: projections, chunk matrices, states (with tiles: one state per tile)"),
-    "feed-forward": _Label("activations", "per layer: input, gate, up and product (with tiles: the input)"),
-    "rotary table": _Label("activations", "cos and sin of every token, shared by all layers"),
-    "one block recomputed": _Label("transient", "what recomputation brings back: everything inside one block"),
-    "inside a forward pass": _Label("transient", "made and freed while one block runs forward"),
-    "inside a backward pass": _Label("transient", "made and freed while one part of a block runs backward"),
-    "gradient of the residual stream": _Label("transient", "one copy of the residual stream"),
-    "optimizer step": _Label("transient", "temporaries of AdamW"),
-    "loss inputs": _Label("loss", "last residual stream, log-sum-exp and loss per token"),
-    "logits of one tile": _Label("loss", "loss_tile_tokens x vocabulary, one or two copies"),
-    "loss gradients": _Label("loss", "gradients of the last residual stream and of the output matrix"),
-    "exchange between ranks": _Label("communication", "ring, halo and state buffers of one layer"),
-    "batch": _Label("batch", "tokens, labels and positions of the step, prefetched ones as well"),
-    "libraries": _Label("overhead", "measured, not derived: code and scratch of kernels loaded in the first step"),
-    "heap": _Label("overhead", "measured, not derived: holes that tensors of small tiles leave"),
-    "heap holes": _Label("overhead", "measured, not derived: freed blocks that the C library keeps; given back where memory is tight"),
-    "cuBLAS workspace": _Label("overhead", "32 MiB per handle"),
-    "process": _Label("outside", "interpreter, torch and the trainer before anything is built"),
-    "CUDA context": _Label("outside", "context and library handles"),
-    "NCCL buffers": _Label("outside", "channels of the process groups"),
-}
+MOMENTS = 2
+"""Of AdamW."""
 
 
 def estimate(
@@ -125,6 +93,7 @@ def estimate(
         seq_len=seq_len,
         vocab_size=vocab_size,
         zigzag=layout == "zigzag",
+        cuda=device.is_cuda,
         peak_bytes=plan.peak_bytes,
         peak_with=lambda m, p: _plan_within(replace(step, memory=m, parallel=p), budget, available)[0].peak_bytes,
     )
@@ -186,6 +155,11 @@ class _Step:
     def recompute(self) -> bool:
         return self.memory.recompute == "block"
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether the moments wait in host memory."""
+        return self.memory.offload_optimizer == "host"
+
     # --- parameters, gradients, optimizer ------------------------------------------------------------------------------------
 
     def shard(self, parameters: int) -> int:
@@ -204,7 +178,7 @@ class _Step:
         positions = self.rows * self.seq_len * 8 * 3
         live = {
             "parameters": self.shard(total),
-            "AdamW moments": 2 * self.shard(total),
+            "AdamW moments": 0 if self.offloaded else MOMENTS * self.shard(total),
             # Whole sequences of every micro-batch and of the step being prefetched, and this rank's part on the device.
             "batch": positions * self.grad_accum * (1 if self.device.is_cuda else 3) + positions // self.parallel.cp,
         }
@@ -299,8 +273,8 @@ class _Step:
         return [*found, ("update", self.update())]
 
     def build(self) -> _Live:
-        """The optimizer's states are made in a step with zero gradients."""
-        return self.update()
+        """The optimizer's states are made in a step with zero gradients; in host memory they begin as zeros."""
+        return {} if self.offloaded else self.update()
 
     def forward(self, block: int) -> _Live:
         s, kind = self.shapes, self.model.layer_kinds[block]
@@ -357,25 +331,28 @@ class _Step:
         return c.d_model * max(self.vocab_size, widest)
 
     def update(self) -> _Live:
-        """AdamW: parameter by parameter on CPU (two temporaries), all parameters at once on CUDA (one temporary each)."""
-        total = parameter_count(self.model, self.vocab_size).total
-        temporaries = self.shard(total) if self.device.is_cuda else 2 * self.shard(self.largest_parameter)
-        return _sum(self.all_gradients(), {"optimizer step": temporaries})
+        """AdamW: parameter by parameter on CPU (two temporaries), all parameters at once on CUDA (one temporary each). Of offloaded moments
+        two buckets are there, and what is made is made of one."""
+        at_once = self.bucket_parameters() if self.offloaded else parameter_count(self.model, self.vocab_size).total
+        largest = min(at_once, self.largest_parameter)
+        temporaries = self.shard(at_once) if self.device.is_cuda else 2 * self.shard(largest)
+        buckets = {"buckets of moments": 2 * MOMENTS * self.shard(at_once)} if self.offloaded else {}
+        return _sum(self.all_gradients(), {"optimizer step": temporaries}, buckets)
+
+    def bucket_parameters(self) -> int:
+        """Parameters, over all shards, whose moments are in the largest bucket."""
+        kinds = {block_parameters(self.model, kind) for kind in self.model.layer_kinds}
+        count = parameter_count(self.model, self.vocab_size)
+        most = BUCKET_BYTES // (MOMENTS * self.wide)
+        return self.shards * max(bucket_width(-(-section // self.shards), most) for section in {*kinds, count.embedding, count.head})
+
+    def host_bytes(self) -> int:
+        """Host memory of this rank: offloaded moments. What activations take there is not estimated."""
+        return MOMENTS * self.shard(parameter_count(self.model, self.vocab_size).total) if self.offloaded else 0
 
 
 def _working(made: int, exchanged: int) -> _Live:
     return {"inside a backward pass": made} | ({"exchange between ranks": exchanged} if exchanged else {})
-
-
-def _add(left: _Live, right: _Live) -> _Live:
-    return left | {name: left.get(name, 0) + size for name, size in right.items()}
-
-
-def _sum(*parts: _Live) -> _Live:
-    total: _Live = {}
-    for part in parts:
-        total = _add(total, part)
-    return total
 
 
 def _plan(step: _Step, budget_bytes: int | None, device_bytes: int | None, holes: bool) -> MemoryPlan:
@@ -399,6 +376,7 @@ def _plan(step: _Step, budget_bytes: int | None, device_bytes: int | None, holes
         budget_bytes=budget_bytes,
         device_bytes=device_bytes,
         not_counted=NOT_COUNTED,
+        host_bytes=step.host_bytes(),
     )
 
 

@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,19 @@ class Range:
 def rounded(nbytes: int) -> int:
     """Bytes that a block of ``nbytes`` takes in a slab."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def in_slabs(sizes: Sequence[int], most: int = MAX_SLAB_BYTES) -> list[list[int]]:
+    """Blocks of these sizes, in order, dealt to slabs of at most ``most`` bytes; one that is larger is alone."""
+    groups: list[list[int]] = []
+    filled = 0
+    for nbytes in sizes:
+        if not groups or filled + rounded(nbytes) > most:
+            groups.append([])
+            filled = 0
+        groups[-1].append(nbytes)
+        filled += rounded(nbytes)
+    return groups
 
 
 class FreeRanges:
@@ -160,6 +173,20 @@ class HostMemory:
             left -= r.size
         return self._taken(HostBlock(nbytes, pieces, ranges))
 
+    def take_whole(self, sizes: Sequence[int]) -> list[HostBlock] | None:
+        """Blocks in one piece each, in slabs of their own that waste nothing: for what stays. A block larger than a slab makes its slab
+        as large as itself. None, and nothing done, when the budget does not allow all of them."""
+        if self.budget_bytes is not None and self.reserved_bytes + sum(map(rounded, sizes)) > self.budget_bytes:
+            return None
+        blocks: list[HostBlock] = []
+        for group in in_slabs(sizes):
+            region, start = self._add_slab(max(ALIGNMENT, sum(map(rounded, group)))), 0
+            for nbytes in group:
+                where = Range(region, start, start + rounded(nbytes))
+                blocks.append(self._taken(HostBlock(nbytes, [self._slabs[region][start : start + nbytes]], [where])))
+                start = where.stop
+        return blocks
+
     def take_separate(self, nbytes: int, empty: Callable[[int], Tensor]) -> HostBlock | None:
         """A block in memory of its own, made by ``empty(nbytes)``: for fake tensors. None when the budget does not allow it."""
         if rounded(nbytes) > self.available_bytes:
@@ -192,12 +219,16 @@ class HostMemory:
         return True
 
     def _grow(self, size: int) -> None:
+        self._free.add(Range(self._add_slab(size), 0, size))
+
+    def _add_slab(self, size: int) -> int:
+        """Map a slab; its number."""
         slab = self._map(size)
         if self._cuda_device is not None and not self.pageable_reason:
             self._lock(slab)
         self._slabs.append(slab)
-        self._free.add(Range(len(self._slabs) - 1, 0, size))
         self.reserved_bytes += size
+        return len(self._slabs) - 1
 
     def _map(self, size: int) -> Tensor:
         pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -16,10 +16,10 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,29 +32,8 @@ from memory_mgmt.offload_entries import Entry, Episode, living
 from memory_mgmt.offload_layout import Layout, fake_mode_of, flat_bytes, from_parameter, layout_of, restored, why_not
 from memory_mgmt.offload_residence import Residence
 from memory_mgmt.offload_return import WayBack
+from memory_mgmt.offload_statistics import Copied, OffloadStatistics
 from memory_mgmt.quantised import Quantise, dequantised, quantised
-
-
-class Copied(NamedTuple):
-    """Bytes copied in each direction."""
-
-    to_host: int
-    to_device: int
-
-
-@dataclass(frozen=True)
-class OffloadStatistics:
-    """What a store did since the last reset."""
-
-    peak_bytes: int
-    """Most host memory that parked tensors took at once."""
-    copied: Copied
-    waited_seconds: float
-    """Time in which the computation stood still for copies."""
-    disk_bytes: int
-    """Bytes written to the disk tier."""
-    pageable_reason: str
-    """Why host memory is not page-locked; empty if it is."""
 
 
 class Parked:
@@ -190,7 +169,7 @@ class HostStore:
             return entry
         episode = self._episode_of(slot)
         self._count += 1
-        entry = Entry(self._count, layout.stored_bytes, episode, self._copies(mode), mode, self._return.buffers, self._residence.inbox)
+        entry = Entry(self._count, layout.stored_bytes, episode, self.copies_for(mode), mode, self._return.buffers, self._residence.inbox)
         self._residence.place(entry)
         assert entry.block is not None
         entry.low, entry.high, entry.packed = layout.low, layout.high, layout.packed
@@ -309,7 +288,22 @@ class HostStore:
             self._return.bury(remains)
         self._return.collect()
 
-    def _copies(self, mode: Any) -> Copies:
+    # --- for what stays in host memory --------------------------------------------------------------------------------------------
+
+    def keep(self, sizes: Sequence[int], what: str, mode: Any = None) -> list[Tensor]:
+        """Host memory of these many bytes, each in one piece (uint8, flat, content undefined), within the same budget and for the life
+        of the store. ``what`` names it in the UserError when it does not fit; ``mode``: of fake tensors."""
+        with self._lock, mode or contextlib.nullcontext():
+            return [block.pieces[0] for block in self._residence.keep(sizes, what, mode)]
+
+    def count(self, to_host: int, to_device: int) -> None:
+        """Add bytes that somebody else copied to and from what is kept to this store's figures."""
+        with self._lock:
+            self._to_host += to_host
+            self._return.copied_bytes += to_device
+
+    def copies_for(self, mode: Any) -> Copies:
+        """What copies: at once for fake tensors (``mode``) and on CPU, else on the store's two streams."""
         if mode or self.device.type == "cpu":
             return self._plain
         self._cuda = self._cuda or CudaCopies(self.device)

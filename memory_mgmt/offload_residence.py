@@ -11,7 +11,7 @@ import contextlib
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,17 @@ class Residence:
             if block is not None:
                 return block
             self._make_room(nbytes)
+
+    def keep(self, sizes: Sequence[int], what: str, mode: Any) -> list[HostBlock]:
+        """Blocks in one piece each, for good. Raises UserError when they do not all fit: what is kept never goes to disk."""
+        blocks = [self.memory.take_separate(n, self._fake_empty) for n in sizes] if mode else self.memory.take_whole(sizes)
+        if blocks is None or None in blocks:
+            budget = self.memory.budget_bytes or 0
+            raise UserError(
+                f"memory.host_gib: {what} take {size_text(sum(map(rounded, sizes)))} of host memory, and this rank may take "
+                f"{size_text(budget)}\nraise memory.host_gib, shard over more ranks, or set memory.offload_optimizer=none"
+            )
+        return [block for block in blocks if block is not None]
 
     def reserve(self, nbytes: int) -> None:
         """Map host memory for ``nbytes`` in all. Raises UserError above the budget."""

@@ -116,6 +116,8 @@ class MemoryPlan:
     """Host memory that one rank may take for offload; None: no limit was set."""
     disk_tier: bool = False
     """What is above ``host_budget_bytes`` goes to ``memory.offload_dir``."""
+    offload_optimizer: Literal["none", "host"] = "none"
+    """Where the optimizer's states live: what ``memory.offload_optimizer`` says, or what was chosen for auto."""
     policy: Policy | None = None
     """What is kept, swapped or recomputed, layer by layer; None: what the configuration says."""
     prediction: Prediction | None = None
@@ -231,9 +233,11 @@ def refusal(plan: MemoryPlan) -> str:
         raise ValueError("the plan fits: there is nothing to refuse")
     if plan.limit_bytes is None or plan.peak_bytes <= plan.limit_bytes:
         allowed = plan.host_budget_bytes or 0
+        states = plan.offload_optimizer == "host"
         return (
             f"memory.host_gib: offload takes {gib(plan.host_bytes)} of host memory per rank, {gib(allowed)} is this rank's part\n"
-            "raise memory.host_gib, name a local disk in memory.offload_dir, offload less (memory.offload=inputs or none) or recompute more"
+            + ("raise memory.host_gib, set memory.offload_optimizer=none" if states else "raise memory.host_gib")
+            + ", name a local disk in memory.offload_dir, offload less (memory.offload=inputs or none) or recompute more"
         )
     over_budget = plan.budget_bytes is not None and plan.peak_bytes > plan.budget_bytes
     limit = f"memory.budget_gib {plan.limit_bytes / GIB:g}" if over_budget else f"{gib(plan.limit_bytes)} on {plan.device}"

@@ -98,7 +98,7 @@ def problem_of_trace(trace: Trace, baseline: Policy, setting: Setting) -> Proble
         resident_bytes=reader.resident,
         other_peak_bytes=reader.other_peak(),
         budget_bytes=setting.budget_bytes,
-        host_bytes=setting.host_bytes,
+        host_bytes=max(0, setting.host_bytes - reader.states_on_host),
         bandwidth_out=one_way,
         bandwidth_in=other_way,
         overlap=setting.rates.overlap,
@@ -120,6 +120,7 @@ class _Reader:
         self.schedule = step_schedule(trace, setting.rates, setting.topology)
         self.total_seconds = self.schedule[-1].end if self.schedule else 0.0
         self.resident = sum(b.size for b in trace.of("device") if b.lower == 0)
+        self.states_on_host = sum(b.size for b in trace.of("host") if b.kind == "optimizer")
         points = trace.curve()
         self.times, self.live = [time for time, _ in points], [live for _, live in points]
 

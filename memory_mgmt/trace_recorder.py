@@ -300,7 +300,10 @@ class StepRecorder(TorchDispatchMode):
         stream = "compute"
         if self.device_type != "cpu" and outputs and len({x.device.type for x in (*inputs, *outputs)}) > 1:
             stream = "copy_out" if outputs[0].device.type == "cpu" else "copy_in"
-        self._ops.append(self._op(name, layer, flops, moved, work_dtype(inputs or outputs), stream))
+        op = self._op(name, layer, flops, moved, work_dtype(inputs or outputs), stream)
+        if stream != "compute":  # a copy names its target among its inputs too
+            op.message_bytes = sum(x.numel() * x.element_size() for x in outputs) * op.repeats
+        self._ops.append(op)
 
     def _collective(self, name: str, inputs: list[Tensor], args: Any, layer: int | None) -> None:
         # Each list or tensor among the arguments is one side of the message; the larger one is the whole.

@@ -14,8 +14,11 @@ from optim.recipes import Recipe, recipe_of
 from optim.routing import Routed, route
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig | None = None, **settings: Any) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters of ``model``, sharded or not, with its states allocated.
+def build_optimizer(
+    model: nn.Module, config: OptimConfig | None = None, *, with_states: bool = True, **settings: Any
+) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters of ``model``, sharded or not, with its states allocated (torch's own: unless
+    ``with_states`` is False, where somebody else places them).
 
     ``settings``: of ``OptimConfig``, in place of those of ``config``. The caller may set each group's ``lr`` at each step
     (``optim.schedule.learning_rate`` times the group's ``lr_factor``). Raises ValueError for settings that are unknown or contradict one
@@ -30,7 +33,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig | None = None, **setti
     groups = _groups(routed, config)
     if config.preset == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
-        allocate_states(optimizer)
+        if with_states:
+            allocate_states(optimizer)
         return optimizer
     recipe = recipe_of(config)
     lanes = [_lane(one, recipe) for one in routed]

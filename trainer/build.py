@@ -20,6 +20,7 @@ from memory_mgmt.arena import build_arena
 from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.monitor import MemoryMonitor
 from memory_mgmt.offload import HostStore
+from memory_mgmt.optimizer_offload import OffloadedOptimizer
 from memory_mgmt.plan import MemoryPlan, gib
 from memory_mgmt.plan_check import PlanCheck, tensor_bytes
 from memory_mgmt.policy import CLASSES, Policy
@@ -31,6 +32,7 @@ from parallel.dims import ParallelDims
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import parallelize
 from trainer.checkpoint import CheckpointManager
+from trainer.choosing_offload import as_planned
 from trainer.config import RunConfig
 from trainer.config_file import dump
 from trainer.console import RunConsole
@@ -98,18 +100,29 @@ def build_engine(
     store: HostStore | None = None,
 ) -> Engine:
     """Model and optimizer of ``config`` on this rank; ``policy`` and ``store`` as for ``build_model``."""
-    return engine_for(config, build_model(config, vocab_size, mesh, device, policy, store), mesh, device)
+    return engine_for(config, build_model(config, vocab_size, mesh, device, policy, store), mesh, device, store)
 
 
-def host_store(policy: Policy, device: torch.device, budget_bytes: int | None, directory: str | None) -> HostStore | None:
-    """Host memory for what ``policy`` swaps, at most ``budget_bytes`` of this rank; None where it swaps nothing."""
+def host_store(
+    policy: Policy, device: torch.device, budget_bytes: int | None, directory: str | None, *, optimizer: bool = False
+) -> HostStore | None:
+    """Host memory for what ``policy`` swaps and, with ``optimizer``, for the optimizer's states, at most ``budget_bytes`` of this rank
+    together; None where there is nothing of either."""
     swaps = any(layer.of(name).swap > 0 for layer in policy.layers for name in CLASSES)
-    return HostStore(device, budget_bytes, Path(directory) if directory else None) if swaps else None
+    return HostStore(device, budget_bytes, Path(directory) if directory else None) if swaps or optimizer else None
 
 
-def engine_for(config: RunConfig, model: Transformer, mesh: Mesh | None, device: torch.device) -> Engine:
-    """The engine around a model that is built and placed."""
-    optimizer = build_optimizer(model, config.optim)
+def engine_for(config: RunConfig, model: Transformer, mesh: Mesh | None, device: torch.device, store: HostStore | None = None) -> Engine:
+    """The engine around a model that is built and placed. ``store`` holds the optimizer's states where ``memory.offload_optimizer`` says
+    so; None: one without a limit is made."""
+    where = config.memory.offload_optimizer
+    if where == "auto":
+        raise ValueError("memory.offload_optimizer auto is decided by the planner; build with what it chose")
+    if where == "host":
+        plain = build_optimizer(model, config.optim, with_states=False)
+        optimizer = OffloadedOptimizer(plain, dict(model.named_parameters()), store or HostStore(device))
+    else:
+        optimizer = build_optimizer(model, config.optim)
     return Engine(model, optimizer, mesh, device, config.train.precision, config.layout, config.optim.clip_norm)
 
 
@@ -173,10 +186,12 @@ def _build_trainer(
     monitor = MemoryMonitor(device)  # before the model: its baseline is the process without one
     vocab_size = model_vocab_size(config, data.vocab_size)
     policy = plan.policy or policy_of(config.memory, config.model.layer_kinds)
-    store = host_store(policy, device, plan.host_budget_bytes, config.memory.offload_dir)
+    placed = as_planned(config, plan)
+    offloaded = placed.memory.offload_optimizer == "host"
+    store = host_store(policy, device, plan.host_budget_bytes, config.memory.offload_dir, optimizer=offloaded)
     if store is not None:
         cleanup.callback(store.close)
-    engine = build_engine(config, vocab_size, mesh, device, policy, store)
+    engine = build_engine(placed, vocab_size, mesh, device, policy, store)
     arena = build_arena(config.memory, device)
     if arena is not None:
         cleanup.callback(arena.close)
@@ -214,7 +229,9 @@ def _build_trainer(
 
 def _resident(engine: Engine) -> dict[str, int]:
     state = engine.state_dict()
-    return {"parameters": tensor_bytes(state["model"]), "optimizer": tensor_bytes(state["optim"])}
+    found = {"parameters": tensor_bytes(state["model"])}
+    # Offloaded states count with the store's host memory.
+    return found if isinstance(engine.optimizer, OffloadedOptimizer) else found | {"optimizer": tensor_bytes(state["optim"])}
 
 
 def _starting_state(checkpoints: CheckpointManager, engine: Engine) -> tuple[TrainState, list[str]]:

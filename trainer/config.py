@@ -130,6 +130,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> RunConfig:
+        if self.memory.offload_optimizer == "host" and self.optim.preset not in ("adamw", "auto"):
+            raise ValueError(
+                f"memory.offload_optimizer host moves the states of adamw; optim.preset {self.optim.preset} keeps its own on the device: "
+                "set offload_optimizer none"
+            )
         parallel = self.parallel
         if parallel.chosen_by_plan:
             return self  # checked for every choice

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from memory_mgmt.optimizer_offload import OffloadedOptimizer
 from models.batch import IGNORE_INDEX, Batch
 from models.transformer import Transformer
 from optim.clip import clip_grad_norm
@@ -113,7 +114,7 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | OffloadedOptimizer,
         mesh: Mesh | None,
         device: torch.device,
         precision: Precision,
@@ -172,8 +173,9 @@ class Engine:
         """Tensors only (DTensors when sharded): parameters and optimizer states by fully qualified parameter name. They are the live
         ones: a checkpoint is loaded by writing into them."""
         optim: dict[str, torch.Tensor] = {}
+        states = self.optimizer.state
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in states[parameter].items():
                 optim[f"{name}.{key}"] = value
         return {"model": dict(self.parameters), "optim": optim}
 

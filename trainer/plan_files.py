@@ -14,6 +14,7 @@ from memory_mgmt.plan import MemoryPlan
 from memory_mgmt.trace import Trace
 from memory_mgmt.traced_plan import step_addresses
 from models.errors import UserError
+from trainer.choosing_offload import as_planned
 from trainer.config import RunConfig
 from trainer.planning import ADDRESS_SECONDS, target_of, this_machine
 from trainer.run_dir import write_atomic
@@ -45,7 +46,7 @@ def planned_trace(config: RunConfig, plan: MemoryPlan, device_name: str | None =
     if config.memory.plan == "estimate":
         raise UserError("--timeline: draws a traced step, and memory.plan=estimate plans by formulas; leave memory.plan at trace")
     device = this_machine(config.train.device) if device_name is None else device_named(device_name)
-    return trace_step(target_of(config, device).request(plan.policy))
+    return trace_step(target_of(as_planned(config, plan), device).request(plan.policy))
 
 
 def write_plan_files(trace: Trace, plan: MemoryPlan, directory: Path | str) -> tuple[Path, Path, Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 
-from memory_mgmt.changes import memory_options
+from memory_mgmt.changes import memory_options, offload_options
 from memory_mgmt.cost_model import Rates, Topology, predict_step
 from memory_mgmt.devices import DEVICES, GIB, Device, device_from_torch_name, device_named
 from memory_mgmt.estimate import estimate
@@ -29,6 +29,7 @@ from models.errors import UserError
 from models.flops import model_flops_per_token
 from parallel.dims import ParallelDims
 from trainer.choosing import choose_policy, setting_of
+from trainer.choosing_offload import resolve_offload
 from trainer.config import RunConfig
 from trainer.data.tokenizers import load_tokenizer
 from trainer.tracing import TraceRequest, trace_step, trace_steps
@@ -115,6 +116,11 @@ def same_step(one: RunConfig, other: RunConfig) -> bool:
 
 def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
     """``plan_run`` of a target."""
+    if target.config.memory.offload_optimizer == "auto":
+        config, plan = resolve_offload(target.config, lambda each: plan_target(target.with_config(each)))
+        if plan.fits or not with_changes:
+            return plan
+        target = target.with_config(config)
     if target.config.memory.plan == "estimate":
         if target.config.memory.recompute == "auto":
             raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
@@ -155,7 +161,14 @@ def bare_plan(target: Target, trace: Trace) -> MemoryPlan:
         correction=target.correction,
         arena=target.config.memory.arena,
     )
-    return replace(plan, host_budget_bytes=target.host_budget, disk_tier=target.config.memory.offload_dir is not None)
+    return _with_host(target, plan, sum(b.size for b in trace.of("host") if b.kind == "optimizer"))
+
+
+def _with_host(target: Target, plan: MemoryPlan, states_bytes: int) -> MemoryPlan:
+    """The plan with what is allowed of host memory. A disk takes what is above that, but never the optimizer's states."""
+    disk = target.config.memory.offload_dir is not None and states_bytes <= target.host_budget
+    where = "host" if target.config.memory.offload_optimizer == "host" else "none"
+    return replace(plan, host_budget_bytes=target.host_budget, disk_tier=disk, offload_optimizer=where)
 
 
 def _chosen(target: Target, with_changes: bool) -> MemoryPlan:
@@ -195,27 +208,17 @@ def predict(target: Target, trace: Trace) -> Prediction | None:
         return None
     config = target.config
     tokens = config.global_batch_sequences * config.data.seq_len
-    traced_passes = min(config.train.grad_accum, 2)
+    traced_passes = min(config.train.grad_accum, 2)  # the others take as long as these
     peak = target.device.peak_tflops.get(config.train.precision)
-    prediction = predict_step(
+    return predict_step(
         trace,
         rates,
         Topology.of(ParallelDims.from_config(config.parallel, target.ranks), target.ranks_per_node),
-        tokens_per_step=tokens * traced_passes // config.train.grad_accum,
-        model_flops_per_step=model_flops_per_token(config.model, target.vocab_size, config.data.seq_len)
-        * (tokens * traced_passes // config.train.grad_accum),
+        tokens_per_step=tokens,
+        model_flops_per_step=model_flops_per_token(config.model, target.vocab_size, config.data.seq_len) * tokens,
         peak_flops=peak * 1e12 if peak else None,
+        passes=config.train.grad_accum / traced_passes,
     )
-    return _all_passes(prediction, config.train.grad_accum / traced_passes)
-
-
-def _all_passes(prediction: Prediction, factor: float) -> Prediction:
-    """A trace has two passes of a step at most; the others take as long as these."""
-    if factor == 1:
-        return prediction
-    times = ("step_seconds", "compute_seconds", "recompute_seconds", "exposed_communication_seconds", "exposed_copy_seconds")
-    scaled = {name: getattr(prediction, name) * factor for name in times}
-    return replace(prediction, **scaled, copied_bytes=int(prediction.copied_bytes * factor))
 
 
 def rates_of(device: Device) -> Rates | None:
@@ -261,8 +264,10 @@ def _options(target: Target) -> list[tuple[str, RunConfig, str]]:
     config, memory = target.config, target.config.memory
     if memory.recompute == "auto":
         options = [({"offload": "kept"}, "copies to host memory")] if memory.offload == "none" else []
+        options += offload_options(memory, cuda=target.device.is_cuda)
     else:
-        single = memory_options(config.model, memory, seq_len=config.data.seq_len, cp=config.parallel.cp, vocab_size=target.vocab_size)
+        shape = {"seq_len": config.data.seq_len, "cp": config.parallel.cp, "vocab_size": target.vocab_size}
+        single = memory_options(config.model, memory, **shape, cuda=target.device.is_cuda)
         together = {key: value for settings, _ in single for key, value in settings.items()}
         options = [*single, (together, "the costs of each added")] if len(single) > 1 else single
     found = []
@@ -287,7 +292,7 @@ def _prefetched(target: Target) -> int:
 
 def _estimated(target: Target) -> MemoryPlan:
     config = target.config
-    return estimate(
+    plan = estimate(
         config.model,
         config.parallel,
         config.memory,
@@ -301,6 +306,7 @@ def _estimated(target: Target) -> MemoryPlan:
         device=target.device,
         device_bytes=target.limits.device_bytes,
     )
+    return _with_host(target, plan, plan.host_bytes)
 
 
 def model_vocab_size(config: RunConfig, tokenizer_vocab: int) -> int:

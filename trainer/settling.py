@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
 from memory_mgmt.planner import solve
 from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.errors import UserError
+from trainer.choosing_offload import places
 from trainer.config import RunConfig
 from trainer.planning import Target, bare_plan, plan_target, predict, setting_for, target_for
 from trainer.sweep_traces import trace_ahead_of
@@ -92,7 +93,7 @@ def settled(config: RunConfig, device_name: str | None = None, ranks: int | None
         if len(choices) == len(presets) == 1:
             return Settled(choices[0])
         some = _try_all([target_for(one, device_name) for one in choices], config)
-        tried += sorted(some, key=lambda one: (one.status != "fits", one.seconds if one.status == "fits" else one.peak_bytes or math.inf))
+        tried += sorted(some, key=_rank)
         for one in tried[-len(some) :]:
             # What the planner's problem did not see may make the fastest policy too large: only a traced plan promises.
             if one.status == "fits" and plan_target(target_for(one.config, device_name)).fits:
@@ -167,7 +168,7 @@ def _try_all(targets: Sequence[Target], asked: RunConfig) -> list[Tried]:
     for start in range(0, len(order), _TOGETHER):
         some = order[start : start + _TOGETHER]
         if time.monotonic() < deadline:
-            trace_ahead_of([_first_request(target) for target in some])
+            trace_ahead_of([_first_request(placed) for target in some for placed in _placed(target)])
             tried += [_try(target, _words(target.config, asked)) for target in some]
         else:
             tried += [Tried(target.config, _words(target.config, asked), "not tried") for target in some]
@@ -188,7 +189,23 @@ def _first_request(target: Target) -> TraceRequest:
     return target.request()
 
 
+def _placed(target: Target) -> list[Target]:
+    """The target with each place that its optimizer's states may be in."""
+    return [target.with_config(config) for config in places(target.config)[: 2 if target.device.is_cuda else 1]]
+
+
 def _try(target: Target, words: str) -> Tried:
+    """The better of its places; which one it is, the plan of the chosen degrees says."""
+    best = min((_try_placed(placed, words) for placed in _placed(target)), key=_rank)
+    return replace(best, config=target.config)
+
+
+def _rank(one: Tried) -> tuple[bool, float]:
+    """What wins is first: the fastest that fits, else the one that needs least."""
+    return one.status != "fits", one.seconds if one.status == "fits" else one.peak_bytes or math.inf
+
+
+def _try_placed(target: Target, words: str) -> Tried:
     trace = trace_step(_first_request(target))
     if target.config.memory.recompute != "auto":
         plan, prediction = bare_plan(target, trace), predict(target, trace)

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim.optimizer import _foreach_supported_types  # pyright: ignore[reportAttributeAccessIssue]
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memory_mgmt.offload import HostStore
+from memory_mgmt.optimizer_offload import OffloadedOptimizer
 from memory_mgmt.policy import CLASSES, Policy
 from memory_mgmt.policy_settings import policy_of
 from memory_mgmt.trace import Trace
 from memory_mgmt.trace_extend import MARGIN, NotRepeating, Shortening, extend, shorten
-from memory_mgmt.trace_recorder import StepRecorder
+from memory_mgmt.trace_recorder import StepRecorder, layer_of
 from models.batch import Batch, Bounds
 from models.config import LayerKind
 from parallel.dims import ParallelDims
@@ -83,13 +85,13 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
     # The mesh is real: it reads rank numbers out of tensors.
     mesh = build_mesh(ParallelDims.from_config(config.parallel, world_size), device_type) if world_size > 1 else None
     recorder = StepRecorder(device_type, request["threads"])
-    with FakeTensorMode():
+    with FakeTensorMode(), _optimizers_as_on(device_type):
         store = HostStore(device, fake_empty=recorder.host_empty)
         with torch.device(device):
             model = shaped_model(config, request["vocab_size"], mesh, policy, store)
         recorder.watch(model)
         with recorder:
-            engine = engine_for(config, model, mesh, device)
+            engine = engine_for(config, model, mesh, device, store)
             _adopt(recorder, engine)
             _step(recorder, engine, [_batch(config, _warm_up_tokens(config))])
             batches = [_batch(config, config.data.seq_len) for _ in range(min(config.train.grad_accum, 2))]
@@ -101,13 +103,40 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
     return recorder
 
 
+@contextlib.contextmanager
+def _optimizers_as_on(device_type: str) -> Iterator[None]:
+    """On CUDA torch's optimizers update all parameters of a group at once, with temporaries for all of them, unless these are of a type
+    that they do not know, as fake tensors are."""
+    known: list[type] = _foreach_supported_types
+    if device_type != "cuda":
+        yield
+        return
+    known.append(FakeTensor)
+    try:
+        yield
+    finally:
+        known.remove(FakeTensor)
+
+
 def _step(recorder: StepRecorder, engine: Engine, batches: list[Batch]) -> None:
     engine.forward_backward(batches)
     recorder.tag((parameter.grad for parameter in engine.parameters.values()), "gradient")
     recorder.enter("clip")
-    hook = engine.optimizer.register_step_pre_hook(lambda *_: recorder.enter("update"))
+    _follow_update(recorder, engine.optimizer)
     engine.step(lr=1e-3)
-    hook.remove()
+
+
+def _follow_update(recorder: StepRecorder, optimizer: torch.optim.Optimizer | OffloadedOptimizer) -> None:
+    """Note when the next update begins, and of which layer's states where they come in buckets."""
+    if isinstance(optimizer, OffloadedOptimizer):
+        optimizer.watch = lambda section: recorder.enter("update", layer_of(section), section)
+        return
+
+    def begin(*_: Any) -> None:
+        recorder.enter("update")
+        hook.remove()
+
+    hook = optimizer.register_step_pre_hook(begin)
 
 
 def _adopt(recorder: StepRecorder, engine: Engine) -> None:

@@ -53,8 +53,8 @@ class TraceRequest:
         """Everything the trace depends on besides the code, and nothing else."""
         config = self.config.model_dump(mode="json")
         memory = {key: value for key, value in config["memory"].items() if key not in _UNRELATED_MEMORY}
-        if self.policy is not None:  # it says all that these settings would
-            memory = {}
+        if self.policy is not None:  # it says all that the other settings would
+            memory = {"offload_optimizer": memory["offload_optimizer"]}
         return {
             "config": {
                 "model": config["model"],

@@ -340,6 +340,33 @@ def test_copies_hide_behind_this_and_the_next_stretch() -> None:
     assert p.exposed_copy_seconds == pytest.approx(0.75)
 
 
+def test_an_offloaded_optimizer_s_buckets_come_and_go_two_at_a_time() -> None:
+    out = op("aten::copy_", message_bytes=2 * 10**10, stream="copy_out")  # 2 s
+    back = op("aten::copy_", message_bytes=2 * 10**10, stream="copy_in")  # 1 s
+    work = mm(0.1)
+    buckets = [("update embed", "update", [back, work, out]), ("update blocks.0", "update", [back, work, out])]
+    p = predict([("update", "update", [back]), *buckets, ("update blocks.1", "update", [work, out])])
+    # The first comes until 1.0 and leaves from 1.1 to 3.1, the second from 3.1 to 5.1. The third comes, from 3.1 to 4.1, into the buffer
+    # that the first has left, and leaves from 5.1 to 7.1.
+    assert p.step_seconds == pytest.approx(7.1) and p.exposed_copy_seconds == pytest.approx(7.1 - 0.3)
+    # Long updates hide all but the first copy in and the last one out.
+    slow = [(label, phase, [replace(o, flops=30 * o.flops) for o in ops]) for label, phase, ops in buckets]
+    p = predict([("update", "update", [back]), *slow, ("update blocks.1", "update", [mm(3.0), out])])
+    assert p.step_seconds == pytest.approx(1.0 + 3 * 3.0 + 2.0)
+    # Gradients arrive before the first bucket is touched.
+    early = predict([("backward blocks.0", "backward", [mm(1.0), *SCATTER]), ("update", "update", [back])], topology=NODE)
+    assert early.step_seconds == pytest.approx(1.0 + 0.7 + 1.0)
+
+
+def test_more_passes_than_were_traced_repeat_all_but_the_update() -> None:
+    stretches = [("forward blocks.0", "forward", [mm(1.0)]), ("backward blocks.0", "backward", [mm(2.0)])]
+    update = [op("aten::copy_", message_bytes=10**10, stream="copy_out"), mm(0.5)]
+    trace = trace_of([*stretches, ("clip", "clip", [mm(0.25)]), ("update", "update", update)])
+    p = predict_step(trace, ROUND, ONE, tokens_per_step=120, model_flops_per_step=1.0, passes=4.0)
+    assert p.compute_seconds == pytest.approx(4 * 3.0 + 0.75) and p.step_seconds == pytest.approx(12.0 + 0.25 + 1.0)
+    assert p.copied_bytes == 10**10 and p.tokens_per_second == pytest.approx(120 / 13.25)
+
+
 def test_nothing_overlaps_on_a_cpu() -> None:
     out = op("aten::copy_", message_bytes=10**10, stream="copy_out")
     stretches = [(f"forward blocks.{i}", "forward", [*GATHER, *pair(), out, mm(3.0)]) for i in range(2)]

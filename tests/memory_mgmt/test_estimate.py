@@ -10,6 +10,9 @@ from memory_mgmt.apply import apply_policy
 from memory_mgmt.config import MemoryConfig
 from memory_mgmt.devices import DEVICES
 from memory_mgmt.estimate import estimate
+from memory_mgmt.offload import HostStore
+from memory_mgmt.optimizer_buckets import BUCKET_BYTES
+from memory_mgmt.optimizer_offload import OffloadedOptimizer
 from memory_mgmt.plan import refusal
 from memory_mgmt.policy_settings import policy_of
 from models.batch import Batch, Bounds
@@ -37,9 +40,9 @@ def model_of(config: ModelConfig, precision: str, memory: MemoryConfig) -> Trans
     return model
 
 
-def batch_of(rows: int = 1) -> Batch:
-    tokens = torch.randint(VOCAB, (rows, TOKENS))
-    return Batch(tokens, tokens, torch.arange(TOKENS).expand(rows, -1).contiguous(), Bounds.whole(rows, TOKENS))
+def batch_of(rows: int = 1, length: int = TOKENS) -> Batch:
+    tokens = torch.randint(VOCAB, (rows, length))
+    return Batch(tokens, tokens, torch.arange(length).expand(rows, -1).contiguous(), Bounds.whole(rows, length))
 
 
 def autocast(precision: str):
@@ -132,6 +135,42 @@ def test_planned_peak_of_a_step_is_the_allocator_s(kinds, memory, precision, one
     before = at_peak["parameters"] + at_peak["AdamW moments"]
     apart = sum(at_peak.get(name, 0) for name in ("libraries", "heap", "heap holes", "process", "batch"))
     assert plan.peak_bytes - apart == pytest.approx(before + peak_allocated(step), rel=0.12)
+
+
+@pytest.mark.parametrize("tokens", [64, TOKENS])
+def test_planned_peak_of_a_step_with_moments_in_host_memory(tokens, one_thread):
+    """Host memory is not the allocator's, here as on a GPU: what is left are parameters, gradients and two buckets."""
+    config, memory = config_of("full", "swa"), MemoryConfig(offload_optimizer="host")
+    model = model_of(config, "fp32", memory)
+    with HostStore("cpu") as store:
+        named = dict(model.named_parameters())
+        optimizer = OffloadedOptimizer(build_optimizer(model, OptimConfig(), with_states=False), named, store)
+        batch = batch_of(length=tokens)
+
+        def step():
+            (model(batch).sum() / tokens).backward()
+            clip_grad_norm(model.parameters(), 1.0, None)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        step()
+        plan = planned_for(config, memory, "fp32", seq_len=tokens)
+        at_peak = {term.name: term.bytes for term in plan.terms}
+        assert "AdamW moments" not in at_peak and plan.host_bytes == pytest.approx(store.used_bytes, rel=0.02)
+        apart = sum(at_peak.get(name, 0) for name in ("libraries", "heap", "heap holes", "process", "batch"))
+        assert plan.peak_bytes - apart == pytest.approx(at_peak["parameters"] + peak_allocated(step), rel=0.12)
+
+
+def test_moments_in_host_memory_leave_the_device():
+    config = config_of("full", d_model=1024, n_heads=8, n_layers=4)
+    here, there = (planned_for(config, MemoryConfig(offload_optimizer=where), device=DEVICES["h100"]) for where in ("none", "host"))
+    moments = {t.name: t.max_bytes for t in here.terms}["AdamW moments"]
+    buckets = {t.name: t.max_bytes for t in there.terms}["buckets of moments"]
+    assert there.host_bytes == moments > 0 and 0 < buckets <= 2 * BUCKET_BYTES
+    assert here.peak_bytes - moments <= there.peak_bytes <= here.peak_bytes - moments + buckets
+    offered = {change.settings for change in here.changes}
+    assert "memory.offload_optimizer=host" in offered
+    assert not any("offload" in change.settings for change in planned_for(config, MemoryConfig()).changes)  # a CPU has no other memory
 
 
 def test_terms_add_up_to_the_largest_moment():

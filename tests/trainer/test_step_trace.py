@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from memory_mgmt.allocator_log import record_cpu_allocations
+from memory_mgmt.offload import HostStore
 from memory_mgmt.policy import KEEP, RECOMPUTE, LayerPolicy, Policy, Split
 from memory_mgmt.policy_settings import policy_of
 from memory_mgmt.trace import Trace, by_kind
@@ -40,7 +41,7 @@ def real_peak(cfg, policy=None):
     torch.set_num_threads(1)
     device, mesh = torch.device("cpu"), mesh_for(cfg, torch.device("cpu"))
     policy = policy or policy_of(cfg.memory, cfg.model.layer_kinds)
-    store = host_store(policy, device, None, None)
+    store = host_store(policy, device, None, None, optimizer=cfg.memory.offload_optimizer == "host")
     with record_cpu_allocations() as log:
         engine = build_engine(cfg, VOCAB, mesh, device, policy, store)
         batches = [_batch(cfg, cfg.data.seq_len) for _ in range(cfg.train.grad_accum)]
@@ -103,6 +104,10 @@ CASES = {
         None,
     ),
     "in all four ways by token range": (config(model={"layers": ["full", "memory"]}), FOUR_WAYS),
+    "optimizer states in host memory": (
+        config(data={"seq_len": 64}, model={"d_model": 128}, memory={"offload_optimizer": "host"}, train={"grad_accum": 2}),
+        None,
+    ),
     "a policy by token range": (config(model={"layers": ["full", "full"]}), MIXED),
 }
 
@@ -115,7 +120,12 @@ def test_traced_peak_is_the_allocators(name):
 
 
 @pytest.mark.parametrize(
-    "sections", [{"model": {"layers": ["full", "full"]}}, {"memory": {"recompute": "block", "memory_tile_tokens": 128}}]
+    "sections",
+    [
+        {"model": {"layers": ["full", "full"]}},
+        {"memory": {"recompute": "block", "memory_tile_tokens": 128}},
+        {"model": {"layers": ["full", "full"]}, "memory": {"offload_optimizer": "host"}},
+    ],
 )
 def test_traced_peak_is_the_allocators_on_two_ranks(sections):
     cfg = config(**sections, parallel={"cp": 2})
@@ -131,6 +141,30 @@ def test_swapped_tensors_count_as_host_memory():
     inputs = 4 * 1024 * 64 * 4  # the residual stream that enters each of four layers
     assert here.peak("host")[0] == 0 and there.peak("host")[0] >= inputs
     assert there.peak()[0] < here.peak()[0]
+
+
+def test_offloaded_states_are_host_memory_and_their_buckets_the_devices():
+    here = trace_request(request(config()))
+    cfg = config(memory={"offload_optimizer": "host"})
+    there = trace_request(request(cfg))
+    states = sum(b.size for b in here.buffers if b.kind == "optimizer" and b.requested > 4)
+    on_host = [b for b in there.of("host") if b.kind == "optimizer"]
+    assert states <= sum(b.size for b in on_host) < 1.01 * states + 2 * 4 * 64 * 100  # parameters begin at multiples of 64 elements
+    with HostStore("cpu") as store:
+        build_engine(cfg, VOCAB, None, torch.device("cpu"), store=store)
+        assert store.used_bytes == sum(b.size for b in on_host)
+    assert all(b.lower == 0 and b.upper == there.end for b in on_host) and {b.layer for b in on_host} >= {0, 1}
+    assert not [b for b in there.of("device") if b.kind == "optimizer" and b.requested > 4]
+    buffers = [b for b in there.of("device") if b.phase == "update" and b.op == "aten::empty" and b.requested > 4]
+    assert len({b.size for b in buffers}) == 1 and len(buffers) == 2 and {b.kind for b in buffers} == {"transient"}
+    updates = [label for _, label in there.marks if label.startswith("update")]
+    assert updates == [
+        "update",
+        "update embed",
+        *(f"update blocks.{i}" for i in range(len(cfg.model.layer_kinds))),
+        "update norm",
+        "update head",
+    ]
 
 
 # --- a few layers for many ---------------------------------------------------------------------------------------------------
@@ -151,6 +185,12 @@ EXTENDED = {
     "in eight bits": config(model={"layers": ["full"], "n_layers": 9}, data={"seq_len": 128}, memory={"quantise": "feed_forward"}),
     "swapped inputs": config(
         model={"layers": ["full"], "n_layers": 18}, data={"seq_len": 256}, memory={"recompute": "block", "offload": "inputs"}
+    ),
+    "offloaded optimizer states, two shards": config(
+        model={"layers": ["full"], "n_layers": 14},
+        data={"seq_len": 256},
+        parallel={"dp_shard": 2},
+        memory={"offload_optimizer": "host", "recompute": "block"},
     ),
 }
 
