@@ -217,6 +217,8 @@ def _subspace(gradient_in: Tensor, start: Tensor, rank: int, side: Side, passes:
 
 _SHIFT = 1e-10
 """Of a Gram matrix, as a part of it. Its root, 1e-5, is above float32's rounding and below what matters to captured energy."""
+_SHIFTS = 10
+"""Tries at most: the last shift is far above the matrix itself, so it has a factor whatever rounding left."""
 
 
 def _pass(gradient_in: Tensor, block: Tensor, keep: int, dealt: bool) -> Steps:
@@ -242,11 +244,12 @@ def _shifted_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
     size = gram.norm()
     grades = torch.linspace(2, 1, len(gram), dtype=gram.dtype, device=gram.device)
     shift = torch.where(size > 0, size * _SHIFT, torch.ones_like(size)) * grades
-    while True:
+    for _ in range(_SHIFTS):
         factor, failed = torch.linalg.cholesky_ex(gram + shift.diag())
         if not bool(failed) or not bool(torch.isfinite(size)):
-            return factor, shift
+            break
         shift = shift * 100
+    return factor, shift
 
 
 def _divided(block: Tensor, factor: Tensor) -> Tensor:

@@ -262,12 +262,13 @@ def _options(target: Target) -> list[tuple[str, RunConfig, str]]:
     """(command-line overrides, the changed configuration, cost in words): single memory settings and all of them, or for a policy that
     is chosen host memory; twice the ranks."""
     config, memory = target.config, target.config.memory
+    movable = target.device.is_cuda and config.optim.preset == "adamw"  # the optimizer's states
     if memory.recompute == "auto":
         options = [({"offload": "kept"}, "copies to host memory")] if memory.offload == "none" else []
-        options += offload_options(memory, cuda=target.device.is_cuda)
+        options += offload_options(memory, cuda=movable)
     else:
         shape = {"seq_len": config.data.seq_len, "cp": config.parallel.cp, "vocab_size": target.vocab_size}
-        single = memory_options(config.model, memory, **shape, cuda=target.device.is_cuda)
+        single = memory_options(config.model, memory, **shape, cuda=movable)
         together = {key: value for settings, _ in single for key, value in settings.items()}
         options = [*single, (together, "the costs of each added")] if len(single) > 1 else single
     found = []
