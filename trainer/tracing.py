@@ -94,6 +94,12 @@ def trace_steps(requests: Sequence[TraceRequest]) -> list[Trace]:
     return [Trace.load(path) for path in paths]
 
 
+def kept(request: TraceRequest) -> Trace | None:
+    """The trace of a step if it is kept from before; traces nothing."""
+    path = _path(request.to_dict(), _code_digest())
+    return Trace.load(path) if path.exists() else None
+
+
 def _path(body: dict[str, Any], code: str) -> Path:
     digest = hashlib.sha256(json.dumps([body, code], sort_keys=True).encode()).hexdigest()
     folder = cache_dir() / "traces"
