@@ -141,15 +141,16 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
     started = env.world_size if env.is_rank else nproc
     if run_dir is None and config.run.name is not None and env.rank == 0:
         _refuse_existing(Path(config.run.root) / config.run.name)
+    if env.accelerate is not None and env.accelerate.use_cpu and config.train.device == "auto":  # cuda is refused below
+        config = _with(config, "train", device="cpu")
     config = _settled(config, None, started, env)
     ranks = ParallelDims.from_config(config.parallel, started).world_size
     check_launch(env, config.train.precision, config.train.device, config.train.grad_accum, ranks)
-    if run_dir is None or not _kept_plan(config, run_dir):
-        _check_plan(config)
+    plan = None if run_dir is not None and _kept_plan(config, run_dir) else _checked_plan(config, run_dir)
     # A run that plans again after running out of memory needs a process of its own that may end.
     if env.is_rank or (ranks == 1 and not config.memory.replan_on_oom):
-        return _train_here(config, run_dir, name, env)
-    return _train_on_local_ranks(config, run_dir, name, ranks, env)
+        return _train_here(config, run_dir, name, plan, env)
+    return _train_on_local_ranks(config, run_dir, name, plan, ranks, env)
 
 
 def _settled(config: RunConfig, device: str | None, ranks: int | None, env: Env | None = None) -> RunConfig:
@@ -180,16 +181,15 @@ def _join(config: RunConfig, env: Env) -> None:
     init_distributed(env, device, config.parallel.timeout_seconds)
 
 
-def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, ranks: int, env: Env) -> int:
+def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, plan: MemoryPlan | None, ranks: int, env: Env) -> int:
     from models.errors import RunFailed
     from trainer import out_of_memory
 
     if env.accelerate is not None and env.accelerate.use_cpu:
-        config = _with(config, "train", device="cpu")
         print(f"accelerate launch started one process without GPUs; longstride starts the {ranks} ranks", file=sys.stderr)
     _prepare(config)
     resume = run_dir is not None
-    run_dir = _open_run(config, run_dir, name)
+    run_dir = _open_run(config, run_dir, name, plan)
     for attempt in range(1 + (REPLANS if config.memory.replan_on_oom else 0)):
         noted = len(out_of_memory.records(run_dir))
         try:
@@ -201,8 +201,8 @@ def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, 
             if len(out_of_memory.records(run_dir)) == noted or attempt == REPLANS or not config.memory.replan_on_oom:
                 raise
             print(f"out of memory; planning again with what was measured ({attempt + 1} of {REPLANS})", file=sys.stderr, flush=True)
-        _check_plan(config, out_of_memory.correction(run_dir))
-        run_dir, resume = _open_run(config, run_dir, name), True
+        plan = _checked_plan(config, run_dir, out_of_memory.correction(run_dir))
+        run_dir, resume = _open_run(config, run_dir, name, plan), True
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -210,27 +210,34 @@ def _launch(config: RunConfig, run_dir: RunDir, ranks: int, resume: bool) -> int
     from memory_mgmt.plan import MemoryPlan
     from parallel.distributed import threads_for
     from parallel.launcher import launch_local
+    from trainer.run_timeline import drawn
 
     command = [sys.executable, str(HOME / "longstride.py"), RANK, str(run_dir.path), str(os.getpid()), "resume" if resume else "new"]
     logs = [run_dir.log(rank) for rank in range(ranks)]
     tight = MemoryPlan.from_json(run_dir.memory_plan.read_text()).return_freed_blocks
     threads = threads_for(config.train.threads_per_rank, ranks)
     drain = config.parallel.timeout_seconds + 60.0
-    return launch_local(command, logs, threads, drain, lambda line: print(line, file=sys.stderr), huge_pages=tight)
+    with drawn(run_dir, _tell):
+        return launch_local(command, logs, threads, drain, _tell, huge_pages=tight)
 
 
-def _train_here(config: RunConfig, run_dir: RunDir | None, name: str, env: Env) -> int:
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # a closed terminal or pipe must not end a run
+        print(line, file=sys.stderr, flush=True)
+
+
+def _train_here(config: RunConfig, run_dir: RunDir | None, name: str, plan: MemoryPlan | None, env: Env) -> int:
     """This process is the only rank, or one of several that torchrun, srun, mpirun or accelerate started."""
     from parallel.distributed import end_distributed, on_one_rank
     from trainer import build
+    from trainer.run_timeline import drawn
 
     resume = run_dir is not None
-    if env.accelerate is not None and env.accelerate.use_cpu:
-        config = _with(config, "train", device="cpu")
     _join(config, env)
     on_one_rank(env, lambda: _prepare(config), per_machine=True)
-    run_dir = on_one_rank(env, lambda: _open_run(config, run_dir, name))
-    code = build.train(_reload(run_dir), run_dir.path, resume)
+    run_dir = on_one_rank(env, lambda: _open_run(config, run_dir, name, plan))
+    with drawn(run_dir, _tell) if env.rank == 0 else contextlib.nullcontext():
+        code = build.train(_reload(run_dir), run_dir.path, resume)
     end_distributed()
     return code
 
@@ -259,14 +266,19 @@ def _run_rank(path: str, launcher_pid: str, how: str) -> int:
     return _guarded(train, log, debug=True)
 
 
-def _check_plan(config: RunConfig, correction: float = 1.0) -> None:
+def _checked_plan(config: RunConfig, run_dir: RunDir | None, correction: float = 1.0) -> MemoryPlan:
+    """The plan to run by. Raises UserError when the step does not fit, expected to take ``correction`` times its plan; where the run
+    ran out of memory before, the plan counts what was measured then."""
     from memory_mgmt.plan import refusal
     from models.errors import UserError
+    from trainer import out_of_memory
     from trainer.planning import plan_run
 
     plan = plan_run(config, correction=correction)
     if not plan.fits:
         raise UserError(refusal(plan))
+    measured = out_of_memory.correction(run_dir) if run_dir is not None else 1.0
+    return plan if measured == correction else plan_run(config, correction=measured)
 
 
 def _prepare(config: RunConfig) -> None:
@@ -284,13 +296,12 @@ def _refuse_existing(path: Path) -> None:
         RunDir(path).create()  # says what is in the way
 
 
-def _open_run(config: RunConfig, run_dir: RunDir | None, name: str) -> RunDir:
-    """Make the directory of a new run, or note in an old one with which settings it goes on."""
+def _open_run(config: RunConfig, run_dir: RunDir | None, name: str, plan: MemoryPlan | None) -> RunDir:
+    """Make the directory of a new run, or note in an old one with which settings and ``plan`` (None: its own) it goes on."""
     import time
 
     from trainer import config_file
-    from trainer.out_of_memory import correction
-    from trainer.planning import calibration_path, plan_run
+    from trainer.planning import calibration_path
     from trainer.run_dir import RunDir, write_atomic
 
     if run_dir is None:
@@ -299,14 +310,12 @@ def _open_run(config: RunConfig, run_dir: RunDir | None, name: str) -> RunDir:
         run_dir = RunDir(Path(config.run.root) / name)
         run_dir.create()
     text = config_file.dump(config)
-    kept = _kept_plan(config, run_dir)
     with run_dir.lock():
         if run_dir.config.exists() and run_dir.config.read_text() != text:
             earlier = len(list(run_dir.path.glob("config.before_resume_*.yaml"))) + 1
             run_dir.config.replace(run_dir.path / f"config.before_resume_{earlier}.yaml")
         write_atomic(run_dir.config, text.encode())
-        if not kept:
-            plan = plan_run(config, correction=correction(run_dir))
+        if plan is not None:
             write_atomic(run_dir.memory_plan, plan.to_json().encode())
             measured = calibration_path(plan.device)
             if measured.exists():  # the rates that the plan was made with stay with the run

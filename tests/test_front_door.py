@@ -154,6 +154,8 @@ def test_one_rank_runs_in_this_process(place: Path) -> None:
     assert [record["step"] for record in records(run_dir)] == [1, 2]
     assert state(run_dir)["status"] == "done"
     assert (run_dir / "config.yaml").is_file() and (run_dir / "memory_plan.json").is_file()
+    assert f"memory timeline: {Path('runs/one/memory_timeline.html')}" in done.stderr
+    assert (run_dir / "memory_timeline.html").is_file() and (run_dir / "memory_timeline.png").is_file()
     assert (run_dir / "code" / "longstride.py").read_text() == (ROOT / "longstride.py").read_text()
     again = run(*tiny("one", "train.steps=2"), cwd=place)
     assert again.returncode == 2 and "longstride resume" in again.stderr
@@ -206,6 +208,7 @@ def test_started_by_torchrun(place: Path) -> None:
     done = run(*tiny("torchrun", "train.steps=2", "parallel.cp=2"), cwd=place, prefix=torchrun)
     assert done.returncode == 0, done.stderr
     assert [record["step"] for record in records(place / "runs" / "torchrun")] == [1, 2]
+    assert (place / "runs" / "torchrun" / "memory_timeline.html").is_file() and done.stderr.count("memory timeline: ") == 1
     wrong = run(*tiny("torchrun_wrong", "train.steps=2"), cwd=place, prefix=torchrun)
     assert wrong.returncode != 0 and "1 ranks, but 2 were started" in wrong.stderr
     assert not (place / "runs" / "torchrun_wrong").exists()

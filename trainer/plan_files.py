@@ -18,7 +18,7 @@ from trainer.choosing_offload import as_planned
 from trainer.config import RunConfig
 from trainer.planning import ADDRESS_SECONDS, target_of, this_machine
 from trainer.run_dir import write_atomic
-from trainer.tracing import trace_step
+from trainer.tracing import TraceRequest, kept, trace_step
 
 PLAN, PICTURE, PAGE = "memory_plan.json", "memory_timeline.png", "memory_timeline.html"
 
@@ -45,8 +45,18 @@ def planned_trace(config: RunConfig, plan: MemoryPlan, device_name: str | None =
     """
     if config.memory.plan == "estimate":
         raise UserError("--timeline: draws a traced step, and memory.plan=estimate plans by formulas; leave memory.plan at trace")
+    return trace_step(_planned_request(config, plan, device_name))
+
+
+def kept_trace(config: RunConfig, plan: MemoryPlan) -> Trace | None:
+    """The traced step behind ``plan`` of this machine's device where it is kept from when the plan was made; traces nothing."""
+    return kept(_planned_request(config, plan, None))
+
+
+def _planned_request(config: RunConfig, plan: MemoryPlan, device_name: str | None) -> TraceRequest:
+    """What ``planning.plan_run`` asked for: a policy of its own only where it chose one."""
     device = this_machine(config.train.device) if device_name is None else device_named(device_name)
-    return trace_step(target_of(as_planned(config, plan), device).request(plan.policy))
+    return target_of(as_planned(config, plan), device).request(plan.policy if config.memory.recompute == "auto" else None)
 
 
 def write_plan_files(trace: Trace, plan: MemoryPlan, directory: Path | str) -> tuple[Path, Path, Path]:

@@ -1,8 +1,8 @@
 """A process that traces training steps and ends: fake tensors, a fake process group, and where needed a pretended CUDA.
 
-``python -m trainer.trace_process REQUESTS.json`` runs every request of the file and writes each trace to the path it names. It is a
-process of its own because the pretences must be set up before torch is imported and must not leak into anything that computes.
-``trainer/tracing.py`` starts it.
+``python -m trainer.trace_process REQUESTS.json PARENT`` runs every request of the file and writes each trace to the path it names. It
+is a process of its own because the pretences must be set up before torch is imported and must not leak into anything that computes.
+``trainer/tracing.py``, process number PARENT, starts it; when that dies, this one does.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from memory_mgmt.fake_cuda import install, preload
+from parallel.launcher import die_with_parent
 
 
-def main(path: str) -> int:
-    """Run all requests; the error of a request is written beside its result. Returns the exit code."""
+def main(path: str, parent_pid: int) -> int:
+    """Run all requests. Returns the exit code."""
+    die_with_parent(parent_pid)
     requests: list[dict[str, Any]] = json.loads(Path(path).read_text())
     wants_cuda = any(request["device_type"] == "cuda" for request in requests)
     if wants_cuda and _torch_lacks_cuda():
@@ -47,4 +49,4 @@ def _torch_lacks_cuda() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

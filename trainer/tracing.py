@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from memory_mgmt.policy import Policy
 from memory_mgmt.trace import Trace
 from models.errors import UserError
 from trainer.config import RunConfig
+from trainer.one_process import for_one_process
 
 HOME = Path(__file__).resolve().parent.parent
 CODE = ("models", "parallel", "optim", "memory_mgmt", "trainer")
@@ -79,7 +81,8 @@ def trace_step(request: TraceRequest) -> Trace:
 
 
 def trace_steps(requests: Sequence[TraceRequest]) -> list[Trace]:
-    """The traces of several steps, those that are not kept from before made in one process.
+    """The traces of several steps, those that are not kept from before made in one process. Of several processes that want the same
+    trace at the same time, such as the ranks that torchrun starts, one makes it and the others wait for it.
 
     Raises UserError when a step cannot be traced, with the reason (most often settings that the model refuses), or when CUDA is
     asked for and there is no C++ compiler.
@@ -87,11 +90,17 @@ def trace_steps(requests: Sequence[TraceRequest]) -> list[Trace]:
     bodies = [request.to_dict() for request in requests]
     code = _code_digest()
     paths = [_path(body, code) for body in bodies]
-    missing = [(body, path) for body, path in zip(bodies, paths, strict=True) if not path.exists()]
-    if missing:
-        _run_process({str(path): {**body, "out": str(path)} for body, path in missing})
+    wanted = {path: {**body, "out": str(path)} for body, path in zip(bodies, paths, strict=True) if not path.exists()}
+    if wanted:
+        for_one_process(wanted, lambda missing: _run_process([wanted[path] for path in missing]))
         _forget_oldest(paths[0].parent, set(paths))
     return [Trace.load(path) for path in paths]
+
+
+def kept(request: TraceRequest) -> Trace | None:
+    """The trace of a step if it is kept from before; traces nothing."""
+    path = _path(request.to_dict(), _code_digest())
+    return Trace.load(path) if path.exists() else None
 
 
 def _path(body: dict[str, Any], code: str) -> Path:
@@ -111,11 +120,11 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def _run_process(requests: dict[str, dict[str, Any]]) -> None:
+def _run_process(requests: Sequence[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "requests.json"
-        file.write_text(json.dumps(list(requests.values())))
-        command = [sys.executable, "-m", "trainer.trace_process", str(file)]
+        file.write_text(json.dumps(requests))
+        command = [sys.executable, "-m", "trainer.trace_process", str(file), str(os.getpid())]
         done = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]

@@ -107,3 +107,4 @@ def test_a_resumed_run_keeps_its_plan_until_a_setting_changes(tmp_path):
     (tmp_path / "runs" / "r" / "memory_plan.json").write_text(json.dumps(marked))
     assert run("resume", "r", "train.steps=2")["binding"] == "left as it was"
     assert run("resume", "r", "train.steps=3", "memory.ffn_tile_tokens=64")["binding"] != "left as it was"
+    assert not list((tmp_path / "runs" / "r").glob("*timeline*"))  # a plan from formulas has none
