@@ -113,12 +113,17 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _check_what_is_read(self) -> OptimConfig:
-        if self.preset != "auto":
-            for name in OPTIONAL:
-                if getattr(self, name) is not None and name not in READ.get(self.preset, ()):
-                    readers = ", ".join(preset for preset, names in READ.items() if name in names)
-                    raise ValueError(f"{name} is not read by preset {self.preset}; leave it null (it is read by {readers})")
+        presets = self.allowed if self.preset == "auto" else (self.preset,)
+        for name in OPTIONAL:
+            if getattr(self, name) is not None and not any(name in READ.get(preset, ()) for preset in presets):
+                readers = ", ".join(preset for preset, names in READ.items() if name in names)
+                raise ValueError(f"{name} is not read by preset {', '.join(presets)}; leave it null (it is read by {readers})")
         return self
+
+    def with_preset(self, preset: Preset) -> OptimConfig:
+        """These settings for one preset, without those that it does not read."""
+        unread = {name: None for name in OPTIONAL if name not in READ.get(preset, ())}
+        return self.model_copy(update={"preset": preset, **unread})
 
     @model_validator(mode="after")
     def _check_betas(self) -> OptimConfig:

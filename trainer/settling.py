@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from memory_mgmt.planner import solve
 from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.errors import UserError
+from optim.config import Preset
 from trainer.choosing_offload import places
 from trainer.config import RunConfig
 from trainer.planning import Target, bare_plan, plan_target, predict, setting_for, target_for
@@ -89,17 +90,38 @@ def settled(config: RunConfig, device_name: str | None = None, ranks: int | None
     presets = config.optim.allowed if config.optim.preset == "auto" else (config.optim.preset,)
     tried: list[Tried] = []
     for preset in presets:
-        choices = [one.model_copy(update={"optim": one.optim.model_copy(update={"preset": preset})}) for one in possible]
+        choices = possible
+        if config.optim.preset == "auto":
+            choices, more = _with_preset(possible, preset, config)
+            refused += more
         if len(choices) == len(presets) == 1:
             return Settled(choices[0])
         some = _try_all([target_for(one, device_name) for one in choices], config)
         tried += sorted(some, key=_rank)
-        for one in tried[-len(some) :]:
+        for one in tried[len(tried) - len(some) :]:
             # What the planner's problem did not see may make the fastest policy too large: only a traced plan promises.
             if one.status == "fits" and plan_target(target_for(one.config, device_name)).fits:
                 return Settled(one.config, (*tried, *refused))
+    if not tried:
+        raise UserError(f"{keys[0]}: no choice is possible\n  {refused[0].words}: {refused[0].status.removeprefix('refused: ')}")
     leanest = min(tried, key=lambda one: one.peak_bytes or math.inf)
     return Settled(leanest.config, (*tried, *refused))
+
+
+def _with_preset(configs: Sequence[RunConfig], preset: Preset, asked: RunConfig) -> tuple[list[RunConfig], list[Tried]]:
+    """The configurations with ``preset``, and those that refuse it with the reason."""
+    possible, refused = [], []
+    for config in configs:
+        chosen = config.model_copy(update={"optim": config.optim.with_preset(preset)})
+        try:
+            possible.append(RunConfig.model_validate(dict(chosen)))
+        except ValidationError as error:
+            refused.append(Tried(chosen, _words(chosen, asked), f"refused: {_reason(error)}"))
+    return possible, refused
+
+
+def _reason(error: ValidationError) -> str:
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
 def _words(config: RunConfig, asked: RunConfig) -> str:
@@ -142,7 +164,7 @@ def _possible(config: RunConfig, ranks: int) -> tuple[list[RunConfig], list[Trie
         try:
             possible.append(RunConfig.model_validate(dict(chosen)))
         except ValidationError as error:
-            refused.append(Tried(chosen, words, f"refused: {error.errors()[0]['msg'].removeprefix('Value error, ')}"))
+            refused.append(Tried(chosen, words, f"refused: {_reason(error)}"))
     return possible, refused
 
 

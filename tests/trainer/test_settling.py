@@ -107,6 +107,24 @@ def test_the_most_wanted_preset_that_fits_is_taken():
     assert hopeless.config.optim.preset == "adamw_8bit" and not plan(hopeless.config).fits
 
 
+def test_a_preset_takes_only_settings_that_it_reads():
+    asked = with_presets(None, dp_replicate=1, dp_shard=1, cp=1)
+    optim = {"preset": "auto", "allowed": ["adamw", "galore"], "rank": 16, "lr": 1e-3}
+    chosen = settled(RunConfig.model_validate({**asked.model_dump(), "optim": optim}), "h100").config.optim
+    assert chosen.preset == "adamw" and chosen.rank is None and chosen.lr == 1e-3
+    assert chosen.model_validate(chosen.model_dump()) == chosen  # as a run directory reads it back
+    with pytest.raises(ValueError, match="rank is not read by preset adamw, sgd"):
+        RunConfig.model_validate({"optim": {**optim, "allowed": ["adamw", "sgd"]}})
+
+
+def test_a_preset_that_other_settings_refuse_is_left_out():
+    asked = with_presets(0.1, dp_replicate=1, dp_shard=1, cp=1)
+    host = asked.model_copy(update={"memory": asked.memory.model_copy(update={"offload_optimizer": "host"})})
+    chosen = settled(host, "h100")
+    assert chosen.config.optim.preset == "adamw"
+    assert chosen.tried[-1].words == "adamw_8bit" and "moves the states of adamw" in chosen.tried[-1].status
+
+
 def test_tries_stop_at_the_time_limit(monkeypatch):
     monkeypatch.setattr(settling, "TIME_LIMIT", -1.0)
     chosen = settled(config(ranks=4), "h100")
