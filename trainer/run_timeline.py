@@ -10,6 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,16 +35,16 @@ def drawn(run_dir: RunDir, tell: Callable[[str], None]) -> Iterator[None]:
 
     ``tell`` gets the line that names it and, where it could not be drawn, a warning: no run fails for a picture.
     """
-    process = None
+    drawing = None
     try:
         if _is_traced(run_dir):
             if not _is_current(run_dir):
-                process = _start(run_dir)
+                drawing = _start(run_dir)
             tell(f"memory timeline: {run_dir.path / PAGE}")
     except (OSError, ValueError) as error:
         tell(_warning(str(error)))
     yield
-    if process is not None and (reason := _failure(process)):
+    if drawing is not None and (reason := drawing.failure()):
         tell(_warning(reason))
 
 
@@ -68,26 +69,39 @@ def _is_current(run_dir: RunDir) -> bool:
     return page.exists() and page.stat().st_mtime_ns >= run_dir.memory_plan.stat().st_mtime_ns
 
 
-def _start(run_dir: RunDir) -> subprocess.Popen[str]:
+class _Drawing:
+    """The process that draws. A thread waits for it, so that it leaves no dead process beside a run of days."""
+
+    def __init__(self, command: list[str]) -> None:
+        # A session of its own: Ctrl-C is for the ranks.
+        self._process = subprocess.Popen(
+            command, cwd=HOME, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._said = ""
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        _, self._said = self._process.communicate()
+
+    def failure(self) -> str:
+        """Why nothing was drawn; empty when it was. Waits for it."""
+        self._thread.join(WAIT_SECONDS)
+        if self._thread.is_alive():
+            self._process.kill()
+            self._thread.join()
+            return f"not finished {WAIT_SECONDS:.0f} seconds after the run"
+        if not self._process.returncode:
+            return ""
+        lines = [line for line in self._said.splitlines() if line.strip()]
+        return lines[-1][:300] if lines else f"exit code {self._process.returncode}"
+
+
+def _start(run_dir: RunDir) -> _Drawing:
     for name in (PICTURE, PAGE):  # those of an earlier plan: better none than one of another step
         (run_dir.path / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "trainer.run_timeline", str(run_dir.path.resolve())]
-    # A session of its own: Ctrl-C is for the ranks.
-    return subprocess.Popen(command, cwd=HOME, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def _failure(process: subprocess.Popen[str]) -> str:
-    """Why nothing was drawn; empty when it was. Waits for it."""
-    try:
-        _, said = process.communicate(timeout=WAIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return f"not finished {WAIT_SECONDS:.0f} seconds after the run"
-    if not process.returncode:
-        return ""
-    lines = [line for line in said.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"exit code {process.returncode}"
+    return _Drawing(command)
 
 
 def _warning(reason: str) -> str:
