@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 from optim.adafactor import Adafactor, adalomo
 from optim.apollo import Apollo
-from optim.config import OptimConfig
+from optim.config import OptimConfig, Preset
 from optim.elementwise import ElementwiseAdam, Rule, Sgd, Storage
 from optim.frugal import Frugal
 from optim.low_rank import Fira, GaLore
@@ -35,7 +36,7 @@ def recipe_of(config: OptimConfig) -> Recipe:
     """The recipe of ``config.preset``. Raises ValueError for one that is unknown or still ``auto``."""
     make = RECIPES.get(config.preset)
     if make is None:
-        raise ValueError(f"optim.preset {config.preset!r} is unknown; known: {', '.join(sorted(['adamw', *RECIPES]))}")
+        raise ValueError(f"optim.preset {config.preset!r} is unknown; known: {', '.join(get_args(Preset))}")
     return make(config)
 
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from models.config import PositiveInt, Section
 
 AUTO = 0
-"""A degree that ``trainer/choosing_degrees.py`` is to choose; written ``auto``."""
+"""A degree that ``trainer/settling.py`` is to choose; written ``auto``."""
 
 
 def _read_auto(value: Any) -> Any:

@@ -130,7 +130,7 @@ def test_settings_that_leave_nothing_to_quantise_are_refused(other):
 
 def test_changes_that_would_be_refused_are_not_suggested():
     memory = MemoryConfig(quantise="feed_forward")
-    options = memory_options(ModelConfig(), memory, seq_len=65536, cp=1, vocab_size=320)
+    options = memory_options(ModelConfig(), memory, seq_len=65536, cp=1, vocab_size=320, cuda=False)
     assert ({"recompute": "block", "quantise": "none"}) in [settings for settings, _ in options]
     assert all(MemoryConfig.model_validate({**memory.model_dump(), **settings}) for settings, _ in options)
 

@@ -10,7 +10,7 @@ from memory_mgmt.plan_view import plain
 from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.errors import UserError
 from parallel.dims import ParallelDims
-from trainer import choosing_degrees, planning
+from trainer import planning, settling
 from trainer.choosing import setting_of
 from trainer.choosing_offload import as_planned, resolve_offload
 from trainer.config import RunConfig
@@ -115,14 +115,14 @@ def test_a_plan_that_does_not_fit_offers_it(settings):
 
 
 def test_degrees_are_tried_with_both_places(monkeypatch):
-    def tried(target):
+    def tried(target, words):
         host = target.config.memory.offload_optimizer == "host"
         assert target.config.memory.offload_optimizer in ("none", "host")
-        return choosing_degrees.Tried(target.config, "cp 1", "fits" if host else "does not fit", 2.0 if host else 1.0, 100)
+        return settling.Tried(target.config, words, "fits" if host else "does not fit", 2.0 if host else 1.0, 100)
 
-    monkeypatch.setattr(choosing_degrees, "_try_placed", tried)
+    monkeypatch.setattr(settling, "_try_placed", tried)
     for device, status in (("h100", "fits"), ("cpu", "does not fit")):
-        found = choosing_degrees._try(planning.target_of(config(), device_named(device)))
+        found = settling._try(planning.target_of(config(), device_named(device)), "cp 1")
         assert found.status == status and found.config == config()  # which place it is stays the plan's to say
 
 
