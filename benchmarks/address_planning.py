@@ -15,19 +15,16 @@ generated instances run.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
-import platform
 import sys
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, not as a module
 
+from benchmarks.common import machine, where, write_results  # noqa: E402
 from memory_mgmt.address_examples import cut_rectangle, training_step  # noqa: E402
 from memory_mgmt.address_file import read_lifetimes  # noqa: E402
 from memory_mgmt.address_native import exact_library, search_library  # noqa: E402
@@ -89,14 +86,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """Processor, cores and versions."""
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("pulp", "highspy", "numpy"))
-    load = f"load average {os.getloadavg()[0]:.0f}"  # two threads per plan: other programs show in the seconds
-    return f"{cpu or platform.processor()}, {os.cpu_count()} cores, {load}; {packages}, Python {platform.python_version()}"
-
-
 def main() -> None:
     """Measures and prints; writes the results when nothing is left out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,7 +93,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit of every plan")
     parser.add_argument("--only", help="instances whose names contain this; prints only")
     given = parser.parse_args()
-    described = machine()
+    packages = ("pulp", "highspy", "numpy")
+    measured_on = machine(*packages)
     search_library()
     exact_library()
     rows = []
@@ -114,10 +104,10 @@ def main() -> None:
             print(table(rows).splitlines()[-1], flush=True)
     if given.only is not None:
         return
-    result = {"machine": described, "date": date.today().isoformat(), "seconds": given.seconds, "rows": rows}
-    target = Path(__file__).with_suffix("")
-    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".md").write_text(
+    result = {"machine": measured_on, "date": date.today().isoformat(), "seconds": given.seconds, "rows": rows}
+    # Two threads per plan: other programs show in the seconds.
+    described = f"{where(measured_on, *packages)}; load average {measured_on['load_average_at_start']:.0f} before"
+    text = (
         "# Planning addresses\n\n"
         f"{described}. Made on {result['date']} by `python benchmarks/address_planning.py`, whose first lines say what is measured.\n\n"
         f"Height over lower bound, and seconds, with a limit of {given.seconds:g} s per plan. A star is a certificate: the height "
@@ -125,6 +115,7 @@ def main() -> None:
         + table(rows)
         + "\n"
     )
+    write_results(__file__, result, text)
 
 
 if __name__ == "__main__":

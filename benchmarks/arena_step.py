@@ -21,8 +21,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, not as a module
+
+from benchmarks.common import machine, python, where, write_results  # noqa: E402
 
 D_MODEL, HEADS, D_FF, LAYERS, VOCAB = 512, 8, 1408, 4, 8000
 ROWS, TOKENS = 2, 512
@@ -176,31 +176,11 @@ def run_allocation_case(rounds: int) -> dict[str, Any]:
 
 def in_fresh_process(kind: str, *arguments: str) -> dict[str, Any]:
     """Run one case in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", kind, *arguments]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{kind} {' '.join(arguments)}: {done.stderr.strip()[-600:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
-    import psutil
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.platform(),
-        "libc": " ".join(platform.libc_ver()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load_average_at_start": round(os.getloadavg()[0], 1),
-    }
+    said, failure = python(Path(__file__).resolve(), "--child", kind, *arguments, environment=environment)
+    if failure:
+        raise SystemExit(f"{kind} {' '.join(arguments)}: {failure}")
+    return json.loads(said.splitlines()[-1])
 
 
 def ratios(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -224,13 +204,12 @@ def ratios(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report for people."""
-    where, mib = report["machine"], 2**20
+    here, mib = report["machine"], 2**20
     lines = [
         "# A training step under torch's CPU allocator and under the arena",
         "",
-        f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, {where['libc']}; torch {where['torch']}, Python "
-        f"{where['python']}; load average {where['load_average_at_start']} before. Made by `python benchmarks/arena_step.py`, whose first "
-        "lines say what is measured.",
+        f"{where(here, 'torch')}, {here['libc']}; load average {here['load_average_at_start']} before. Made by "
+        "`python benchmarks/arena_step.py`, whose first lines say what is measured.",
         "",
         "| recompute | system | growth in steps | plan / lower bound | step, wall / CPU | served | not served | growth with warm-up |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -272,7 +251,7 @@ def main() -> int:
         print(json.dumps(result))
         return 0
     steps = 2 if arguments.quick else 8
-    report: dict[str, Any] = {"machine": machine(), "cases": []}
+    report: dict[str, Any] = {"machine": machine("torch"), "cases": []}
     for recompute in GOALS:
         for system in SYSTEMS:
             print(f"{SYSTEMS[system]}, recompute {recompute} ...", file=sys.stderr)
@@ -282,8 +261,7 @@ def main() -> int:
     report["ratios"] = ratios(report["cases"])
     print(text := markdown(report))
     if not arguments.quick:
-        Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-        Path(__file__).with_suffix(".md").write_text(text)
+        write_results(__file__, report, text)
     cost = report["nanoseconds_per_allocation"]
     met = all(row["losses_identical"] and row["growth_ratio"] <= row["goal"] for row in report["ratios"])
     return 0 if met and cost["served"] - cost["default"] <= 100 and cost["installed_off"] - cost["default"] <= 100 else 1

@@ -15,11 +15,14 @@ import json
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HOME = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, not as a module
+
+from benchmarks.common import longstride, machine, where, write_results  # noqa: E402
+
 COMMON = [
     "data.source=python_stdlib",
     "data.document_mask=false",
@@ -57,20 +60,19 @@ def run(overrides: list[str]) -> dict[str, Any]:
     """The plan and, where it fits, what three steps measured."""
     with tempfile.TemporaryDirectory() as root:
         settings = [*overrides, f"run.root={root}", "run.name=case"]
-        longstride = [sys.executable, str(HOME / "longstride.py")]
-        plan = subprocess.run([*longstride, "plan", "debug_cpu", *settings, "--json"], capture_output=True, text=True, cwd=root)
-        if plan.returncode:
-            return {"outcome": "not planned: " + plan.stderr.strip().splitlines()[0]}
-        planned = json.loads(plan.stdout)
+        said, failure = longstride("plan", "debug_cpu", *settings, "--json", cwd=root)
+        if failure:
+            return {"outcome": f"not planned: {failure}"}
+        planned = json.loads(said)
         row = {
             "planned_peak": planned["derived"]["measurable_peak_bytes"],
             "planned_seconds": (planned["prediction"] or {}).get("step_seconds"),
         }
         if not planned["derived"]["fits"]:
             return {**row, "outcome": f"does not fit: needs {planned['derived']['smallest_budget_gib']} GiB"}
-        done = subprocess.run([*longstride, "train", "debug_cpu", *settings], capture_output=True, text=True, cwd=root)
-        if done.returncode:
-            return {**row, "outcome": f"failed with exit code {done.returncode}: " + (done.stderr.strip().splitlines() or ["?"])[0]}
+        _, failure = longstride("train", "debug_cpu", *settings, cwd=root)
+        if failure:
+            return {**row, "outcome": f"failed, {failure}"}
         lines = (Path(root) / "case" / "metrics.jsonl").read_text().splitlines()
         steps = [record for record in map(json.loads, lines) if record["split"] == "train"]
         last = steps[-1]
@@ -110,19 +112,16 @@ def main(names: list[str]) -> None:
         print(line(name, rows[name]), flush=True)
     if names:
         return
-    device = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True).stdout.split("\n")[
-        0
-    ]
-    result = {"device": device, "torch": version("torch"), "cases": rows}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    report = {"device": asked.stdout.partition("\n")[0], "machine": machine("torch"), "cases": rows}
     title = [
         "# Planned against measured on one GPU",
         "",
-        f"{device}; torch {result['torch']}. Made by `python benchmarks/gpu_memory.py`.",
+        f"{report['device']}; {where(report['machine'], 'torch')}. Made by `python benchmarks/gpu_memory.py`.",
         "",
     ]
     body = [line(name, row) for name, row in rows.items()]
-    Path(__file__).with_suffix(".md").write_text("\n".join([*title, *head, *body]) + "\n")
+    write_results(__file__, report, "\n".join([*title, *head, *body]) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +33,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, not as a module
 
-from benchmarks.train_step import hugging_face_name, machine  # noqa: E402
+from benchmarks.common import machine, python, where, write_results  # noqa: E402
+from benchmarks.train_step import hugging_face_name  # noqa: E402
 from memory_mgmt.config import MemoryConfig  # noqa: E402
 from models.config import MemoryModuleConfig, ModelConfig  # noqa: E402
 
@@ -162,12 +162,9 @@ def measure(name: str, way: str, n_tokens: int) -> dict[str, Any]:
         out = Path(folder) / "case.json"
         # Threads that wait without spinning: beside other load, spinning would be measured, not the step.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-        command = [sys.executable, str(Path(__file__).resolve()), "--child", name, way, str(n_tokens), str(out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        _, failure = python(Path(__file__).resolve(), "--child", name, way, str(n_tokens), out, environment=environment)
         case = {"model": name, "way": way}
-        if done.returncode:
-            return {**case, "error": f"exit {done.returncode}: {(done.stderr.strip().splitlines() or ['no output'])[-1][-300:]}"}
-        return {**case, **json.loads(out.read_text())}
+        return {**case, "error": failure} if failure else {**case, **json.loads(out.read_text())}
 
 
 def compare(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -191,12 +188,11 @@ def compare(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The result file."""
-    m = report["machine"]
     lines = [
         f"# One training step at {report['tokens']:,} tokens: peak memory and time",
         "",
-        f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB; torch {m['torch']}, transformers {m['transformers']}, Python "
-        f"{m['python']}. Made by `python benchmarks/memory_step.py`, whose first lines say what is measured and what is equal.",
+        f"{where(report['machine'], 'torch', 'transformers')}. Made by `python benchmarks/memory_step.py`, whose first lines say what is "
+        "measured and what is equal.",
         "",
         f"Vocabulary {VOCAB_SIZE}, fp32, one sequence. " + " ".join(f"{name}: `{text}`." for name, text in report["models"].items()),
         "",
@@ -242,7 +238,7 @@ def main() -> int:
         results.append(measure(name, way, n_tokens))
         print(json.dumps(results[-1]), flush=True)
     report = {
-        "machine": machine(),
+        "machine": machine("torch", "transformers"),
         "tokens": n_tokens,
         "vocab_size": VOCAB_SIZE,
         "models": {name: model.model_dump_json(exclude_defaults=True) for name, model in MODELS.items()},
@@ -253,9 +249,7 @@ def main() -> int:
     text = markdown(report)
     print(text)
     if not (arguments.quick or arguments.only):
-        here = Path(__file__).with_suffix("")
-        here.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-        here.with_suffix(".md").write_text(text)
+        write_results(__file__, report, text)
     return 0
 
 

@@ -4,7 +4,7 @@ For every recipe whose settings are public: fits or runs out of memory, peak, an
 ``published_methods.py``, the traces of ``published_times.py`` and the rates of ``memory_mgmt/devices.py``. One set of rates and
 assumptions serves all cases and nothing is fitted to one; but the closed forms were worked out with these figures in sight, so this is
 agreement, not prediction. Goals: every outcome right, peaks within 10 percent, step times within 20 percent. ``--own`` also plans what
-longstride would do with the same model, length and devices (minutes).
+longstride would do with the same model, length and devices (``published_own.py``; half an hour); without it the earlier answer stays.
 
   python benchmarks/plan_published.py            # prints; writes plan_published.json and plan_published.md beside it
   python benchmarks/plan_published.py --quick    # prints only
@@ -19,14 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # run as a script, not as a module
 
+from common import write_results  # noqa: E402
 from published_methods import RESERVED, Estimate, estimate, fits  # noqa: E402
+from published_own import Own, own_choice, own_lines  # noqa: E402
 from published_recipes import Recipe, Shape  # noqa: E402
 
 from memory_mgmt.devices import GIB  # noqa: E402
@@ -224,57 +227,6 @@ def compare() -> list[Row]:
     return [row_of(case, estimate(case.recipe)) for case in CASES]
 
 
-# --- what longstride would do ---------------------------------------------------------------------------------------------------
-
-
-def own_overrides(recipe: Recipe) -> list[str]:
-    """The same model, length and devices as settings of longstride, with everything else left to the planner.
-
-    Differences that remain: the feed-forward is SwiGLU (a GELU one gets as many parameters), queries and keys are not normalised, and
-    weights, gradients and moments are float32.
-    """
-    shape = recipe.shape
-    ffn = shape.ffn if shape.gated else -(-2 * shape.ffn // 3 // 64) * 64
-    tokens = recipe.tokens // (2 * recipe.gpus) * (2 * recipe.gpus)  # zigzag gives every rank two equal parts
-    return [
-        f"model.d_model={shape.width}",
-        f"model.n_layers={shape.layers}",
-        "model.layers=[full]",
-        f"model.n_heads={shape.heads}",
-        f"model.n_kv_heads={shape.kv_heads}",
-        f"model.head_dim={shape.head_dim}",
-        f"model.d_ff={ffn}",
-        f"model.vocab_size={-(-shape.vocab // 64) * 64}",
-        f"model.tie_embeddings={str(shape.tied).lower()}",
-        f"data.seq_len={tokens}",
-        f"parallel.cp={recipe.gpus}",
-        "train.precision=bf16",
-        "memory.recompute=auto",
-    ]
-
-
-def own_choice(recipe: Recipe) -> dict[str, Any]:
-    """What longstride's plan says for the same run: fits, peak, predicted time, what binds. Errors are shown, not hidden."""
-    from models.errors import UserError
-    from trainer.config_file import resolve
-    from trainer.planning import plan_run
-
-    try:
-        plan = plan_run(resolve(None, own_overrides(recipe)), recipe.device)
-    except UserError as error:
-        return {"refused": str(error).splitlines()[0]}
-    predicted = plan.prediction
-    return {
-        "fits": plan.fits,
-        "peak_gib": plan.peak_bytes / GIB,
-        "host_gib_per_rank": plan.host_bytes / GIB,
-        "seconds": predicted.step_seconds if predicted else None,
-        "mfu": predicted.mfu if predicted else None,
-        "binding": plan.binding,
-        "would_fit": [f"{change.settings} ({change.cost})" for change in plan.changes],
-    }
-
-
 # --- output ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +242,7 @@ def _summary(what: str, errors: list[float], goal: float) -> str:
     return f"{what} within {max(errors):.1%} (mean {sum(errors) / len(errors):.1%}, {len(errors)} cases, goal {goal:.0%})."
 
 
-def markdown(rows: list[Row], own: dict[str, dict[str, Any]]) -> str:
+def markdown(rows: list[Row], own: Sequence[Own] = ()) -> str:
     """The result file."""
     peaks = [abs(row.peak_error) for row in rows if row.peak_error is not None]
     times = [abs(row.time_error) for row in rows if row.time_error is not None]
@@ -328,9 +280,20 @@ def markdown(rows: list[Row], own: dict[str, dict[str, Any]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Not modelled: " + "; ".join(NOT_MODELLED) + ".", ""]
     if own:
-        lines += ["What longstride would do with the same model, length and devices:", ""]
-        lines += [f"- {name}: {json.dumps(choice)}" for name, choice in own.items()] + [""]
+        lines += own_lines(own)
     return "\n".join(lines)
+
+
+def own_answers() -> list[Own]:
+    """longstride's plan for every model, length and set of devices that a published run fits on, told as they come."""
+    found: dict[tuple[Shape, str, int, int, int], Own] = {}
+    for case in CASES:
+        recipe = case.recipe
+        key = (recipe.shape, recipe.device, recipe.gpus, recipe.sp, recipe.tokens)
+        if case.fits and key not in found:
+            found[key] = own_choice(case.name, recipe, case.peak_gib, case.seconds)
+            print(found[key], file=sys.stderr, flush=True)
+    return list(found.values())
 
 
 def main() -> None:
@@ -339,25 +302,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="print only")
     parser.add_argument("--own", action="store_true", help="also plan the runs that fit with longstride")
     options = parser.parse_args()
-    rows = compare()
-    own: dict[str, dict[str, Any]] = {}
-    if options.own:
-        seen: set[tuple[Shape, str, int, int]] = set()
-        for case in CASES:
-            key = (case.recipe.shape, case.recipe.device, case.recipe.gpus, case.recipe.tokens)
-            if case.fits and key not in seen:
-                seen.add(key)
-                own[case.name] = own_choice(case.recipe)
+    rows, results = compare(), Path(__file__).resolve().with_suffix(".json")
+    own = own_answers() if options.own else [Own(**entry) for entry in json.loads(results.read_text())["own"]]
     text = markdown(rows, own)
     print(text)
     if not options.quick:
-        here = Path(__file__).resolve()
-        here.with_suffix(".md").write_text(text)
-        records = {
-            "rows": [asdict(row) for row in rows],
-            "own": own,
-        }
-        here.with_suffix(".json").write_text(json.dumps(records, indent=2) + "\n")
+        write_results(__file__, {"rows": [asdict(row) for row in rows], "own": [asdict(entry) for entry in own]}, text)
 
 
 if __name__ == "__main__":

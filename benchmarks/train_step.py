@@ -22,9 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, not as a module
 
+from benchmarks.common import machine, python, where, write_results  # noqa: E402
 from models.config import ModelConfig  # noqa: E402
 
 MODEL = ModelConfig(d_model=128, n_heads=2, n_kv_heads=1, head_dim=32, d_ff=352, layers=("full",), n_layers=2)
@@ -277,15 +276,14 @@ def measure(case: Case, weights: Path, folder: Path, threads: int) -> dict[str, 
     out = folder / "case"
     for old in folder.glob("case.*"):
         old.unlink()
-    script = [str(Path(__file__).resolve()), "--child", json.dumps(asdict(case)), "--weights", str(weights), "--out", str(out)]
+    script = [Path(__file__).resolve(), "--child", json.dumps(asdict(case)), "--weights", weights, "--out", out]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"] if case.ranks > 1 else []
     environment = dict(os.environ)
     environment["OMP_NUM_THREADS"] = str(threads or max(1, (os.cpu_count() or 1) // case.ranks))
-    done = subprocess.run([sys.executable, *launcher, *script], env=environment, capture_output=True, text=True, check=False)
+    _, failure = python(*launcher, *script, environment=environment)
     files = sorted(folder.glob("case.*"))
-    if done.returncode or len(files) != case.ranks:
-        last_line = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {**asdict(case), "error": f"exit {done.returncode}: {last_line[-300:]}"}
+    if failure or len(files) != case.ranks:
+        return {**asdict(case), "error": failure or f"{len(files)} of {case.ranks} ranks wrote figures"}
     return {**asdict(case), **combine(case, [json.loads(file.read_text()) for file in files])}
 
 
@@ -335,33 +333,13 @@ def compare(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
-    import psutil
-    import torch
-    import transformers
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def markdown(report: dict[str, Any]) -> str:
     """The report for people."""
-    where = report["machine"]
     lines = [
         "# One training step: longstride beside Hugging Face Trainer",
         "",
-        f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB; torch {where['torch']}, transformers {where['transformers']}, "
-        f"Python {where['python']}. Made by `python benchmarks/train_step.py`, whose first lines say what is equal and what is not.",
+        f"{where(report['machine'], 'torch', 'transformers')}. Made by `python benchmarks/train_step.py`, whose first lines say what is "
+        "equal and what is not.",
         "",
         f"Model: {report['model']}. fp32, AdamW; one sequence per step on 1 rank, two on 2 ranks.",
         "",
@@ -419,12 +397,10 @@ def main() -> int:
             results.append(measure(case, weights, Path(folder), arguments.threads))
             print(f"  {results[-1].get('error') or round(results[-1]['tokens_per_second'])} tokens/s ({time.perf_counter() - start:.0f} s)")
     model = f"{MODEL.model_dump_json(exclude_defaults=True)}, vocabulary {VOCAB_SIZE}"
-    report = {"machine": machine(), "model": model, "cases": results, "ratios": compare(results)}
+    report = {"machine": machine("torch", "transformers"), "model": model, "cases": results, "ratios": compare(results)}
     print(markdown(report))
     if not (arguments.quick or arguments.only or arguments.threads):
-        beside = Path(__file__).resolve()
-        beside.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-        beside.with_suffix(".md").write_text(markdown(report))
+        write_results(__file__, report, markdown(report))
     failed = [r for r in results if "error" in r and r["system"].startswith("longstride")]
     return 1 if failed or not all(row["losses_equal"] for row in report["ratios"]) else 0
 

@@ -56,10 +56,11 @@ def trace_request(request: dict[str, Any]) -> Trace:
 
 def _cuts(config: RunConfig, policy: Policy) -> list[Shortening]:
     """Cuts to try, the one that traces least first. With several passes, with shards or with swapping a layer reaches further."""
-    kinds = _repeating(config.model.layer_kinds, policy)
-    multiples = (2,) if _swaps(policy) else (1, 2)
-    cuts = [shorten(kinds, multiple, margin) for multiple in multiples for margin in (MARGIN, MARGIN + 1)]
-    return [cut for cut in cuts if cut.copies]
+    kinds, swaps = _repeating(config.model.layer_kinds, policy), _swaps(policy)
+    margins = (MARGIN, MARGIN + 1) if swaps else (MARGIN - 1, MARGIN, MARGIN + 1)
+    cuts = [shorten(kinds, multiple, margin) for multiple in ((2,) if swaps else (1, 2)) for margin in margins]
+    # A reach counts layers: two periods of two are as good as three of one.
+    return [cut for cut in cuts if cut.copies and cut.margin * cut.period >= MARGIN]
 
 
 def _swaps(policy: Policy) -> bool:

@@ -10,12 +10,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from plan_published import CASES, GPT_7B, LLAMA_8B, PEAK_GOAL, QWEN3_8B, TIME_GOAL, Row, compare, markdown, own_overrides
+from plan_published import CASES, GPT_7B, LLAMA_8B, PEAK_GOAL, QWEN3_8B, TIME_GOAL, Row, compare, markdown
 from published_methods import estimate, fits
+from published_own import Own, own_choice, own_overrides
 from published_recipes import Recipe
 from published_times import alpha
 
 from models.config import ModelConfig
+from models.errors import UserError
 from models.flops import model_flops_per_token, parameter_count
 from trainer.config_file import resolve
 
@@ -86,9 +88,23 @@ def test_the_result_file_shows_errors_and_misses(rows: list[Row]) -> None:
     assert "fits (wrong)" in text and "35 of 36 cases" in text and "-7.5%" in text
 
 
-@pytest.mark.parametrize("case", [CASES[5], CASES[24], CASES[33]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[5], CASES[11], CASES[24], CASES[33]], ids=lambda case: case.name)
 def test_own_settings_are_valid(case) -> None:
     config = resolve(None, own_overrides(case.recipe))
     count = parameter_count(config.model, config.model.vocab_size or 0)
     assert count.total == pytest.approx(case.recipe.shape.parameters, rel=0.01)
-    assert config.parallel.cp == case.recipe.gpus
+    assert config.parallel.cp == case.recipe.sp and config.parallel.cp * config.parallel.dp_shard == case.recipe.gpus
+
+
+def test_own_choices_stand_beside_what_was_published(rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("data.seq_len: 7 is odd\nmake it even")
+
+    fits_ = Own("case 1", True, 70.04, 12.5, 366.4, 0.402, "0-31 input keep", 69.5, 380.0)
+    monkeypatch.setattr("published_own.plan_run", refuse)
+    refused = own_choice("case 2", CASES[5].recipe, None, 12.0)
+    assert refused.fits is None and refused.words == "data.seq_len: 7 is odd"
+    text = markdown(rows, [fits_, refused])
+    assert "| case 1 | fits | 70.0 | 69.5 | 12.5 | 366 | 380 | 40.2% | 0-31 input keep |" in text
+    assert "| case 2 | refused |  |  |  |  | 12 |  | data.seq_len: 7 is odd |" in text
+    assert markdown(rows) in text  # the comparison itself does not change
