@@ -212,7 +212,7 @@ def markdown(report: dict[str, Any]) -> str:
         met = r["memory"] <= MEMORY_GOAL and r["time"] <= TIME_GOAL
         goals = ("met" if met else "not met") if r["way"] == "policy" else ""
         lines.append(f"| {r['model']} | {r['way']} | {r['memory']:.2f}x | {r['time']:.2f}x | {r['cpu_time']:.2f}x | {goals} |")
-        share = 3 * report["tokens"] * VOCAB_SIZE * 4 / 2**20
+    share = 3 * report["tokens"] * VOCAB_SIZE * 4 / 2**20
     lines += ["", f"Goals of a policy: at most {MEMORY_GOAL}x the memory at no more than {TIME_GOAL}x the time."]
     lines += [f"Most of what the plain model needs is its logits, their log-softmax and gradient: {share:,.0f} MiB; the rows of `block`"]
     lines += ["show what is left without them, and without tiles."]
