@@ -23,9 +23,9 @@ TRIES = 4
 _CLOSE = 0.01
 """A traced peak within this share below the budget is good enough."""
 _SOLVE_SECONDS = 10.0
-_NOT_WORTH_A_TRACE = 5e-3
-"""Share of the step that a policy may take longer than one that keeps everything and be good enough: a trace takes as long as all the
-rest of a plan."""
+_LITTLE, _NEAR = 5e-3, 0.05
+"""Where a policy takes at most this share of the step longer than one that keeps everything, this much below the budget is good enough:
+another trace takes as long as all the rest of a plan. Not more: by the trace other tiles can be worth more than the planner knows."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def choose_policy(setting: Setting, trace_policy: Callable[[Policy], Trace], cou
         if peak <= setting.budget_bytes:
             if best is None or best.choice is None or choice.seconds < best.choice.seconds:
                 best = found
-            if choice.extra_seconds <= _NOT_WORTH_A_TRACE * choice.seconds or peak >= (1 - _CLOSE) * setting.budget_bytes:
+            close = _NEAR if choice.extra_seconds <= _LITTLE * choice.seconds else _CLOSE
+            if choice.extra_seconds <= 0 or peak >= (1 - close) * setting.budget_bytes:
                 break
         elif choice.peak_bytes > allowed:
             return best or replace(found, choice=None)
