@@ -59,13 +59,13 @@ def test_fetched_tensors_outlive_handle_and_store():
 def test_buffers_alternate_between_layers():
     with HostStore("cpu") as store:
         parked = [store.park(torch.full((1000,), float(i)), (i, "x")) for i in range(6)]
-        addresses = []
+        buffers = []
         while parked:
             got = parked.pop().fetch()
             assert got.eq(len(parked)).all()
-            addresses.append(got.data_ptr())
+            buffers.append(StorageWeakRef(got.untyped_storage()))
             del got
-        assert len(set(addresses)) <= 2
+            assert sum(not buffer.expired() for buffer in buffers) <= 2
 
 
 def test_buffers_that_nothing_waits_for_are_freed():
