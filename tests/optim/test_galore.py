@@ -64,7 +64,7 @@ def test_the_authors_package(shape: tuple[int, int]) -> None:
         before = weight.detach().clone()
         weight.grad = gradient.clone()
         reference.step()
-        assert relative(simulator.step(gradient), before - weight.detach()) <= 2e-5  # its SVD and its weights are in float32
+        assert relative(simulator.step(gradient), before - weight.detach()) <= 1e-5  # its SVD is in float32
 
 
 @pytest.mark.parametrize("how", ["exact", "subspace"])
