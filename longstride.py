@@ -136,6 +136,7 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
     """
     from parallel.dims import ParallelDims
     from parallel.distributed import check_launch, environment
+    from trainer import trace_workers
 
     env = environment()
     started = env.world_size if env.is_rank else nproc
@@ -147,6 +148,7 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
     ranks = ParallelDims.from_config(config.parallel, started).world_size
     check_launch(env, config.train.precision, config.train.device, config.train.grad_accum, ranks)
     plan = None if run_dir is not None and _kept_plan(config, run_dir) else _checked_plan(config, run_dir)
+    trace_workers.close()  # what they hold is needed now
     # A run that plans again after running out of memory needs a process of its own that may end.
     if env.is_rank or (ranks == 1 and not config.memory.replan_on_oom):
         return _train_here(config, run_dir, name, plan, env)
@@ -183,7 +185,7 @@ def _join(config: RunConfig, env: Env) -> None:
 
 def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, plan: MemoryPlan | None, ranks: int, env: Env) -> int:
     from models.errors import RunFailed
-    from trainer import out_of_memory
+    from trainer import out_of_memory, trace_workers
 
     if env.accelerate is not None and env.accelerate.use_cpu:
         print(f"accelerate launch started one process without GPUs; longstride starts the {ranks} ranks", file=sys.stderr)
@@ -202,6 +204,7 @@ def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, 
                 raise
             print(f"out of memory; planning again with what was measured ({attempt + 1} of {REPLANS})", file=sys.stderr, flush=True)
         plan = _checked_plan(config, run_dir, out_of_memory.correction(run_dir))
+        trace_workers.close()
         run_dir, resume = _open_run(config, run_dir, name, plan), True
     raise AssertionError("the last attempt returns or raises")
 

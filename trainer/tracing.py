@@ -1,4 +1,4 @@
-"""Traces of a configuration's training step: made in a process of their own, kept for the next question. Imports no torch.
+"""Traces of a configuration's training step: made in other processes, kept for the next question. Imports no torch.
 
 A trace depends on the model, the lengths, the degrees, the memory settings and the code, not on budgets or names; what is asked for
 again with those unchanged is read from the user's cache directory.
@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,7 +17,7 @@ from typing import Any, Literal
 from memory_mgmt.native import cache_dir
 from memory_mgmt.policy import Policy
 from memory_mgmt.trace import Trace
-from models.errors import UserError
+from trainer import trace_workers
 from trainer.config import RunConfig
 from trainer.one_process import for_one_process
 
@@ -81,7 +77,7 @@ def trace_step(request: TraceRequest) -> Trace:
 
 
 def trace_steps(requests: Sequence[TraceRequest]) -> list[Trace]:
-    """The traces of several steps, those that are not kept from before made in one process. Of several processes that want the same
+    """The traces of several steps, those that are not kept from before made side by side. Of several processes that want the same
     trace at the same time, such as the ranks that torchrun starts, one makes it and the others wait for it.
 
     Raises UserError when a step cannot be traced, with the reason (most often settings that the model refuses), or when CUDA is
@@ -92,7 +88,7 @@ def trace_steps(requests: Sequence[TraceRequest]) -> list[Trace]:
     paths = [_path(body, code) for body in bodies]
     wanted = {path: {**body, "out": str(path)} for body, path in zip(bodies, paths, strict=True) if not path.exists()}
     if wanted:
-        for_one_process(wanted, lambda missing: _run_process([wanted[path] for path in missing]))
+        for_one_process(wanted, lambda missing: trace_workers.run([wanted[path] for path in missing]))
         _forget_oldest(paths[0].parent, set(paths))
     return [Trace.load(path) for path in paths]
 
@@ -118,18 +114,6 @@ def _code_digest() -> str:
             if path.suffix in (".py", ".cpp"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _run_process(requests: Sequence[dict[str, Any]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "requests.json"
-        file.write_text(json.dumps(requests))
-        command = [sys.executable, "-m", "trainer.trace_process", str(file), str(os.getpid())]
-        done = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit code {done.returncode}"
-        raise UserError(f"the training step could not be traced: {reason[:400]}\nmemory.plan=estimate plans by formulas instead")
 
 
 def _forget_oldest(folder: Path, needed: set[Path]) -> None:

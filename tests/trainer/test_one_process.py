@@ -40,7 +40,7 @@ WORKER = """
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    tracing._run_process = run_process
+    tracing.trace_workers.run = run_process
     tracing._code_digest = lambda: "the same for all"
     if fate == "no locks":
         fcntl.flock = no_locks

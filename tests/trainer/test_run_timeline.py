@@ -10,7 +10,7 @@ from memory_mgmt.estimate import METHOD as ESTIMATED
 from memory_mgmt.plan import MemoryPlan, Moment, Term
 from memory_mgmt.trace import Trace, TracedBuffer
 from memory_mgmt.traced_plan import METHOD
-from trainer import config_file, planning, tracing
+from trainer import config_file, planning, trace_workers, tracing
 from trainer.plan_files import PAGE, PICTURE, kept_trace
 from trainer.run_dir import RunDir
 from trainer.run_timeline import drawn
@@ -90,7 +90,7 @@ def test_the_trace_behind_a_plan_is_the_one_that_is_kept(recompute: str, monkeyp
     tiny = ["model.layers=[swa]", "model.d_model=16", "model.n_heads=2", "model.n_kv_heads=null", "data.seq_len=64", "model.window=16"]
     config = config_file.resolve(config_file.find("debug_cpu", HOME / "configs"), [*tiny, f"memory.recompute={recompute}"])
     plan = planning.plan_run(config)
-    monkeypatch.setattr(tracing, "_run_process", lambda requests: pytest.fail("traced again"))
+    monkeypatch.setattr(trace_workers, "run", lambda requests: pytest.fail("traced again"))
     trace = kept_trace(config, plan)
     assert trace is not None
     assert planning.plan_traced(planning.target_of(config, planning.this_machine("auto")), trace).peak_bytes == plan.peak_bytes
