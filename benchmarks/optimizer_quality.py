@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # run as a scr
 import torch  # noqa: E402
 from common import machine  # noqa: E402
 from optimizer_quality_run import Protocol, Text, train  # noqa: E402
-from optimizer_quality_sweep import SEEDS, Point, Runs, entries, next_point  # noqa: E402
+from optimizer_quality_sweep import SEEDS, Entry, Point, Runs, entries, next_point  # noqa: E402
 
 
 def main() -> int:
@@ -59,10 +59,7 @@ def main() -> int:
         print(runs.listing(chosen))
         return 0
     if arguments.report:
-        from optimizer_quality_report import write_report  # needs matplotlib, which running does not
-
-        write_report(runs, known)
-        return 0
+        return _report(runs, known)
     try:
         text = Text(arguments.books, protocol)
     except FileNotFoundError as error:
@@ -72,7 +69,18 @@ def main() -> int:
     return _run_missing(runs, chosen, text, protocol, arguments.minutes)
 
 
-def _run_missing(runs: Runs, chosen: list[Any], text: Text, protocol: Protocol, minutes: float | None) -> int:
+def _report(runs: Runs, known: list[Entry]) -> int:
+    from optimizer_quality_report import write_report  # needs matplotlib, which running does not
+
+    try:
+        print(write_report(runs, known, Path(__file__).resolve().parent))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run_missing(runs: Runs, chosen: list[Entry], text: Text, protocol: Protocol, minutes: float | None) -> int:
     started, where = time.monotonic(), machine("torch")
     while (point := next_point(runs, chosen)) is not None:
         if minutes is not None and time.monotonic() - started > 60 * minutes:
