@@ -90,9 +90,9 @@ def markdown(runs: Runs, rows: list[Row], waiting: list[str]) -> str:
         "# Validation loss against optimizer state",
         "",
         f"Byte-level decoder of {rows[0].parameters:,} parameters, {protocol['steps']} steps of {protocol['batch']} x "
-        f"{protocol['seq_len']} bytes of novels, {protocol['schedule']} after {protocol['warmup_steps']} steps of warm-up, gradient norm at most "
-        f"{protocol['clip_norm']}, betas {protocol['betas']}, no weight decay; low-rank presets at rank {protocol['rank']} with new "
-        f"projections every {protocol['update_gap']} steps; the rest in 8 bits unless the row says otherwise. Loss: nats per byte of "
+        f"{protocol['seq_len']} bytes of novels, {protocol['schedule']} after {protocol['warmup_steps']} steps of warm-up, gradient norm "
+        f"at most {protocol['clip_norm']}, betas {protocol['betas']}, no weight decay; low-rank presets at rank {protocol['rank']} with "
+        f"new projections every {protocol['update_gap']} steps; the rest in 8 bits unless the row says otherwise. Loss: nats per byte of "
         f"{protocol['judged_on']}. {len(runs.records)} runs. {where(runs.records[0]['machine'], 'torch')}. Made by "
         "`python benchmarks/optimizer_quality.py`, whose first lines say how; times are of a busy machine (better: `optimizers.md`).",
         "",

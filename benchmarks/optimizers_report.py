@@ -100,7 +100,8 @@ def _yes(met: bool) -> str:
 
 def _steps(workload: dict[str, Any]) -> list[str]:
     lines = [
-        "| optimizer | step, CPU ms | over its reference | renewal, CPU ms | first step, s (CPU s) | state, B/parameter | temporary, MiB (in a renewal) |",
+        "| optimizer | step, CPU ms | over its reference | renewal, CPU ms | first step, s (CPU s) | state, B/parameter "
+        "| temporary, MiB (in a renewal) |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
     failed = []
