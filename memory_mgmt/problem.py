@@ -23,7 +23,8 @@ from models.flops import ffn_parameters
 
 GROUPS = (1, 2, 4)
 _COPY = 1 << 30
-_ATTENTION = ("attention", "c10d::send", "c10d::recv_")
+_ATTENTION = ("attention", "c10d::send", "c10d::recv_", "c10d::alltoall_base_", "c10d::allgather_", "c10d::reduce_scatter_")
+"""Part of a name of what only the mixer of an attention layer does (FSDP2's collectives have other names)."""
 
 
 @dataclass(frozen=True)

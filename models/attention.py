@@ -21,6 +21,7 @@ from models.kernels import (
     CAUSAL,
     NONE,
     BlockMask,
+    Gradients,
     block_attention,
     block_attention_backward,
     block_attention_reference,
@@ -100,27 +101,43 @@ class LocalAttention:
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHTD, k_BGTD, v_BGTD, plan):
-        only = _only_tile(plan, q_BHTD)
-        if only is not None:
-            out_BHTD, lse_BHT = block_attention(q_BHTD, k_BGTD, v_BGTD, tile_mask(only, q_BHTD.device))
-        else:
-            out_BHTD, lse_BHT = new_accumulators(q_BHTD)
-            attend(q_BHTD, k_BGTD, v_BGTD, plan, out_BHTD, lse_BHT)
-            out_BHTD = out_BHTD.to(q_BHTD.dtype)
+        out_BHTD, lse_BHT = attend_all(q_BHTD, k_BGTD, v_BGTD, plan)
         ctx.plan = plan
         ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT)
         return out_BHTD
 
     @staticmethod
     def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT = ctx.saved_tensors
-        only = _only_tile(ctx.plan, q_BHTD)
-        if only is not None:
-            mask = tile_mask(only, q_BHTD.device)
-            return *block_attention_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, mask), None
-        grads = [new_gradient(x) for x in (q_BHTD, k_BGTD, v_BGTD)]
-        attend_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, ctx.plan, *grads)
-        return *(grad.to(q_BHTD.dtype) for grad in grads), None
+        grads = attend_all_backward(dout_BHTD, *ctx.saved_tensors, ctx.plan)
+        return *(grad.to(dout_BHTD.dtype) for grad in grads), None
+
+
+def attend_all(q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out_BHTD in q's dtype, lse_BHT)`` of a plan that holds all blocks of these queries; a single block is not copied."""
+    only = _only_tile(plan, q_BHTD, k_BGSD)
+    if only is not None:
+        return block_attention(q_BHTD, k_BGSD, v_BGSD, tile_mask(only, q_BHTD.device))
+    out_BHTD, lse_BHT = new_accumulators(q_BHTD)
+    attend(q_BHTD, k_BGSD, v_BGSD, plan, out_BHTD, lse_BHT)
+    return out_BHTD.to(q_BHTD.dtype), lse_BHT
+
+
+def attend_all_backward(
+    dout_BHTD: torch.Tensor,
+    q_BHTD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSD: torch.Tensor,
+    out_BHTD: torch.Tensor,
+    lse_BHT: torch.Tensor,
+    plan: Plan,
+) -> Gradients:
+    """``(dq, dk, dv)`` for what ``attend_all`` gave: float32 sums (float64 for float64), or q's dtype where one block was all."""
+    only = _only_tile(plan, q_BHTD, k_BGSD)
+    if only is not None:
+        return block_attention_backward(dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD, lse_BHT, tile_mask(only, q_BHTD.device))
+    dq_BHTD, dk_BGSD, dv_BGSD = (new_gradient(x) for x in (q_BHTD, k_BGSD, v_BGSD))
+    attend_backward(dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD, lse_BHT, plan, dq_BHTD, dk_BGSD, dv_BGSD)
+    return dq_BHTD, dk_BGSD, dv_BGSD
 
 
 def attend(
@@ -228,12 +245,12 @@ def attention_reference(
     return block_attention_reference(q_BHTD, k_BGTD, v_BGTD, BlockMask.dense(visible_B1TT))[0]
 
 
-def _only_tile(plan: Plan, q_BHTD: torch.Tensor) -> Tile | None:
+def _only_tile(plan: Plan, q_BHTD: torch.Tensor, k_BGSD: torch.Tensor) -> Tile | None:
     """The tile, if a single unstacked one covers all rows and tokens, so that nothing needs merging."""
     if len(plan) != 1 or len(plan[0].tiles) != 1:
         return None
     tile = plan[0].tiles[0]
-    covers_all = (plan[0].first, plan[0].last, tile.q_len, tile.k_len) == (0, q_BHTD.shape[0], q_BHTD.shape[2], q_BHTD.shape[2])
+    covers_all = (plan[0].first, plan[0].last, tile.q_len, tile.k_len) == (0, q_BHTD.shape[0], q_BHTD.shape[2], k_BGSD.shape[2])
     return tile if covers_all and tile.count == 1 else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from models.config import PositiveInt, Section
 
@@ -19,6 +19,9 @@ def _read_auto(value: Any) -> Any:
 
 
 Degree = Annotated[int, Field(ge=0), BeforeValidator(_read_auto)]
+
+SequenceScheme = Literal["ring", "ulysses", "ring_x_ulysses", "allgather_kv"]
+"""How attention reaches the tokens of other ranks; ``docs/sequence_parallelism.md``."""
 
 
 class ParallelConfig(Section):
@@ -35,7 +38,17 @@ class ParallelConfig(Section):
     """Sequence-parallel (context-parallel) ranks that share one sequence; parameters are sharded over dp_shard x cp. auto: chosen by
     the memory plan."""
     layout: Literal["auto", "contiguous", "zigzag"] = "auto"
-    """Which tokens a sequence-parallel rank holds; auto: zigzag when the model has full attention, else contiguous."""
+    """Which tokens a sequence-parallel rank holds; auto: zigzag when the model has full attention and the scheme needs it for equal work
+    (all but ulysses), else contiguous."""
+    sequence: Literal["auto", "ring", "ulysses", "ring_x_ulysses", "allgather_kv"] = "ring"
+    """How attention reaches the tokens of other ranks. ring: keys travel; ulysses: all-to-all, every rank has all tokens of some heads;
+    ring_x_ulysses: ulysses inside groups of neighbours, a ring across them; allgather_kv: all keys of a few heads at a time. auto: by
+    exposed communication and buffers, from the mesh, heads, tokens per rank and link bandwidths."""
+    ulysses: Degree = AUTO
+    """Ranks of a Ulysses group for ring_x_ulysses: a divisor of cp above 1 and below cp, at most the query heads; auto: chosen likewise."""
+    head_chunk: PositiveInt | None = None
+    """Heads exchanged and attended at a time: ulysses and ring_x_ulysses: query heads of one rank (null: all of them); allgather_kv:
+    key/value heads (null: 1). Fewer need smaller buffers and more messages."""
     timeout_seconds: PositiveInt = 600
     """A collective that waits longer than this fails instead of hanging."""
 
@@ -43,3 +56,20 @@ class ParallelConfig(Section):
     def chosen_by_plan(self) -> tuple[str, ...]:
         """Names of the degrees that are ``auto``."""
         return tuple(name for name in ("dp_replicate", "dp_shard", "cp") if getattr(self, name) == AUTO)
+
+    @property
+    def scheme_is_auto(self) -> bool:
+        """Whether the scheme, or its degree of Ulysses, is still to be chosen."""
+        return self.sequence == "auto" or (self.sequence == "ring_x_ulysses" and self.ulysses == AUTO)
+
+    @model_validator(mode="after")
+    def _check_scheme(self) -> ParallelConfig:
+        if self.ulysses != AUTO and self.sequence != "ring_x_ulysses":
+            raise ValueError(
+                f"parallel.ulysses {self.ulysses} is the degree inside ring_x_ulysses, and parallel.sequence is {self.sequence}; "
+                "set parallel.sequence=ring_x_ulysses or leave parallel.ulysses auto"
+            )
+        if self.head_chunk is not None and self.sequence in ("auto", "ring"):
+            way_out = "set parallel.sequence to ulysses, ring_x_ulysses or allgather_kv, or leave parallel.head_chunk null"
+            raise ValueError(f"parallel.head_chunk {self.head_chunk}: parallel.sequence {self.sequence} passes all heads at once; {way_out}")
+        return self

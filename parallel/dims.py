@@ -18,13 +18,19 @@ class ParallelDims:
     dp_replicate: int = 1
     dp_shard: int = 1
     cp: int = 1
+    ulysses: int = 1
+    """Of the cp ranks, neighbours that exchange heads against tokens: cp for the ulysses scheme, 1 for those without."""
 
     @staticmethod
     def from_config(config: ParallelConfig, world_size: int | None = None) -> ParallelDims:
         """The degrees of ``config``; raises UserError when their product is not ``world_size`` (if given), or one is still ``auto``."""
         if config.chosen_by_plan:
             raise UserError(f"parallel.{config.chosen_by_plan[0]}: auto has not been resolved here; give a number")
-        dims = ParallelDims(config.dp_replicate, config.dp_shard, config.cp)
+        if config.scheme_is_auto and config.cp > 1:
+            open_key = "sequence" if config.sequence == "auto" else "ulysses"
+            raise UserError(f"parallel.{open_key}: auto has not been resolved here; give a value")
+        inside = {"ulysses": config.cp, "ring_x_ulysses": config.ulysses}.get(config.sequence, 1) if config.cp > 1 else 1
+        dims = ParallelDims(config.dp_replicate, config.dp_shard, config.cp, inside)
         if world_size is not None and dims.world_size != world_size:
             raise UserError(
                 f"parallel: dp_replicate {dims.dp_replicate} x dp_shard {dims.dp_shard} x cp {dims.cp} = {dims.world_size} ranks, "

@@ -17,16 +17,30 @@ from parallel.dims import ParallelDims
 @dataclass(frozen=True)
 class Mesh:
     """The ranks of a run. ``axes``: (dp_replicate, dp_shard, cp). ``fsdp``: (dp_replicate, dp_shard_cp), the same ranks with
-    dp_shard and cp flattened, over which FSDP2 shards parameters (its second axis) and replicates them (its first)."""
+    dp_shard and cp flattened, over which FSDP2 shards parameters (its second axis) and replicates them (its first). ``sequence``: (data,
+    ring, ulysses), where cp is split into a ring of Ulysses groups, ``ulysses`` varying fastest."""
 
     dims: ParallelDims
     axes: DeviceMesh
     fsdp: DeviceMesh
+    sequence: DeviceMesh | None = None
 
     @property
     def cp_group(self) -> dist.ProcessGroup:
         """Ranks that share this rank's sequence."""
         return self.axes.get_group("cp")
+
+    @property
+    def ulysses_group(self) -> dist.ProcessGroup:
+        """Neighbours that exchange heads against tokens."""
+        assert self.sequence is not None, "cp is not split into groups"
+        return self.sequence.get_group("ulysses")
+
+    @property
+    def ring_group(self) -> dist.ProcessGroup:
+        """Ranks with this one's place in each Ulysses group of its sequence."""
+        assert self.sequence is not None, "cp is not split into groups"
+        return self.sequence.get_group("ring")
 
     @property
     def shard_group(self) -> dist.ProcessGroup:
@@ -45,12 +59,16 @@ class Mesh:
 
 
 def build_mesh(dims: ParallelDims, device_type: str) -> Mesh:
-    """Both meshes over all ranks of the default process group, which must be initialised with ``dims.world_size`` ranks."""
+    """The meshes over all ranks of the default process group, which must be initialised with ``dims.world_size`` ranks."""
     if dist.get_world_size() != dims.world_size:
         raise ValueError(f"{dims} needs {dims.world_size} ranks, the process group has {dist.get_world_size()}")
     axes = init_device_mesh(device_type, (dims.dp_replicate, dims.dp_shard, dims.cp), mesh_dim_names=("dp_replicate", "dp_shard", "cp"))
     fsdp = init_device_mesh(device_type, (dims.dp_replicate, dims.shard), mesh_dim_names=("dp_replicate", "dp_shard_cp"))
-    return Mesh(dims, axes, fsdp)
+    sequence = None
+    if 1 < dims.ulysses < dims.cp:
+        shape = (dims.dp, dims.cp // dims.ulysses, dims.ulysses)
+        sequence = init_device_mesh(device_type, shape, mesh_dim_names=("data", "ring", "ulysses"))
+    return Mesh(dims, axes, fsdp, sequence)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,39 @@ from models.memory.protocol import MemoryModule
 from models.transformer import Transformer
 from parallel.fsdp import shard_parameters
 from parallel.mesh import Mesh
-from parallel.ring_attention import RingAttention
+from parallel.config import SequenceScheme
+from parallel.schemes import attention_over
 from parallel.state_passing import RingCarry
 
 
-def split_sequence(model: Transformer, mesh: Mesh, layout: Literal["contiguous", "zigzag"]) -> None:
-    """Fill the seams through which a layer reaches tokens of other ranks: attention and the carry of memory states."""
+def split_sequence(
+    model: Transformer,
+    mesh: Mesh,
+    layout: Literal["contiguous", "zigzag"],
+    scheme: SequenceScheme = "ring",
+    head_chunk: int | None = None,
+) -> None:
+    """Fill the seams through which a layer reaches tokens of other ranks: attention by ``scheme``, and the carry of memory states, which
+    is the same under every scheme."""
     if mesh.dims.cp == 1:
         return
     for block in model.blocks:
         mixer = block.mixer
         if isinstance(mixer, Attention):
-            mixer.inner_attention = RingAttention(mesh.cp_group, layout, mixer.window)
+            mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk)
         elif isinstance(mixer, MemoryModule):
             mixer.carry = RingCarry(mesh.cp_group, layout)
         else:
             raise TypeError(f"no way to split a sequence over ranks is known for {type(mixer).__name__}")
 
 
-def parallelize(model: Transformer, mesh: Mesh, layout: Literal["contiguous", "zigzag"]) -> None:
+def parallelize(
+    model: Transformer,
+    mesh: Mesh,
+    layout: Literal["contiguous", "zigzag"],
+    scheme: SequenceScheme = "ring",
+    head_chunk: int | None = None,
+) -> None:
     """Sequence seams first, then FSDP2 around blocks that already hold their recompute and tiling wrappers."""
-    split_sequence(model, mesh, layout)
+    split_sequence(model, mesh, layout, scheme, head_chunk)
     shard_parameters(model, model.blocks, mesh)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from models.attention import LocalAttention, Plan, attend, attend_backward, check_shapes, new_accumulators, new_gradient, tile_limits
 from models.attention_plan import Pair, TileLimits, plan_rows, sees
 from models.batch import Bounds, Range
+from models.kernels import Gradients
 from parallel.halo import start_halo, start_return
 from parallel.sequence import Layout, ranges_for
 
@@ -77,11 +78,17 @@ class RingAttention:
             held = [ranges_for(self.layout, bounds.seq_len, rank, self.cp_size) for rank in range(self.cp_size)]
             if bounds.ranges != held[self.cp_rank]:
                 raise ValueError(f"cp rank {self.cp_rank} got ranges {bounds.ranges}; layout {self.layout!r} gives it {held[self.cp_rank]}")
-            if self.window is not None and self.window - 1 <= bounds.local_len:
+            if fits_halo(self.window, bounds):
+                assert self.window is not None
                 bounds._cache[key] = plan_halo(held, self.cp_rank, bounds.documents, self.window, limits)
             else:
                 bounds._cache[key] = plan_ring(held, self.cp_rank, bounds.documents, self.window, limits)
         return bounds._cache[key]
+
+
+def fits_halo(window: int | None, bounds: Bounds) -> bool:
+    """Whether a window reaches no further back than one shard is long, so that only the window's keys need to travel."""
+    return window is not None and window - 1 <= bounds.local_len
 
 
 def plan_ring(
@@ -141,45 +148,66 @@ class _Transfer:
         return self._arriving
 
 
+def ring_forward(
+    q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, plan: RingPlan, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(out_BHTD in q's dtype, lse_BHT)`` over the keys of all hops; the next keys are on their way while a hop computes."""
+    out_BHTD, lse_BHT = new_accumulators(q_BHTD)
+    last_hop = len(plan.hops) - 1
+    kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
+    for hop, blocks in enumerate(plan.hops):
+        transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
+        attend(q_BHTD, kv_2BGSD[0], kv_2BGSD[1], blocks, out_BHTD, lse_BHT)
+        if transfer is not None:
+            kv_2BGSD = transfer.wait()
+    return out_BHTD.to(q_BHTD.dtype), lse_BHT
+
+
+def ring_backward(
+    dout_BHTD: torch.Tensor,
+    q_BHTD: torch.Tensor,
+    k_BGTD: torch.Tensor,
+    v_BGTD: torch.Tensor,
+    out_BHTD: torch.Tensor,
+    lse_BHT: torch.Tensor,
+    plan: RingPlan,
+    group: dist.ProcessGroup,
+) -> Gradients:
+    """``(dq_BHTD, dk_BGTD, dv_BGTD)`` in float32 (float64 for float64), for what ``ring_forward`` gave."""
+    hops = plan.hops
+    last_hop = len(hops) - 1
+    dq_BHTD = new_gradient(q_BHTD)
+    # The keys in hand are an argument of each step, never what was saved: those are this rank's own, at every hop.
+    kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
+    own_2BGTD = new_gradient(kv_2BGSD)
+    followers = None  # gradients of the keys in hand, from the ranks that had them before; one hop behind the keys
+    for hop, blocks in enumerate(hops):
+        transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
+        dkv_2BGSD = own_2BGTD if hop == 0 else new_gradient(kv_2BGSD)
+        attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, blocks, dq_BHTD, dkv_2BGSD[0], dkv_2BGSD[1])
+        if followers is not None:
+            dkv_2BGSD += followers.wait()
+        if hop > 0:  # to the rank that gets these keys next, and from the last hop back home
+            followers = _Transfer(dkv_2BGSD, 1 if hop < last_hop else -last_hop, GRADIENT_TAG, group)
+        if transfer is not None:
+            kv_2BGSD = transfer.wait()
+    if followers is not None:
+        own_2BGTD += followers.wait()
+    return dq_BHTD, own_2BGTD[0], own_2BGTD[1]
+
+
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHTD, k_BGTD, v_BGTD, plan, group):
-        out_BHTD, lse_BHT = new_accumulators(q_BHTD)
-        last_hop = len(plan.hops) - 1
-        kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
-        for hop, blocks in enumerate(plan.hops):
-            transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
-            attend(q_BHTD, kv_2BGSD[0], kv_2BGSD[1], blocks, out_BHTD, lse_BHT)
-            if transfer is not None:
-                kv_2BGSD = transfer.wait()
-        out_BHTD = out_BHTD.to(q_BHTD.dtype)
+        out_BHTD, lse_BHT = ring_forward(q_BHTD, k_BGTD, v_BGTD, plan, group)
         ctx.plan, ctx.group = plan, group
         ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT)
         return out_BHTD
 
     @staticmethod
     def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT = ctx.saved_tensors
-        hops, group = ctx.plan.hops, ctx.group
-        last_hop = len(hops) - 1
-        dq_BHTD = new_gradient(q_BHTD)
-        # The keys in hand are an argument of each step, never what was saved: those are this rank's own, at every hop.
-        kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
-        own_2BGTD = new_gradient(kv_2BGSD)
-        followers = None  # gradients of the keys in hand, from the ranks that had them before; one hop behind the keys
-        for hop, blocks in enumerate(hops):
-            transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
-            dkv_2BGSD = own_2BGTD if hop == 0 else new_gradient(kv_2BGSD)
-            attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, blocks, dq_BHTD, dkv_2BGSD[0], dkv_2BGSD[1])
-            if followers is not None:
-                dkv_2BGSD += followers.wait()
-            if hop > 0:  # to the rank that gets these keys next, and from the last hop back home
-                followers = _Transfer(dkv_2BGSD, 1 if hop < last_hop else -last_hop, GRADIENT_TAG, group)
-            if transfer is not None:
-                kv_2BGSD = transfer.wait()
-        if followers is not None:
-            own_2BGTD += followers.wait()
-        return dq_BHTD.to(q_BHTD.dtype), *own_2BGTD.to(k_BGTD.dtype), None, None
+        grads = ring_backward(dout_BHTD, *ctx.saved_tensors, ctx.plan, ctx.group)
+        return *(grad.to(dout_BHTD.dtype) for grad in grads), None, None
 
 
 class _HaloAttention(torch.autograd.Function):

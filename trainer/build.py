@@ -76,7 +76,8 @@ def shaped_model(
         model = Transformer(config.model, vocab_size)
     apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
     if mesh is not None:
-        parallelize(model, mesh, config.layout)
+        assert config.parallel.sequence != "auto", "settled before"
+        parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk)
     return model
 
 

@@ -144,6 +144,9 @@ class RunConfig(Section):
                 f"parallel.ranks {parallel.ranks} is not dp_replicate {parallel.dp_replicate} x dp_shard {parallel.dp_shard} x "
                 f"cp {parallel.cp} = {product}; leave it null or make one of them auto"
             )
+        self._check_scheme()
+        if parallel.scheme_is_auto and parallel.cp > 1:
+            return self  # checked with the scheme that is chosen
         parts = self.parallel.cp * (2 if self.layout == "zigzag" else 1)
         if self.data.seq_len % parts:
             raise ValueError(
@@ -152,12 +155,32 @@ class RunConfig(Section):
             )
         return self
 
+    def _check_scheme(self) -> None:
+        """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""
+        cp, sequence, ulysses, heads = self.parallel.cp, self.parallel.sequence, self.parallel.ulysses, self.model.n_heads
+        if cp == 1 or all(kind == "memory" for kind in self.model.layer_kinds):
+            return
+        possible = [n for n in range(2, min(heads, cp - 1) + 1) if cp % n == 0]
+        degrees = f"parallel.sequence=ring_x_ulysses with parallel.ulysses one of {', '.join(map(str, possible))}, " if possible else ""
+        if sequence == "ulysses" and heads < cp:
+            raise ValueError(
+                f"parallel.sequence ulysses gives every one of parallel.cp {cp} ranks a query head, and model.n_heads is {heads}; "
+                f"set {degrees}parallel.sequence=ring or allgather_kv"
+            )
+        if sequence == "ring_x_ulysses" and (ulysses not in (0, *possible) or not possible):
+            asked = f"parallel.ulysses {ulysses}" if ulysses else "parallel.sequence ring_x_ulysses"
+            raise ValueError(
+                f"{asked} does not divide parallel.cp {cp} into a ring of Ulysses groups of at most model.n_heads {heads} ranks; "
+                f"set {degrees}parallel.sequence={'ulysses or ring' if cp <= heads else 'ring'}"
+            )
+
     @property
     def layout(self) -> Literal["contiguous", "zigzag"]:
         """Sequence layout after resolving ``auto``."""
         if self.parallel.layout != "auto":
             return self.parallel.layout
-        return "zigzag" if self.parallel.cp > 1 and "full" in self.model.layer_kinds else "contiguous"
+        balanced = self.parallel.sequence == "ulysses"  # by itself: every rank has all tokens of its heads
+        return "zigzag" if self.parallel.cp > 1 and "full" in self.model.layer_kinds and not balanced else "contiguous"
 
     @property
     def global_batch_sequences(self) -> int:

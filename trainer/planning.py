@@ -126,6 +126,9 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
             raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
         if target.config.optim.preset != "adamw":
             raise UserError(f"optim.preset: {target.config.optim.preset} needs a traced step; leave memory.plan at trace")
+        if target.config.parallel.cp > 1 and target.config.parallel.sequence != "ring":
+            scheme = target.config.parallel.sequence
+            raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
         if target.config.memory.quantise != "none":
             raise UserError(f"memory.quantise: {target.config.memory.quantise} needs a traced step; leave memory.plan at trace")
         return _estimated(target)

@@ -43,7 +43,7 @@ def trace_request(request: dict[str, Any]) -> Trace:
     given = Policy.from_dict(request["policy"]) if request["policy"] is not None else None
     policy = given or policy_of(config.memory, config.model.layer_kinds)
     note = "asked for" if request["whole"] else "too few equal layers"
-    with _process_group(request["world_size"], config.layout):
+    with _process_group(request["world_size"], config):
         for cut in [] if request["whole"] else _cuts(config, policy):
             try:
                 return extend(_record(*_shortened(config, policy, cut), request), cut)
@@ -159,12 +159,14 @@ def _batch(config: RunConfig, tokens: int) -> Batch:
 
 
 @contextlib.contextmanager
-def _process_group(world_size: int, layout: str) -> Iterator[None]:
-    """A process group without peers. In the contiguous layout the last rank attends to most, so that one is traced."""
+def _process_group(world_size: int, config: RunConfig) -> Iterator[None]:
+    """A process group without peers. In the contiguous layout the last rank attends to most, and of heads that do not divide among the
+    ranks it has the most, so that one is traced."""
     if world_size == 1:
         yield
         return
-    rank = world_size - 1 if layout == "contiguous" else 0
+    most_work_last = config.layout == "contiguous" or config.parallel.sequence == "ring_x_ulysses"
+    rank = world_size - 1 if most_work_last else 0
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield

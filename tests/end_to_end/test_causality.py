@@ -9,6 +9,7 @@ import torch.distributed as dist
 from models.batch import IGNORE_INDEX, Batch, Bounds
 from models.config import ModelConfig
 from models.transformer import Transformer, init_weights
+from parallel.config import SequenceScheme
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
 from parallel.parallelize import split_sequence
@@ -44,14 +45,14 @@ def slow_decay(model: Transformer) -> None:
             torch.nn.init.constant_(parameter, -6.0)
 
 
-def hidden_states(layers: tuple[str, ...], layout: str) -> dict[int | None, torch.Tensor]:
+def hidden_states(layers: tuple[str, ...], layout: str, scheme: SequenceScheme = "ring", ulysses: int = 1) -> dict[int | None, torch.Tensor]:
     """Outputs [T, C] of the whole sequence for the original and each edited sequence, gathered over the ranks."""
     model = Transformer(model_config(layers), VOCAB).double()
     init_weights(model, seed=0)
     slow_decay(model)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size > 1:
-        split_sequence(model, build_mesh(ParallelDims(cp=world_size), "cpu"), layout)  # type: ignore[arg-type]
+        split_sequence(model, build_mesh(ParallelDims(cp=world_size, ulysses=ulysses), "cpu"), layout, scheme)  # type: ignore[arg-type]
     outputs: dict[int | None, torch.Tensor] = {}
     for edited in (None, *EDITED):
         whole_TC = torch.zeros(SEQ_LEN, 16, dtype=torch.float64)
@@ -96,5 +97,23 @@ def test_across_ranks(layers: tuple[str, ...], world_size: int, layout: str) -> 
         pytest.fail("choose a length the layout can split")
     alone = hidden_states(layers, layout)
     for outputs in run_distributed(hidden_states, world_size, layers, layout):
+        check(outputs)
+        torch.testing.assert_close(outputs[None], alone[None], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "ulysses", "world_size", "layout"),
+    [
+        ("ulysses", 4, 4, "contiguous"),
+        ("ulysses", 3, 3, "zigzag"),
+        ("ring_x_ulysses", 2, 4, "zigzag"),
+        ("ring_x_ulysses", 2, 4, "contiguous"),
+        ("allgather_kv", 1, 4, "zigzag"),
+    ],
+)
+def test_under_every_scheme(scheme: SequenceScheme, ulysses: int, world_size: int, layout: str) -> None:
+    layers = ("full", "memory")
+    alone = hidden_states(layers, layout)
+    for outputs in run_distributed(hidden_states, world_size, layers, layout, scheme, ulysses):
         check(outputs)
         torch.testing.assert_close(outputs[None], alone[None], rtol=1e-10, atol=1e-10)

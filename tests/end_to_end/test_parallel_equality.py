@@ -22,7 +22,9 @@ STEPS = 5
 SEQUENCES_PER_STEP = 4
 
 
-def experiment(data_path: str, cache: str, precision: str, layout: str, dp_replicate: int, dp_shard: int, cp: int) -> RunConfig:
+def experiment(
+    data_path: str, cache: str, precision: str, layout: str, dp_replicate: int, dp_shard: int, cp: int, **sequence: object
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {
@@ -44,7 +46,7 @@ def experiment(data_path: str, cache: str, precision: str, layout: str, dp_repli
             # eps: at 1e-8 AdamW divides by it the gradients of 1e-7 that are rounding errors, and one process in float32 is 1.2e-5
             # away from float64 after 5 steps: then the comparison would tell of AdamW and not of the mesh.
             "optim": {"lr": 1e-2, "eps": 1e-6, "clip_norm": 0.5, "schedule": {"warmup_steps": 2}},
-            "parallel": {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "layout": layout},
+            "parallel": {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "cp": cp, "layout": layout, **sequence},
             "memory": {"loss_tile_tokens": 20},
         }
     )
@@ -106,10 +108,31 @@ def test_same_training_on_any_mesh(
     key = (precision, Path(documents[0]))
     if key not in _REFERENCE:
         _REFERENCE[key] = train_steps(experiment(*documents, precision, "auto", 1, 1, 1))
-    losses, norms, parameters = _REFERENCE[key]
-    assert losses[-1] < losses[0], "the experiment must learn for the comparison to mean something"
-    config = experiment(*documents, precision, layout, dp_replicate, dp_shard, cp)
-    for rank_losses, rank_norms, rank_parameters in run_distributed(train_steps, dp_replicate * dp_shard * cp, config):
+    assert _REFERENCE[key][0][-1] < _REFERENCE[key][0][0], "the experiment must learn for the comparison to mean something"
+    compare(experiment(*documents, precision, layout, dp_replicate, dp_shard, cp), *_REFERENCE[key])
+
+
+@pytest.mark.parametrize(
+    ("dp_shard", "cp", "layout", "sequence"),
+    [
+        (1, 4, "auto", {"sequence": "ulysses", "head_chunk": 1}),
+        (1, 4, "zigzag", {"sequence": "ring_x_ulysses", "ulysses": 2}),
+        (2, 2, "zigzag", {"sequence": "allgather_kv"}),
+    ],
+)
+def test_same_training_under_every_scheme(documents: tuple[str, str], dp_shard: int, cp: int, layout: str, sequence: dict) -> None:
+    key = ("fp64", Path(documents[0]))
+    if key not in _REFERENCE:
+        _REFERENCE[key] = train_steps(experiment(*documents, "fp64", "auto", 1, 1, 1))
+    compare(experiment(*documents, "fp64", layout, 1, dp_shard, cp, **sequence), *_REFERENCE[key])
+
+
+def compare(config: RunConfig, losses: list[float], norms: list[float], parameters: dict[str, torch.Tensor]) -> None:
+    """Train ``config`` on its ranks: every rank's numbers are those given."""
+    parallel, precision = config.parallel, config.train.precision
+    for rank_losses, rank_norms, rank_parameters in run_distributed(
+        train_steps, parallel.dp_replicate * parallel.dp_shard * parallel.cp, config
+    ):
         tolerance = 1e-9 if precision == "fp64" else 1e-5
         assert rank_losses == pytest.approx(losses, rel=tolerance, abs=0)
         assert rank_norms == pytest.approx(norms, rel=tolerance, abs=0)

@@ -372,14 +372,15 @@ def test_a_pass_that_is_never_differentiated_leaves_nothing():
 # --- ranks -------------------------------------------------------------------------------------------------------------------
 
 
-def ranks_gradients(config, policy, layout, cp, dp_shard, micro_batches, bf16):
+def ranks_gradients(config, policy, layout, cp, dp_shard, micro_batches, bf16, scheme="ring", head_chunk=None):
     """Losses and whole gradients of a model that is split over sequence and FSDP2 ranks."""
-    mesh = build_mesh(ParallelDims.from_config(ParallelConfig(cp=cp, dp_shard=dp_shard), dist.get_world_size()), "cpu")
+    degrees = ParallelConfig(cp=cp, dp_shard=dp_shard, sequence=scheme, head_chunk=head_chunk)
+    mesh = build_mesh(ParallelDims.from_config(degrees, dist.get_world_size()), "cpu")
     store = HostStore("cpu")
     model = Transformer(config, VOCAB).to(torch.float32 if bf16 else torch.float64)
     if policy is not None:
         apply_policy(model, policy, store)
-    parallelize(model, mesh, layout)
+    parallelize(model, mesh, layout, scheme, head_chunk)
     init_weights(model, 0)
     for i in range(micro_batches):
         batch = make_batch(i)
@@ -410,6 +411,16 @@ def test_same_gradients_on_ranks(policy, layout, cp, dp_shard):
     want = gradients(make(config), batches=2)[2:]
     for got in run_distributed(ranks_gradients, 2, config, policy, layout, cp, dp_shard, 2, False):
         assert_same(got, want, 1e-12)
+
+
+@pytest.mark.parametrize(("scheme", "head_chunk"), [("ulysses", 1), ("allgather_kv", 1)])
+@pytest.mark.parametrize("layer", [KEEP_MIXER, PARTS, SWAP_ALL, RECOMPUTE_BLOCK])
+def test_same_gradients_under_every_scheme(layer, scheme, head_chunk):
+    config = config_of("full", n_layers=2)
+    want = gradients(make(config))[1:]
+    got = run_distributed(ranks_gradients, 2, config, Policy((layer,) * 2), "zigzag", 2, 1, 1, False, scheme, head_chunk)
+    for one in got:
+        assert_same(one, want, 1e-12)
 
 
 def test_bf16_on_ranks_gives_the_same_bits_as_the_plain_model_on_ranks():

@@ -1,0 +1,153 @@
+"""Attention over a sequence that is spread over ranks, with the keys of the whole sequence gathered a few heads at a time.
+
+Queries stay. The keys and values of ``head_chunk`` key/value heads are gathered from all ranks (as Llama 3 does, arXiv 2407.21783), all
+queries that read them attend in one call over all keys, and meanwhile the next heads are gathered. Backward gathers again and
+reduce-scatters the float32 gradients. The blocks of a query range are one square and one rectangle whatever the number of ranks.
+
+Every rank of the group must call it together, forward and backward.
+
+Legend: B batch row, H query heads, G key/value heads, g of them at a time, n local tokens, T tokens of the sequence, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+
+from models.attention import LocalAttention, Plan, attend_all, attend_all_backward, check_shapes, tile_limits
+from models.attention_plan import Pair, plan_rows
+from models.batch import Bounds
+from parallel.head_exchange import HeadExchange
+from parallel.sequence import Layout, ranges_for
+
+
+class AllGatherKVAttention:
+    """``(q_BHnD, k_BGnD, v_BGnD, bounds) -> out_BHnD`` over all tokens of the group's sequence; differentiable.
+
+    Args:
+        group: the sequence-parallel process group.
+        layout: how its ranks share the sequence; zigzag gives every rank the same work.
+        window: tokens a query sees, its own included; None for all before it.
+        head_chunk: key/value heads gathered and attended at a time.
+    Raises (on call):
+        ValueError: when tensors or bounds are not this rank's part of the sequence.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, layout: Layout, window: int | None, head_chunk: int = 1) -> None:
+        if head_chunk < 1:
+            raise ValueError(f"head_chunk is {head_chunk}; at least 1 key/value head is gathered at a time")
+        self.window, self.head_chunk = window, head_chunk
+        self.exchange = HeadExchange(group, layout)
+        self._alone = LocalAttention(window)
+
+    def __call__(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        if self.exchange.size == 1:
+            return self._alone(q_BHnD, k_BGnD, v_BGnD, bounds)
+        check_shapes(q_BHnD, k_BGnD, bounds)
+        plan = self._plan(q_BHnD, bounds)
+        return _AllGatherKV.apply(q_BHnD, k_BGnD, v_BGnD, plan, self.exchange, self.head_chunk)  # pyright: ignore[reportReturnType]
+
+    def _plan(self, q_BHnD: torch.Tensor, bounds: Bounds) -> Plan:
+        """This rank's queries against all keys, planned once per micro-step."""
+        limits = tile_limits(q_BHnD, self.window)
+        key = ("allgather kv", self.exchange.layout, self.window, self.exchange.size, limits)
+        if key not in bounds._cache:
+            expected = ranges_for(self.exchange.layout, bounds.seq_len, self.exchange.rank, self.exchange.size)
+            if bounds.ranges != expected:
+                raise ValueError(
+                    f"cp rank {self.exchange.rank} got ranges {bounds.ranges}; layout {self.exchange.layout!r} gives it {expected}"
+                )
+            pairs = []
+            for held, offset in zip(expected, accumulate((end - start for start, end in expected), initial=0), strict=False):
+                pairs.append(Pair(held, offset, held, held[0]))
+                if held[0]:
+                    pairs.append(Pair(held, offset, (0, held[0]), 0))
+            bounds._cache[key] = plan_rows(bounds.documents, pairs, self.window, limits)
+        return bounds._cache[key]
+
+
+class _AllGatherKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BHnD, k_BGnD, v_BGnD, plan, exchange, head_chunk):
+        out_BHnD = torch.empty_like(q_BHnD)
+        lses = []
+        for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk):
+            out, lse = attend_all(q_BHnD[:, queries], k, v, plan)
+            out_BHnD[:, queries].copy_(out)
+            lses.append(lse)
+        lse_BHn = lses[0] if len(lses) == 1 else torch.cat(lses, 1)
+        ctx.args = (plan, exchange, head_chunk)
+        ctx.save_for_backward(q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BHn)
+        return out_BHnD
+
+    @staticmethod
+    def backward(ctx, dout_BHnD):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BHn = ctx.saved_tensors
+        plan, exchange, head_chunk = ctx.args
+        dq_BHnD, dk_BGnD, dv_BGnD = (torch.empty_like(x) for x in (q_BHnD, k_BGnD, v_BGnD))
+        returning: _Scatter | None = None
+        for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk):
+            of_queries = (x[:, queries] for x in (out_BHnD, lse_BHn))
+            dq, dk, dv = attend_all_backward(dout_BHnD[:, queries], q_BHnD[:, queries], k, v, *of_queries, plan)
+            dq_BHnD[:, queries].copy_(dq)
+            if returning is not None:
+                returning.put()
+            returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]))
+        if returning is not None:
+            returning.put()
+        return dq_BHnD, dk_BGnD, dv_BGnD, None, None, None
+
+
+def _gathered(
+    q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, exchange: HeadExchange, head_chunk: int
+) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
+    """(key/value heads, their query heads, k_BgTD, v_BgTD in global order), chunk after chunk; the next is gathered during each."""
+    n_kv_heads, per_kv = k_BGnD.shape[1], q_BHnD.shape[1] // k_BGnD.shape[1]
+    chunks = [slice(first, min(first + head_chunk, n_kv_heads)) for first in range(0, n_kv_heads, head_chunk)]
+    coming = _Gather(k_BGnD[:, chunks[0]], v_BGnD[:, chunks[0]], exchange)
+    for i, heads in enumerate(chunks):
+        k, v = coming.wait()
+        if i + 1 < len(chunks):
+            coming = _Gather(k_BGnD[:, chunks[i + 1]], v_BGnD[:, chunks[i + 1]], exchange)
+        yield heads, slice(heads.start * per_kv, heads.stop * per_kv), k, v
+
+
+class _Gather:
+    """Keys and values of a few heads, on their way from all ranks."""
+
+    def __init__(self, k_BgnD: torch.Tensor, v_BgnD: torch.Tensor, exchange: HeadExchange) -> None:
+        self._exchange = exchange
+        self._sent_nBgD = torch.cat([x.permute(2, 0, 1, 3) for x in (k_BgnD, v_BgnD)], 2)  # token after token
+        self._all_PnBgD = self._sent_nBgD.new_empty(exchange.size, *self._sent_nBgD.shape)
+        self._work = dist.all_gather(list(self._all_PnBgD.unbind(0)), self._sent_nBgD, group=exchange.group, async_op=True)
+
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """k_BgTD, v_BgTD in global order."""
+        if self._work is not None:
+            self._work.wait()
+        k_TBgD, v_TBgD = self._exchange.in_global_order(self._all_PnBgD.flatten(0, 1)).chunk(2, dim=2)
+        return k_TBgD.permute(1, 2, 0, 3), v_TBgD.permute(1, 2, 0, 3)
+
+
+class _Scatter:
+    """Gradients of a few heads' keys and values of all tokens, on their way home to be summed, in float32 (float64 for float64)."""
+
+    def __init__(
+        self, dk_BgTD: torch.Tensor, dv_BgTD: torch.Tensor, exchange: HeadExchange, targets: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        wide = torch.promote_types(dk_BgTD.dtype, torch.float32)
+        both_TBgD = torch.cat([x.permute(2, 0, 1, 3).to(wide) for x in (dk_BgTD, dv_BgTD)], 2)
+        self._sent = list(exchange.by_rank(both_TBgD).unflatten(0, (exchange.size, -1)).unbind(0))
+        self._own_nBgD = torch.empty_like(self._sent[0])
+        self._targets = targets
+        self._work = dist.reduce_scatter(self._own_nBgD, self._sent, group=exchange.group, async_op=True)
+
+    def put(self) -> None:
+        """Wait, and write this rank's tokens' sums into the targets, rounded once."""
+        if self._work is not None:
+            self._work.wait()
+        for target_BgnD, own_nBgD in zip(self._targets, self._own_nBgD.chunk(2, dim=2), strict=True):
+            target_BgnD.copy_(own_nBgD.permute(1, 2, 0, 3))

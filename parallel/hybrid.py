@@ -1,0 +1,94 @@
+"""Ulysses inside groups of neighbouring ranks, a ring across the groups (USP, arXiv 2405.07719; LoongTrain, arXiv 2406.18485).
+
+``cp`` = ring x ulysses. Neighbouring ranks, on one node, exchange heads against tokens; then each holds a stretch of the sequence that
+is ``ulysses`` times as long, of its own heads, and passes its keys around the ring of ranks with the same heads. In both layouts the
+tokens of a group are one such stretch of a ring of ``cp / ulysses`` members, so that every token stays where ``parallel/sequence.py`` puts
+it. The degree of Ulysses is bounded by the query heads, that of the ring by nothing.
+
+Every rank must call it together, forward and backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from models.attention import check_shapes, tile_limits
+from models.batch import Bounds
+from models.kernels import Gradients
+from parallel.head_exchange import HeadExchange
+from parallel.ring_attention import RingPlan, plan_ring, ring_backward, ring_forward
+from parallel.sequence import Layout, ranges_for
+from parallel.ulysses import by_heads
+
+
+@dataclass(frozen=True)
+class RingOfGroups:
+    """A ring over the ranks that have the same heads of other stretches."""
+
+    plan: RingPlan
+    group: dist.ProcessGroup
+
+    def forward(self, q_BhTD: torch.Tensor, k_BgTD: torch.Tensor, v_BgTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``parallel.ulysses.InnerAttention``."""
+        return ring_forward(q_BhTD, k_BgTD, v_BgTD, self.plan, self.group)
+
+    def backward(
+        self,
+        dout_BhTD: torch.Tensor,
+        q_BhTD: torch.Tensor,
+        k_BgTD: torch.Tensor,
+        v_BgTD: torch.Tensor,
+        out_BhTD: torch.Tensor,
+        lse_BhT: torch.Tensor,
+    ) -> Gradients:
+        """See ``parallel.ulysses.InnerAttention``."""
+        return ring_backward(dout_BhTD, q_BhTD, k_BgTD, v_BgTD, out_BhTD, lse_BhT, self.plan, self.group)
+
+
+class HybridAttention:
+    """``(q_BHnD, k_BGnD, v_BGnD, bounds) -> out_BHnD`` over all tokens of the ring's groups; differentiable.
+
+    Args:
+        ulysses_group: neighbouring ranks that exchange heads.
+        ring_group: the ranks with this one's place in the other groups.
+        layout: how all ranks share the sequence.
+        window: tokens a query sees, its own included; None for all before it.
+        head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
+    Raises (on call):
+        UserError: when there are fewer query heads than ranks in a Ulysses group.
+        ValueError: when tensors or bounds are not this rank's part of the sequence.
+    """
+
+    def __init__(
+        self,
+        ulysses_group: dist.ProcessGroup,
+        ring_group: dist.ProcessGroup,
+        layout: Layout,
+        window: int | None,
+        head_chunk: int | None = None,
+    ) -> None:
+        self.layout, self.window, self.head_chunk = layout, window, head_chunk
+        self.exchange, self.ring_group = HeadExchange(ulysses_group, layout), ring_group
+        self.ring_rank, self.ring_size = dist.get_rank(ring_group), dist.get_world_size(ring_group)
+
+    def __call__(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+        """See the class."""
+        check_shapes(q_BHnD, k_BGnD, bounds)
+        return by_heads(q_BHnD, k_BGnD, v_BGnD, self.exchange, self._inner(q_BHnD, bounds), self.head_chunk)
+
+    def _inner(self, q_BHnD: torch.Tensor, bounds: Bounds) -> RingOfGroups:
+        """The ring of this rank's group, planned once per micro-step."""
+        limits = tile_limits(q_BHnD, self.window)
+        key = ("hybrid", self.layout, self.window, self.ring_size, self.exchange.size, limits)
+        if key not in bounds._cache:
+            cp_rank, cp_size = self.ring_rank * self.exchange.size + self.exchange.rank, self.ring_size * self.exchange.size
+            expected = ranges_for(self.layout, bounds.seq_len, cp_rank, cp_size)
+            if bounds.ranges != expected:
+                raise ValueError(f"cp rank {cp_rank} got ranges {bounds.ranges}; layout {self.layout!r} gives it {expected}")
+            held = [ranges_for(self.layout, bounds.seq_len, member, self.ring_size) for member in range(self.ring_size)]
+            plan = plan_ring(held, self.ring_rank, bounds.documents, self.window, limits)
+            bounds._cache[key] = RingOfGroups(plan, self.ring_group)
+        return bounds._cache[key]
