@@ -121,7 +121,8 @@ def _bytes(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The tensors' bytes one after the other, each filled up to ``ALIGNMENT``."""
     parts = []
     for tensor in tensors:
-        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        # A single element may call itself contiguous with any stride, and is then not seen as bytes.
+        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         parts.append(flat)
         if missing := _padded(len(flat)) - len(flat):
             parts.append(flat.new_zeros(missing))

@@ -21,7 +21,7 @@ def answers(requests: list[Request], rows: list[Rows], weights: list[Tensor]) ->
         return [weights[rank] for rank in ranks]
     if isinstance(requests[0], OnOwner):
         return owned([request for request in requests if isinstance(request, OnOwner)])
-    tensors = [request.tensor for request in requests]
+    tensors = [request.tensor for request in requests if not isinstance(request, (OnOwner, Weight))]
     assert len({tensor.dtype for tensor in tensors}) == 1
     if isinstance(requests[0], GatherRows):
         total = requests[0].total

@@ -93,15 +93,17 @@ def test_rows_of_a_part() -> None:
 
 def collectives(preset: str) -> dict[str, int]:
     model = sharded(2)
-    optimizer = build_optimizer(model, preset=preset)
+    optimizer = build_optimizer(model, preset=preset, **({} if preset == "muon" else {"statistics_gap": 1, "root_gap": 1}))
     feed(model, optimizer, 1)
     with CommDebugMode() as counted:
         feed(model, optimizer, 1, start=1)
     return {str(op): count for op, count in counted.get_comm_counts().items() if count}
 
 
-@pytest.mark.parametrize("preset", ["muon"])
-def test_a_step_has_two_messages_for_all_matrices(preset: str) -> None:
+@pytest.mark.parametrize(("preset", "messages"), [("muon", 2), ("shampoo_4bit", 3)])
+def test_a_step_has_two_all_to_alls_for_all_matrices(preset: str, messages: int) -> None:
+    """Two for the work of owners; shampoo's norms need a sum."""
     assert len([parameter for parameter in make().parameters() if parameter.ndim == 2]) > 3
     counts = run_distributed(collectives, 2, preset)[0]
-    assert sum(counts.values()) == 2 and all("all_to_all" in op or "alltoall" in op for op in counts), counts
+    assert sum(counts.values()) == messages, counts
+    assert sum(count for op, count in counts.items() if "all_to_all" in op or "alltoall" in op) == 2, counts
