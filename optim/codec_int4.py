@@ -39,11 +39,11 @@ class SignedInt4:
         root_NB.div_(scales[0].clamp_min(TINY).unsqueeze(-1))
         # The midpoint of k^2 and (k + 1)^2 is (k + 1/2)^2 + 1/4.
         root_NB.sub_(0.25).clamp_min_(1e-3).sqrt_().round_().mul_(torch.sgn(value_NB, out=sign_NB)).add_(_MIDDLE)
-        _pack_(root_NB, codes, sign_NB)
+        pack_(root_NB, codes, sign_NB)
 
     def decode_(self, codes: Tensor, scales: list[Tensor], out_NB: Tensor, scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        _unpack_(codes, out_NB)
+        unpack_(codes, out_NB)
         out_NB.sub_(_MIDDLE)
         out_NB.mul_(torch.abs(out_NB, out=scratch[0])).mul_(scales[0].unsqueeze(-1))
 
@@ -61,11 +61,11 @@ class UnsignedInt4:
         scales[0].copy_(value_NB.amax(-1).mul_(_LARGEST_UNSIGNED**-2))
         torch.div(value_NB, scales[0].clamp_min(TINY).unsqueeze(-1), out=root_NB).rsqrt_().reciprocal_()  # the root, quick for zeros too
         add_dither_(root_NB, value_NB, hash_NB.view(torch.int32)).round_().clamp_(1, _LARGEST_UNSIGNED).sub_(1)
-        _pack_(root_NB, codes, hash_NB)
+        pack_(root_NB, codes, hash_NB)
 
     def decode_(self, codes: Tensor, scales: list[Tensor], out_NB: Tensor, scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        _unpack_(codes, out_NB)
+        unpack_(codes, out_NB)
         out_NB.add_(1).square_().mul_(scales[0].unsqueeze(-1))
 
 
@@ -82,11 +82,11 @@ class AffineInt4:
         low.copy_(value_NB.amin(-1))
         step.copy_(value_NB.amax(-1).sub_(low).div_(_LARGEST_AFFINE))
         torch.sub(value_NB, low.unsqueeze(-1), out=steps_NB).div_(step.clamp_min(TINY).unsqueeze(-1))
-        _pack_(steps_NB.round_().clamp_(0, _LARGEST_AFFINE), codes, scratch[1])
+        pack_(steps_NB.round_().clamp_(0, _LARGEST_AFFINE), codes, scratch[1])
 
     def decode_(self, codes: Tensor, scales: list[Tensor], out_NB: Tensor, scratch: list[Tensor]) -> None:
         """See ``codec_blocks.Format``."""
-        _unpack_(codes, out_NB)
+        unpack_(codes, out_NB)
         out_NB.mul_(scales[0].unsqueeze(-1)).add_(scales[1].unsqueeze(-1))
 
 
@@ -111,7 +111,7 @@ def _affine(group: int) -> BlockCodec:
     return BlockCodec("int4_affine", AffineInt4(), group)
 
 
-def _pack_(codes_NB: Tensor, out: Tensor, scratch_NB: Tensor) -> None:
+def pack_(codes_NB: Tensor, out: Tensor, scratch_NB: Tensor) -> None:
     """Codes 0 to 15, as floats, into bytes: of a block, the second half behind the first. Writes over both inputs.
 
     Halves and not neighbours, so that both are runs of memory."""
@@ -122,7 +122,7 @@ def _pack_(codes_NB: Tensor, out: Tensor, scratch_NB: Tensor) -> None:
     out.copy_(whole.copy_(low))  # by way of int32: torch converts float to uint8 one number at a time
 
 
-def _unpack_(codes: Tensor, out_NB: Tensor) -> None:
+def unpack_(codes: Tensor, out_NB: Tensor) -> None:
     half = codes.shape[-1]
     out_NB[..., :half].copy_(codes & 15)
     out_NB[..., half:].copy_((codes >> 4)[..., : out_NB.shape[-1] - half])

@@ -53,6 +53,7 @@ Preset = Literal[
     "frugal",
     "subset_norm_sm",
     "muon",
+    "shampoo_4bit",
 ]
 _LOW_RANK = ("rank", "update_gap", "scale", "rest", "state")
 READ: dict[str, tuple[str, ...]] = {
@@ -68,9 +69,13 @@ READ: dict[str, tuple[str, ...]] = {
     "apollo": _LOW_RANK,
     "apollo_mini": _LOW_RANK,
     "muon": ("momentum", "rest", "state"),
+    "shampoo_4bit": ("block_order", "statistics_gap", "root_gap", "rest", "state"),
 }
 """Which of the optional settings a preset reads; one that it does not read is refused."""
-OPTIONAL = ("momentum", "density", "rank", "update_gap", "scale", "svd", "rest", "state")
+OPTIONAL = (
+    *("momentum", "density", "rank", "update_gap", "scale", "svd", "rest", "state"),
+    *("block_order", "statistics_gap", "root_gap"),
+)
 
 
 class OptimConfig(Section):
@@ -102,6 +107,12 @@ class OptimConfig(Section):
     """Preset of what is not a matrix of a hidden layer, where the preset is for matrices; null: adamw_8bit."""
     state: Literal["fp32", "bf16", "int8", "int4"] | None = None
     """How moments of matrices are kept between steps; null: as the preset says."""
+    block_order: PositiveInt | None = None
+    """Rows and columns at most of the blocks that shampoo_4bit preconditions apart; null: 1200."""
+    statistics_gap: PositiveInt | None = None
+    """Steps after which shampoo_4bit takes up a gradient in its statistics; null: 100."""
+    root_gap: PositiveInt | None = None
+    """Steps after which shampoo_4bit makes inverse roots of its statistics, a multiple of statistics_gap; null: 5 statistics_gap."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -124,6 +135,12 @@ class OptimConfig(Section):
         """These settings for one preset, without those that it does not read."""
         unread = {name: None for name in OPTIONAL if name not in READ.get(preset, ())}
         return self.model_copy(update={"preset": preset, **unread})
+
+    @model_validator(mode="after")
+    def _check_gaps(self) -> OptimConfig:
+        if self.root_gap is not None and self.root_gap % (self.statistics_gap or 100):
+            raise ValueError(f"root_gap {self.root_gap} must be a multiple of statistics_gap {self.statistics_gap or 100}")
+        return self
 
     @model_validator(mode="after")
     def _check_betas(self) -> OptimConfig:

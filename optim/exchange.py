@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.methods import GatherRows, Rows, Steps, Sum, SumRows, Weight
+from optim.methods import GatherRows, OnOwner, Rows, Steps, Sum, SumRows, Weight
+from optim.owners import done_by_owners
 
-Communication = Sum | SumRows | GatherRows
+Communication = Sum | SumRows | GatherRows | OnOwner
 """Requests that other ranks take part in."""
 
 
@@ -49,18 +50,26 @@ def with_weight(steps: Steps, weight: Tensor) -> Steps:
         answer = weight if isinstance(request, Weight) else (yield request)
 
 
-def answered(requests: Sequence[Communication], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """The answers, one collective per kind and dtype of request."""
+def answered(requests: Sequence[Communication], group: dist.ProcessGroup | None) -> list[Any]:
+    """The answers, one collective per kind and dtype of request (two for all work of owners)."""
+    answers: list[Any] = [None] * len(requests)
+    owned = [i for i, request in enumerate(requests) if isinstance(request, OnOwner)]
+    if owned:
+        done = iter(done_by_owners([job for i in owned for job in cast(OnOwner, requests[i]).jobs], group))
+        for i in owned:
+            answers[i] = [next(done) for _ in cast(OnOwner, requests[i]).jobs]
+    others = [(i, request) for i, request in enumerate(requests) if not isinstance(request, OnOwner)]
     if group is None:
-        return [request.tensor for request in requests]
-    answers: list[Tensor | None] = [None] * len(requests)
+        for i, request in others:
+            answers[i] = request.tensor
+        return answers
     for kind, answer in _ANSWERS.items():
-        of_kind = [i for i, request in enumerate(requests) if isinstance(request, kind)]
-        for dtype in sorted({requests[i].tensor.dtype for i in of_kind}, key=str):
-            some = [i for i in of_kind if requests[i].tensor.dtype == dtype]
-            for i, tensor in zip(some, answer([requests[i] for i in some], group), strict=True):
+        of_kind = [(i, request) for i, request in others if isinstance(request, kind)]
+        for dtype in sorted({request.tensor.dtype for _, request in of_kind}, key=str):
+            some = [(i, request) for i, request in of_kind if request.tensor.dtype == dtype]
+            for (i, _), tensor in zip(some, answer([request for _, request in some], group), strict=True):
                 answers[i] = tensor
-    return [answer for answer in answers if answer is not None]
+    return answers
 
 
 def _sums(requests: Sequence[Sum], group: dist.ProcessGroup) -> list[Tensor]:

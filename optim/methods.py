@@ -11,9 +11,9 @@ Legend: m rows of the whole matrix, n columns, i rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,17 @@ class Rows:
         """Of dim 0 of the whole matrix."""
         return slice(self.first, self.first + self.count)
 
+    def counts(self, start: int = 0, stop: int | None = None) -> tuple[int, ...]:
+        """How many of the rows ``start`` to ``stop`` of the whole (None: the end) every rank holds."""
+        stop = self.total if stop is None else stop
+        dealt = [Rows.chunk(self.total, rank, self.ranks) for rank in range(self.ranks)]
+        return tuple(max(0, min(rows.first + rows.count, stop) - max(rows.first, start)) for rows in dealt)
+
+    def within(self, start: int, stop: int) -> slice:
+        """Those of this rank's rows that are rows ``start`` to ``stop`` of the whole."""
+        first = min(max(start - self.first, 0), self.count)
+        return slice(first, max(first, min(stop - self.first, self.count)))
+
 
 class Sum(NamedTuple):
     """The sum of ``tensor`` (float32, or float64 for small Gram matrices of a refresh) over the ranks that share the matrix; the answer
@@ -69,12 +80,48 @@ class GatherRows(NamedTuple):
     total: int
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """A tensor whose rows (dim 0) lie on the ranks in their order: ``counts[k]`` of them on rank k. ``row``: shape of one."""
+
+    counts: tuple[int, ...]
+    row: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return (sum(self.counts), *self.row)
+
+
+class Job(NamedTuple):
+    """Work that needs a whole matrix and that one rank does for all."""
+
+    work: Callable[..., Sequence[Tensor]]
+    """Of the whole inputs, each with a batch dim before its own, to the whole outputs with that dim. Jobs of equal work (``==``) and equal
+    shapes may be done in one call."""
+    inputs: tuple[Tensor, ...]
+    """This rank's rows of each."""
+    dealt: tuple[Dealt, ...]
+    """How the inputs lie on all ranks."""
+    outputs: tuple[Dealt, ...]
+    """What comes back, and how it is dealt."""
+    cost: float
+    """Of the work, in any unit that all jobs share; by it jobs are dealt to ranks."""
+
+
+class OnOwner(NamedTuple):
+    """Every job done by one rank, its owner: the answer is, for each job, this rank's rows of its outputs."""
+
+    jobs: tuple[Job, ...]
+
+
 class Weight(NamedTuple):
     """This rank's rows of the parameter before the step [i, n], in any floating dtype: answered without communication."""
 
 
-Request = Sum | SumRows | GatherRows | Weight
-Steps = Generator[Request, Tensor, Tensor]
+Request = Sum | SumRows | GatherRows | OnOwner | Weight
+Steps = Generator[Request, Any, Tensor]
 """Yields requests, is sent their answers, returns the update [i, n] in the gradient's dtype."""
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from optim.methods import GatherRows, Rows, StateSpec, Steps
+from optim.methods import Dealt, Job, OnOwner, Rows, StateSpec, Steps
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of X ← aX + b(XXᵀ)X + c(XXᵀ)²X: chosen by Muon's author for steep growth at 0; the result's singular values lie near 1."""
@@ -22,8 +22,8 @@ class Muon:
         B ← βB + (1-β)G,  M = (1-β)G + βB if nesterov else B,  update = factor · NewtonSchulz(M / ‖M‖)
 
     ``adjust="original"``: factor = √max(1, m/n); ``"match_rms_adamw"``: 0.2 √max(m, n) (arXiv 2502.16982, section 2.2).
-    The momentum is gathered and orthogonalised by each rank: one request. ``precision`` None: bfloat16 on accelerators, float32 on CPU,
-    where bfloat16 is slower.
+    The momentum goes to the matrix's owner, is orthogonalised there and comes back: one request. ``precision`` None: bfloat16 on
+    accelerators, float32 on CPU, where bfloat16 is slower.
     """
 
     momentum: float = 0.95
@@ -38,22 +38,35 @@ class Muon:
     def step(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
         average = states["momentum"].lerp_(gradient_in, 1 - self.momentum)
         direction = gradient_in.lerp(average, self.momentum) if self.nesterov else average
-        whole_mn = yield GatherRows(direction, rows.total)
-        precision = self.precision or (torch.float32 if whole_mn.device.type == "cpu" else torch.bfloat16)
-        orthogonal = newton_schulz(whole_mn.to(precision), self.iterations)[rows.slice]
-        return orthogonal.float() * self._factor(*whole_mn.shape)
+        lie = Dealt(rows.counts(), (gradient_in.shape[1],))
+        work = Orthogonal(self.iterations, self.precision or (torch.float32 if gradient_in.device.type == "cpu" else torch.bfloat16))
+        smaller, larger = sorted(lie.shape)
+        job = Job(work, (direction,), (lie,), (lie,), cost=float(smaller * smaller * (2 * larger + smaller)))
+        ((orthogonal,),) = yield OnOwner((job,))
+        return orthogonal * self._factor(*lie.shape)
 
     def _factor(self, m: int, n: int) -> float:
         return max(1.0, m / n) ** 0.5 if self.adjust == "original" else 0.2 * max(m, n) ** 0.5
 
 
-def newton_schulz(matrix_mn: Tensor, iterations: int) -> Tensor:
-    """Nearly the orthogonal factor of ``matrix_mn``, in its dtype; products are taken on the smaller side."""
+@dataclass(frozen=True)
+class Orthogonal:
+    """The owner's work on matrices [batch, m, n]."""
+
+    iterations: int
+    precision: torch.dtype
+
+    def __call__(self, matrix_Bmn: Tensor) -> Sequence[Tensor]:
+        return (newton_schulz(matrix_Bmn.to(self.precision), self.iterations).float(),)
+
+
+def newton_schulz(matrix_Bmn: Tensor, iterations: int) -> Tensor:
+    """Nearly the orthogonal factor of each matrix [B, m, n], in its dtype; products are taken on the smaller side."""
     a, b, c = COEFFICIENTS
-    tall = matrix_mn.shape[0] > matrix_mn.shape[1]
-    x = matrix_mn.T if tall else matrix_mn
-    x = x / (x.norm() + 1e-7)
+    tall = matrix_Bmn.shape[-2] > matrix_Bmn.shape[-1]
+    x = matrix_Bmn.mT if tall else matrix_Bmn
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

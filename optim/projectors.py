@@ -34,16 +34,20 @@ class Refresh:
         if self.gap < 1:
             raise ValueError(f"gap {self.gap} must be at least 1")
 
+    def shift(self, key: int) -> int:
+        """By how many steps the renewals of the matrix of ``key`` come earlier than without stagger."""
+        return key % self.gap if self.stagger else 0
+
     def epoch(self, step: int, key: int) -> int:
         """Renewals before this step's own basis: 0 for the first one."""
-        return (step - 1 + (key % self.gap if self.stagger else 0)) // self.gap
+        return (step - 1 + self.shift(key)) // self.gap
 
     def due(self, step: int, key: int) -> bool:
         return self.since(step, key) == 1
 
     def since(self, step: int, key: int) -> int:
         """Steps with this step's basis, this one included: 1 in the step that renews it."""
-        passed = step - 1 + (key % self.gap if self.stagger else 0)
+        passed = step - 1 + self.shift(key)
         return step if passed < self.gap else passed % self.gap + 1
 
 

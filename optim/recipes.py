@@ -17,6 +17,7 @@ from optim.muon import Muon
 from optim.natural_galore import NaturalGaLore
 from optim.projectors import GaussianProjector, Refresh, SingularProjector
 from optim.rules import Adam
+from optim.shampoo import Shampoo
 from optim.subset_norm import SubsetNormMomentum
 
 
@@ -108,6 +109,12 @@ def _muon(config: OptimConfig) -> Recipe:
     return _with_rest(config, Muon(0.95 if config.momentum is None else config.momentum))
 
 
+def _shampoo(config: OptimConfig) -> Recipe:
+    gap = config.statistics_gap or 100
+    rule = Adam(config.betas, config.eps, "torch")
+    return _with_rest(config, Shampoo(config.block_order or 1200, gap, config.root_gap or 5 * gap, rule=rule))
+
+
 RECIPES: dict[str, Callable[[OptimConfig], Recipe]] = {
     "adamw_8bit": _adam("int8"),
     "adamw_4bit": _adam("int4"),
@@ -123,5 +130,6 @@ RECIPES: dict[str, Callable[[OptimConfig], Recipe]] = {
     "apollo": _apollo,
     "apollo_mini": _apollo_mini,
     "muon": _muon,
+    "shampoo_4bit": _shampoo,
 }
 """``optim.preset`` -> its recipe. ``adamw`` is torch's own."""

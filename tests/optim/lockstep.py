@@ -4,21 +4,24 @@ sums, chunks and concatenations."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optim.methods import GatherRows, Method, Request, Rows, StateSpec, Sum, SumRows, Weight
+from optim.methods import GatherRows, Method, OnOwner, Request, Rows, StateSpec, Sum, SumRows, Weight
 
 
-def answers(requests: list[Request], rows: list[Rows], weights: list[Tensor]) -> list[Tensor]:
+def answers(requests: list[Request], rows: list[Rows], weights: list[Tensor]) -> list[Any]:
     """What each rank is sent; every rank must have asked for the same kind."""
     ranks = range(len(requests))
     kinds = {type(request) for request in requests}
     assert len(kinds) == 1, f"ranks ask for different things: {kinds}"
     if isinstance(requests[0], Weight):
         return [weights[rank] for rank in ranks]
-    tensors = [request.tensor for request in requests]
+    if isinstance(requests[0], OnOwner):
+        return owned([request for request in requests if isinstance(request, OnOwner)])
+    tensors = [request.tensor for request in requests if not isinstance(request, (OnOwner, Weight))]
     assert len({tensor.dtype for tensor in tensors}) == 1
     if isinstance(requests[0], GatherRows):
         total = requests[0].total
@@ -31,6 +34,22 @@ def answers(requests: list[Request], rows: list[Rows], weights: list[Tensor]) ->
         return [total_sum.clone() for _ in ranks]
     assert isinstance(requests[0], SumRows)
     return [total_sum[Rows.chunk(len(total_sum), rank, len(tensors)).slice].clone() for rank in ranks]
+
+
+def owned(requests: list[OnOwner]) -> list[Any]:
+    """Every job done once, on all rows, and dealt."""
+    answers: list[list[list[Tensor]]] = [[] for _ in requests]
+    for jobs in zip(*(request.jobs for request in requests), strict=True):
+        first = jobs[0]
+        for rank, job in enumerate(jobs):
+            assert (job.work, job.dealt, job.outputs, job.cost) == (first.work, first.dealt, first.outputs, first.cost)
+            for tensor, dealt in zip(job.inputs, job.dealt, strict=True):
+                assert tensor.shape == (dealt.counts[rank], *dealt.row) and tensor.dtype == dealt.dtype
+        done = first.work(*(torch.cat(parts)[None] for parts in zip(*(job.inputs for job in jobs), strict=True)))
+        split = [output[0].split(dealt.counts) for output, dealt in zip(done, first.outputs, strict=True)]
+        for rank, answer in enumerate(answers):
+            answer.append([parts[rank].clone() for parts in split])
+    return answers
 
 
 @dataclass
@@ -48,7 +67,7 @@ class Simulator:
         self.rows = [Rows.chunk(self.shape[0], rank, self.ranks) for rank in range(self.ranks)]
         self.specs = dict(self.method.states(self.shape))
         ranks = range(self.ranks)
-        self.states = [{name: torch.zeros(self._local_shape(spec, rank)) for name, spec in self.specs.items()} for rank in ranks]
+        self.states = [{name: torch.zeros(self._local_shape(spec, rank), dtype=spec.dtype) for name, spec in self.specs.items()} for rank in ranks]
         self.taken = 0
 
     def _local_shape(self, spec: StateSpec, rank: int) -> tuple[int, ...]:
@@ -66,12 +85,12 @@ class Simulator:
             self.method.step(gradient[rows.slice].clone(), states, rows, self.taken, self.key)
             for rows, states in zip(self.rows, self.states, strict=True)
         ]
-        sent: list[Tensor | None] = [None] * self.ranks
+        sent: list[Any] = [None] * self.ranks
         while True:
             asked, done = [], []
             for generator, answer in zip(running, sent, strict=True):
                 try:
-                    asked.append(generator.send(answer))  # pyright: ignore[reportArgumentType]
+                    asked.append(generator.send(answer))
                 except StopIteration as stop:
                     done.append(stop.value)
             if done:

@@ -35,6 +35,7 @@ MATRICES = {
     "frugal": {"update_gap": 3},
     "subset_norm_sm": {"rank": 8, "update_gap": 3, "svd": "exact"},
     "muon": {},
+    "shampoo_4bit": {"block_order": 80, "statistics_gap": 1, "root_gap": 2},
 }
 PRESETS = ELEMENTWISE | MATRICES
 NEAR = {"fira": 1e-5, "galore_8bit": 1e-4}
