@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from optim.low_rank import moment_specs
-from optim.methods import GatherRows, Rows, StateSpec, Steps, Sum
-from optim.projectors import GaussianProjector, Projector, project, usable_rank
-from optim.rules import ADAM, GROWTH, TINY, Adam, NormGrowth, channel_scale
+from optim.composed import Composed, Point
+from optim.coordinate_rules import AdamRule
+from optim.lifts import ScaledGradient
+from optim.projectors import GaussianProjector, Projector
+from optim.rules import ADAM, GROWTH, Adam, NormGrowth
 
 
 @dataclass(frozen=True)
-class Apollo:
+class Apollo(Point):
     """APOLLO (arXiv 2412.05270, algorithm 1), with coordinates R = Pᵀ G (G P of tall matrices) in a random subspace and N = m / (√v + ε)
     the ratio of Adam's moments of R:
 
@@ -33,30 +31,9 @@ class Apollo:
     scale: float = 1.0
     growth: NormGrowth | None = GROWTH
 
-    def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
-        side, rank = self.projector.side(shape), usable_rank(self.projector.rank, shape)
-        growth = {} if self.growth is None else self.growth.states()
-        return {**self.projector.states(shape), **moment_specs(shape, side, rank), **growth}
-
-    def step(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
-        side = self.projector.side((rows.total, gradient_in.shape[1]))
-        basis = yield from self.projector.basis(gradient_in, states, rows, step, key)
-        coordinates = yield from project(gradient_in, basis, side)
-        ratio = self.rule.ratio(coordinates, states, step)
-        if self.scaling == "tensor":
-            squares = yield Sum(torch.stack([part.square().sum() for part in (ratio, coordinates, gradient_in)]))
-            of_ratio, of_coordinates, of_gradient = squares.sqrt().unbind()
-            scale = self.scale**0.5 * of_ratio / (of_coordinates + TINY)
-            return gradient_in * (scale * self._limited(scale * of_gradient, states) * self.rule.correction(step))
-        scale = channel_scale(ratio, coordinates).mul_(self.scale**0.5)
-        update = gradient_in * (scale[:, None] if side == "right" else (yield GatherRows(scale, gradient_in.shape[1]))[None, :])
-        if self.growth is None:
-            return update.mul_(self.rule.correction(step))
-        squares = yield Sum(update.square().sum().reshape(1))
-        return update.mul_(self._limited(squares.sqrt(), states) * self.rule.correction(step))
-
-    def _limited(self, norm: Tensor, states: dict[str, Tensor]) -> Tensor:
-        return torch.ones_like(norm) if self.growth is None else self.growth.factor(norm, states)
+    @cached_property
+    def composed(self) -> Composed:
+        return Composed(self.projector, AdamRule(self.rule), ScaledGradient(self.scaling, self.scale), self.growth)
 
 
 def apollo_mini(scale: float = 128.0, rule: Adam = ADAM) -> Apollo:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from models.config import PositiveInt, Section
+from optim import composition
 
 
 class ScheduleConfig(Section):
@@ -54,6 +55,7 @@ Preset = Literal[
     "subset_norm_sm",
     "muon",
     "shampoo_4bit",
+    "composed",
 ]
 _LOW_RANK = ("rank", "update_gap", "scale", "rest", "state")
 READ: dict[str, tuple[str, ...]] = {
@@ -71,8 +73,10 @@ READ: dict[str, tuple[str, ...]] = {
     "muon": ("momentum", "rest", "state"),
     "shampoo_4bit": ("block_order", "statistics_gap", "root_gap", "rest", "state"),
 }
-"""Which of the optional settings a preset reads; one that it does not read is refused."""
+"""Which of the optional settings a preset reads; one that it does not read is refused. What composed reads depends on its parts."""
+PARTS = ("projector", "rule", "lift", "guard")
 OPTIONAL = (
+    *PARTS,
     *("momentum", "density", "rank", "update_gap", "scale", "svd", "rest", "state"),
     *("block_order", "statistics_gap", "root_gap"),
 )
@@ -82,7 +86,8 @@ class OptimConfig(Section):
     """The optimizer."""
 
     preset: Literal["auto"] | Preset = "adamw"
-    """Which optimizer (docs/optimizers.md). auto: the first of optim.allowed whose step fits the memory budget."""
+    """Which optimizer (docs/optimizers.md). auto: the first of optim.allowed whose step fits the memory budget; composed: put together by
+    projector, rule, lift and guard."""
     allowed: Annotated[tuple[Preset, ...], Field(min_length=1, strict=False)] = ("adamw", "adamw_8bit")
     """What preset auto may choose, the most wanted first."""
     lr: float = Field(default=3e-4, gt=0)
@@ -91,16 +96,30 @@ class OptimConfig(Section):
     """Peak learning rate of everything but the matrices of hidden layers (embedding, head, norms, biases, gates); null: lr."""
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
+    projector: composition.Projector | None = None
+    """Of preset composed: the subspace in which rule works. none (null): the whole matrix; singular: leading singular vectors of the
+    gradient; gaussian: random, made from a seed; columns: some columns, drawn anew every update_gap steps."""
+    rule: composition.Rule | None = None
+    """Of preset composed: what is done with the gradient there. adam (null); natural: Adam of the natural gradient of the last 20;
+    momentum; subset_norm: momentum over one second moment per channel; adafactor; muon."""
+    lift: composition.Lift | None = None
+    """Of preset composed: what becomes of the matrix. back (null): what the rule made, taken back; channel, tensor: the gradient, scaled as
+    the rule scaled its projection; scaled_residual, residual, sign: back, and outside the subspace the gradient scaled channel by
+    channel, as it is, or its sign."""
+    guard: composition.Guard | None = None
+    """Of preset composed: limit of updates. none (null); norm_growth: a norm grows by 1 percent per step at most (with scaled_residual the
+    norm outside the subspace); rms_clip: the root of the mean square is 1 at most."""
     momentum: float | None = Field(default=None, ge=0, lt=1)
-    """Momentum of sgd (null: 0, which keeps no state) and of muon (null: 0.95)."""
+    """Momentum of sgd (null: 0, which keeps no state), of muon (null: 0.95) and of rule momentum (null: the first of betas)."""
     density: float | None = Field(default=None, gt=0, le=1)
-    """Share of a matrix's columns that frugal keeps moments for; null: 0.25."""
+    """Share of a matrix's columns that frugal and projector columns keep moments for; null: 0.25."""
     rank: PositiveInt | None = None
-    """Rank of the projection (null: 128; apollo 256, apollo_mini 1)."""
+    """Rank of the projection (null: 128; apollo and projector gaussian 256, apollo_mini 1)."""
     update_gap: PositiveInt | None = None
     """Steps after which a projection is made anew; null: 200."""
     scale: float | None = Field(default=None, gt=0)
-    """Factor of projected updates; null: galore, natural_galore, fira 0.25, apollo 1, apollo_mini 128."""
+    """Factor of projected updates; null: galore, natural_galore, fira, lifts back and scaled_residual 0.25, apollo and lift channel 1,
+    apollo_mini and lift tensor 128."""
     svd: Literal["subspace", "exact"] | None = None
     """How a projection to singular vectors is found. subspace (null): iterated from the one before; exact: by decomposition."""
     rest: Literal["adamw", "adamw_8bit", "adamw_4bit", "sgd"] | None = None
@@ -122,18 +141,32 @@ class OptimConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
 
+    @property
+    def parts(self) -> composition.Parts:
+        """The parts of preset composed."""
+        return composition.Parts(self.projector or "none", self.rule or "adam", self.lift or "back", self.guard or "none")
+
+    def reads(self, preset: Preset) -> tuple[str, ...]:
+        """The optional settings that ``preset`` reads, of these."""
+        return (*PARTS, *composition.settings_read(self.parts)) if preset == "composed" else READ.get(preset, ())
+
     @model_validator(mode="after")
     def _check_what_is_read(self) -> OptimConfig:
         presets = self.allowed if self.preset == "auto" else (self.preset,)
+        reason = composition.refusal(self.parts) if "composed" in presets else None
+        if reason is not None:
+            raise ValueError(reason)
         for name in OPTIONAL:
-            if getattr(self, name) is not None and not any(name in READ.get(preset, ()) for preset in presets):
-                readers = ", ".join(preset for preset, names in READ.items() if name in names)
-                raise ValueError(f"{name} is not read by preset {', '.join(presets)}; leave it null (it is read by {readers})")
+            if getattr(self, name) is not None and not any(name in self.reads(preset) for preset in presets):
+                readers = [preset for preset, names in READ.items() if name in names]
+                what = f"{', '.join(presets)} of {', '.join(self.parts)}" if "composed" in presets else ", ".join(presets)
+                by = ", ".join([*readers, "composed"] if name in PARTS else readers)
+                raise ValueError(f"{name} is not read by preset {what}; leave it null (it is read by {by})")
         return self
 
     def with_preset(self, preset: Preset) -> OptimConfig:
         """These settings for one preset, without those that it does not read."""
-        unread = {name: None for name in OPTIONAL if name not in READ.get(preset, ())}
+        unread = {name: None for name in OPTIONAL if name not in self.reads(preset)}
         return self.model_copy(update={"preset": preset, **unread})
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from optim.apollo import Apollo
 from optim.config import OptimConfig, Preset
 from optim.elementwise import ElementwiseAdam, Rule, Sgd, Storage
 from optim.frugal import Frugal
+from optim.grid import composed_method
 from optim.low_rank import Fira, GaLore
 from optim.methods import Method
 from optim.muon import Muon
@@ -54,7 +55,7 @@ def _sgd(config: OptimConfig) -> Recipe:
     return Recipe(rule, rule)
 
 
-def _with_rest(config: OptimConfig, method: Method, storage: Storage = "fp32", everywhere: bool = False) -> Recipe:
+def _with_rest(config: OptimConfig, method: Rule | Method, storage: Storage = "fp32", everywhere: bool = False) -> Recipe:
     """``method`` for matrices; the rest as ``optim.rest`` says, in eight bits unless it says otherwise."""
     rest = RECIPES[config.rest or "adamw_8bit"](config) if config.rest != "adamw" else _adam("fp32")(config)
     return Recipe(method, rest.rest, config.state or storage, rest.rest_storage, everywhere)
@@ -131,5 +132,6 @@ RECIPES: dict[str, Callable[[OptimConfig], Recipe]] = {
     "apollo_mini": _apollo_mini,
     "muon": _muon,
     "shampoo_4bit": _shampoo,
+    "composed": lambda config: _with_rest(config, composed_method(config)),
 }
 """``optim.preset`` -> its recipe. ``adamw`` is torch's own."""

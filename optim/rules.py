@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,16 @@ TORCH_ADAM = Adam(eps=1e-8, form="torch")
 """As torch.optim.AdamW has it."""
 
 
+class Guard(Protocol):
+    """Limits an update by its norm. Immutable."""
+
+    def states(self) -> Mapping[str, StateSpec]: ...
+
+    def factor(self, norm: Tensor, states: dict[str, Tensor], correction: float, elements: int) -> Tensor:
+        """By which to multiply what has ``norm`` (a scalar or [1]) before it is multiplied by ``correction``; ``elements``: it has."""
+        ...
+
+
 @dataclass(frozen=True)
 class NormGrowth:
     """Fira's norm-growth limiter (arXiv 2410.01623, section 4.3): a norm may grow by ``limit`` per step at most, counted from the
@@ -63,8 +73,8 @@ class NormGrowth:
     def states(self) -> Mapping[str, StateSpec]:
         return {"norm": StateSpec((1,), "whole")}
 
-    def factor(self, norm: Tensor, states: dict[str, Tensor]) -> Tensor:
-        """By which to multiply what has ``norm`` (a scalar); remembers the limited norm."""
+    def factor(self, norm: Tensor, states: dict[str, Tensor], correction: float, elements: int) -> Tensor:
+        """See ``Guard``; compares norms before the correction and remembers the limited one."""
         previous = states["norm"]
         growth = norm / (previous + TINY)
         factor = torch.where((previous > 0) & (growth > self.limit), self.limit / growth, torch.ones_like(previous))
@@ -74,6 +84,20 @@ class NormGrowth:
 
 GROWTH = NormGrowth()
 """As in Fira and APOLLO."""
+
+
+@dataclass(frozen=True)
+class RmsClip:
+    """Adafactor's clipping (arXiv 1804.04235, section 6): the root of an update's mean square is at most ``limit``."""
+
+    limit: float = 1.0
+
+    def states(self) -> Mapping[str, StateSpec]:
+        return {}
+
+    def factor(self, norm: Tensor, states: dict[str, Tensor], correction: float, elements: int) -> Tensor:
+        """See ``Guard``; of the corrected update."""
+        return 1 / (norm * (correction * elements**-0.5 / self.limit)).clamp(min=1)
 
 
 def channel_scale(ratio: Tensor, coordinates: Tensor) -> Tensor:
