@@ -71,9 +71,7 @@ class Composed:
         limit = replace(limit, correction=self.rule.correction(since))
         return (yield from self.lift.update(space, gradient_in, coordinates, ratio, limit))
 
-    def _with_residual(
-        self, gradient_in: Tensor, states: dict[str, Tensor], space: Space, limit: Limit, step: int, key: int
-    ) -> Steps:
+    def _with_residual(self, gradient_in: Tensor, states: dict[str, Tensor], space: Space, limit: Limit, step: int, key: int) -> Steps:
         assert isinstance(self.rule, LinearRule) and isinstance(self.lift, Residual) and self.projector is not None
         coordinates, squares = yield from space.down(gradient_in, self.rule.divides)
         if self.projector.refresh.due(step, key):

@@ -34,6 +34,7 @@ POINTS: dict[str, Parts] = {
 }
 """Presets and their parts. adalomo is none of them: its update is relative to the weights."""
 
+
 def refusal(parts: Parts) -> str | None:
     """Why ``parts`` together have no meaning, in one sentence with the remedy; None where they have one."""
     projector, rule, lift, _ = parts

@@ -114,7 +114,7 @@ class Back:
 class ScaledGradient:
     """update = √scale · s · G: the gradient itself, made longer or shorter as the rule did its coordinates (APOLLO, arXiv 2412.05270):
 
-        channel: s_j = ‖N_j‖ / ‖R_j‖ for each channel j of the long side (section 4.1);  tensor: s = ‖N‖ / ‖R‖ (section 4.3)
+    channel: s_j = ‖N_j‖ / ‖R_j‖ for each channel j of the long side (section 4.1);  tensor: s = ‖N‖ / ‖R‖ (section 4.3)
     """
 
     by: Literal["channel", "tensor"] = "channel"
@@ -135,7 +135,7 @@ class ScaledGradient:
 class ScaledResidual:
     """update = scale · up(N) + S: outside the subspace as the rule scaled inside, channel by channel (Fira, arXiv 2410.01623):
 
-        φⱼ = ‖N_j‖ / ‖R_j‖,  S = φ ⊙ (G - inside · up(R)),  and it is S that a guard limits
+    φⱼ = ‖N_j‖ / ‖R_j‖,  S = φ ⊙ (G - inside · up(R)),  and it is S that a guard limits
     """
 
     scale: float = 0.25
