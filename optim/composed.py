@@ -8,7 +8,7 @@ gradient. So a rule is what a method is: it sees a matrix dealt by rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from optim.coordinate_rules import CoordinateRule, LinearRule
 from optim.frugal import Frugal
 from optim.lifts import Lift, Limit, Residual, Space
-from optim.methods import Rows, StateSpec, Steps
+from optim.methods import Request, Rows, StateSpec, Steps
 from optim.projectors import REFRESH, Projector, Refresh, Side, usable_rank
 from optim.rules import Guard
 
@@ -61,7 +61,8 @@ class Composed:
 
     def step(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
         columns = gradient_in.shape[1]
-        space = yield from self._space(gradient_in, states, rows, step, key)
+        basis = yield from self._basis(gradient_in, states, rows, step, key)
+        space = Space(basis, self._side((rows.total, columns)), columns)
         limit = Limit(self.guard, states, self.rule.correction(step), rows.total * columns)
         if isinstance(self.lift, Residual):
             return (yield from self._with_residual(gradient_in, states, space, limit, step, key))
@@ -79,14 +80,12 @@ class Composed:
         momentum, divisor = self.rule.moments(coordinates, squares, states)
         return (yield from self.lift.added(space, gradient_in, momentum - coordinates, divisor, limit))
 
-    def _space(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
-        columns = gradient_in.shape[1]
-        if self.projector is None:
-            return Space(None, "right", columns)  # pyright: ignore[reportReturnType]
+    def _basis(
+        self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int
+    ) -> Generator[Request, Tensor, Tensor | None]:
         if isinstance(self.projector, Columns):
-            return Space(self.projector.chosen(columns, step, key, gradient_in.device), "right", columns)  # pyright: ignore[reportReturnType]
-        basis = yield from self.projector.basis(gradient_in, states, rows, step, key)
-        return Space(basis, self.projector.side((rows.total, columns)), columns)  # pyright: ignore[reportReturnType]
+            return self.projector.chosen(gradient_in.shape[1], step, key, gradient_in.device)
+        return None if self.projector is None else (yield from self.projector.basis(gradient_in, states, rows, step, key))
 
     def _restarted(self, states: dict[str, Tensor], step: int, key: int) -> int:
         """The rule's own step: that of training, or since other columns were drawn."""

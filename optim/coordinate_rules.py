@@ -90,7 +90,7 @@ class NaturalAdam:
 
 @dataclass(frozen=True)
 class LinearRule:
-    """Momentum M ← β₁M + (1-β₁)R, N = M; or with ``divides`` Subset-Norm (arXiv 2411.07120, algorithm 1) of each channel j of the long side:
+    """Momentum M ← β₁M + (1-β₁)R, N = M; with ``divides`` Subset-Norm (arXiv 2411.07120, algorithm 1) of each channel j of the long side:
 
         v_j ← β₂v_j + (1-β₂) Σ_i R_ij²   (the sum, not the mean: rates are some ten times Adam's),  N_j = M_j / (√v_j + ε)
 

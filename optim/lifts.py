@@ -6,13 +6,14 @@ whole space, U N or N Vᵀ.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from optim.methods import GatherRows, Rows, Steps, Sum, SumRows
+from optim.methods import GatherRows, Request, Rows, Steps, Sum, SumRows
 from optim.projectors import Side
 from optim.rules import TINY, Guard, channel_scale
 
@@ -35,19 +36,19 @@ class Space:
         """Which rows of the coordinates this rank has."""
         return rows if self.side == "right" else Rows.chunk(self.columns, rows.rank, rows.ranks)
 
-    def down(self, gradient_in: Tensor, squares: bool = False) -> Steps:
+    def down(self, gradient_in: Tensor, squares: bool = False) -> Generator[Request, Tensor, tuple[Tensor, Tensor | None]]:
         """R and, with ``squares``, the sum of G's squares in each channel [long, 1], dealt alike and in the same message."""
         if self.side == "right":
             own = gradient_in.square().sum(dim=1, keepdim=True) if squares else None
             if self.basis is None:
-                return gradient_in, own  # pyright: ignore[reportReturnType]
-            return (gradient_in[:, self.basis] if self.is_columns else gradient_in @ self.basis), own  # pyright: ignore[reportReturnType]
+                return gradient_in, own
+            return (gradient_in[:, self.basis] if self.is_columns else gradient_in @ self.basis), own
         assert self.basis is not None
         partial = gradient_in.T @ self.basis
         if not squares:
-            return (yield SumRows(partial)), None  # pyright: ignore[reportReturnType]
+            return (yield SumRows(partial)), None
         summed = yield SumRows(torch.cat((partial, gradient_in.square().sum(dim=0)[:, None]), dim=1))
-        return summed[:, :-1], summed[:, -1:]  # pyright: ignore[reportReturnType]
+        return summed[:, :-1], summed[:, -1:]
 
     def spread(self, dealt: Tensor) -> Steps:
         """What ``up`` and ``along`` take: all channels where the long side are the columns, else this rank's."""
