@@ -122,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", help="plan for this device: cpu, h100, ... (default: this machine's)")
     plan.add_argument("--json", action="store_true", help="print the plan, or the rows of --sweep, as JSON")
     plan.add_argument("--timeline", metavar="DIR", help="write memory_plan.json and the memory timeline (PNG, HTML) into DIR")
+    plan.add_argument("--optimizer", action="store_true", help="also show what kinds of parameters get: update, states, bytes, messages")
+    plan.add_argument("--optimizer-rows", action="store_true", help="the same, parameter by parameter")
     plan.add_argument("--calibrate", action="store_true", help="first measure this machine's device (seconds); kept for later plans")
     plan.add_argument(
         "--sweep",

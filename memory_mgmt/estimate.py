@@ -49,6 +49,10 @@ TIGHT_FACTOR = 2.0
 
 MOMENTS = 2
 """Of AdamW."""
+TOGETHER_ELEMENTS = 1 << 24
+"""Of a rank's matrices that are updated at a time (``optim/driver.py``)."""
+UPDATE_COPIES = 3
+"""Of those, while they are: the update, a product on its way to it, decoded states."""
 
 
 def estimate(
@@ -65,6 +69,7 @@ def estimate(
     grad_accum: int = 1,
     device: Device = DEVICES["cpu"],
     device_bytes: int | None = None,
+    optimizer_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan of one rank.
 
@@ -75,6 +80,7 @@ def estimate(
         vocab_size: rows of the embedding.
         layout: contiguous or zigzag, resolved (``RunConfig.layout``).
         device: what the run is planned for; device_bytes: memory it has, default what the device table says.
+        optimizer_bytes: of this rank's optimizer states, where the preset is not adamw (``optim.plan.planned`` knows them).
     Raises ValueError for a precision or layout that does not exist, or a sequence that the layout cannot split.
     """
     parts = parallel.cp * (2 if layout == "zigzag" else 1)
@@ -83,6 +89,7 @@ def estimate(
     if seq_len % parts:
         raise ValueError(f"data.seq_len {seq_len} is not divisible by {parts} (parallel.cp {parallel.cp}, {layout} layout)")
     step = _Step(model, parallel, memory, optim, seq_len, micro_batch_size, grad_accum, precision, vocab_size, layout == "zigzag", device)
+    step = replace(step, optimizer_bytes=None if optimizer_bytes is None else optimizer_bytes * step.shards)
     budget = None if memory.budget_gib is None else int(memory.budget_gib * GIB)
     available = device.memory_bytes if device_bytes is None else device_bytes
     plan, tight = _plan_within(step, budget, available)
@@ -124,6 +131,8 @@ class _Step:
     vocab_size: int
     zigzag: bool
     device: Device
+    optimizer_bytes: int | None = None
+    """Of all shards' optimizer states, where they are not AdamW's."""
 
     @property
     def shapes(self) -> Shapes:
@@ -178,7 +187,7 @@ class _Step:
         positions = self.rows * self.seq_len * 8 * 3
         live = {
             "parameters": self.shard(total),
-            "AdamW moments": 0 if self.offloaded else MOMENTS * self.shard(total),
+            **self._states(total),
             # Whole sequences of every micro-batch and of the step being prefetched, and this rank's part on the device.
             "batch": positions * self.grad_accum * (1 if self.device.is_cuda else 3) + positions // self.parallel.cp,
         }
@@ -189,6 +198,11 @@ class _Step:
             live |= {"libraries": CPU_LIBRARIES + (CPU_RANK if self.ranks > 1 else 0), "process": CPU_PROCESS}
             live |= {"heap": self.heap()} if self.heap() else {}
         return live
+
+    def _states(self, total: int) -> _Live:
+        if self.optimizer_bytes is not None:
+            return {"optimizer states": self.optimizer_bytes // self.shards}
+        return {"AdamW moments": 0 if self.offloaded else MOMENTS * self.shard(total)}
 
     def heap(self) -> int:
         """Holes that small tiles leave in a CPU process."""
@@ -273,8 +287,8 @@ class _Step:
         return [*found, ("update", self.update())]
 
     def build(self) -> _Live:
-        """The optimizer's states are made in a step with zero gradients; in host memory they begin as zeros."""
-        return {} if self.offloaded else self.update()
+        """AdamW's states are made in a step with zero gradients; in host memory, and of other presets, they begin as zeros."""
+        return {} if self.offloaded or self.optimizer_bytes is not None else self.update()
 
     def forward(self, block: int) -> _Live:
         s, kind = self.shapes, self.model.layer_kinds[block]
@@ -333,6 +347,9 @@ class _Step:
     def update(self) -> _Live:
         """AdamW: parameter by parameter on CPU (two temporaries), all parameters at once on CUDA (one temporary each). Of offloaded moments
         two buckets are there, and what is made is made of one."""
+        if self.optimizer_bytes is not None:
+            together = min(self.shard(parameter_count(self.model, self.vocab_size).total), TOGETHER_ELEMENTS * self.wide)
+            return _sum(self.all_gradients(), {"updates of matrices": UPDATE_COPIES * together})
         at_once = self.bucket_parameters() if self.offloaded else parameter_count(self.model, self.vocab_size).total
         largest = min(at_once, self.largest_parameter)
         temporaries = self.shard(at_once) if self.device.is_cuda else 2 * self.shard(largest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -12,6 +12,9 @@ from optim.config import OptimConfig
 from optim.driver import ComposedOptimizer, Lane
 from optim.recipes import Recipe, recipe_of
 from optim.routing import Routed, route
+
+if TYPE_CHECKING:
+    from optim.plan import PlannedParameter
 
 
 def build_optimizer(
@@ -32,13 +35,34 @@ def build_optimizer(
         raise ValueError("the model has no trainable parameter")
     groups = _groups(routed, config)
     if config.preset == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        optimizer.names = {one.parameter: one.name for one in routed}
         if with_states:
             allocate_states(optimizer)
         return optimizer
-    recipe = recipe_of(config)
-    lanes = [_lane(one, recipe) for one in routed]
+    lanes = lanes_of(model, config)
+    assert lanes is not None
     return ComposedOptimizer(groups, lanes, config.lr)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, which can say what it holds."""
+
+    names: dict[nn.Parameter, str]
+
+    def plan(self, *, strict: bool = False) -> list[PlannedParameter]:
+        """What each parameter gets (``optim/plan.py``): always what was asked for."""
+        from optim.plan import plan  # it builds on this module
+
+        return plan(self, self.names, strict=strict)
+
+
+def lanes_of(model: nn.Module, config: OptimConfig) -> list[Lane] | None:
+    """How each trainable parameter is updated; None where torch's own AdamW does it."""
+    if config.preset == "adamw":
+        return None
+    recipe = recipe_of(config)
+    return [_lane(one, recipe) for one in route(model)]
 
 
 def _lane(routed: Routed, recipe: Recipe) -> Lane:

@@ -53,24 +53,40 @@ class Composed:
     guard: Guard | None = None
 
     def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
-        side = self._side(shape)
-        coordinates = (shape[0] if side == "right" else shape[1], self._width(shape))
+        side = self.side(shape)
+        coordinates = (shape[0] if side == "right" else shape[1], self.width(shape))
         of_rule = {name: _lying(spec, side) for name, spec in self.rule.states(coordinates).items()}
         of_projector = {} if self.projector is None or isinstance(self.projector, Columns) else self.projector.states(shape)
         return {**of_projector, **of_rule, **({} if self.guard is None else self.guard.states())}
 
     def step(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
-        columns = gradient_in.shape[1]
-        basis = yield from self._basis(gradient_in, states, rows, step, key)
-        space = Space(basis, self._side((rows.total, columns)), columns)
-        limit = Limit(self.guard, states, self.rule.correction(step), rows.total * columns)
+        space = yield from self.space(gradient_in, states, rows, step, key)
         if isinstance(self.lift, Residual):
+            limit = self._limit(states, rows.total * gradient_in.shape[1], step)
             return (yield from self._with_residual(gradient_in, states, space, limit, step, key))
         coordinates, _ = yield from space.down(gradient_in)
+        return (yield from self.from_coordinates(space, gradient_in, coordinates, states, rows, step, key))
+
+    def space(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Generator[Request, Tensor, Space]:
+        """The subspace of this step, renewed if due."""
+        columns = gradient_in.shape[1]
+        if isinstance(self.projector, Columns):
+            return Space(self.projector.chosen(columns, step, key, gradient_in.device), "right", columns)
+        basis = None if self.projector is None else (yield from self.projector.basis(gradient_in, states, rows, step, key))
+        return Space(basis, self.side((rows.total, columns)), columns)
+
+    def from_coordinates(
+        self, space: Space, gradient_in: Tensor, coordinates: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int
+    ) -> Steps:
+        """The rest of a step. ``gradient_in``: its elements are read by lifts other than ``Back`` only."""
+        assert not isinstance(self.lift, Residual)
         since = self._restarted(states, step, key)
         ratio = yield from self.rule.ratio(coordinates, states, space.long_rows(rows), since, key)
-        limit = replace(limit, correction=self.rule.correction(since))
+        limit = self._limit(states, rows.total * space.columns, since)
         return (yield from self.lift.update(space, gradient_in, coordinates, ratio, limit))
+
+    def _limit(self, states: dict[str, Tensor], elements: int, step: int) -> Limit:
+        return Limit(self.guard, states, self.rule.correction(step), elements)
 
     def _with_residual(self, gradient_in: Tensor, states: dict[str, Tensor], space: Space, limit: Limit, step: int, key: int) -> Steps:
         assert isinstance(self.rule, LinearRule) and isinstance(self.lift, Residual) and self.projector is not None
@@ -79,13 +95,6 @@ class Composed:
             states["exp_avg"].zero_()
         momentum, divisor = self.rule.moments(coordinates, squares, states)
         return (yield from self.lift.added(space, gradient_in, momentum - coordinates, divisor, limit))
-
-    def _basis(
-        self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int
-    ) -> Generator[Request, Tensor, Tensor | None]:
-        if isinstance(self.projector, Columns):
-            return self.projector.chosen(gradient_in.shape[1], step, key, gradient_in.device)
-        return None if self.projector is None else (yield from self.projector.basis(gradient_in, states, rows, step, key))
 
     def _restarted(self, states: dict[str, Tensor], step: int, key: int) -> int:
         """The rule's own step: that of training, or since other columns were drawn."""
@@ -97,10 +106,12 @@ class Composed:
                 states[name].zero_()
         return since
 
-    def _side(self, shape: tuple[int, int]) -> Side:
+    def side(self, shape: tuple[int, int]) -> Side:
+        """See ``projectors.py``."""
         return "right" if self.projector is None or isinstance(self.projector, Columns) else self.projector.side(shape)
 
-    def _width(self, shape: tuple[int, int]) -> int:
+    def width(self, shape: tuple[int, int]) -> int:
+        """Columns of the coordinates."""
         if self.projector is None:
             return shape[1]
         return self.projector.width(shape[1]) if isinstance(self.projector, Columns) else usable_rank(self.projector.rank, shape)
@@ -123,3 +134,24 @@ class Point:
 
     def step(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
         return self.composed.step(gradient_in, states, rows, step, key)
+
+
+class LinearPoint(Point):
+    """A point whose lift is ``Back``: it reads the gradient only through coordinates, which are linear in it while the basis stays. So
+    gradients of several micro-batches can be summed there, in [long side, r] instead of [m, n]."""
+
+    def renews(self, step: int, key: int) -> bool:
+        """Whether step ``step`` may find a new basis, for which it needs the whole gradient."""
+        assert self.composed.projector is not None
+        return self.composed.projector.refresh.due(step, key)
+
+    def coordinates(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
+        """This rank's part of the coordinates, a tensor of its own; writes no state. Only for a step that does not renew."""
+        space = yield from self.composed.space(gradient_in, states, rows, step, key)
+        return (yield from space.down(gradient_in))[0]
+
+    def lifted(self, coordinates: Tensor, states: dict[str, Tensor], rows: Rows, columns: int, step: int, key: int) -> Steps:
+        """``step`` from summed coordinates instead of the gradient. Only for a step that does not renew."""
+        shaped_in = coordinates.new_empty((1, 1)).expand(rows.count, columns)  # of the gradient a stored basis needs the shape alone
+        space = yield from self.composed.space(shaped_in, states, rows, step, key)
+        return (yield from self.composed.from_coordinates(space, shaped_in, coordinates, states, rows, step, key))

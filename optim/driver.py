@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from optim.elementwise import Rule, Storage
 from optim.exchange import run_together, with_weight
 from optim.methods import Method, StateSpec, Steps
 from optim.placement import Placed
+
+if TYPE_CHECKING:
+    from optim.plan import PlannedParameter
 
 CHUNK_ELEMENTS = 1 << 20
 """Of a tensor that an elementwise rule works on at a time: what it decodes and makes on top is a few times so much."""
@@ -109,6 +112,16 @@ class ComposedOptimizer(torch.optim.Optimizer):
                 if parameter not in self.lanes:
                     raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no lane")
                 self._make_states(self.lanes[parameter])
+
+    def plan(self, *, strict: bool = False) -> list[PlannedParameter]:
+        """What each parameter gets (``optim/plan.py``); ``strict``: raises ValueError where that is not what was asked for."""
+        from optim.plan import plan  # it knows this class
+
+        return plan(self, strict=strict)
+
+    def side_by_side(self, group: dict[str, Any]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
+        """The methods of one parameter group in the batches in which they run when all have gradients, with the ranks that share them."""
+        return _together([self.lanes[parameter] for parameter in group["params"] if self.lanes[parameter].is_method])
 
     def _make_states(self, lane: Lane) -> None:
         state = self.state[lane.parameter]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from optim.composed import Composed, Point
+from optim.composed import Composed, LinearPoint, Point
 from optim.coordinate_rules import AdamRule
 from optim.lifts import Back, ScaledResidual
 from optim.projectors import Projector
@@ -14,7 +14,7 @@ from optim.rules import ADAM, GROWTH, Adam, NormGrowth
 
 
 @dataclass(frozen=True)
-class GaLore(Point):
+class GaLore(LinearPoint):
     """GaLore (arXiv 2403.03507, algorithm 2), for a left basis U and coordinates R = Uᵀ G (right: R = G V):
 
         m ← β₁m + (1-β₁)R,  v ← β₂v + (1-β₂)R²,  N = m / (√v + ε) · √(1-β₂ᵗ)/(1-β₁ᵗ),  update = scale · U N  (N Vᵀ)

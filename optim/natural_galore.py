@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from optim.composed import Composed, Point
+from optim.composed import Composed, LinearPoint
 from optim.coordinate_rules import NaturalAdam
 from optim.lifts import Back
 from optim.projectors import Projector
@@ -13,7 +13,7 @@ from optim.rules import ADAM, Adam
 
 
 @dataclass(frozen=True)
-class NaturalGaLore(Point):
+class NaturalGaLore(LinearPoint):
     """Natural GaLore (arXiv 2410.16029): GaLore with the natural gradient of ``history`` steps (``NaturalAdam``) in the place of R.
 
     One side is projected, as in the paper (its package projects both). The history, like the moments, is kept when the basis is renewed.

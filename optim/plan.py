@@ -1,13 +1,26 @@
-"""What an optimizer holds, parameter by parameter: planned from shapes, and measured by storage, which must be the same."""
+"""What an optimizer holds, parameter by parameter: planned from shapes, and measured by storage, which must be the same; and what its step
+asks of other ranks (``plan_collectives.py``).
+
+``planned`` needs no memory: a model on the meta device, and how many ranks share each parameter.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 
-from optim.driver import ComposedOptimizer
+from optim.build import lanes_of
+from optim.composed import Composed, Point
+from optim.config import OptimConfig
+from optim.driver import ComposedOptimizer, Lane
+from optim.frugal import Frugal
+from optim.methods import Rows
 from optim.placement import Placed, storage_bytes
+from optim.plan_collectives import requests_of
+from optim.routing import route
 
 
 @dataclass(frozen=True)
@@ -18,42 +31,179 @@ class PlannedParameter:
     shape: tuple[int, ...]
     algorithm: str
     """The rule or method with its settings."""
+    kind: str
+    """The name of the rule or method alone."""
+    side: str
+    """Of the projection: ``right``, ``left``; empty without one."""
+    rank: int | None
+    """Of the projection (of columns: how many); None without one."""
     storage: str
     """dtype of each state as it is kept."""
     placement: str
     """``whole``, or the rows of this rank."""
+    requests: tuple[str, ...]
+    """Of other ranks in a step that renews no basis, in order; all matrices' are answered together."""
+    fallbacks: tuple[str, ...]
+    """Where this parameter does not get what was asked for, and why."""
     planned_bytes: int
     """Of this rank's states, from shapes."""
-    measured_bytes: int
-    """Of this rank's states, by storage."""
+    measured_bytes: int | None
+    """Of this rank's states, by storage; None of one that is only planned."""
 
 
-def plan(optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str] | None = None) -> list[PlannedParameter]:
-    """Every parameter of ``optimizer`` in the order of its groups. ``names``: of parameters whose optimizer does not know them."""
+def plan(
+    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str] | None = None, *, strict: bool = False
+) -> list[PlannedParameter]:
+    """Every parameter of ``optimizer`` in the order of its groups. ``names``: of parameters whose optimizer does not know them.
+
+    ``strict``: raises ValueError where a parameter does not get what was asked for, naming it and the reason.
+    """
     rows = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            lane = optimizer.lanes[parameter] if isinstance(optimizer, ComposedOptimizer) else None
             states = optimizer.state[parameter]
-            placed = Placed.of(parameter)
             measured = sum(storage_bytes(tensor) for tensor in states.values())
-            if lane is not None:
-                planned, algorithm = lane.planned_bytes(), repr(lane.rule)
+            if isinstance(optimizer, ComposedOptimizer):
+                rows.append(_of_lane(optimizer.lanes[parameter], measured))
             else:
-                elements = torch.Size((placed.rows.count, *placed.shape[1:])).numel() if placed.shape else 1
-                planned = (len(states) - 1) * elements * parameter.element_size() + 4
-                algorithm = type(optimizer).__name__
-            where = "whole" if placed.rows.ranks == 1 else f"{placed.rows.count} of {placed.rows.total} rows"
-            storage = ", ".join(f"{name} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in states.items() if name != "step")
-            name = lane.name if lane is not None else (names or {}).get(parameter, "")
-            rows.append(PlannedParameter(name, placed.shape, algorithm, storage or "nothing", where, planned, measured))
+                rows.append(_of_torch(type(optimizer).__name__, (names or {}).get(parameter, ""), parameter, len(states) - 1, measured))
+    return _strict(rows) if strict else rows
+
+
+def planned(model: nn.Module, config: OptimConfig, shards: int = 1, rank: int = 0, *, strict: bool = False) -> list[PlannedParameter]:
+    """Every trainable parameter of ``model``, whose tensors are plain and may be on the meta device, as ``rank`` of ``shards`` ranks that
+    share each (rank 0 has the most). Raises ValueError as ``build_optimizer`` does, and ``plan`` with ``strict``."""
+    lanes = lanes_of(model, config)
+    if lanes is None:
+        moments = 2
+        found = [_of_torch("AdamW", one.name, one.parameter, moments, None, shards, rank) for one in route(model)]
+    else:
+        for lane in lanes:
+            total = lane.placed.rows.total
+            lane.placed = Placed(lane.placed.shape, Rows.chunk(total, rank, shards))
+        found = [_of_lane(lane, None) for lane in lanes]
+    return _strict(found) if strict else found
+
+
+def _strict(rows: list[PlannedParameter]) -> list[PlannedParameter]:
+    reasons = [f"{row.name}: {reason}" for row in rows for reason in row.fallbacks]
+    if reasons:
+        raise ValueError("not everything is as asked for: " + "; ".join(reasons))
     return rows
 
 
-def table(rows: list[PlannedParameter]) -> str:
+def _of_lane(lane: Lane, measured: int | None) -> PlannedParameter:
+    stored = ", ".join(f"{name} {str(spec.dtype).removeprefix('torch.')}" for name, spec in lane.stored().items())
+    side, rank = _projection(lane)
+    return PlannedParameter(
+        lane.name,
+        lane.placed.shape,
+        repr(lane.rule),
+        type(lane.rule).__name__,
+        side,
+        rank,
+        stored or "nothing",
+        _where(lane.placed),
+        requests_of(lane.rule, lane.placed.shape) if lane.placed.rows.ranks > 1 else (),
+        _fallbacks(lane, rank),
+        lane.planned_bytes(),
+        measured,
+    )
+
+
+def _of_torch(
+    kind: str, name: str, parameter: nn.Parameter, states: int, measured: int | None, shards: int = 1, rank: int = 0
+) -> PlannedParameter:
+    placed = Placed.of(parameter)
+    if shards > 1:
+        placed = Placed(placed.shape, Rows.chunk(placed.rows.total, rank, shards))
+    elements = torch.Size((placed.rows.count, *placed.shape[1:])).numel() if placed.shape else 1
+    size = states * elements * parameter.element_size() + 4
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return PlannedParameter(
+        name, placed.shape, kind, kind, "", None, f"exp_avg {dtype}, exp_avg_sq {dtype}", _where(placed), (), (), size, measured
+    )
+
+
+def _where(placed: Placed) -> str:
+    return "whole" if placed.rows.ranks == 1 else f"{placed.rows.count} of {placed.rows.total} rows"
+
+
+def _projection(lane: Lane) -> tuple[str, int | None]:
+    rule, shape = lane.rule, lane.placed.shape
+    composed = rule.composed if isinstance(rule, Point) else rule
+    if isinstance(composed, Composed) and composed.projector is not None:
+        return composed.side((shape[0], shape[1])), composed.width((shape[0], shape[1]))
+    return ("right", rule.active(shape[1])) if isinstance(rule, Frugal) else ("", None)
+
+
+def _fallbacks(lane: Lane, rank: int | None) -> tuple[str, ...]:
+    found = []
+    exact = [name for name, spec in lane.specs.items() if spec.codec != "exact" and name not in lane.codecs]
+    if exact and lane.storage != "fp32":
+        why = "too small for few bits" if lane.dtype == torch.float32 else f"computed in {lane.dtype}"
+        found.append(f"{', '.join(exact)} not {lane.storage}: {why}")
+    rule = lane.rule.composed if isinstance(lane.rule, Point) else lane.rule
+    asked = getattr(rule.projector, "rank", None) if isinstance(rule, Composed) else None
+    if asked is not None and rank is not None and rank < asked:
+        found.append(f"rank {rank} not {asked}: the matrix has no more")
+    return tuple(found)
+
+
+def table(rows: Sequence[PlannedParameter]) -> str:
     """Aligned text, one line per parameter, and the total."""
-    header = ("parameter", "shape", "bytes", "where", "states", "algorithm")
-    lines = [(r.name, "x".join(map(str, r.shape)), f"{r.planned_bytes:,}", r.placement, r.storage, r.algorithm) for r in rows]
-    lines.append(("total", "", f"{sum(r.planned_bytes for r in rows):,}", "", "", ""))
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(5)]
-    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[5]]).rstrip() for line in [header, *lines])
+    header = ("parameter", "shape", "bytes", "where", "side", "rank", "requests", "states", "algorithm", "not as asked")
+    lines = [
+        (
+            r.name,
+            "x".join(map(str, r.shape)),
+            f"{r.planned_bytes:,}",
+            r.placement,
+            r.side,
+            "" if r.rank is None else str(r.rank),
+            " ".join(r.requests),
+            r.storage,
+            r.algorithm,
+            "; ".join(r.fallbacks),
+        )
+        for r in rows
+    ]
+    total = f"{sum(r.planned_bytes for r in rows):,}"
+    return aligned([header, *lines, ("total", "", total, *[""] * 7)])
+
+
+def table_by_kind(rows: Sequence[PlannedParameter]) -> str:
+    """Aligned text, one line for parameters that are updated and kept alike, and the total."""
+    kinds: dict[tuple[str, ...], list[PlannedParameter]] = {}
+    for row in rows:
+        rank = "" if row.rank is None else str(row.rank)
+        fallback = ", ".join(sorted({reason.rpartition(": ")[2] for reason in row.fallbacks}))
+        kinds.setdefault((row.kind, row.side, rank, " ".join(row.requests), row.storage, fallback), []).append(row)
+    header = ("update", "side", "rank", "tensors", "elements", "bytes", "requests", "states", "not as asked")
+    lines = [
+        (
+            kind,
+            side,
+            rank,
+            str(len(some)),
+            f"{sum(map(_elements, some)):,}",
+            f"{sum(r.planned_bytes for r in some):,}",
+            asks,
+            kept,
+            fallback,
+        )
+        for (kind, side, rank, asks, kept, fallback), some in kinds.items()
+    ]
+    total = ("total", "", "", str(len(rows)), f"{sum(map(_elements, rows)):,}", f"{sum(r.planned_bytes for r in rows):,}", "", "", "")
+    return aligned([header, *lines, total])
+
+
+def _elements(row: PlannedParameter) -> int:
+    return torch.Size(row.shape).numel()
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; empty ones are left out."""
+    columns = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
+    widths = {i: max(len(line[i]) for line in lines) for i in columns}
+    return "\n".join("  ".join(line[i].ljust(widths[i]) for i in columns).rstrip() for line in lines)

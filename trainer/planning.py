@@ -32,6 +32,7 @@ from trainer.choosing import choose_policy, setting_of
 from trainer.choosing_offload import resolve_offload
 from trainer.config import RunConfig
 from trainer.data.tokenizers import load_tokenizer
+from trainer.optimizer_plan import optimizer_plan
 from trainer.tracing import TraceRequest, trace_step, trace_steps
 
 VOCAB_MULTIPLE = 64
@@ -124,8 +125,6 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
     if target.config.memory.plan == "estimate":
         if target.config.memory.recompute == "auto":
             raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
-        if target.config.optim.preset != "adamw":
-            raise UserError(f"optim.preset: {target.config.optim.preset} needs a traced step; leave memory.plan at trace")
         if target.config.parallel.cp > 1 and target.config.parallel.sequence != "ring":
             scheme = target.config.parallel.sequence
             raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
@@ -309,6 +308,7 @@ def _estimated(target: Target) -> MemoryPlan:
         layout=config.layout,
         device=target.device,
         device_bytes=target.limits.device_bytes,
+        optimizer_bytes=None if config.optim.preset == "adamw" else optimizer_plan(config, target.vocab_size).bytes,
     )
     return _with_host(target, plan, plan.host_bytes)
 

@@ -200,7 +200,7 @@ def _try_all(targets: Sequence[Target], asked: RunConfig) -> list[Tried]:
 def _may_fit(target: Target) -> bool:
     """By formulas, with everything recomputed: a guess that only orders the tries."""
     leanest = target.config.memory.model_copy(update={"recompute": "block", "plan": "estimate", "offload": "inputs"})
-    optim = target.config.optim.model_copy(update={"preset": "adamw"})  # the only one that formulas know
+    optim = target.config.optim.model_copy(update={"preset": "adamw"})  # others ask a process of their own
     return plan_target(target.with_config(target.config.model_copy(update={"memory": leanest, "optim": optim}))).fits
 
 

@@ -15,7 +15,8 @@ from trainer.commands.open_run import settle
 from trainer.commands.places import HOME
 from trainer.commands.terminal import progress, show
 from trainer.config import RunConfig
-from trainer.planning import calibration_path, plan_run, this_machine
+from trainer.optimizer_plan import OptimizerPlan, optimizer_plan
+from trainer.planning import calibration_path, plan_run, target_for, this_machine
 from trainer.sweep_traces import trace_ahead
 
 
@@ -30,10 +31,20 @@ def show_plan(args: argparse.Namespace) -> int:
     config = settle(config, args.device, None)
     plan = plan_run(config, args.device)
     written = _write_timeline(config, plan, args) if args.timeline else ()
-    show(plan.to_json() if args.json else plan_view.plain(plan) + "\n", None if args.json else lambda: plan_view.render(plan))
+    optimizer = _optimizer_plan(config, args) if args.optimizer or args.optimizer_rows else None
+    if args.json:
+        print(plan.to_json() if optimizer is None else optimizer.to_json(plan), end="")
+    else:
+        show(plan_view.plain(plan) + "\n", lambda: plan_view.render(plan))
+    if optimizer is not None and not args.json:
+        print(f"\noptimizer of one rank: {config.optim.preset}\n{optimizer.by_parameter if args.optimizer_rows else optimizer.by_kind}")
     for file in written:
         print(f"written: {file}", file=sys.stderr)
     return 0
+
+
+def _optimizer_plan(config: RunConfig, args: argparse.Namespace) -> OptimizerPlan:
+    return optimizer_plan(config, target_for(config, args.device).vocab_size)
 
 
 def _calibrate(config: RunConfig, device_name: str | None) -> None:

@@ -1,0 +1,45 @@
+"""A process that plans an optimizer and ends: reads a request as JSON, writes an ``OptimizerPlan`` as JSON (``trainer/optimizer_plan.py``).
+Exit code 2: the optimizer refuses the model, with the reason on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import torch
+
+from models.transformer import Transformer
+from optim.plan import PlannedParameter, planned, table, table_by_kind
+from trainer.config import RunConfig
+
+
+def rows_of(config: RunConfig, vocab_size: int, shards: int) -> list[PlannedParameter]:
+    """Of the first of ``shards`` ranks that share the parameters: no other has more."""
+    with torch.device("meta"):
+        model = Transformer(config.model, vocab_size)
+    return planned(model.double() if config.train.precision == "fp64" else model, config.optim, shards)
+
+
+def main() -> int:
+    """Answer one request. Returns the exit code."""
+    request = json.load(sys.stdin)
+    try:
+        rows = rows_of(RunConfig.model_validate(request["config"]), request["vocab_size"], request["shards"])
+    except ValueError as refused:
+        print(refused, file=sys.stderr)
+        return 2
+    json.dump(
+        {
+            "bytes": sum(row.planned_bytes for row in rows),
+            "by_kind": table_by_kind(rows),
+            "by_parameter": table(rows),
+            "rows": [dataclasses.asdict(row) for row in rows],
+        },
+        sys.stdout,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
