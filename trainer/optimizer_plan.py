@@ -11,12 +11,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from memory_mgmt.plan import MemoryPlan
 from models.errors import UserError
 from trainer.config import RunConfig
 
+HOME = Path(__file__).resolve().parent.parent
 SECONDS = 300
 
 
@@ -51,7 +53,7 @@ def optimizer_plan(config: RunConfig, vocab_size: int) -> OptimizerPlan:
 @lru_cache(maxsize=16)
 def _answer(request: str) -> OptimizerPlan:
     command = [sys.executable, "-m", "trainer.optimizer_plan_process"]
-    done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = subprocess.run(command, cwd=HOME, input=request, capture_output=True, text=True, timeout=SECONDS, check=False)
     if done.returncode == 2:
         raise UserError(f"optim: {done.stderr.strip()}")
     if done.returncode != 0:
