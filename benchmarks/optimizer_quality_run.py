@@ -90,7 +90,7 @@ def _batch(windows: Tensor) -> Batch:
 
 def small_model(protocol: Protocol, seed: int) -> Transformer:
     """The language model, filled by ``seed``."""
-    shape = {"d_model": protocol.d_model, "d_ff": protocol.d_ff, "n_layers": protocol.layers, "n_heads": protocol.heads}
+    shape: dict[str, Any] = {"d_model": protocol.d_model, "d_ff": protocol.d_ff, "n_layers": protocol.layers, "n_heads": protocol.heads}
     model = Transformer(ModelConfig(layers=("full",), **shape), BYTES)
     init_weights(model, seed)
     return model

@@ -75,7 +75,7 @@ def published_shapes() -> list[dict[str, Any]]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = []
     for preset in get_args(Preset):
-        rank = {"rank": 512} if "rank" in READ.get(preset, ()) and preset != "apollo_mini" else {}
+        rank: dict[str, Any] = {"rank": 512} if "rank" in READ.get(preset, ()) and preset != "apollo_mini" else {}
         of_all = plan(build_optimizer(model, preset=preset, **rank))
         held, planned = sum(row.measured_bytes for row in of_all), sum(row.planned_bytes for row in of_all)
         rows.append({"preset": preset, "parameters": parameters, "state_bytes": held, "planned_bytes": planned})
