@@ -17,7 +17,12 @@ from typing import Any
 
 HOME = Path(__file__).resolve().parent
 ROOMS = ("trainer", "parallel", "memory_mgmt", "optim", "models", "slurm")
-HIDDEN = {"_rank": "trainer.commands.train:run_rank"}
+HIDDEN = {
+    "_rank": "trainer.commands.train:run_rank",
+    "_job_rank": "trainer.commands.job_rank:run_job_rank",
+    "_job_start": "slurm.commands:job_start",
+    "_job_end": "slurm.commands:job_end",
+}
 """What longstride starts for itself: the name of a function that is given the remaining words."""
 
 
@@ -115,7 +120,29 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(resume)
     _add_overrides(resume, "settings to change, such as train.steps=400 or parallel.cp=4; others are refused")
     _add_nproc(resume)
-    resume.set_defaults(run="trainer.commands.train:resume")
+    resume.add_argument(
+        "--allow", metavar="KEY", nargs="+", default=[], help="settings that may change although they change the experiment"
+    )
+    resume.add_argument(
+        "--submit",
+        dest="run",
+        action="store_const",
+        const="slurm.submit:resubmit",
+        default="trainer.commands.train:resume",
+        help="as a Slurm job; options not given are those of the run's last job",
+    )
+    _add_job(resume)
+
+    submit = verbs.add_parser("submit", help="plan a configuration and queue it as a Slurm job that resumes by itself")
+    _add_config(submit)
+    _add_job(submit)
+    submit.add_argument("--dry-run", action="store_true", help="print the job script; write and queue nothing")
+    submit.set_defaults(run="slurm.submit:submit")
+
+    cancel = verbs.add_parser("cancel", help="end a run's Slurm job, saved")
+    _add_run(cancel)
+    cancel.add_argument("--now", action="store_true", help="do not wait for the step and the checkpoint")
+    cancel.set_defaults(run="slurm.commands:cancel")
 
     plan = verbs.add_parser("plan", help="show the memory one rank will need, without running anything")
     _add_config(plan)
@@ -135,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
     runs = verbs.add_parser("runs", help="list runs and how they stand")
     _add_run(runs, nargs="?")
-    runs.set_defaults(run="trainer.commands.runs:list_runs")
+    runs.set_defaults(run="slurm.commands:list_runs")
 
     evaluate = verbs.add_parser("eval", help="perplexity of a run's checkpoint on held-out data")
     _add_run(evaluate)
@@ -163,6 +190,21 @@ def _add_run(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
 
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine; must equal the product of the degrees")
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    job = parser.add_argument_group("of a Slurm job", "defaults: ~/.config/longstride/site.yaml, see docs/slurm.md")
+    job.add_argument("--device", help="what the nodes compute on, for the plan: h100, a100, cpu, ...")
+    job.add_argument("--nodes", type=int, metavar="N", help="nodes that share the ranks evenly")
+    for option, meaning in (
+        ("--time", "time limit of one job, such as 24:00:00"),
+        ("--partition", "partition"),
+        ("--qos", "quality of service"),
+        ("--account", "account"),
+        ("--dependency", "such as afterok:1234"),
+    ):
+        job.add_argument(option, metavar=option[2:].upper(), help=meaning)
+    job.add_argument("--force", action="store_true", help="queue a run that does not fit by its plan")
 
 
 if __name__ == "__main__":

@@ -142,16 +142,16 @@ def mesh_for(config: RunConfig, device: torch.device) -> Mesh | None:
     return build_mesh(ParallelDims.from_config(config.parallel, dist.get_world_size()), device.type)
 
 
-def train(config: RunConfig, run_dir_path: Path | str, resume: bool) -> int:
+def train(config: RunConfig, run_dir_path: Path | str, resume: bool, stop: StopSignal | None = None) -> int:
     """Train on this rank until the end or a stop signal; every rank of the run calls this. Returns the exit code.
 
-    When there is more than one rank the process group is initialised before; ``memory_plan.json`` is written. Raises
-    UserError before anything is changed in the run directory, RunFailed afterwards.
+    When there is more than one rank the process group is initialised before; ``memory_plan.json`` is written. ``stop`` None: it
+    stops for signals only. Raises UserError before anything is changed in the run directory, RunFailed afterwards.
     """
     run_dir = RunDir(run_dir_path)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     with contextlib.ExitStack() as cleanup:
-        stop = cleanup.enter_context(StopSignal())
+        stop = cleanup.enter_context(stop or StopSignal())
         if is_main:
             cleanup.enter_context(run_dir.lock())
         trainer = _build_trainer(config, run_dir, stop, resume, is_main, cleanup)

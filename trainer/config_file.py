@@ -86,6 +86,11 @@ def resolve(path: Path | str | None, overrides: Sequence[str] = ()) -> RunConfig
         raise UserError(_explain(error, path, text, from_command_line)) from None
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of another YAML file, read as guardedly as a config. Raises UserError naming file and line."""
+    return _load_file(_read(path), path)
+
+
 def dump(config: RunConfig) -> str:
     """Every setting as YAML that ``resolve`` reads back equal; ends with a newline."""
     return "\n".join(_dump_section(config, "")) + "\n"

@@ -52,6 +52,8 @@ class StopSignal:
         """``poll``: called on every rank in ``agreed``, gives a signal number or 0; for a flag file that a batch script
         touches when the warning comes before Python can catch it (give it to rank 0 only)."""
         self.signal_number = 0
+        self.agreed_number = 0
+        """Signal that all ranks last agreed on in ``agreed``; 0 if none."""
         self._poll = poll
         self._force_after_seconds = force_after_seconds
         self._first_time = 0.0
@@ -87,10 +89,12 @@ class StopSignal:
         import torch.distributed as dist
 
         if not (dist.is_available() and dist.is_initialized()):
+            self.agreed_number = self.signal_number
             return StopRequest(self.signal_number, failed)
         on_cpu = "gloo" in str(dist.get_backend_config(group)) or "mpi" in str(dist.get_backend_config(group))
         device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
         request = torch.tensor([self.signal_number, int(failed)], dtype=torch.int32, device=device)
         dist.all_reduce(request, op=dist.ReduceOp.MAX, group=group)
         number, any_failed = request.tolist()
+        self.agreed_number = number
         return StopRequest(number, bool(any_failed))

@@ -4,6 +4,8 @@ experiment under the same name. Imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from models.errors import UserError
 from trainer.config import RunConfig
 from trainer.config_file import changed_keys, value_of
@@ -26,15 +28,22 @@ LAWFUL_KEYS = (
 )
 
 
-def check(old: RunConfig, new: RunConfig) -> None:
-    """Raise UserError naming every changed setting that would make the resumed run another experiment."""
-    unlawful = [key for key in changed_keys(old, new) if not key.startswith(LAWFUL_SECTIONS) and key not in LAWFUL_KEYS]
+def check(old: RunConfig, new: RunConfig, allowed: Sequence[str] = ()) -> None:
+    """Raise UserError naming every changed setting that would make the resumed run another experiment.
+
+    ``allowed``: settings that a person lets change all the same. What a checkpoint does not fit is refused when it is loaded.
+    """
+    changed = changed_keys(old, new)
+    idle = [key for key in allowed if key not in changed]
+    if idle:
+        raise UserError(f"--allow {idle[0]}: this setting is not changed; give it as {idle[0]}=value too")
+    unlawful = [key for key in changed if not key.startswith(LAWFUL_SECTIONS) and key not in LAWFUL_KEYS and key not in allowed]
     if unlawful:
         changes = ", ".join(f"{key} ({value_of(old, key)} -> {value_of(new, key)})" for key in unlawful)
         raise UserError(
             f"resume: {changes} would change the experiment under the same name\n"
             f"may change: train.steps, {', '.join(section + '*' for section in LAWFUL_SECTIONS)} and how it runs; "
-            "for anything else start a new run with longstride train"
+            f"for anything else start a new run, or insist: {' '.join(f'--allow {key}' for key in unlawful)}"
         )
     if old.global_batch_sequences != new.global_batch_sequences:
         per_pass = new.global_batch_sequences // new.train.grad_accum

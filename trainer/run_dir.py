@@ -24,8 +24,10 @@ from typing import Any, Literal
 
 from models.errors import UserError
 
-Status = Literal["running", "stopped", "done", "failed"]
+Status = Literal["queued", "running", "stopped", "done", "failed"]
 ROOMS = ("trainer", "parallel", "memory_mgmt", "optim", "models", "slurm")
+SOURCES = (".py", ".cpp", ".html", ".js", ".sbatch")
+"""Files of the rooms that a run needs."""
 STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -178,9 +180,15 @@ class RunDir:
         """Snapshot of the source that ran."""
         return self.path / "code"
 
-    def log(self, global_rank: int) -> Path:
-        """Output of one rank."""
-        return self.logs / f"rank_{global_rank}.log"
+    @property
+    def slurm(self) -> Path:
+        """Job script, job ids, attempts, output of the script."""
+        return self.path / "slurm"
+
+    def log(self, global_rank: int, attempt: int | None = None) -> Path:
+        """Output of one rank; ``attempt``: of one start by Slurm, which has logs of its own."""
+        folder = self.logs if attempt is None else self.logs / f"attempt_{attempt:03d}"
+        return folder / f"rank_{global_rank}.log"
 
     def checkpoint(self, step: int) -> Path:
         """Directory of a published checkpoint."""
@@ -255,12 +263,15 @@ class RunDir:
             return None
 
     def snapshot_code(self, source: Path | None = None) -> int:
-        """Copy the rooms' .py files to ``code/`` and return their number; ``source`` is the folder that holds the rooms.
+        """Copy the rooms' sources to ``code/`` and return their number; ``source`` is the folder that holds the rooms.
 
-        An earlier snapshot is replaced: it tells which code ran last.
+        An earlier snapshot is replaced: it tells which code ran last. A job that runs from its snapshot keeps it.
         """
         root = source or Path(__file__).resolve().parent.parent
-        files = [root / "longstride.py", *(file for room in ROOMS for file in sorted((root / room).rglob("*.py")))]
+        if self.code.exists() and root.samefile(self.code):
+            return 0
+        rooms = [file for room in ROOMS for file in sorted((root / room).rglob("*")) if file.suffix in SOURCES]
+        files = [root / "longstride.py", *rooms]
         shutil.rmtree(self.code, ignore_errors=True)
         copied = 0
         for file in files:

@@ -23,13 +23,18 @@ def refuse_existing(path: Path) -> None:
         RunDir(path).create()  # says what is in the way
 
 
+def new_run(config: RunConfig, name: str) -> tuple[RunDir, RunConfig]:
+    """Where a new run will be, and ``config`` with its name: run.name, or else ``name`` and the time. Makes nothing."""
+    name = config.run.name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = with_values(config, "run", name=name)
+    return RunDir(Path(config.run.root) / name), config
+
+
 def open_run(config: RunConfig, run_dir: RunDir | None, name: str, plan: MemoryPlan | None) -> RunDir:
     """Make the directory of a new run, or note in an old one with which settings and ``plan`` (None: its own) it goes on."""
 
     if run_dir is None:
-        name = config.run.name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        config = with_values(config, "run", name=name)
-        run_dir = RunDir(Path(config.run.root) / name)
+        run_dir, config = new_run(config, name)
         run_dir.create()
     text = config_file.dump(config)
     with run_dir.lock():

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from memory_mgmt.plan import MemoryPlan
-from models.errors import RunFailed
+from models.errors import RunFailed, UserError
 from parallel.dims import ParallelDims
 from parallel.distributed import (
     Env,
@@ -47,11 +47,14 @@ def train(args: argparse.Namespace) -> int:
 
 
 def resume(args: argparse.Namespace) -> int:
-    """``longstride resume``."""
+    """``longstride resume`` on this machine; ``slurm/submit.py`` has ``--submit``."""
+    of_a_job = [name for name in ("device", "nodes", "time", "partition", "qos", "account", "dependency", "force") if getattr(args, name)]
+    if of_a_job:
+        raise UserError(f"--{of_a_job[0]}: is of a Slurm job; add --submit, or leave it out to train on this machine")
     run_dir = find_run(args.name, args.root)
     old = config_file.resolve(run_dir.config)
     new = config_file.resolve(run_dir.config, args.overrides)
-    resume_rules.check(old, new)
+    resume_rules.check(old, new, args.allow)
     return _start(new, run_dir, run_dir.name, args.nproc)
 
 
@@ -81,11 +84,11 @@ def _settled_by_one(config: RunConfig, ranks: int | None, env: Env) -> RunConfig
     """``settle``; among ranks that a launcher started rank 0 chooses."""
     if not env.is_rank or not open_settings(config):
         return settle(config, None, ranks)
-    _join(config, env)
+    join_ranks(config, env)
     return on_one_rank(env, lambda: settle(config, None, ranks))
 
 
-def _join(config: RunConfig, env: Env) -> None:
+def join_ranks(config: RunConfig, env: Env) -> None:
     """Become one of the ranks: device, threads, process group."""
     device = select_device(config.train.device, env)
     use_threads(config.train.threads_per_rank, env)
@@ -95,7 +98,7 @@ def _join(config: RunConfig, env: Env) -> None:
 def _train_on_local_ranks(config: RunConfig, run_dir: RunDir | None, name: str, plan: MemoryPlan | None, ranks: int, env: Env) -> int:
     if env.accelerate is not None and env.accelerate.use_cpu:
         print(f"accelerate launch started one process without GPUs; longstride starts the {ranks} ranks", file=sys.stderr)
-    _prepare(config)
+    prepare_data(config)
     resume = run_dir is not None
     run_dir = open_run(config, run_dir, name, plan)
     for attempt in range(1 + (REPLANS if config.memory.replan_on_oom else 0)):
@@ -130,8 +133,8 @@ def _train_here(config: RunConfig, run_dir: RunDir | None, name: str, plan: Memo
     from trainer import build
 
     resume = run_dir is not None
-    _join(config, env)
-    on_one_rank(env, lambda: _prepare(config), per_machine=True)
+    join_ranks(config, env)
+    on_one_rank(env, lambda: prepare_data(config), per_machine=True)
     run_dir = on_one_rank(env, lambda: open_run(config, run_dir, name, plan))
     with drawn(run_dir, tell) if env.rank == 0 else contextlib.nullcontext():
         code = build.train(reload(run_dir), run_dir.path, resume)
@@ -150,7 +153,7 @@ def run_rank(path: str, launcher_pid: str, how: str) -> int:
         from trainer import build
 
         config = reload(run_dir)
-        _join(config, env)
+        join_ranks(config, env)
         code = build.train(config, run_dir.path, how == "resume")
         end_distributed()
         return code
@@ -158,7 +161,7 @@ def run_rank(path: str, launcher_pid: str, how: str) -> int:
     return guarded(train, log, debug=True)
 
 
-def _prepare(config: RunConfig) -> None:
+def prepare_data(config: RunConfig) -> None:
     """Check and tokenise the data, with a progress bar on a terminal."""
     from trainer.data.build import prepare
 

@@ -1,0 +1,149 @@
+"""What happened each time Slurm started a run, and what its job does next. Imports no torch.
+
+``slurm/attempts.jsonl`` in the run directory has one line for the start of an attempt and one for its end; every rank leaves a note
+when it ends by itself (``trainer/rank_notes.py``). The batch script calls ``start`` and ``end`` and does what they answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.errors import RunFailed
+from slurm.submission import read_submission
+from trainer import config_file
+from trainer.rank_notes import RankNote, read_notes
+from trainer.run_dir import RunDir
+
+DONE = "done"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the batch script does when the ranks have ended."""
+
+    word: str
+    """done: exit 0; requeue: start again; wait: be ended by Slurm; cancel: end this job; fail: exit 1."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.reason}"
+
+
+def start(run_dir: RunDir, job_id: str, nodes: str) -> str:
+    """Note the beginning of an attempt; its number, or ``DONE`` when the run has all its steps.
+
+    Raises RunFailed when the job has been started too often without getting further.
+    """
+    state = run_dir.read_state()
+    steps = config_file.resolve(run_dir.config).train.steps
+    if state is not None and state.status == "done" and state.step >= steps:
+        return DONE
+    records = read_records(run_dir)
+    saved = _saved_step(run_dir)
+    limit = read_submission(run_dir).idle_attempts
+    idle = _idle_attempts(records, job_id, saved)
+    if idle >= limit:
+        last = next((record["reason"] for record in reversed(records) if "reason" in record), "it left no reason")
+        reason = f"{idle} attempts in a row brought no new checkpoint after step {saved}; the last one: {last}"
+        run_dir.write_state("failed", step=saved, reason=f"not requeued any more: {reason}")
+        raise RunFailed(f"{reason}\nlogs: {run_dir.logs}; when the cause is gone: longstride resume {run_dir.path} --submit")
+    number = 1 + max((record["attempt"] for record in records), default=0)
+    _append(run_dir, {"attempt": number, "job": job_id, "nodes": nodes, "saved_step": saved, "started": time.time()})
+    return str(number)
+
+
+def end(run_dir: RunDir, job_id: str, attempt: int, exit_code: int) -> Decision:
+    """Note the end of an attempt and decide what its job does now. ``exit_code``: of the ranks' launcher."""
+    decision = decide(read_notes(run_dir, attempt), exit_code, cancelled=cancel_marker(run_dir, job_id).exists())
+    saved = _saved_step(run_dir)
+    _append(run_dir, {"attempt": attempt, "job": job_id, "ended": time.time(), "saved_step": saved, **_as_dict(decision)})
+    if decision.word == "requeue" and exit_code:  # the ranks could not write why they ended
+        run_dir.write_state("stopped", step=saved, reason=f"{decision.reason}; requeued")
+    return decision
+
+
+def decide(notes: dict[int, RankNote], exit_code: int, *, cancelled: bool = False) -> Decision:
+    """From what the ranks left to what the job does; pure.
+
+    A rank that refuses (bad settings, a loss that is not finite) would refuse again: the job fails. Ranks that were lost may find a
+    better node: the job is requeued. Asked by SIGTERM, the job is not ours any more: Slurm cancels or requeues it.
+    """
+    refused = [note for note in notes.values() if note.refused]
+    if refused:
+        return Decision("fail", refused[0].reason)
+    first = notes.get(0)
+    if exit_code == 0 and first is not None and first.code == 0:
+        return Decision("done", "all steps are done")
+    if exit_code == 0 and first is not None and first.signal_number:
+        name = signal.Signals(first.signal_number).name
+        if cancelled:
+            return Decision("cancel", f"saved at step {first.step}, as longstride cancel asked")
+        if first.signal_number == signal.SIGTERM:
+            return Decision("wait", f"saved at step {first.step} after {name}")
+        return Decision("requeue", f"saved at step {first.step} after {name}")
+    told = [f"rank {rank}: {note.reason}" for rank, note in sorted(notes.items()) if note.reason]
+    reason = told[0] if told else f"ranks were killed (exit code {exit_code})"
+    return Decision("cancel" if cancelled else "requeue", reason)
+
+
+def cancel_marker(run_dir: RunDir, job_id: str) -> Path:
+    """A file that says that ``longstride cancel`` asked this job to save and end."""
+    return run_dir.slurm / f"cancel_{job_id}"
+
+
+def read_records(run_dir: RunDir) -> list[dict[str, Any]]:
+    """All starts and ends of attempts, oldest first; a torn line is left out."""
+    try:
+        lines = (run_dir.slurm / "attempts.jsonl").read_bytes().splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("attempt"), int):
+            records.append(record)
+    return records
+
+
+def _idle_attempts(records: list[dict[str, Any]], job_id: str, saved: int) -> int:
+    """The job's latest attempts in a row that began at the checkpoint step ``saved``, which is still the newest."""
+    starts = [record for record in records if record.get("job") == job_id and "started" in record]
+    count = 0
+    for record in reversed(starts):
+        if record.get("saved_step") != saved:
+            break
+        count += 1
+    return count
+
+
+def _saved_step(run_dir: RunDir) -> int:
+    steps = run_dir.checkpoint_steps()
+    return steps[-1] if steps else 0
+
+
+def _as_dict(decision: Decision) -> dict[str, str]:
+    return {"decision": decision.word, "reason": decision.reason}
+
+
+def _append(run_dir: RunDir, record: dict[str, Any]) -> None:
+    with (run_dir.slurm / "attempts.jsonl").open("ab") as stream:
+        if stream.tell() and not _ends_line(run_dir.slurm / "attempts.jsonl"):
+            stream.write(b"\n")  # the one before was torn
+        stream.write((json.dumps(record) + "\n").encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"

@@ -1,0 +1,72 @@
+"""Slurm's own commands, called with lists of arguments (never through a shell) and with a time limit. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.errors import UserError
+
+TIMEOUT_SECONDS = 30.0
+_FIELDS = "%i|%T|%N|%r|%k"
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """One line of squeue."""
+
+    id: str
+    state: str
+    """PENDING, RUNNING, COMPLETING, CANCELLED, ..."""
+    nodes: str
+    reason: str
+    comment: str
+
+
+def has_slurm() -> bool:
+    """Whether Slurm's commands are on PATH."""
+    return shutil.which("squeue") is not None
+
+
+def sbatch(script: Path) -> str:
+    """Submit ``script``; the job id. Raises UserError with Slurm's own words."""
+    answer = _call(["sbatch", "--parsable", "--", str(script)])
+    match = re.match(r"(\d+)(;|$)", answer.strip())
+    if match is None:
+        raise UserError(f"sbatch: cannot read the job id in its answer: {answer.strip()[:200]!r}; see squeue --me")
+    return match[1]
+
+
+def queue(ids: Sequence[str] | None = None, timeout: float = TIMEOUT_SECONDS) -> list[QueuedJob]:
+    """The user's jobs that are queued or running (``ids``: only those of them). Raises UserError when Slurm does not answer."""
+    lines = _call(["squeue", "--me", "--noheader", f"--format={_FIELDS}"], timeout).splitlines()
+    rows = [line.split("|", 4) for line in lines]
+    jobs = [QueuedJob(*(field.strip() for field in row)) for row in rows if len(row) == 5]
+    return jobs if ids is None else [job for job in jobs if job.id in ids]
+
+
+def cancel(job_id: str) -> None:
+    """End a job, queued or running."""
+    _call(["scancel", "--", job_id])
+
+
+def warn(job_id: str) -> None:
+    """Send the batch script of a running job the signal that comes before a time limit."""
+    _call(["scancel", "--batch", "--signal=USR1", "--", job_id])
+
+
+def _call(command: list[str], timeout: float = TIMEOUT_SECONDS) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace", stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]}: not found; is this a machine with Slurm? longstride train runs without it") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]}: no answer in {timeout:.0f} s; is Slurm's controller up? (scontrol ping)") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UserError(f"{command[0]}: {said.removeprefix(f'{command[0]}: error: ')}")
+    return done.stdout

@@ -1,0 +1,100 @@
+"""What is the same for every job of a cluster: ``~/.config/longstride/site.yaml``. Imports no torch.
+
+A value given on the command line wins. Secrets have no place in it: what Slurm exports, and what stands in a script, other people
+and backups can read.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from platformdirs import user_config_dir
+from pydantic import Field, ValidationError, field_validator
+
+from models.config import PositiveInt, Section
+from models.errors import UserError
+from trainer.config_file import read_mapping
+
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_KEY|_KEY$|^KEY$|AUTH", re.IGNORECASE)
+"""Names of variables that hold secrets as a rule."""
+
+
+class Site(Section):
+    """Defaults of one cluster."""
+
+    device: str | None = None
+    """What the nodes compute on, as for longstride plan --device: h100, a100, cpu, ..."""
+    ranks_per_node: PositiveInt | None = None
+    """Ranks on one node where --nodes is not given: GPUs of a node."""
+    partition: str | None = None
+    """sbatch --partition."""
+    account: str | None = None
+    """sbatch --account."""
+    qos: str | None = None
+    """sbatch --qos."""
+    time: str | None = None
+    """sbatch --time."""
+    cpus_per_node: PositiveInt | None = None
+    """sbatch --cpus-per-task, of the one task on each node."""
+    mem: str | None = None
+    """sbatch --mem, per node."""
+    sbatch: tuple[str, ...] = ()
+    """Further options, one each: "--constraint=h100"."""
+    modules: tuple[str, ...] = ()
+    """Environment modules to load."""
+    environment: dict[str, str] = {}
+    """Variables set in the job. No secrets: they would be written into the run directory."""
+    export: tuple[str, ...] = ("HOME", "USER", "LANG", "PATH")
+    """Names of the variables that sbatch takes along from where longstride submit is called; nothing else is."""
+    setup: tuple[str, ...] = ()
+    """Lines of bash, run as they are on the first node before training; "source ~/.secrets" is the place for tokens."""
+    rendezvous_host: str | None = None
+    """Name by which all nodes reach the first one; null: its own host name."""
+    warn_seconds: PositiveInt = 120
+    """How long before the time limit the run is saved and requeued; at least twice a step and a save."""
+    idle_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    """Attempts in a row without a new checkpoint after which a run is no longer requeued."""
+
+    @field_validator("environment", "export")
+    @classmethod
+    def _check_names(cls, names: dict[str, str] | tuple[str, ...]) -> dict[str, str] | tuple[str, ...]:
+        for name in names:
+            if not VARIABLE.fullmatch(name):
+                raise ValueError(f"'{name}' is not the name of a variable")
+            if SECRET.search(name):
+                raise ValueError(
+                    f"{name} looks like a secret, and others can read Slurm's records; load it in the job: setup: [source FILE]"
+                )
+        return names
+
+    @field_validator("sbatch")
+    @classmethod
+    def _check_options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.*)?", option):
+                raise ValueError(f"'{option}' is not an option such as --constraint=h100")
+        return options
+
+
+def site_path() -> Path:
+    """Where a user's defaults are looked for."""
+    return Path(user_config_dir("longstride")) / "site.yaml"
+
+
+def read_site(path: Path | None = None) -> Site:
+    """The settings of ``path`` (None: the user's own file, if there is one). Raises UserError naming file and key."""
+    if path is None:
+        path = site_path()
+        if not path.exists():
+            return Site()
+    values = read_mapping(path)
+    try:
+        return Site.model_validate({key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        known = f"; known keys: {', '.join(Site.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise UserError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}{known}") from None

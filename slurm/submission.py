@@ -1,0 +1,51 @@
+"""What a run remembers of its submission: ``slurm/submission.json``. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from models.errors import UserError
+from trainer.run_dir import RunDir, write_atomic
+
+
+@dataclass(frozen=True)
+class Submission:
+    """How a run was given to Slurm, last time."""
+
+    token: str
+    """In the comment of its jobs: an id that Slurm gave again to another job is told by it."""
+    job_id: str
+    """Empty until sbatch has answered."""
+    idle_attempts: int
+    """Attempts in a row without a new checkpoint after which it is no longer requeued."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Command-line options by name; a resubmission repeats them."""
+
+
+def write_submission(run_dir: RunDir, submission: Submission) -> None:
+    """Replace the record."""
+    run_dir.slurm.mkdir(exist_ok=True)
+    write_atomic(run_dir.slurm / "submission.json", (json.dumps(dataclasses.asdict(submission), indent=1) + "\n").encode())
+
+
+def has_submission(run_dir: RunDir) -> bool:
+    """Whether the run was ever given to Slurm."""
+    return (run_dir.slurm / "submission.json").is_file()
+
+
+def read_submission(run_dir: RunDir) -> Submission:
+    """The record. Raises UserError when the run was never submitted or the record cannot be read."""
+    path = run_dir.slurm / "submission.json"
+    try:
+        record = json.loads(path.read_bytes())
+        options = record["options"]
+        if not isinstance(options, dict):
+            raise TypeError
+        return Submission(str(record["token"]), str(record["job_id"]), int(record["idle_attempts"]), options)
+    except FileNotFoundError:
+        raise UserError(f"run {run_dir.path} was not given to Slurm: longstride submit CONFIG, or longstride resume RUN --submit") from None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: cannot be read; remove it, and submit the run anew with longstride resume RUN --submit") from None

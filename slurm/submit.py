@@ -1,0 +1,156 @@
+"""``longstride submit`` and ``resume --submit``: plan first, then the run directory with script and code, then sbatch. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from memory_mgmt.plan import MemoryPlan, gib, refusal
+from models.errors import UserError
+from parallel.dims import ParallelDims
+from slurm import client
+from slurm.script import Job, render
+from slurm.site import Site, read_site
+from slurm.submission import Submission, has_submission, read_submission, write_submission
+from trainer import config_file, resume_rules
+from trainer.commands.open_run import kept_plan, new_run, open_run, refuse_existing, settle, with_values
+from trainer.commands.places import HOME, find_run
+from trainer.config import RunConfig
+from trainer.planning import plan_run
+from trainer.run_dir import RunDir, write_atomic
+
+REPEATED = ("nodes", "time", "partition", "qos", "account", "device")
+"""Options that a resubmission repeats; a dependency belongs to one submission."""
+
+
+def submit(args: argparse.Namespace) -> int:
+    """``longstride submit``."""
+    path = config_file.find(args.config, HOME / "configs")
+    config = config_file.resolve(path, args.overrides)
+    if config.run.name is not None:
+        refuse_existing(Path(config.run.root) / config.run.name)
+    site = read_site()
+    options = _options(args, {})
+    config, plan = _planned(config, options, site, args.force)
+    if args.dry_run:
+        run_dir, _ = new_run(config, path.stem)
+        print(render(_job(config, options, site, run_dir, "dry-run"), site), end="")
+        return 0
+    run_dir = open_run(config, None, path.stem, plan)
+    return _give_to_slurm(run_dir, config, options, site)
+
+
+def resubmit(args: argparse.Namespace) -> int:
+    """``longstride resume RUN --submit``: the same run in a new job, with the options of its last one unless others are given."""
+    run_dir = find_run(args.name, args.root)
+    if args.nproc is not None:
+        raise UserError("--nproc starts ranks on this machine; with --submit say --nodes")
+    old = config_file.resolve(run_dir.config)
+    new = config_file.resolve(run_dir.config, args.overrides)
+    resume_rules.check(old, new, args.allow)
+    site = read_site()
+    before = read_submission(run_dir) if has_submission(run_dir) else None
+    options = _options(args, before.options if before else {})
+    if before and (job := _live_job(before)):
+        raise UserError(f"run {run_dir.name} has a job: {job.id} is {job.state}; end it first with longstride cancel {run_dir.name}")
+    config, plan = _planned(new, options, site, args.force, run_dir)
+    open_run(config, run_dir, run_dir.name, plan)
+    return _give_to_slurm(run_dir, config, options, site)
+
+
+def _options(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in (*REPEATED, "dependency")}
+    kept = {name: before.get(name) for name in REPEATED}
+    return {**kept, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _planned(
+    config: RunConfig, options: dict[str, Any], site: Site, force: bool, run_dir: RunDir | None = None
+) -> tuple[RunConfig, MemoryPlan | None]:
+    """The settings with every ``auto`` chosen and the plan for the nodes' device; plan None: the run's own holds on.
+
+    Raises UserError when the step does not fit there, unless ``force``.
+    """
+    device = options.get("device") or site.device or ("cpu" if config.train.device == "cpu" else None)
+    if device is None:
+        raise UserError("--device: say what the nodes compute on, such as h100 or cpu, here or as 'device' in site.yaml (docs/slurm.md)")
+    config = with_values(config, "train", device="cpu" if device.lower() == "cpu" else "cuda")
+    config = settle(config, device, None)
+    if run_dir is not None and kept_plan(config, run_dir):
+        return config, None
+    plan = plan_run(config, device)
+    print(f"planned peak of a rank on {plan.device}: {gib(plan.measurable_peak_bytes)}", file=sys.stderr, flush=True)
+    if not plan.fits:
+        if not force:
+            raise UserError(f"{refusal(plan)}\nnothing was queued; --force queues it all the same")
+        print("warning: by its plan this run does not fit; queued all the same (--force)", file=sys.stderr)
+    return config, plan
+
+
+def _job(config: RunConfig, options: dict[str, Any], site: Site, run_dir: RunDir, token: str) -> Job:
+    ranks = ParallelDims.from_config(config.parallel).world_size
+    nodes = options.get("nodes") or max(1, -(-ranks // (site.ranks_per_node or ranks)))
+    if nodes < 1 or ranks % nodes:
+        raise UserError(f"--nodes: {ranks} ranks (the degrees under parallel) cannot be shared evenly by {nodes} nodes; choose a divisor")
+    asked = {name: options.get(name) or getattr(site, name) for name in ("time", "partition", "qos", "account")}
+    return Job(
+        name=run_dir.name,
+        token=token,
+        run=run_dir.path.resolve(),
+        longstride=run_dir.code.resolve() / "longstride.py",
+        python=sys.executable,
+        submit_dir=Path.cwd(),
+        nodes=nodes,
+        ranks_per_node=ranks // nodes,
+        gpus=config.train.device == "cuda",
+        dependency=options.get("dependency"),
+        cpus_per_node=site.cpus_per_node,
+        mem=site.mem,
+        **asked,
+    )
+
+
+def _give_to_slurm(run_dir: RunDir, config: RunConfig, options: dict[str, Any], site: Site) -> int:
+    """Write the script, queue it, remember the job. The record is written before: a crash in between leaves a token to find it by."""
+    token = secrets.token_hex(8)
+    script = run_dir.slurm / "job.sbatch"
+    run_dir.slurm.mkdir(exist_ok=True)
+    write_atomic(script, render(_job(config, options, site, run_dir, token), site).encode())
+    kept = {name: options[name] for name in REPEATED if options.get(name) is not None}
+    submission = Submission(token, "", site.idle_attempts, kept)
+    write_submission(run_dir, submission)
+    state = run_dir.read_state()
+    step, total = (state.step if state else 0), config.train.steps
+    try:
+        job_id = client.sbatch(script)
+    except UserError as error:
+        run_dir.write_state("failed", step=step, total_steps=total, reason=f"not queued: {error}")
+        again = f"nothing was queued; when the cause is gone: longstride resume {shlex.quote(str(run_dir.path))} --submit"
+        raise UserError(f"{error}\n{again}") from None
+    write_submission(run_dir, replace(submission, job_id=job_id))
+    run_dir.write_state("queued", step=step, total_steps=total, reason=f"job {job_id}")
+    _tell(run_dir, job_id)
+    return 0
+
+
+def _live_job(submission: Submission) -> client.QueuedJob | None:
+    """The submission's job while Slurm knows it."""
+    if not client.has_slurm():
+        return None
+    return next((job for job in client.queue() if submission.token in job.comment), None)
+
+
+def _tell(run_dir: RunDir, job_id: str) -> None:
+    run = shlex.quote(os.path.relpath(run_dir.path))
+    print(
+        f"job {job_id} queued: run {run_dir.path}\n"
+        "it is saved and requeued before its time limit and after preemption, and resumes by itself until all steps are done\n"
+        f"next:\n  longstride runs --root {shlex.quote(os.path.relpath(run_dir.path.parent))}\n  tail -F {run}/slurm/job_{job_id}.log\n"
+        f"  longstride cancel {run}"
+    )
