@@ -120,9 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(resume)
     _add_overrides(resume, "settings to change, such as train.steps=400 or parallel.cp=4; others are refused")
     _add_nproc(resume)
-    resume.add_argument(
-        "--allow", metavar="KEY", nargs="+", default=[], help="settings that may change although they change the experiment"
-    )
+    resume.add_argument("--allow", metavar="KEY", action="append", default=[], help="let this setting change the experiment; repeatable")
     resume.add_argument(
         "--submit",
         dest="run",
@@ -163,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
     runs = verbs.add_parser("runs", help="list runs and how they stand")
     _add_run(runs, nargs="?")
     runs.set_defaults(run="slurm.commands:list_runs")
+
+    monitor = verbs.add_parser("monitor", help="watch one run: loss, speed, memory, the end of its log")
+    _add_run(monitor)
+    monitor.add_argument("--once", action="store_true", help="print once, as in a pipe")
+    monitor.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
+    monitor.set_defaults(run="slurm.monitor:monitor")
 
     evaluate = verbs.add_parser("eval", help="perplexity of a run's checkpoint on held-out data")
     _add_run(evaluate)

@@ -38,11 +38,12 @@ def submit(args: argparse.Namespace) -> int:
     site = read_site()
     options = _options(args, {})
     config, plan = _planned(config, options, site, args.force)
+    run_dir, config = new_run(config, path.stem)
+    script = render(_job(config, options, site, run_dir, "dry-run"), site)  # refuses what cannot be, before anything is written
     if args.dry_run:
-        run_dir, _ = new_run(config, path.stem)
-        print(render(_job(config, options, site, run_dir, "dry-run"), site), end="")
+        print(script, end="")
         return 0
-    run_dir = open_run(config, None, path.stem, plan)
+    open_run(config, None, path.stem, plan)
     return _give_to_slurm(run_dir, config, options, site)
 
 
@@ -60,6 +61,7 @@ def resubmit(args: argparse.Namespace) -> int:
     if before and (job := _live_job(before)):
         raise UserError(f"run {run_dir.name} has a job: {job.id} is {job.state}; end it first with longstride cancel {run_dir.name}")
     config, plan = _planned(new, options, site, args.force, run_dir)
+    render(_job(config, options, site, run_dir, before.token if before else ""), site)
     open_run(config, run_dir, run_dir.name, plan)
     return _give_to_slurm(run_dir, config, options, site)
 
@@ -95,7 +97,8 @@ def _planned(
 
 def _job(config: RunConfig, options: dict[str, Any], site: Site, run_dir: RunDir, token: str) -> Job:
     ranks = ParallelDims.from_config(config.parallel).world_size
-    nodes = options.get("nodes") or max(1, -(-ranks // (site.ranks_per_node or ranks)))
+    nodes = options.get("nodes")
+    nodes = -(-ranks // (site.ranks_per_node or ranks)) if nodes is None else nodes
     if nodes < 1 or ranks % nodes:
         raise UserError(f"--nodes: {ranks} ranks (the degrees under parallel) cannot be shared evenly by {nodes} nodes; choose a divisor")
     asked = {name: options.get(name) or getattr(site, name) for name in ("time", "partition", "qos", "account")}

@@ -33,6 +33,7 @@ class RankNote:
 def write_note(run_dir: RunDir, attempt: int, rank: int, note: RankNote) -> None:
     """Leave ``note``; a full disk does not turn one end into another."""
     with contextlib.suppress(OSError):
+        _path(run_dir, attempt, rank).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(_path(run_dir, attempt, rank), (json.dumps(dataclasses.asdict(note)) + "\n").encode())
 
 

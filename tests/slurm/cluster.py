@@ -51,9 +51,8 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ReturnToService=2
 MailProg=/bin/true
-SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
-KillWait=5
+KillWait=30
 MinJobAge=600
 TCPTimeout=5
 SchedulerType=sched/backfill
@@ -75,7 +74,7 @@ class CannotStart(Exception):
 class Cluster:
     """A running cluster. Give ``env`` to commands that talk to it."""
 
-    def __init__(self, grace_seconds: int = 60) -> None:
+    def __init__(self, grace_seconds: int = 15) -> None:
         self.folder = folder = Path(tempfile.mkdtemp(prefix="longstride-slurm-"))
         folder.chmod(0o711)  # munged wants its socket where everybody may reach it
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCH}

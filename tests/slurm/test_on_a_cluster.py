@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,12 +14,21 @@ import pytest
 
 from slurm.attempts import read_records
 from tests.slurm.cluster import CannotStart, Cluster
-from trainer.run_dir import RunDir
+from trainer.run_dir import RunDir, RunState
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(900)  # a dozen starts of torch, on a machine that may be busy
 SECRET = "canary-5d41402abc4b2a76"
 SMALL = "data.source=jsonl data.path=text.jsonl data.cache_dir=tokens data.seq_len=64 model.d_model=16 model.n_heads=2 model.window=16"
-SETTINGS = [*SMALL.split(), "train.eval_sequences=0", "memory.plan=estimate", "parallel.cp=2", "train.device=cpu", "train.threads_per_rank=1"]
+STEPS = 400
+SETTINGS = [
+    *SMALL.split(),
+    "train.eval_sequences=0",
+    "memory.plan=estimate",
+    "parallel.cp=2",
+    "train.device=cpu",
+    "train.threads_per_rank=1",
+]
 
 
 class Place:
@@ -52,6 +57,12 @@ class Place:
         job = json.loads((run_dir.slurm / "submission.json").read_text())["job_id"]
         assert done.stdout.startswith(f"job {job} queued")
         return run_dir, job
+
+    def resubmit(self, name: str) -> str:
+        """The id of a run's next job."""
+        done = self.longstride("resume", name, "--submit")
+        assert done.returncode == 0, done.stderr
+        return json.loads((self.folder / "runs" / name / "slurm" / "submission.json").read_text())["job_id"]
 
     def wait(self, run_dir: RunDir, job: str, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + 200
@@ -101,18 +112,92 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def uninterrupted(place: Place) -> RunDir:
     """The run that the others are compared with."""
-    done = place.longstride("train", "debug_cpu", "run.name=whole", *SETTINGS, "train.steps=400")
+    done = place.longstride("train", "debug_cpu", "run.name=whole", *SETTINGS, f"train.steps={STEPS}")
     assert done.returncode == 0, done.stderr
     return RunDir(place.folder / "runs" / "whole")
 
 
-def test_warned_before_the_time_limit_it_is_saved_requeued_and_ends_equal(place: Place, uninterrupted: RunDir) -> None:
-    run_dir, job = place.submit("warned", "train.steps=400")
+def state_of(run_dir: RunDir) -> RunState:
+    state = run_dir.read_state()
+    assert state is not None
+    return state
+
+
+def ranks(run_dir: RunDir) -> list[psutil.Process]:
+    """The training processes of a run, wherever Slurm put them."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "_job_rank" in words and str(run_dir.path) in words and "torch.distributed.run" not in words:
+            found.append(process)
+    return found
+
+
+def test_warned_killed_damaged_and_preempted_it_ends_equal(place: Place, uninterrupted: RunDir) -> None:
+    cluster = place.cluster
+    run_dir, job = place.submit("stormy", f"train.steps={STEPS}", "checkpoint.save_every_steps=20")
+
     place.wait_step(run_dir, job, 2)
-    place.cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does at --signal=B:USR1@warn_seconds
-    place.wait(run_dir, job, lambda: place.cluster.restarts(job) == 1, "requeue")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does at --signal=B:USR1@warn_seconds
+    place.wait(run_dir, job, lambda: cluster.restarts(job) == 1, "requeue after the warning")
+    saved = steps(run_dir)[-1]
+    assert run_dir.checkpoint_steps()[-1] == saved
+
+    place.wait_step(run_dir, job, saved + 21)
+    ranks(run_dir)[0].kill()
+    place.wait(run_dir, job, lambda: cluster.restarts(job) == 2, "requeue after a rank was killed")
+    newest = run_dir.checkpoint_steps()[-1]
+    assert newest > saved and newest % 20 == 0
+    shard = max(run_dir.checkpoint(newest).glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+    place.wait(run_dir, job, lambda: (run_dir.checkpoints / f".damaged-step_{newest:08d}").exists(), "damaged checkpoint set aside")
+    place.wait(run_dir, job, lambda: len(state_of(run_dir).reason) == 0 and steps(run_dir)[-1] < STEPS - 5, "running state")
+    high = cluster.run("sbatch", "--parsable", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1").strip()
+    place.wait(run_dir, job, lambda: cluster.restarts(job) == 3, "requeue after preemption")
+
     assert place.wait_state(run_dir, job, "COMPLETED", "FAILED") == "COMPLETED", place.account(run_dir, job)
+    assert cluster.state(high) == "COMPLETED"
     assert losses(run_dir) == losses(uninterrupted)
-    notes = read_records(run_dir)
-    assert [note["decision"] for note in notes if "decision" in note] == ["requeue", "done"]
+    decisions = [record["decision"] for record in read_records(run_dir) if "decision" in record]
+    assert decisions == ["requeue", "requeue", "wait", "done"], place.account(run_dir, job)
     assert {path.name for path in run_dir.logs.glob("attempt_*/*.log")} == {"rank_0.log", "rank_1.log"}
+    assert f"stormy\tdone\t{STEPS}/{STEPS}" in place.longstride("runs").stdout
+    written = [*run_dir.path.rglob("*"), *cluster.folder.rglob("*")]
+    assert not [path for path in written if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+def test_cancelled_stays_cancelled_and_a_loop_without_progress_ends(place: Place) -> None:
+    cluster = place.cluster
+    run_dir, job = place.submit("ended", "train.steps=1000000")
+    place.wait_step(run_dir, job, 1)
+    assert "ended\trunning" in (shown := place.longstride("runs").stdout) and f"job {job} running on n[1-2]" in shown
+    cluster.run("scancel", job)
+    place.wait(run_dir, job, lambda: state_of(run_dir).status == "stopped", "saved state")
+    place.wait(run_dir, job, lambda: "decision" in read_records(run_dir)[-1], "decision")
+    assert read_records(run_dir)[-1]["decision"] == "wait"
+    assert place.wait_state(run_dir, job, "CANCELLED") and cluster.restarts(job) == 0
+    first = run_dir.checkpoint_steps()[-1]
+    place.wait(run_dir, job, lambda: not cluster.run("squeue", "-h").strip(), "empty queue")
+
+    job = place.resubmit("ended")
+    place.wait_step(run_dir, job, first + 1)
+    refused = place.longstride("resume", "ended", "--submit")
+    assert refused.returncode == 2 and f"{job} is RUNNING" in refused.stderr
+    assert place.longstride("cancel", "ended").returncode == 0
+    assert place.wait_state(run_dir, job, "CANCELLED")
+    second = run_dir.checkpoint_steps()[-1]
+    assert second > first and steps(run_dir) == list(range(1, second + 1))
+    place.wait(run_dir, job, lambda: not cluster.run("squeue", "-h").strip(), "empty queue")
+
+    job = place.resubmit("ended")
+    for restarts in (1, 2):
+        place.wait(run_dir, job, lambda: bool(ranks(run_dir)), "ranks")
+        ranks(run_dir)[0].kill()
+        place.wait(run_dir, job, lambda wanted=restarts: cluster.restarts(job) == wanted, f"requeue {restarts}")
+    assert place.wait_state(run_dir, job, "FAILED", "COMPLETED") == "FAILED"
+    state = state_of(run_dir)
+    assert state.status == "failed" and f"2 attempts in a row brought no new checkpoint after step {second}" in state.reason
+    assert "no new checkpoint" in (run_dir.slurm / f"job_{job}.log").read_text()

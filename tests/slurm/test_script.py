@@ -1,0 +1,133 @@
+"""The job script: whatever stands in names, paths and the site file is data to bash; what cannot be data is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.errors import UserError
+from slurm.script import Job, directive, render
+from slurm.site import Site, read_site
+
+JOB = Job("name", "0123", Path("/runs/name"), Path("/runs/name/code/longstride.py"), "/venv/bin/python", Path("/work"), 2, 4, gpus=True)
+NASTY = [
+    "$(touch PWNED)",
+    "`touch PWNED`",
+    "a b",
+    "'; touch PWNED; '",
+    '"; touch PWNED; "',
+    "-rf",
+    "--wrap=x",
+    "\\",
+    "a\\",
+    "%x/%j",
+    "#",
+    "é~*",
+]
+
+
+def told(script: str, folder: Path) -> list[str]:
+    """What bash makes of the values of a script: everything before the first attempt, with cd and export printing their argument."""
+    head = script.split("attempt=$(")[0]
+    prefix = "cd() { printf '%s\\0' \"$2\"; }\nmodule() { printf '%s\\0' \"$2\"; }\n"
+    suffix = '\nprintf "%s\\0" "$run" "$longstride" "$python" "${VALUE:-}"'
+    env = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash"], input=prefix + head + suffix, cwd=folder, env=env, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return done.stdout.split("\0")[:-1]
+
+
+def check(text: str, folder: Path) -> None:
+    path = Path("/" + text)
+    job = dataclasses.replace(
+        JOB, name=text, run=path, longstride=path / "l.py", python=text, submit_dir=path, partition=text, dependency=text
+    )
+    site = Site(environment={"VALUE": text}, modules=(text,), rendezvous_host=text)
+    script = render(job, site)
+    assert told(script, folder) == [str(path), text, str(path), str(path / "l.py"), text, text]
+    assert not list(folder.iterdir())
+    assert all(line.startswith("#SBATCH --") for line in script.splitlines()[2:] if line.startswith("#SBATCH"))
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_nasty_values_are_data(text: str, tmp_path: Path) -> None:
+    check(text, tmp_path)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), min_size=1, max_size=60))
+def test_any_text_is_data(text: str, tmp_path: Path) -> None:
+    check(text, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "bell\a", "nul\0", "cr\r", "\x1b[31m", "next\x85line", "\u2028"])
+def test_control_characters_are_refused_by_name(text: str) -> None:
+    for field in ("name", "partition", "dependency", "python"):
+        with pytest.raises(UserError, match="line break or another character"):
+            render(dataclasses.replace(JOB, **{field: text}), Site())
+    with pytest.raises(UserError, match="site.setup"):
+        render(JOB, Site(setup=(text,)))
+
+
+def test_places_inside_values_are_not_filled() -> None:
+    assert "@RUN@" in render(dataclasses.replace(JOB, python="@RUN@"), Site())
+
+
+def test_the_script_asks_for_what_the_job_needs() -> None:
+    site = Site(sbatch=("--constraint=h100 nvme", "--exclusive"), warn_seconds=300, export=("HOME", "MY_DIR"))
+    script = render(dataclasses.replace(JOB, cpus_per_node=16), site)
+    lines = {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert {
+        '--job-name="name"',
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=4",
+        "--cpus-per-task=16",
+        "--signal=B:USR1@300",
+        "--requeue",
+        '--constraint="h100 nvme"',
+        "--exclusive",
+        '--export="HOME,MY_DIR"',
+        '--chdir="/runs/name"',
+        "--output=slurm/job_%j.log",
+    } <= lines
+    assert "--nproc-per-node=4 " in script
+    assert "gpus" not in render(dataclasses.replace(JOB, gpus=False), Site())
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert directive("--a", 'q"\\') == '--a="q\\"\\\\"'
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("partitoin: gpu", ["partitoin", "known keys", "partition"]),
+        ("environment: {HF_TOKEN: hf_x}", ["environment", "HF_TOKEN looks like a secret", "source FILE"]),
+        ("export: [AWS_SECRET_ACCESS_KEY]", ["export", "looks like a secret"]),
+        ("export: ['HOME;rm']", ["is not the name of a variable"]),
+        ("sbatch: ['constraint=h100']", ["sbatch", "is not an option"]),
+        ("idle_attempts: 0", ["idle_attempts"]),
+        ("warn_seconds: soon", ["warn_seconds"]),
+        ("partition: 3", ["partition"]),
+        ("a: b: c", ["site.yaml:1"]),
+        ("!!python/object/apply:os.system ['touch PWNED']", ["YAML tags"]),
+    ],
+)
+def test_a_bad_site_file_names_the_key(text: str, parts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_site(tmp_path / "site.yaml")
+    for part in ["site.yaml", *parts]:
+        assert part in str(error.value)
+
+
+def test_a_site_file_and_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slurm.site.user_config_dir", lambda name: str(tmp_path / name))
+    assert read_site() == Site()
+    (tmp_path / "longstride").mkdir()
+    (tmp_path / "longstride" / "site.yaml").write_text("device: h100\nmodules: [cuda/12.8]\nenvironment: {NCCL_DEBUG: WARN}\n")
+    assert read_site() == Site(device="h100", modules=("cuda/12.8",), environment={"NCCL_DEBUG": "WARN"})

@@ -1,0 +1,189 @@
+"""submit, resume --submit, cancel and runs against commands that stand in for Slurm's and write down what they were asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longstride import main
+from slurm.submission import read_submission
+from trainer.run_dir import RunDir
+
+SMALL = ["memory.plan=estimate", "parallel.cp=4", "data.seq_len=64", "model.d_model=16", "model.n_heads=2", "model.window=16"]
+SUBMIT = ["submit", "debug_cpu", *SMALL, "--device", "cpu"]
+
+
+class FakeSlurm:
+    """sbatch, squeue and scancel that answer what a test says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("sbatch", "squeue", "scancel"):
+            self.answer(name, "")
+
+    def answer(self, command: str, text: str, code: int = 0) -> None:
+        (self.folder / f"{command}.txt").write_text(text)
+        script = f'#!/bin/sh\nprintf "%s\\n" "$0 $*" >> "$0.calls"\ncat "$0.txt" {">&2" if code else ""}\nexit {code}\n'
+        (self.folder / command).write_text(script)
+        (self.folder / command).chmod(0o755)
+
+    def calls(self, command: str) -> list[str]:
+        path = self.folder / f"{command}.calls"
+        return [line.removeprefix(f"{self.folder}/") for line in path.read_text().splitlines()] if path.exists() else []
+
+    def queue(self, *jobs: tuple[str, str, str, str, str]) -> None:
+        self.answer("squeue", "".join("|".join(job) + "\n" for job in jobs))
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr("slurm.site.user_config_dir", lambda name: str(tmp_path / name))
+    fake = FakeSlurm(tmp_path / "bin")
+    fake.answer("sbatch", "41;cluster\n")
+    return fake
+
+
+def submitted(slurm: FakeSlurm, *more: str) -> RunDir:
+    assert main([*SUBMIT, "run.name=a", *more]) == 0
+    return RunDir("runs/a")
+
+
+def test_a_submitted_run_has_everything_a_job_needs(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = submitted(slurm, "--nodes", "2", "--time", "1-00:00:00", "--partition", "long", "--dependency", "afterok:7")
+    out = capsys.readouterr()
+    assert "job 41 queued" in out.out and "longstride cancel runs/a" in out.out and "planned peak" in out.err
+    assert slurm.calls("sbatch") == ["sbatch --parsable -- runs/a/slurm/job.sbatch"]
+    script = (run_dir.slurm / "job.sbatch").read_text()
+    for line in (
+        '--time="1-00:00:00"',
+        '--partition="long"',
+        '--dependency="afterok:7"',
+        "--nodes=2",
+        f'--chdir="{run_dir.path.resolve()}"',
+    ):
+        assert f"#SBATCH {line}\n" in script
+    assert "--nproc-per-node=2 " in script and "gpus" not in script
+    assert run_dir.config.is_file() and run_dir.memory_plan.is_file()
+    for file in ("longstride.py", "slurm/job.sbatch", "memory_mgmt/timeline_page.html"):
+        assert (run_dir.code / file).is_file()
+    state = run_dir.read_state()
+    assert state is not None and (state.status, state.reason) == ("queued", "job 41")
+    assert read_submission(run_dir).token in script
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SUBMIT, "run.root=my $(touch PWNED) runs", "run.name=a", "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#!/bin/bash\n") and f"run='{Path.cwd()}/my $(touch PWNED) runs/a'" in script
+    assert list(Path.cwd().iterdir()) == [] and slurm.calls("sbatch") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["submit", "debug_cpu", *SMALL], ["--device", "h100 or cpu", "site.yaml"]),
+        ([*SUBMIT, "--nodes", "3"], ["--nodes", "4 ranks", "3 nodes"]),
+        ([*SUBMIT, "--nodes", "0"], ["--nodes"]),
+        ([*SUBMIT, "memory.budget_gib=0.0001"], ["memory.budget_gib", "nothing was queued", "--force"]),
+        ([*SUBMIT, "--device", "abacus"], ["--device", "abacus"]),
+        ([*SUBMIT, "train.stps=1"], ["train.steps"]),
+        ([*SUBMIT, "--account", "two\nlines"], ["--account", "line break"]),
+        (["cancel", "absent"], ["absent"]),
+        (["resume", "absent", "--submit"], ["absent"]),
+    ],
+)
+def test_bad_usage_queues_and_writes_nothing(
+    slurm: FakeSlurm, arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    for part in parts:
+        assert part in error
+    assert slurm.calls("sbatch") == [] and list(Path.cwd().iterdir()) == []
+
+
+def test_what_does_not_fit_is_queued_when_someone_insists(slurm: FakeSlurm) -> None:
+    submitted(slurm, "memory.budget_gib=0.0001", "--force")
+    assert len(slurm.calls("sbatch")) == 1
+
+
+def test_a_refusal_of_slurm_is_told_and_the_run_can_be_submitted_later(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.answer("sbatch", "sbatch: error: invalid partition specified: long\n", code=1)
+    assert main([*SUBMIT, "run.name=a", "--partition", "long", "--nodes", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "sbatch: invalid partition specified: long" in error and "longstride resume runs/a --submit" in error
+    assert main([*SUBMIT, "run.name=a"]) == 2 and "exists and is not empty" in capsys.readouterr().err
+    slurm.answer("sbatch", "42\n")
+    assert main(["resume", "a", "train.steps=30", "--submit", "--partition", "short"]) == 0
+    script = Path("runs/a/slurm/job.sbatch").read_text()
+    assert '--partition="short"' in script and "--nodes=2" in script, "options are those of the last job unless given"
+    assert read_submission(RunDir("runs/a")).job_id == "42" and "steps: 30" in Path("runs/a/config.yaml").read_text()
+
+
+def test_changes_of_the_experiment_need_to_be_allowed(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = submitted(slurm)
+    before = run_dir.config.read_text()
+    assert main(["resume", "a", "optim.lr=1e-5", "--submit"]) == 2
+    assert "--allow optim.lr" in capsys.readouterr().err and run_dir.config.read_text() == before
+    assert main(["resume", "a", "optim.lr=1e-5", "--allow", "optim.beta1", "--allow", "optim.lr", "--submit"]) == 2
+    assert "--allow optim.beta1: this setting is not changed" in capsys.readouterr().err
+    assert main(["resume", "a", "optim.lr=1e-5", "--allow", "optim.lr", "--submit"]) == 0
+    assert (run_dir.path / "config.before_resume_1.yaml").read_text() == before and run_dir.config.read_text() != before
+    assert main(["resume", "a", "--nodes", "2"]) == 2
+    assert "--nodes: is of a Slurm job; add --submit" in capsys.readouterr().err
+
+
+def test_a_run_whose_job_lives_is_not_submitted_twice(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    token = read_submission(submitted(slurm)).token
+    slurm.queue(("41", "PENDING", "", "Priority", f"longstride {token}"))
+    assert main(["resume", "a", "--submit"]) == 2
+    assert "41 is PENDING" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("job", "shown"),
+    [
+        (("41", "PENDING", "", "Resources", "longstride {}"), ("queued", "job 41 pending (Resources)")),
+        (("41", "RUNNING", "n[1-2]", "None", "longstride {}"), ("starting", "job 41 running on n[1-2]")),
+        (("41", "RUNNING", "n1", "None", "longstride another"), ("died", "no longer in the queue")),
+        (("41", "RUNNING", "n1", "None", "a note | with bars"), ("died", "no longer in the queue")),
+        (("43_2", "RUNNING", "n1", "None", "(null)"), ("died", "no longer in the queue")),
+    ],
+)
+def test_runs_shows_the_queue_and_knows_a_job_by_its_token(
+    slurm: FakeSlurm, job: tuple[str, str, str, str, str], shown: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = read_submission(submitted(slurm)).token
+    slurm.queue((*job[:4], job[4].format(token)))
+    capsys.readouterr()
+    assert main(["runs"]) == 0
+    line = capsys.readouterr().out.splitlines()[1].split("\t")
+    assert line[1] == shown[0] and shown[1] in line[-1]
+
+
+def test_runs_without_an_answer_shows_what_directories_say(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    submitted(slurm)
+    slurm.answer("squeue", "slurm_load_jobs error: Unable to contact slurm controller\n", code=1)
+    assert main(["runs"]) == 0
+    out, err = capsys.readouterr()
+    assert "a\tqueued" in out and "Unable to contact slurm controller" in err
+
+
+def test_cancel(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = submitted(slurm)
+    token = read_submission(run_dir).token
+    assert main(["cancel", "a"]) == 2 and "no job in the queue" in capsys.readouterr().err
+    slurm.queue(("41", "RUNNING", "n1", "None", f"longstride {token}"))
+    assert main(["cancel", "a"]) == 0
+    assert slurm.calls("scancel") == ["scancel --batch --signal=USR1 -- 41"] and (run_dir.slurm / "cancel_41").is_file()
+    assert main(["cancel", "a", "--now"]) == 0
+    slurm.queue(("41", "PENDING", "", "None", f"longstride {token}"))
+    assert main(["cancel", "a"]) == 0
+    assert slurm.calls("scancel")[1:] == ["scancel -- 41"] * 2
+    assert json.loads(run_dir.state.read_text())["reason"] == "job 41 cancelled before it started"

@@ -1,0 +1,91 @@
+"""The view of one run: what it says, and that damaged or hostile files do not stop it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longstride import main
+from trainer.metrics_file import encode_record
+from trainer.monitor_view import newest_log, plain, sparkline, view
+from trainer.run_dir import RunDir
+from trainer.runs_table import read_run
+
+
+def make(root: Path, steps: int = 100) -> RunDir:
+    run = RunDir(root / "a")
+    run.create()
+    run.write_state("running", step=0, total_steps=2 * steps)
+    memory = {"memory_peak_bytes": 3 << 30, "memory_planned_bytes": 2 << 30, "memory_budget_bytes": 4 << 30}
+    fixed = {"split": "train", "mfu": 0.25, "lr": 1e-3, "grad_norm": 0.5, "step_seconds": 2.0, **memory}
+    records = [{**fixed, "step": step, "loss": 4 - 2 * step / steps, "tokens_per_second": 1000.0 + step} for step in range(1, steps + 1)]
+    run.metrics.write_bytes(b"".join(map(encode_record, [*records, {"step": steps, "split": "valid", "loss": 2.5}])))
+    return run
+
+
+def test_what_it_says(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.log(0).write_text("one\ntwo\n")
+    run.checkpoint(80).mkdir()
+    age = run.checkpoint(80).stat().st_mtime + 65
+    text = plain(view(read_run(run.path), now=age)).splitlines()
+    facts = {line[:8].strip(): line[8:].strip() for line in text[1:]}
+    assert text[0] == "a" and facts["status"] == "running"
+    assert facts["step"] == "100 of 200 (50%), 3:20 to go"
+    assert facts["loss"] == "2.0000, grad_norm 0.5, lr 0.001"
+    assert facts["speed"] == "1,076 tokens/s, MFU 25.0%, 2 s a step", "the median of the last 50 steps"
+    assert facts["memory"] == "mem 3.00 of 4.00 GiB, planned 2.00"
+    assert facts["held-out"] == "loss 2.5000 at step 100" and facts["saved"] == "step 80, 1:05 ago"
+    assert text[-3:] == ["--- logs/rank_0.log", "one", "two"]
+    curve = facts["1 to 100"]
+    assert len(curve) == 60 and curve[0] == "█" and curve[-1] == "▁" and list(curve) == sorted(curve, reverse=True)
+
+
+def test_the_log_of_the_latest_attempt_and_no_escape_sequences(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for attempt in (2, 10, 1000):
+        run.log(0, attempt).parent.mkdir()
+        run.log(0, attempt).write_text(f"attempt {attempt} \x1b[2J\a\n")
+    assert newest_log(run) == run.log(0, 1000)
+    assert plain(view(read_run(run.path))).splitlines()[-1] == "attempt 1000  [2J "
+
+
+DAMAGED = [
+    b"",
+    b"\xff\x00\n[1]\n",
+    b'{"step": 1, "split": "train", "loss": "NaN"}\n{"step": 2, "split": "train", "loss": [1], "mfu": "x"}\n{"st',
+]
+
+
+@pytest.mark.parametrize("data", DAMAGED)
+def test_damaged_files_are_shown_as_far_as_they_go(data: bytes, tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.metrics.write_bytes(data)
+    run.log(0).write_bytes(b"\xff\xfe\n")
+    assert "no checkpoint yet" in plain(view(read_run(run.path)))
+    run.state.write_text("{")
+    run.metrics.unlink()
+    assert "unknown" in plain(view(read_run(run.path)))
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=50), st.integers(1, 20))
+def test_a_curve_of_any_numbers(values: list[float], width: int) -> None:
+    line = sparkline(values, width)
+    assert len(line) == min(width, len(values))
+    if len(values) <= width:
+        assert [bar == "!" for bar in line] == [not math.isfinite(value) for value in values]
+        finite = sorted((value, bar) for value, bar in zip(values, line, strict=True) if math.isfinite(value))
+        assert [bar for _, bar in finite] == sorted(bar for _, bar in finite)
+
+
+def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path)
+    run.config.write_text("train: {}")
+    assert main(["monitor", str(run.path), "--once"]) == 0
+    assert "100 of 200" in capsys.readouterr().out
+    assert main(["monitor", str(run.path), "--every", "nan"]) == 2 and "--every" in capsys.readouterr().err
+    assert main(["monitor", str(tmp_path / "absent")]) == 2
