@@ -168,6 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     monitor.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
     monitor.set_defaults(run="slurm.monitor:monitor")
 
+    report = verbs.add_parser("report", help="one HTML page about a run, with everything in it")
+    _add_run(report)
+    report.add_argument("--output", metavar="FILE", help="where to write it (default: report.html in the run directory)")
+    report.set_defaults(run="slurm.commands:write_report")
+
     evaluate = verbs.add_parser("eval", help="perplexity of a run's checkpoint on held-out data")
     _add_run(evaluate)
     evaluate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest good one)")

@@ -13,7 +13,7 @@ from slurm.submission import has_submission, read_submission
 from trainer import runs_table
 from trainer.commands.guard import guarded
 from trainer.commands.places import find_run
-from trainer.run_dir import RunDir
+from trainer.run_dir import RunDir, write_atomic
 from trainer.runs_table import RunRow
 
 QUEUE_SECONDS = 5.0
@@ -67,6 +67,21 @@ def _with_job(row: RunRow, token: str | None, jobs: list[client.QueuedJob]) -> R
         before = row.reason if row.status == "stopped" else ""
         return replace(row, status=status, reason="; ".join(part for part in (where, before) if part))
     return replace(row, reason=where)
+
+
+def write_report(args: argparse.Namespace) -> int:
+    """``longstride report``."""
+    from trainer import report
+
+    run_dir = find_run(args.name, args.root)
+    path = Path(args.output) if args.output else run_dir.path / "report.html"
+    row = with_jobs([runs_table.read_run(run_dir.path)])[0]
+    try:
+        write_atomic(path, report.page(row, attempts.read_records(run_dir)).encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place with --output") from None
+    print(f"written: {path}")
+    return 0
 
 
 def cancel(args: argparse.Namespace) -> int:

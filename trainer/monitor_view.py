@@ -51,12 +51,12 @@ def view(row: RunRow, *, now: float | None = None) -> View:
     valid = [record for record in records if record.get("split") == "valid"]
     facts = [("status", row.status + (f": {row.reason}" if row.reason else "")), ("step", _step(row, train))]
     if train:
-        losses = [value for record in train if (value := _number(record, "loss")) is not None]
+        losses = [value for record in train if (value := number(record, "loss")) is not None]
         first, last = train[0]["step"], train[-1]["step"]
         facts += [("loss", _loss(train)), (f"{first} to {last}", sparkline(losses, WIDTH)), ("speed", _speed(train))]
         if isinstance(train[-1].get("memory_peak_bytes"), int):
             facts.append(("memory", memory_fact(train[-1])))
-    if valid and (held_out := _number(valid[-1], "loss")) is not None:
+    if valid and (held_out := number(valid[-1], "loss")) is not None:
         facts.append(("held-out", f"loss {held_out:.4f} at step {valid[-1]['step']}"))
     facts.append(("saved", _saved(run_dir, row, time.time() if now is None else now)))
     log = newest_log(run_dir)
@@ -111,11 +111,20 @@ def newest_log(run_dir: RunDir) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
+def number(record: dict[str, Any], name: str) -> float | None:
+    """A value of a record as a number (metrics.jsonl writes those that JSON lacks as text); None where it is none."""
+    value = record.get(name)
+    try:
+        return None if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def _step(row: RunRow, train: list[dict[str, Any]]) -> str:
     text = f"{row.step} of {row.total_steps}" if row.total_steps else str(row.step)
     if row.total_steps:
         text += f" ({100 * row.step / row.total_steps:.0f}%)"
-    seconds = [value for record in train[-RECENT_STEPS:] if (value := _number(record, "step_seconds")) is not None]
+    seconds = [value for record in train[-RECENT_STEPS:] if (value := number(record, "step_seconds")) is not None]
     if row.status == "running" and seconds and row.step < row.total_steps:
         text += f", {duration(statistics.median(seconds) * (row.total_steps - row.step))} to go"
     return text
@@ -123,14 +132,14 @@ def _step(row: RunRow, train: list[dict[str, Any]]) -> str:
 
 def _loss(train: list[dict[str, Any]]) -> str:
     names = {"loss": ".4f", "grad_norm": ".3g", "lr": ".3g"}
-    values = {name: _number(train[-1], name) for name in names}
+    values = {name: number(train[-1], name) for name in names}
     return ", ".join(f"{'' if name == 'loss' else name + ' '}{value:{names[name]}}" for name, value in values.items() if value is not None)
 
 
 def _speed(train: list[dict[str, Any]]) -> str:
     parts = []
     for name, form in (("tokens_per_second", "{:,.0f} tokens/s"), ("mfu", "MFU {:.1%}"), ("step_seconds", "{:.3g} s a step")):
-        values = [value for record in train[-RECENT_STEPS:] if (value := _number(record, name)) is not None]
+        values = [value for record in train[-RECENT_STEPS:] if (value := number(record, name)) is not None]
         if values:
             parts.append(form.format(statistics.median(values)))
     return ", ".join(parts)
@@ -159,11 +168,3 @@ def _tail(path: Path, size: int) -> bytes:
             return stream.read()
     except OSError:
         return b""
-
-
-def _number(record: dict[str, Any], name: str) -> float | None:
-    value = record.get(name)
-    try:
-        return None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,47 @@ def test_damaged_files_are_shown_as_far_as_they_go(data: bytes, tmp_path: Path) 
     run.state.write_text("{")
     run.metrics.unlink()
     assert "unknown" in plain(view(read_run(run.path)))
+
+
+class Page(HTMLParser):
+    """Collects tags and text; the page must close what it opens."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_the_report_is_one_page_that_loads_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, steps=3000)
+    evil = '<script src="http://x/">alert(1)</script>'
+    run.config.write_text(f"# {evil}\n")
+    run.log(0).write_text(evil + "\n")
+    run.slurm.mkdir()
+    starts = {"attempt": 1, "job": "7", "nodes": evil, "started": 1e9, "saved_step": 0}
+    lines = [starts, {"attempt": 1, "decision": "requeue", "reason": evil}, {**starts, "attempt": 2}]
+    (run.slurm / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(run.path)]) == 0
+    assert capsys.readouterr().out == f"written: {run.path / 'report.html'}\n"
+    page = Page((run.path / "report.html").read_text())
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "link", "iframe", "object"}
+    assert not [
+        value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "xlink:href") or name.startswith("on")
+    ]
+    for words in (evil, "Loss, nats per token", "Memory of rank 0, GiB", "job 7", "left no account", "planned"):
+        assert words in page.words
+    curves = [attrs["points"] for tag, attrs in page.tags if tag == "polyline"]
+    assert len(curves) == 6 and all(points and 2 <= len(points.split()) <= 1001 for points in curves)
+    loss = [tuple(map(float, point.split(","))) for point in (curves[0] or "").split()]
+    assert loss[0] == (64, 10) and loss[-1] == (852, 198), "falls from the upper left corner to the lower right one"
+    assert main(["report", str(run.path), "--output", str(tmp_path / "no" / "x.html")]) == 2
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=50), st.integers(1, 20))
