@@ -1,7 +1,8 @@
 """The front door: one subcommand per verb; what a verb does is in trainer/commands/, imported only when it is called.
 
 ``longstride train``, ``python -m longstride train`` and ``python longstride.py train`` are the same command. Exit codes: 0 done,
-1 failed, 2 bad usage or configuration (nothing was started), 75 stopped early and resumable, 130 interrupted.
+1 failed, 2 bad usage or configuration (nothing was started), 75 stopped early and resumable, 85 hung and ended by the watchdog
+(resumable), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="longstride",
         description="Pretrain memory-augmented language models on long sequences, planned before the run.",
-        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 75 stopped early and resumable. "
+        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 75 stopped early, 85 hung (both resumable). "
         "--debug with any verb shows tracebacks.",
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)

@@ -30,6 +30,8 @@ STOPPED = 75
 """Exit code of a run that was stopped early and can be resumed (sysexits.h EX_TEMPFAIL)."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals after which ranks save and stop at the next step boundary."""
+HUNG = 85
+"""Exit code of a rank that made no step any more and was ended by its own watchdog (``trainer/watchdog.py``)."""
 INTERRUPTED = 130
 """Exit code of a rank that a second Ctrl-C made leave in the middle of a step."""
 FORCE_SECONDS = 3.0
@@ -223,11 +225,15 @@ def _account(rank: int, code: int | None, nproc: int, log: Path, log_start: int)
         what = "did not end although others had"
     elif code < 0:
         what = f"was killed by {_signal_name(-code)}"
+    elif code == HUNG:
+        what = "hung and was ended by its watchdog"
     else:
         what = f"ended with exit code {code}"
     tail = lines[said:] if said is not None else lines[-TAIL_LINES:]
     shown = "".join(f"\n  {line}" for line in tail)
-    return RunFailed(f"rank {rank} of {nproc} {what}; the other ranks were ended; its log: {log}{shown}")
+    failed = RunFailed(f"rank {rank} of {nproc} {what}; the other ranks were ended; its log: {log}{shown}")
+    failed.exit_code = HUNG if code == HUNG else failed.exit_code
+    return failed
 
 
 def _signal_name(number: int) -> str:

@@ -63,8 +63,10 @@ def end(run_dir: RunDir, job_id: str, attempt: int, exit_code: int) -> Decision:
     decision = decide(read_notes(run_dir, attempt), exit_code, cancelled=cancel_marker(run_dir, job_id).exists())
     saved = _saved_step(run_dir)
     _append(run_dir, {"attempt": attempt, "job": job_id, "ended": time.time(), "saved_step": saved, **_as_dict(decision)})
-    if decision.word == "requeue" and exit_code:  # the ranks could not write why they ended
-        run_dir.write_state("stopped", step=saved, reason=f"{decision.reason}; requeued")
+    if decision.word == "requeue" and exit_code:
+        state = run_dir.read_state()
+        reason = state.reason if state is not None and state.status == "failed" else decision.reason  # else they could not write why
+        run_dir.write_state("stopped", step=saved, reason=f"{reason}; requeued")
     return decision
 
 

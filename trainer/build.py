@@ -45,6 +45,7 @@ from trainer.run_dir import RunDir
 from trainer.state import TrainState
 from trainer.throughput import peak_flops
 from trainer.trainer import DONE, Trainer
+from trainer.watchdog import Watchdog
 
 _DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -156,7 +157,8 @@ def train(config: RunConfig, run_dir_path: Path | str, resume: bool, stop: StopS
             cleanup.enter_context(run_dir.lock())
         trainer = _build_trainer(config, run_dir, stop, resume, is_main, cleanup)
         try:
-            exit_code = trainer.run()
+            with trainer.watchdog:
+                exit_code = trainer.run()
         except BaseException as error:
             if is_main:
                 reason = str(error) or type(error).__name__
@@ -207,6 +209,12 @@ def _build_trainer(
         console.note(note)
     if is_main:
         run_dir.write_state("running", step=state.step, total_steps=config.train.steps)
+
+    def account(reason: str) -> None:
+        """Of a rank that hangs."""
+        if is_main:
+            run_dir.write_state("failed", step=state.step, total_steps=config.train.steps, reason=reason)
+
     return Trainer(
         config=config,
         run_dir=run_dir,
@@ -220,6 +228,7 @@ def _build_trainer(
         console=console,
         monitor=monitor,
         stop=stop,
+        watchdog=Watchdog(config.guards.hang_times_median, config.guards.hang_min_seconds, account),
         plan=plan,
         check=PlanCheck(plan, store, _resident(engine)),
         arena=arena,

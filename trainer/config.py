@@ -116,6 +116,16 @@ class CheckpointSection(Section):
     """Write in the background while training goes on."""
 
 
+class GuardsSection(Section):
+    """What ends or mends a run that goes wrong."""
+
+    hang_times_median: Annotated[float, Field(ge=0)] = 20.0
+    """A rank without a step for this many times the median step writes the stacks of its threads to its log and ends with exit code 85;
+    0 switches that off."""
+    hang_min_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Never sooner than this; the first steps, an evaluation and a save have three times as long."""
+
+
 class RunConfig(Section):
     """Everything about one run."""
 
@@ -127,6 +137,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointSection = CheckpointSection()
+    guards: GuardsSection = GuardsSection()
 
     @model_validator(mode="after")
     def _check_across(self) -> RunConfig:

@@ -10,7 +10,7 @@ from models.errors import UserError
 from trainer.config import RunConfig
 from trainer.config_file import changed_keys, value_of
 
-LAWFUL_SECTIONS = ("parallel.", "checkpoint.", "memory.")
+LAWFUL_SECTIONS = ("parallel.", "checkpoint.", "memory.", "guards.")
 LAWFUL_KEYS = (
     "train.steps",
     "train.device",

@@ -27,6 +27,7 @@ from trainer.metrics import MetricsWriter
 from trainer.preemption import StopSignal
 from trainer.run_dir import RunDir
 from trainer.state import TrainState
+from trainer.watchdog import Watchdog
 
 DONE = 0
 RESUMABLE = 75
@@ -52,6 +53,7 @@ class Trainer:
     console: RunConsole
     monitor: MemoryMonitor
     stop: StopSignal
+    watchdog: Watchdog
     plan: MemoryPlan
     check: PlanCheck
     arena: Arena | None
@@ -75,9 +77,11 @@ class Trainer:
         with contextlib.closing(self.train_steps(self.state.cursor)) as batches:
             while self.state.step < steps:
                 started = time.perf_counter()
+                self.watchdog.beat()
                 self.monitor.reset()
                 micro_batches, cursor = next(batches)
                 self._one_step(micro_batches, cursor, started)
+                self.watchdog.beat(step_seconds=time.perf_counter() - started, long=True)  # what follows may be an evaluation or a save
                 last = self.state.step == steps
                 if self._due(self.config.train.eval_every_steps) or last:
                     self.evaluate()
