@@ -35,7 +35,7 @@ def build_optimizer(
     routed = route(model)
     if not routed:
         raise ValueError("the model has no trainable parameter")
-    groups, lanes = _groups(model, routed, config), lanes_of(model, config)
+    groups, lanes = parameter_groups(model, routed, config), lanes_of(model, config)
     if lanes is None:
         optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         optimizer.names = {one.parameter: one.name for one in routed}
@@ -79,7 +79,7 @@ def _lane(routed: Routed, recipe: Recipe) -> Lane:
     return Lane(routed.name, routed.parameter, recipe.rest, recipe.rest_storage)
 
 
-def _groups(model: nn.Module, routed: Sequence[Routed], config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, routed: Sequence[Routed], config: OptimConfig) -> list[dict[str, Any]]:
     """Parameter groups: decayed first, each with its own weight decay and learning rate; empty ones are left out. ``lr_factor`` is for a
     caller that sets rates by a schedule of ``config.lr``. Raises ValueError for a group of the configuration that matches no name."""
     narrow = 1.0 if config.mup_base_width is None else config.mup_base_width / _width(model)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from models.batch import Batch, Bounds
 from models.config import ModelConfig
+from models.errors import UserError
 from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer
 from optim.config import OptimConfig
+from optim.plan import planned
 from tests.optim.test_driver import make
+from trainer import config_file
 
 
 def rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, tuple[float, float]]:
@@ -41,6 +46,25 @@ def test_a_group_that_matches_nothing_is_refused() -> None:
         build_optimizer(make(), groups=({"match": "up.*", "lr": 1e-3}, {"match": "up.weight", "lr": 1e-3}))
     with pytest.raises(ValueError, match=r"group up\.\* sets nothing"):
         OptimConfig.model_validate({"groups": [{"match": "up.*"}]})
+
+
+def test_groups_are_written_in_a_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim:\n  groups:\n    - {match: 'blocks.*', lr: 1e-3}\n    - match: head.weight\n      weight_decay: 0.2\n")
+    config = config_file.resolve(file, [])
+    assert [(group.match, group.lr, group.weight_decay) for group in config.optim.groups] == [
+        ("blocks.*", 1e-3, None),
+        ("head.weight", None, 0.2),
+    ]
+    again = tmp_path / "again.yaml"
+    again.write_text(config_file.dump(config))
+    assert config_file.resolve(again, []) == config
+    given = config_file.resolve(file, ['optim.groups=[{match: "*.norm*", weight_decay: 0.1}]'])
+    assert [group.match for group in given.optim.groups] == ["*.norm*"]
+    with pytest.raises(UserError, match=r"unknown key 'optim\.groups\.0\.rate'"):
+        config_file.resolve(file, ["optim.groups=[{match: a, rate: 1}]"])
+    with pytest.raises(ValueError, match="'zz' matches no parameter"):
+        planned(make(), OptimConfig.model_validate({"groups": [{"match": "zz", "lr": 1e-3}]}))
 
 
 # --- width
