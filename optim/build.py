@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from optim.config import OptimConfig
 from optim.driver import ComposedOptimizer, Lane
 from optim.recipes import Recipe, recipe_of
 from optim.routing import Routed, route
+from optim.row_sparse import RowSparse
 
 if TYPE_CHECKING:
     from optim.plan import PlannedParameter
@@ -33,15 +35,13 @@ def build_optimizer(
     routed = route(model)
     if not routed:
         raise ValueError("the model has no trainable parameter")
-    groups = _groups(routed, config)
-    if config.preset == "adamw":
+    groups, lanes = parameter_groups(model, routed, config), lanes_of(model, config)
+    if lanes is None:
         optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         optimizer.names = {one.parameter: one.name for one in routed}
         if with_states:
             allocate_states(optimizer)
         return optimizer
-    lanes = lanes_of(model, config)
-    assert lanes is not None
     return ComposedOptimizer(groups, lanes, config.lr)
 
 
@@ -60,28 +60,59 @@ class AdamW(torch.optim.AdamW):
 def lanes_of(model: nn.Module, config: OptimConfig) -> list[Lane] | None:
     """How each trainable parameter is updated; None where torch's own AdamW does it."""
     if config.preset == "adamw":
+        tables = [one.name for one in route(model) if one.part == "table"]
+        if tables:
+            raise ValueError(
+                f"optim.preset adamw is torch's and updates every row of {tables[0]}, a table of which a step touches few; "
+                "set optim.preset adamw_8bit, or composed with optim.rest of your choice"
+            )
         return None
     recipe = recipe_of(config)
     return [_lane(one, recipe) for one in route(model)]
 
 
 def _lane(routed: Routed, recipe: Recipe) -> Lane:
+    if routed.part == "table":
+        return Lane(routed.name, routed.parameter, RowSparse(recipe.rest), recipe.rest_storage)
     if routed.part == "matrix" or (recipe.matrix_everywhere and routed.parameter.ndim == 2):
         return Lane(routed.name, routed.parameter, recipe.matrix, recipe.matrix_storage)
     return Lane(routed.name, routed.parameter, recipe.rest, recipe.rest_storage)
 
 
-def _groups(routed: Sequence[Routed], config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, routed: Sequence[Routed], config: OptimConfig) -> list[dict[str, Any]]:
     """Parameter groups: decayed first, each with its own weight decay and learning rate; empty ones are left out. ``lr_factor`` is for a
-    caller that sets rates by a schedule of ``config.lr``."""
-    rest = 1.0 if config.rest_lr is None else config.rest_lr / config.lr
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    caller that sets rates by a schedule of ``config.lr``. Raises ValueError for a group of the configuration that matches no name."""
+    narrow = 1.0 if config.mup_base_width is None else config.mup_base_width / _width(model)
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    matched: set[str] = set()
     for one in sorted(routed, key=lambda one: not one.decayed):
-        groups.setdefault((one.decayed, rest if one.part == "rest" else 1.0), []).append(one.parameter)
+        own = next((group for group in config.groups if fnmatchcase(one.name, group.match)), None)
+        rate = config.lr if one.part == "matrix" or config.rest_lr is None else config.rest_lr
+        decay = config.weight_decay if one.decayed else 0.0
+        if own is not None:
+            matched.add(own.match)
+            rate = rate if own.lr is None else own.lr
+            decay = decay if own.weight_decay is None else own.weight_decay
+        factor = rate / config.lr * (narrow if one.decayed or one.makes_logits else 1.0)
+        groups.setdefault((one.decayed, decay, factor), []).append(one.parameter)
+    for group in config.groups:
+        if group.match not in matched:
+            names = ", ".join(one.name for one in routed[:4])
+            raise ValueError(
+                f"optim.groups: {group.match!r} matches no parameter, or none that a group before it leaves; names are {names}, ..."
+            )
     return [
-        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "lr": config.lr * factor, "lr_factor": factor}
-        for (decayed, factor), parameters in groups.items()
+        {"params": parameters, "weight_decay": decay, "lr": config.lr * factor, "lr_factor": factor}
+        for (_, decay, factor), parameters in groups.items()
     ]
+
+
+def _width(model: nn.Module) -> int:
+    """Of the residual stream, as the model's embedding has it. Raises ValueError where there is not one such width."""
+    widths = {module.embedding_dim for module in model.modules() if isinstance(module, nn.Embedding)}
+    if len(widths) != 1:
+        raise ValueError(f"optim.mup_base_width needs a model with embeddings of one width; found {sorted(widths) or 'none'}")
+    return widths.pop()
 
 
 def allocate_states(optimizer: torch.optim.Optimizer) -> None:

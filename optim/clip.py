@@ -24,7 +24,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, s
     the norm does not depend on how the elements are dealt to ranks beyond 1e-15. Returns the norm before scaling, a
     float64 scalar; it is the same on every rank.
     """
-    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    gradients = [_elements(p) for p in parameters if p.grad is not None]
     if not gradients:
         raise ValueError("no parameter has a gradient")
     total = torch.stack([_square_sum(gradient) for gradient in gradients]).sum()
@@ -35,6 +35,15 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, s
         scale = torch.clamp(max_norm / (norm + 1e-12), max=1.0)
         torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
     return norm
+
+
+def _elements(parameter: nn.Parameter) -> torch.Tensor:
+    """Of its gradient on this rank; of a sparse one those that are stored, each once."""
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return local_part(parameter.grad)
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad._values()
 
 
 _AT_ONCE = 1 << 20

@@ -82,6 +82,26 @@ OPTIONAL = (
 )
 
 
+class GroupConfig(Section):
+    """Parameters with a rate or decay of their own."""
+
+    match: str
+    """Pattern of their names, such as blocks.*.norm* (* and ? as in file names); the first group that matches a name counts."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; null: as without this group."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Decoupled weight decay; null: as without this group."""
+
+    @model_validator(mode="after")
+    def _check_something_is_set(self) -> GroupConfig:
+        if self.lr is None and self.weight_decay is None:
+            raise ValueError(f"group {self.match} sets nothing; give it lr or weight_decay")
+        return self
+
+
+MUP_PRESETS = ("adamw", "adamw_8bit", "adamw_4bit", "adafactor", "frugal")
+
+
 class OptimConfig(Section):
     """The optimizer."""
 
@@ -94,6 +114,11 @@ class OptimConfig(Section):
     """Peak learning rate."""
     rest_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of everything but the matrices of hidden layers (embedding, head, norms, biases, gates); null: lr."""
+    groups: Annotated[tuple[GroupConfig, ...], Field(strict=False)] = ()
+    """Parameters with a learning rate or weight decay of their own, by name."""
+    mup_base_width: PositiveInt | None = None
+    """Width at which the learning rate was found: rates of linear layers' weights are multiplied by it over model.d_model and their initial
+    values scaled, as in arXiv 2203.03466, so that one rate serves all widths (grow heads, not the size of one). null: off."""
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
     projector: composition.Projector | None = None
@@ -173,6 +198,18 @@ class OptimConfig(Section):
     def _check_gaps(self) -> OptimConfig:
         if self.root_gap is not None and self.root_gap % (self.statistics_gap or 100):
             raise ValueError(f"root_gap {self.root_gap} must be a multiple of statistics_gap {self.statistics_gap or 100}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_mup(self) -> OptimConfig:
+        presets = self.allowed if self.preset == "auto" else (self.preset,)
+        for preset in presets if self.mup_base_width is not None else ():
+            if preset in MUP_PRESETS or (preset == "composed" and self.parts[:2] == ("none", "adam") and self.parts.guard == "none"):
+                continue
+            raise ValueError(
+                f"mup_base_width scales rates as they transfer for methods that move every element by about the rate; those of {preset} "
+                f"do not: leave it null, or take preset {', '.join(MUP_PRESETS)}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from optim.elementwise import Rule, Storage
 from optim.exchange import run_together, with_weight
 from optim.methods import Method, StateSpec, Steps
 from optim.placement import Placed
+from optim.row_sparse import RowSparse, update_touched
 
 if TYPE_CHECKING:
     from optim.plan import PlannedParameter
@@ -149,7 +150,9 @@ class ComposedOptimizer(torch.optim.Optimizer):
             lanes = [self.lanes[parameter] for parameter in group["params"] if parameter.grad is not None]
             lr, decay = group["lr"], group["weight_decay"]
             for lane in lanes:
-                if not lane.is_method:
+                if isinstance(lane.rule, RowSparse):
+                    self._table(lane, lane.rule, lr, decay)
+                elif not lane.is_method:
                     self._elementwise(lane, lr, decay)
             for shard_group, some in _together([lane for lane in lanes if lane.is_method]):
                 self._matrices(some, shard_group, lr, decay)
@@ -176,6 +179,18 @@ class ComposedOptimizer(torch.optim.Optimizer):
             if decay:
                 parameter[rows].mul_(1 - lr * decay)
             parameter[rows].sub_(update, alpha=lr)
+
+    def _table(self, lane: Lane, rule: RowSparse, lr: float, decay: float) -> None:
+        self._next(lane)
+
+        def update(weight: Tensor, kept: dict[str, Tensor], gradient: Tensor) -> None:
+            states = _decoded(lane, kept, weight.shape)
+            change = rule.update(gradient.to(lane.dtype, copy=True), states, 0)
+            _encode(lane, kept, states)
+            weight.mul_(1 - lr * decay).sub_(change, alpha=lr)
+
+        gradient = local_part(cast(Tensor, lane.parameter.grad))
+        update_touched(local_part(lane.parameter), self._stored(lane), gradient, update, CHUNK_ELEMENTS)
 
     def _matrices(self, lanes: Sequence[Lane], group: dist.ProcessGroup | None, lr: float, decay: float) -> None:
         states, steps = [], cast(list[Steps], [])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from optim.build import lanes_of
+from optim.build import lanes_of, parameter_groups
 from optim.composed import Composed, Point
 from optim.config import OptimConfig
 from optim.driver import ComposedOptimizer, Lane
@@ -73,10 +73,11 @@ def plan(
 def planned(model: nn.Module, config: OptimConfig, shards: int = 1, rank: int = 0, *, strict: bool = False) -> list[PlannedParameter]:
     """Every trainable parameter of ``model``, whose tensors are plain and may be on the meta device, as ``rank`` of ``shards`` ranks that
     share each (rank 0 has the most). Raises ValueError as ``build_optimizer`` does, and ``plan`` with ``strict``."""
-    lanes = lanes_of(model, config)
+    routed, lanes = route(model), lanes_of(model, config)
+    parameter_groups(model, routed, config)  # refuses what the optimizer would
     if lanes is None:
         moments = 2
-        found = [_of_torch("AdamW", one.name, one.parameter, moments, None, shards, rank) for one in route(model)]
+        found = [_of_torch("AdamW", one.name, one.parameter, moments, None, shards, rank) for one in routed]
     else:
         for lane in lanes:
             total = lane.placed.rows.total

@@ -65,7 +65,7 @@ def build_model(
     with torch.device("meta"):
         model = shaped_model(config, vocab_size, mesh, policy, store)
     model.to_empty(device=device)
-    init_weights(model, config.train.seed)
+    init_weights(model, config.train.seed, config.optim.mup_base_width)
     return model
 
 

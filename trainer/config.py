@@ -141,6 +141,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> RunConfig:
+        if self.optim.mup_base_width is not None and self.model.tie_embeddings:
+            raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
         if self.memory.offload_optimizer == "host" and self.optim.preset not in ("adamw", "auto"):
             raise ValueError(
                 f"memory.offload_optimizer host moves the states of adamw; optim.preset {self.optim.preset} keeps its own on the device: "

@@ -382,6 +382,8 @@ def _dump_section(section: BaseModel, indent: str) -> Iterator[str]:
 
 def _scalar(value: Any) -> str:
     """A value as YAML flow text: JSON, with plain words left unquoted."""
+    if isinstance(value, BaseModel):  # an entry of a list of sections
+        value = dict(value)
     if isinstance(value, str):
         plain = _PLAIN_TEXT.fullmatch(value) and value.lower() not in _YAML_WORDS
         return value if plain else _quoted(value)
