@@ -130,10 +130,17 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> RunConfig:
+        if refused := self.optim.refused_clip():
+            raise ValueError(refused)
         if self.memory.offload_optimizer == "host" and self.optim.preset not in ("adamw", "auto"):
             raise ValueError(
                 f"memory.offload_optimizer host moves the states of adamw; optim.preset {self.optim.preset} keeps its own on the device: "
                 "set offload_optimizer none"
+            )
+        if self.memory.offload_optimizer == "host" and self.optim.is_fused:
+            raise ValueError(
+                "memory.offload_optimizer host updates bucket after bucket when all gradients are there, and optim.fuse_backward frees each "
+                "in the backward pass: set one of them to none or false"
             )
         parallel = self.parallel
         if parallel.chosen_by_plan:
