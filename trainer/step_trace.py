@@ -123,7 +123,6 @@ def _step(recorder: StepRecorder, engine: Engine, batches: list[Batch]) -> None:
     if engine.fused is not None:  # its updates are part of the backward pass of the layer that runs
         engine.fused.watch = lambda gradients: recorder.tag(gradients, "gradient")
         engine.forward_backward(batches, lr=1e-3)
-        recorder.enter("clip")
         engine.step(lr=1e-3)
         return
     engine.forward_backward(batches)

