@@ -264,7 +264,9 @@ def _units(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[_Unit]:
         key = f"parameter {name}" if holder is None else f"module {holder}"
         units.setdefault(key, _Unit()).members[parameter] = member
     if groups:
-        raise ValueError(f"{len(groups)} parameters of the optimizer are not the model's; the first has shape {tuple(next(iter(groups)).shape)}")
+        raise ValueError(
+            f"{len(groups)} parameters of the optimizer are not the model's; the first has shape {tuple(next(iter(groups)).shape)}"
+        )
     return list(units.values())
 
 

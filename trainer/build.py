@@ -127,6 +127,7 @@ def engine_for(config: RunConfig, model: Transformer, mesh: Mesh | None, device:
         optimizer = build_optimizer(model, config.optim)
     settings, fused = config.optim, None
     if settings.is_fused:
+        assert isinstance(optimizer, torch.optim.Optimizer), "offloaded states are refused by RunConfig"
         fused = fuse_backward(model, optimizer, clip_norm=settings.clip_norm, clip=settings.fused_clip)
     return Engine(model, optimizer, mesh, device, config.train.precision, config.layout, settings.clip_norm, fused)
 

@@ -139,8 +139,8 @@ class RunConfig(Section):
             )
         if self.memory.offload_optimizer == "host" and self.optim.is_fused:
             raise ValueError(
-                "memory.offload_optimizer host updates bucket after bucket when all gradients are there, and optim.fuse_backward frees each "
-                "in the backward pass: set one of them to none or false"
+                "memory.offload_optimizer host updates bucket after bucket once all gradients are there, optim.fuse_backward frees them in "
+                "the backward pass: set offload_optimizer none or fuse_backward false"
             )
         parallel = self.parallel
         if parallel.chosen_by_plan:

@@ -6,12 +6,13 @@ import functools
 import io
 import zlib
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import cross_entropy
 
@@ -25,7 +26,7 @@ from tests.optim.test_driver import PRESETS, Tiny, make, states_of, whole_tensor
 FUSED = {**PRESETS, "adamw": {}, "sgd": {}, "lomo": {}}
 LINEAR = {"galore": 1e-6, "galore_8bit": 1e-4, "natural_galore": 1e-6}
 """Presets that sum micro-batches in coordinates, and how far that may be from projecting the sum; codes round the other way."""
-STEPS = 5
+STEPS = 4
 
 
 class Part(nn.Module):
@@ -84,7 +85,9 @@ def given(replicas: int = 0) -> Given:
     return model
 
 
-def run(model: nn.Module, optimizer: torch.optim.Optimizer, fused: FusedBackward | None, losses: Callable, start: int = 0, stop: int = STEPS):
+def run(
+    model: nn.Module, optimizer: torch.optim.Optimizer, fused: FusedBackward | None, losses: Callable, start: int = 0, stop: int = STEPS
+):
     """Steps ``start`` to ``stop``; ``losses(step)``: of the micro-batches, one after the other. The norms of the steps, if fused."""
     norms = []
     for step in range(start, stop):
@@ -146,8 +149,8 @@ def test_lomo_is_sgd_without_state():
     assert {name.rpartition(".")[2] for name in found.keys() - dict(given().named_parameters()).keys()} == {"step"}
 
 
-def on_ranks(presets: list[str], k: int, replicas: int) -> dict[str, tuple[dict, dict]]:
-    return {preset: tuple(trained(given(replicas), preset, fused, k) for fused in (True, False)) for preset in presets}
+def on_ranks(presets: list[str], k: int, replicas: int) -> dict[str, list[dict]]:
+    return {preset: [trained(given(replicas), preset, fused, k) for fused in (True, False)] for preset in presets}
 
 
 @pytest.mark.parametrize(("world", "replicas", "k"), [(2, 1, 2), (4, 2, 1)])
@@ -283,8 +286,8 @@ def clipped(clip: Clip, limit: float, k: int, stops: bool = False) -> tuple[dict
         mesh = init_device_mesh("cpu", (ranks,))
         for unit in (model.up, model.down, model):
             fully_shard(unit, mesh=mesh)
-            unit.set_gradient_divide_factor(1.0)
-            unit.set_force_sum_reduction_for_comms(True)
+            cast(FSDPModule, unit).set_gradient_divide_factor(1.0)
+            cast(FSDPModule, unit).set_force_sum_reduction_for_comms(True)
     optimizer = build_optimizer(model, preset="adamw")
     fused = fuse_backward(model, optimizer, clip_norm=limit, clip=clip)
     norms = run(model, optimizer, fused, of_text(model, k, 1 / ranks), stop=2)
@@ -316,7 +319,7 @@ ONE = WIDTH * WIDTH * 4
 """Bytes of one layer's gradient."""
 
 
-def gradient_peak(preset: str, is_fused: bool, k: int, **settings: object) -> float:
+def gradient_peak(preset: str, is_fused: bool, k: int, **settings: Any) -> float:
     """Most bytes of a steady step above what is there between steps, in layers. Activations of eight tokens are next to nothing."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(DEPTH)))
@@ -400,7 +403,8 @@ def test_settings_that_contradict_are_refused(settings, message):
 
 
 def test_exact_clipping_is_refused_with_its_remedies():
-    for settings in ({"fuse_backward": True}, {"preset": "lomo"}, {"preset": "auto", "allowed": ("adamw", "lomo")}):
+    cases: list[dict[str, Any]] = [{"fuse_backward": True}, {"preset": "lomo"}, {"preset": "auto", "allowed": ("adamw", "lomo")}]
+    for settings in cases:
         refused = OptimConfig(**settings).refused_clip()
         assert refused is not None and "optim.fused_clip=previous" in refused and "optim.clip_norm=null" in refused
         assert OptimConfig(**settings, fused_clip="previous").refused_clip() is None

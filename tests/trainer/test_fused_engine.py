@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -16,6 +18,7 @@ from trainer.build import build_engine, host_store, mesh_for
 from trainer.config import RunConfig
 from trainer.config_file import resolve
 from trainer.engine import Engine
+from trainer.state import TrainState
 from trainer.step_trace import _batch, trace_request
 
 VOCAB, SEQ_LEN = 64, 64
@@ -129,6 +132,28 @@ def test_a_fused_engine_needs_its_rate_before_the_backward_pass():
     engine = engine_of(config(optim={"clip_norm": None, "preset": "lomo"}))
     with pytest.raises(ValueError, match="learning rate"):
         engine.forward_backward([batch(0)])
+
+
+def test_a_restart_goes_on_with_the_norm_of_the_last_step():
+    cfg = config(optim={"fuse_backward": True, "clip_norm": 0.1, "fused_clip": "previous"})
+    ends = []
+    for stops in (False, True):
+        engine, state = engine_of(cfg), TrainState()
+        for step in range(4):
+            if stops and step == 2:
+                kept, state = engine.state_dict(), TrainState.from_json(json.loads(json.dumps(state.to_json())))
+                engine = engine_of(cfg)
+                with torch.no_grad():
+                    for part, tensors in engine.state_dict().items():
+                        for name, tensor in tensors.items():
+                            tensor.copy_(kept[part][name])
+                assert engine.fused is not None
+                engine.fused.load_state_dict({"norm": state.grad_norm})
+            engine.forward_backward([batch(step)], 1e-2)
+            state.grad_norm = engine.step(1e-2)
+        ends.append((state.grad_norm, engine.state_dict()["model"]))
+    assert ends[0][0] == ends[1][0] and all(torch.equal(ends[0][1][name], value) for name, value in ends[1][1].items())
+    assert TrainState.from_json({"step": 3, "tokens": 5, "cursor": {}}).grad_norm is None  # of a checkpoint from before
 
 
 # --- the plan
