@@ -257,7 +257,14 @@ class _Reader:
         return {name: cost.bytes for name, cost in self.classes(kind).items()}
 
     def gradients(self, i: int) -> int:
-        return sum(b.size for b in self.trace.of("device") if b.kind == "gradient" and b.layer == i and b.lower > 0)
+        """What the layer's backward pass leaves behind: nothing where it updates too and the gradients were made in it."""
+        forwards = [time for time, label in self.trace.marks if label.startswith("forward")]
+        return sum(
+            b.size
+            for b in self.trace.of("device")
+            if b.kind == "gradient" and b.layer == i and b.lower > 0
+            if b.freed_in != "backward" or any(b.lower < time < b.upper for time in forwards)
+        )
 
     def gradients_above(self, i: int) -> int:
         return sum(self.gradients(j) for j in range(i + 1, len(self.setting.model.layer_kinds)))

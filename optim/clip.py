@@ -27,7 +27,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, s
     gradients = [_elements(p) for p in parameters if p.grad is not None]
     if not gradients:
         raise ValueError("no parameter has a gradient")
-    total = torch.stack([_square_sum(gradient) for gradient in gradients]).sum()
+    total = torch.stack([square_sum(gradient) for gradient in gradients]).sum()
     if shard_group is not None:
         dist.all_reduce(total, group=shard_group)
     norm = total.sqrt()
@@ -50,7 +50,7 @@ _AT_ONCE = 1 << 20
 """Elements whose squares are summed in one go: the sum in float64 makes a float64 copy of what it reads."""
 
 
-def _square_sum(gradient: torch.Tensor) -> torch.Tensor:
+def square_sum(gradient: torch.Tensor) -> torch.Tensor:
     """Sum of squares in float64, a float64 scalar."""
     flat = gradient.reshape(-1)  # gradients are contiguous: a view
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in flat.split(_AT_ONCE)] or [

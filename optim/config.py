@@ -43,6 +43,7 @@ Preset = Literal[
     "adamw_8bit",
     "adamw_4bit",
     "sgd",
+    "lomo",
     "adafactor",
     "adalomo",
     "galore",
@@ -163,6 +164,12 @@ class OptimConfig(Section):
     """Decoupled weight decay on matrices; never on norms, biases, gates, convolutions and embeddings."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down; null switches clipping off."""
+    fuse_backward: bool | None = None
+    """Update every parameter inside the backward pass, as soon as its gradient is complete, and free the gradient. null: only with lomo,
+    which is that."""
+    fused_clip: Literal["previous", "per_tensor"] | None = None
+    """How optim.clip_norm is kept in a fused update, where the global norm is known too late. previous: gradients are scaled by what the
+    norm of the step before asks for; per_tensor: each tensor's own norm is limited to clip_norm."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
 
@@ -193,6 +200,33 @@ class OptimConfig(Section):
         """These settings for one preset, without those that it does not read."""
         unread = {name: None for name in OPTIONAL if name not in self.reads(preset)}
         return self.model_copy(update={"preset": preset, **unread})
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether parameters are updated inside the backward pass."""
+        return self.preset == "lomo" if self.fuse_backward is None else self.fuse_backward
+
+    @model_validator(mode="after")
+    def _check_fused(self) -> OptimConfig:
+        presets = self.allowed if self.preset == "auto" else (self.preset,)
+        if self.fuse_backward is False and "lomo" in presets:
+            raise ValueError("fuse_backward false contradicts lomo, which is sgd updated in the backward pass; take preset sgd")
+        if self.fused_clip is not None and not (self.fuse_backward or "lomo" in presets):
+            raise ValueError("fused_clip is read with fuse_backward true (or preset lomo); leave it null")
+        if self.fused_clip is not None and self.clip_norm is None:
+            raise ValueError("fused_clip is read where clip_norm is a number; leave it null")
+        return self
+
+    def refused_clip(self) -> str | None:
+        """Why a loop with these settings cannot clip, for who runs one; None where it can."""
+        presets = self.allowed if self.preset == "auto" else (self.preset,)
+        if self.clip_norm is None or self.fused_clip is not None or not (self.fuse_backward or "lomo" in presets):
+            return None
+        cause = "optim.fuse_backward" if self.fuse_backward else "optim.preset lomo"
+        return (
+            f"optim.clip_norm {self.clip_norm} needs the gradients of all parameters before the first update, and {cause} updates in the "
+            "backward pass\nset optim.fused_clip=previous (scale by the norm of the step before) or per_tensor, or optim.clip_norm=null"
+        )
 
     @model_validator(mode="after")
     def _check_gaps(self) -> OptimConfig:

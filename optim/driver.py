@@ -8,7 +8,7 @@ can be loaded on any number of ranks. States exist from the start.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,7 @@ from optim.clip import local_part
 from optim.codecs import Codec, codec_for
 from optim.elementwise import Rule, Storage
 from optim.exchange import run_together, with_weight
-from optim.methods import Method, StateSpec, Steps
+from optim.methods import Method, Projecting, StateSpec, Steps
 from optim.placement import Placed
 from optim.row_sparse import RowSparse, update_touched
 
@@ -45,6 +45,8 @@ class Lane:
     specs: dict[str, StateSpec] = field(init=False)
     codecs: dict[str, Codec] = field(init=False)
     """Of the states that are not kept as they are."""
+    summed: Tensor | None = field(default=None, init=False)
+    """The gradient's coordinates, where those of several micro-batches were summed: stepped from instead of the gradient."""
 
     def __post_init__(self) -> None:
         if self.parameter.dtype not in (torch.float32, torch.float64):
@@ -67,6 +69,22 @@ class Lane:
     def is_method(self) -> bool:
         """Updated as a whole matrix, not element by element."""
         return hasattr(self.rule, "step")
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whole, or in coordinates."""
+        return self.parameter.grad is not None or self.summed is not None
+
+    def gradient(self) -> Tensor:
+        """This rank's part, in the dtype in which the update is computed."""
+        return local_part(cast(Tensor, self.parameter.grad)).to(self.dtype)
+
+    def method_step(self, states: dict[str, Tensor], step: int) -> Steps:
+        """One step of a method, from what there is of the gradient."""
+        if self.summed is not None:
+            rule = cast(Projecting, self.rule)
+            return rule.lifted(self.summed, states, self.placed.rows, self.placed.shape[1], step, self.key)
+        return cast(Method, self.rule).step(self.gradient(), states, self.placed.rows, step, self.key)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,16 +165,41 @@ class ComposedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lanes = [self.lanes[parameter] for parameter in group["params"] if parameter.grad is not None]
-            lr, decay = group["lr"], group["weight_decay"]
-            for lane in lanes:
-                if isinstance(lane.rule, RowSparse):
-                    self._table(lane, lane.rule, lr, decay)
-                elif not lane.is_method:
-                    self._elementwise(lane, lr, decay)
-            for shard_group, some in _together([lane for lane in lanes if lane.is_method]):
-                self._matrices(some, shard_group, lr, decay)
+            self.step_lanes(group, [self.lanes[parameter] for parameter in group["params"]])
         return loss
+
+    @torch.no_grad()
+    def step_lanes(self, group: Mapping[str, Any], lanes: Sequence[Lane]) -> None:
+        """Update those of ``lanes``, all of one parameter group, that have a gradient. Every rank must come with the same ones."""
+        lanes = [lane for lane in lanes if lane.has_gradient]
+        lr, decay = group["lr"], group["weight_decay"]
+        for lane in lanes:
+            if isinstance(lane.rule, RowSparse):
+                self._table(lane, lane.rule, lr, decay)
+            elif not lane.is_method:
+                self._elementwise(lane, lr, decay)
+        for shard_group, some in _together([lane for lane in lanes if lane.is_method]):
+            self._matrices(some, shard_group, lr, decay)
+
+    def may_sum(self, lane: Lane) -> bool:
+        """Whether the next step of ``lane`` can be taken from summed coordinates: its method is linear up to them and keeps its basis."""
+        following = int(self.state[lane.parameter]["step"] + 1)
+        return hasattr(lane.rule, "coordinates") and not cast(Projecting, lane.rule).renews(following, lane.key)
+
+    @torch.no_grad()
+    def sum_coordinates(self, lanes: Sequence[Lane]) -> None:
+        """Move the gradients of ``lanes``, all of which ``may_sum``, into ``summed``. Every rank must come with the same lanes."""
+        for shard_group, some in _together(lanes):
+            steps = []
+            for lane in some:
+                states = _decoded(lane, self._stored(lane), None)
+                following = int(self.state[lane.parameter]["step"] + 1)
+                rule = cast(Projecting, lane.rule)
+                steps.append(rule.coordinates(lane.gradient(), states, lane.placed.rows, following, lane.key))
+            for i, coordinates in run_together(steps, shard_group):
+                summed = some[i].summed
+                some[i].summed = coordinates if summed is None else summed.add_(coordinates)
+                some[i].parameter.grad = None
 
     def _next(self, lane: Lane) -> int:
         counter = self.state[lane.parameter]["step"]
@@ -197,8 +240,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         for lane in lanes:
             stored = self._stored(lane)
             states.append((stored, _decoded(lane, stored, None)))
-            gradient = local_part(cast(Tensor, lane.parameter.grad)).to(lane.dtype)
-            step = cast(Method, lane.rule).step(gradient, states[-1][1], lane.placed.rows, self._next(lane), lane.key)
+            step = lane.method_step(states[-1][1], self._next(lane))
             steps.append(with_weight(step, local_part(lane.parameter)))
         for i, update in run_together(steps, group):
             _encode(lanes[i], *states[i])

@@ -151,3 +151,20 @@ class Method(Protocol):
         The generator returns the update: the driver subtracts learning rate times it (float32, [i, n]) after weight decay.
         """
         ...
+
+
+class Projecting(Method, Protocol):
+    """A method that reads the gradient only through coordinates which are linear in it while the basis stays: gradients of several
+    micro-batches can be summed there, in [long side, r] instead of [m, n] (``optim/fused_backward.py``)."""
+
+    def renews(self, step: int, key: int) -> bool:
+        """Whether step ``step`` may find a new basis, for which it needs the whole gradient."""
+        ...
+
+    def coordinates(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
+        """This rank's part of the coordinates, a tensor of its own; writes no state. Only for a step that does not renew."""
+        ...
+
+    def lifted(self, coordinates: Tensor, states: dict[str, Tensor], rows: Rows, columns: int, step: int, key: int) -> Steps:
+        """``step`` from summed coordinates instead of the gradient. Only for a step that does not renew."""
+        ...

@@ -120,6 +120,7 @@ RECIPES: dict[str, Callable[[OptimConfig], Recipe]] = {
     "adamw_8bit": _adam("int8"),
     "adamw_4bit": _adam("int4"),
     "sgd": _sgd,
+    "lomo": lambda config: Recipe(Sgd(), Sgd()),
     "adafactor": lambda config: _with_rest(config, Adafactor(), everywhere=True),
     "adalomo": lambda config: _with_rest(config, adalomo(), everywhere=True),
     "galore": _galore("fp32"),

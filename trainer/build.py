@@ -28,6 +28,7 @@ from memory_mgmt.policy_settings import policy_of
 from models.flops import model_flops_per_token
 from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer
+from optim.fused_backward import fuse_backward
 from parallel.dims import ParallelDims
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import parallelize
@@ -125,7 +126,11 @@ def engine_for(config: RunConfig, model: Transformer, mesh: Mesh | None, device:
         optimizer = OffloadedOptimizer(plain, dict(model.named_parameters()), store or HostStore(device))
     else:
         optimizer = build_optimizer(model, config.optim)
-    return Engine(model, optimizer, mesh, device, config.train.precision, config.layout, config.optim.clip_norm)
+    settings, fused = config.optim, None
+    if settings.is_fused:
+        assert isinstance(optimizer, torch.optim.Optimizer), "offloaded states are refused by RunConfig"
+        fused = fuse_backward(model, optimizer, clip_norm=settings.clip_norm, clip=settings.fused_clip)
+    return Engine(model, optimizer, mesh, device, config.train.precision, config.layout, settings.clip_norm, fused)
 
 
 def current_device(config: RunConfig) -> torch.device:
@@ -201,6 +206,8 @@ def _build_trainer(
     checkpoints = CheckpointManager(run_dir, config.checkpoint, config_hash=hashlib.sha256(dump(config).encode()).hexdigest())
     cleanup.callback(checkpoints.close)
     state, notes = _starting_state(checkpoints, engine) if resume else (TrainState(), [])
+    if engine.fused is not None:
+        engine.fused.load_state_dict({"norm": state.grad_norm})
     metrics = MetricsWriter(run_dir, state.step, enabled=is_main)
     cleanup.callback(metrics.close)
     console = RunConsole(config.train.steps, state.step, enabled=is_main)

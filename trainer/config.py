@@ -143,10 +143,17 @@ class RunConfig(Section):
     def _check_across(self) -> RunConfig:
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
+        if refused := self.optim.refused_clip():
+            raise ValueError(refused)
         if self.memory.offload_optimizer == "host" and self.optim.preset not in ("adamw", "auto"):
             raise ValueError(
                 f"memory.offload_optimizer host moves the states of adamw; optim.preset {self.optim.preset} keeps its own on the device: "
                 "set offload_optimizer none"
+            )
+        if self.memory.offload_optimizer == "host" and self.optim.is_fused:
+            raise ValueError(
+                "memory.offload_optimizer host updates bucket after bucket once all gradients are there, optim.fuse_backward frees them in "
+                "the backward pass: set offload_optimizer none or fuse_backward false"
             )
         parallel = self.parallel
         if parallel.chosen_by_plan:

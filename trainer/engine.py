@@ -7,6 +7,7 @@ divided once by the number of valid tokens of the whole step on all ranks, so a 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from memory_mgmt.optimizer_offload import OffloadedOptimizer
 from models.batch import IGNORE_INDEX, Batch
 from models.transformer import Transformer
 from optim.clip import clip_grad_norm
+from optim.fused_backward import FusedBackward
 from parallel.mesh import Mesh
 from parallel.sequence import shard_batch
 
@@ -109,7 +111,8 @@ def evaluate(
 
 
 class Engine:
-    """See the module. ``mesh`` None means one process without a process group."""
+    """See the module. ``mesh`` None means one process without a process group. ``fused``: updates inside the backward pass, and clips;
+    ``clip_norm`` is not read then."""
 
     def __init__(
         self,
@@ -120,8 +123,10 @@ class Engine:
         precision: Precision,
         layout: Literal["contiguous", "zigzag"],
         clip_norm: float | None,
+        fused: FusedBackward | None = None,
     ) -> None:
         self.model = model
+        self.fused = fused
         # Taken once, while they are sharded: after a forward pass without a backward pass FSDP2's root module shows its gathered
         # parameters under the same names, and those have no optimizer state.
         self.parameters = dict(model.named_parameters())
@@ -137,32 +142,59 @@ class Engine:
         """This process among all ranks of the run."""
         return dist.get_rank() if self.mesh is not None else 0
 
-    def forward_backward(self, micro_batches: list[Batch]) -> LossSums:
+    def forward_backward(self, micro_batches: list[Batch], lr: float | None = None) -> LossSums:
         """Add to every parameter's gradient that of the step's mean loss; ``micro_batches`` hold whole sequences, the same
-        on all sequence-parallel ranks of one data-parallel rank. Every rank must give equally many."""
+        on all sequence-parallel ranks of one data-parallel rank. Every rank must give equally many.
+
+        A fused engine updates every parameter in the last micro-batch's backward pass, with learning rate ``lr``, which it needs here."""
         shards = [self._shard(batch) for batch in micro_batches]
         valid_tokens = self._count_valid(shards)
         sums = _RunningSums(micro_batches[0].bounds.seq_len, self.device)
-        for shard in shards:
+        for shard in shards if self.fused is None else shards[:-1]:
             nll_BT = forward(self.model, shard, self.device, self.precision)
             # Dividing before the backward pass keeps gradients in range; the sum over ranks then is the gradient of the mean.
             (nll_BT.sum() / max(valid_tokens, 1)).backward()
             sums.add(nll_BT, shard)
-        return sums.total(self.mesh is not None)
+        if self.fused is None:
+            return sums.total(self.mesh is not None)
+        if lr is None:
+            raise ValueError("a fused engine updates in the backward pass: give forward_backward the learning rate")
+        self._set_rates(lr)
+        return self._last_pass(self.fused, shards[-1], valid_tokens, sums)
+
+    def _last_pass(self, fused: FusedBackward, shard: Batch, valid_tokens: int, sums: _RunningSums) -> LossSums:
+        """The last micro-batch of a fused step. The loss of the step is summed over ranks before its backward pass instead of after it: one
+        that is not finite then moves no parameter, and no collective is added."""
+        nll_BT = forward(self.model, shard, self.device, self.precision)
+        sums.add(nll_BT, shard)
+        total = sums.total(self.mesh is not None)
+        finite = math.isfinite(total.nll)
+        with fused.update() if finite else contextlib.nullcontext():  # without it the pass only adds to gradients, which step() drops
+            (nll_BT.sum() / max(valid_tokens, 1)).backward()
+        if not finite:
+            fused.norm = torch.full((), float("nan"), dtype=torch.float64, device=self.device)
+        return total
 
     def step(self, lr: float) -> float:
         """Clip, update every parameter with learning rate ``lr``, clear gradients. Returns the global norm before clipping.
 
-        A gradient that is not finite changes nothing: the caller decides what to do with the returned nan or inf.
+        A gradient that is not finite changes nothing: the caller decides what to do with the returned nan or inf. In a fused engine
+        everything is updated already, also by what was not finite, unless the loss was not: then nothing is.
         """
+        if self.fused is not None:
+            self.fused.discard()
+            return float("nan") if self.fused.norm is None else float(self.fused.norm)
         shard_group = self.mesh.shard_group if self.mesh is not None else None
         norm = float(clip_grad_norm(self.parameters.values(), self.clip_norm, shard_group))
         if norm == norm and norm != float("inf"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_factor", 1.0)
+            self._set_rates(lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _set_rates(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
         """Loss over whole-sequence ``batches`` without gradients; every rank must give equally many, at least one."""

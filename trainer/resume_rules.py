@@ -21,6 +21,7 @@ LAWFUL_KEYS = (
     "train.peak_tflops",
     "train.micro_batch_size",  # with grad_accum and the data-parallel degrees: only their product matters, and it is checked
     "train.grad_accum",
+    "optim.fuse_backward",  # the same update; who clips must change optim.fused_clip with it, which is another experiment
     "data.cache_dir",
     "data.tokenize_workers",
     "data.prefetch_batches",

@@ -200,7 +200,8 @@ def _try_all(targets: Sequence[Target], asked: RunConfig) -> list[Tried]:
 def _may_fit(target: Target) -> bool:
     """By formulas, with everything recomputed: a guess that only orders the tries."""
     leanest = target.config.memory.model_copy(update={"recompute": "block", "plan": "estimate", "offload": "inputs"})
-    optim = target.config.optim.model_copy(update={"preset": "adamw"})  # others ask a process of their own
+    # Other presets ask a process of their own, and an update in the backward pass is traced or not known.
+    optim = target.config.optim.model_copy(update={"preset": "adamw", "fuse_backward": False})
     return plan_target(target.with_config(target.config.model_copy(update={"memory": leanest, "optim": optim}))).fits
 
 

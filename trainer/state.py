@@ -17,6 +17,8 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     cursor: dict[str, Any] = field(default_factory=dict)
+    grad_norm: float | None = None
+    """Global gradient norm of the last step before clipping: what ``optim.fused_clip: previous`` reads in the next one."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -25,4 +27,4 @@ class TrainState:
     @staticmethod
     def from_json(value: dict[str, Any]) -> TrainState:
         """The state ``to_json`` wrote."""
-        return TrainState(int(value["step"]), int(value["tokens"]), dict(value["cursor"]))
+        return TrainState(int(value["step"]), int(value["tokens"]), dict(value["cursor"]), value.get("grad_norm"))

@@ -120,6 +120,11 @@ def _optimizers_as_on(device_type: str) -> Iterator[None]:
 
 
 def _step(recorder: StepRecorder, engine: Engine, batches: list[Batch]) -> None:
+    if engine.fused is not None:  # its updates are part of the backward pass of the layer that runs
+        engine.fused.watch = lambda gradients: recorder.tag(gradients, "gradient")
+        engine.forward_backward(batches, lr=1e-3)
+        engine.step(lr=1e-3)
+        return
     engine.forward_backward(batches)
     recorder.tag((parameter.grad for parameter in engine.parameters.values()), "gradient")
     recorder.enter("clip")

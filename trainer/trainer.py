@@ -100,7 +100,7 @@ class Trainer:
         rate = learning_rate(self.state.step + 1, self.config.optim, self.config.train.steps)
         try:
             with arena_step(self.arena, "train", *(batch.tokens_BT.shape for batch in micro_batches)):
-                sums = self.engine.forward_backward(micro_batches)
+                sums = self.engine.forward_backward(micro_batches, rate)
                 norm = self.engine.step(rate)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -116,6 +116,7 @@ class Trainer:
         tokens = self.config.global_batch_sequences * self.config.data.seq_len
         self.state.step += 1
         self.state.tokens += tokens
+        self.state.grad_norm = norm
         self.state.cursor = cursor
         seconds = time.perf_counter() - started
         speed = tokens / seconds

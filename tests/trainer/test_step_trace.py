@@ -47,7 +47,7 @@ def real_peak(cfg, policy=None):
         batches = [_batch(cfg, cfg.data.seq_len) for _ in range(cfg.train.grad_accum)]
         for _ in range(2):
             start = log.mark()
-            engine.forward_backward(batches)
+            engine.forward_backward(batches, 1e-3)
             engine.step(1e-3)
         return log.live_bytes(0, start) + log.peak_bytes(start)
 
