@@ -10,7 +10,9 @@ clock for computation and one for each of NVLink, network, and the two direction
 * reduce-scatters of gradients run beside the next stretch's computation; the next one, clipping and the update wait for them;
 * send/receive pairs of ring attention run beside the attention of the same hop: in the forward pass one transfer is under way, in the
   backward pass two (keys, and gradients one hop behind), and a stretch ends only when its transfers have arrived;
-* all other collectives (all-to-all, state passing, norms) are waited for at once;
+* of all-to-alls by stages of heads and of gathered keys so many are under way beside computation as the code says
+  (``TracedOp.in_flight``); the oldest has arrived before another starts, and all before the stretch ends;
+* all other collectives (state passing, norms) are waited for at once;
 * copies to host memory run beside the computation of this stretch and the next and are waited for after that (two rounding buffers);
   copies back are recorded where their prefetch starts and are waited for when the next stretch begins;
 * an offloaded optimizer's stretches are its buckets: one comes in the buffer that the bucket before the present one leaves;
@@ -163,6 +165,7 @@ class _Schedule:
         self.gathers: list[_Pending] = []
         self.reductions: list[_Pending] = []
         self.transfers: list[_Pending] = []
+        self.messages: list[_Pending] = []
         self.copies_out: list[_Pending] = []
         self.copies_in: list[_Pending] = []
         self.gathered: set[int] = set()
@@ -183,6 +186,7 @@ class _Schedule:
                 stretch.compute += work.seconds
                 stretch.recompute += work.seconds if work.op.recompute else 0.0
         self._arrive(i, self.transfers, 0)
+        self._arrive(i, self.messages, 0)
         if i == len(self.stretches) - 1:
             self._wait_for_all(i)
         stretch.end = self.now
@@ -224,6 +228,9 @@ class _Schedule:
             done = self._occupy(work, "sending" if work.kind == "send" else "receiving")
             if work.kind == "receive":
                 self.transfers.append(_Pending(done, i))
+        elif work.op.in_flight:
+            self._arrive(i, self.messages, work.op.in_flight - 1)
+            self.messages.append(_Pending(self._occupy(work), i))
         else:
             self._wait(i, self._occupy(work))
 

@@ -137,7 +137,7 @@ def communication_seconds(kind: OpClass, message: int, group_size: int, rates: R
     """
     if group_size < 2:
         return 0.0
-    members = topology.members_per_node(group_size)
+    members = topology.members_per_node(group_size, kind in ("send", "receive"))
     crosses = members < group_size
     latency = rates.network_latency if crosses else rates.link_latency
     nodes = group_size / members

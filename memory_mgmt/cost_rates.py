@@ -228,15 +228,17 @@ class Topology:
     cp: int = 1
     dp_shard: int = 1
     dp_replicate: int = 1
+    ulysses: int = 1
+    """Of the cp ranks, neighbours that exchange heads; a ring joins ranks that lie so far apart."""
 
     def __post_init__(self) -> None:
-        if min(self.ranks_per_node, self.cp, self.dp_shard, self.dp_replicate) < 1:
+        if min(self.ranks_per_node, self.cp, self.dp_shard, self.dp_replicate, self.ulysses) < 1:
             raise ValueError(f"every degree and ranks_per_node must be at least 1, not {self}")
 
     @staticmethod
     def of(dims: ParallelDims, ranks_per_node: int) -> Topology:
         """The topology of a mesh; a run smaller than a node uses a part of it."""
-        return Topology(min(ranks_per_node, dims.world_size), dims.cp, dims.dp_shard, dims.dp_replicate)
+        return Topology(min(ranks_per_node, dims.world_size), dims.cp, dims.dp_shard, dims.dp_replicate, dims.ulysses)
 
     @property
     def ranks(self) -> int:
@@ -248,16 +250,18 @@ class Topology:
         """Ranks that share one copy of the parameters."""
         return self.cp * self.dp_shard
 
-    def members_per_node(self, group_size: int) -> int:
-        """How many ranks of one group are on the same node.
+    def members_per_node(self, group_size: int, ring: bool = False) -> int:
+        """How many ranks of one group are on the same node. ``ring``: of send and receive, where ring and Ulysses groups may be as large.
 
         Groups are consecutive ranks that begin with a node's first, except those that join the copies of one shard: these are told by
         their size (``dp_replicate``, where neither ``cp`` nor the shard group has it) and their ranks lie ``shard`` apart.
         """
+        if ring and self.ulysses < self.cp and group_size == self.cp // self.ulysses:
+            return min(group_size, max(1, self.ranks_per_node // self.ulysses))
         replicas = group_size == self.dp_replicate and group_size not in (self.cp, self.shard)
         on_node = max(1, self.ranks_per_node // self.shard) if replicas else self.ranks_per_node
         return min(group_size, on_node)
 
-    def crosses_nodes(self, group_size: int) -> bool:
+    def crosses_nodes(self, group_size: int, ring: bool = False) -> bool:
         """Whether such a group spans several nodes."""
-        return self.members_per_node(group_size) < group_size
+        return self.members_per_node(group_size, ring) < group_size

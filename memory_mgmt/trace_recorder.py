@@ -26,7 +26,7 @@ from memory_mgmt.op_kernels import onednn_kernels
 from memory_mgmt.op_workspace import workspace_bytes
 from memory_mgmt.trace import Phase, Place, Trace, TracedBuffer, TracedOp, TraceKind
 from models.memory.protocol import MemoryModule
-from models.repeat import AGAIN, TURNS
+from models.repeat import AGAIN, IN_FLIGHT, TURNS
 from models.transformer import Transformer
 
 CUDA_BLOCK = 512
@@ -310,6 +310,7 @@ class StepRecorder(TorchDispatchMode):
         sides = [sum(x.numel() * x.element_size() for x in _tensors((argument,))) for argument in args]
         op = self._op(name, layer, 0, sum(sides), work_dtype(inputs), "communication")
         op.group_size, op.message_bytes = max((_group_size(x) for x in args), default=1), max(sides, default=0) * op.repeats
+        op.in_flight = IN_FLIGHT.get()
         self._ops.append(op)
 
     def _op(self, name: str, layer: int | None, flops: int, moved: int, dtype: str, stream: str) -> TracedOp:

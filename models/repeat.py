@@ -1,4 +1,4 @@
-"""What the code tells whoever records its operations: loops of equal turns, and work that is done again.
+"""What the code tells whoever records its operations: loops of equal turns, work that is done again, messages that are not waited for.
 
 A scan over 16,384 chunks takes minutes on fake tensors, and all its turns but the first and the last do the same to memory: such
 loops are cut short where only shapes are followed.
@@ -22,6 +22,20 @@ TURNS: ContextVar[int] = ContextVar("turns", default=1)
 
 AGAIN: ContextVar[bool] = ContextVar("again", default=False)
 """Whether the present work repeats work of the forward pass."""
+
+
+IN_FLIGHT: ContextVar[int] = ContextVar("in_flight", default=0)
+"""Of a message: how many of its layer, itself included, may be on their way while computation goes on; 0: it is waited for at once."""
+
+
+@contextmanager
+def in_flight(messages: int) -> Iterator[None]:
+    """Around the start of a message; see ``IN_FLIGHT``."""
+    token = IN_FLIGHT.set(messages)
+    try:
+        yield
+    finally:
+        IN_FLIGHT.reset(token)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from models.attention import LocalAttention, Plan, attend_all, attend_all_backward, check_shapes, tile_limits
 from models.attention_plan import Pair, plan_rows
 from models.batch import Bounds
+from models.repeat import in_flight
 from parallel.head_exchange import HeadExchange
 from parallel.sequence import Layout, ranges_for
 
@@ -74,7 +75,7 @@ class _AllGatherKV(torch.autograd.Function):
     def forward(ctx, q_BHnD, k_BGnD, v_BGnD, plan, exchange, head_chunk):
         out_BHnD = torch.empty_like(q_BHnD)
         lses = []
-        for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk):
+        for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk, messages=1):
             out, lse = attend_all(q_BHnD[:, queries], k, v, plan)
             out_BHnD[:, queries].copy_(out)
             lses.append(lse)
@@ -89,29 +90,32 @@ class _AllGatherKV(torch.autograd.Function):
         plan, exchange, head_chunk = ctx.args
         dq_BHnD, dk_BGnD, dv_BGnD = (torch.empty_like(x) for x in (q_BHnD, k_BGnD, v_BGnD))
         returning: _Scatter | None = None
-        for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk):
+        for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk, messages=2):
             of_queries = (x[:, queries] for x in (out_BHnD, lse_BHn))
             dq, dk, dv = attend_all_backward(dout_BHnD[:, queries], q_BHnD[:, queries], k, v, *of_queries, plan)
             dq_BHnD[:, queries].copy_(dq)
             if returning is not None:
                 returning.put()
-            returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]))
+            with in_flight(2 if heads.stop < k_BGnD.shape[1] else 0):
+                returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]))
         if returning is not None:
             returning.put()
         return dq_BHnD, dk_BGnD, dv_BGnD, None, None, None
 
 
 def _gathered(
-    q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, exchange: HeadExchange, head_chunk: int
+    q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, exchange: HeadExchange, head_chunk: int, messages: int
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
-    """(key/value heads, their query heads, k_BgTD, v_BgTD in global order), chunk after chunk; the next is gathered during each."""
+    """(key/value heads, their query heads, k_BgTD, v_BgTD in global order), chunk after chunk; the next is gathered during
+    each, when ``messages`` are on their way."""
     n_kv_heads, per_kv = k_BGnD.shape[1], q_BHnD.shape[1] // k_BGnD.shape[1]
     chunks = [slice(first, min(first + head_chunk, n_kv_heads)) for first in range(0, n_kv_heads, head_chunk)]
     coming = _Gather(k_BGnD[:, chunks[0]], v_BGnD[:, chunks[0]], exchange)
     for i, heads in enumerate(chunks):
         k, v = coming.wait()
         if i + 1 < len(chunks):
-            coming = _Gather(k_BGnD[:, chunks[i + 1]], v_BGnD[:, chunks[i + 1]], exchange)
+            with in_flight(messages):
+                coming = _Gather(k_BGnD[:, chunks[i + 1]], v_BGnD[:, chunks[i + 1]], exchange)
         yield heads, slice(heads.start * per_kv, heads.stop * per_kv), k, v
 
 

@@ -30,12 +30,13 @@ class Piece:
     heads: Sequence[Range]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ToHeads:
     """A message on its way; ``wait`` gives every piece as [B, h, T, D] in global order (views of one buffer)."""
 
     exchange: HeadExchange
-    sent: torch.Tensor
+    sent: torch.Tensor | None
+    """Held until it has gone."""
     arriving_TBhD: torch.Tensor
     heads: list[int]
     work: dist.Work | None
@@ -44,17 +45,19 @@ class ToHeads:
         """The pieces."""
         if self.work is not None:
             self.work.wait()
+        self.sent = None
         x_TBhD = self.exchange.in_global_order(self.arriving_TBhD)
         return [piece.permute(1, 2, 0, 3) for piece in x_TBhD.split(self.heads, dim=2)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ToTokens:
     """A message on its way back; ``wait`` gives for every rank and piece its heads and their values for this rank's tokens, [B, h, n, D]."""
 
-    sent: torch.Tensor
+    sent: torch.Tensor | None
     arriving: torch.Tensor
-    pieces: Sequence[Piece]
+    heads: list[Sequence[Range]]
+    """Of every piece, by rank."""
     shape: tuple[int, int, int]
     work: dist.Work | None
 
@@ -62,13 +65,14 @@ class ToTokens:
         """By piece: (heads, values) from every rank that has some."""
         if self.work is not None:
             self.work.wait()
+        self.sent = None
         n, rows, dim = self.shape
-        found: list[list[tuple[Range, torch.Tensor]]] = [[] for _ in self.pieces]
-        counts = [sum(_len(piece.heads[rank]) for piece in self.pieces) for rank in range(len(self.pieces[0].heads))]
+        found: list[list[tuple[Range, torch.Tensor]]] = [[] for _ in self.heads]
+        counts = [sum(_len(heads[rank]) for heads in self.heads) for rank in range(len(self.heads[0]))]
         for rank, block in enumerate(self.arriving.split([count * n * rows * dim for count in counts])):
             x_nBhD, first = block.view(n, rows, counts[rank], dim), 0
-            for i, piece in enumerate(self.pieces):
-                heads = piece.heads[rank]
+            for i, by_rank in enumerate(self.heads):
+                heads = by_rank[rank]
                 if _len(heads):
                     found[i].append((heads, x_nBhD[:, :, first : first + _len(heads)].permute(1, 2, 0, 3)))
                 first += _len(heads)
@@ -113,7 +117,7 @@ class HeadExchange:
         work = dist.all_to_all_single(
             arriving, message, sizes, [counts[self.rank] * n * rows * dim] * self.size, group=self.group, async_op=True
         )
-        return ToTokens(message, arriving, pieces, (n, rows, dim), work)
+        return ToTokens(message, arriving, [piece.heads for piece in pieces], (n, rows, dim), work)
 
     def in_global_order(self, x_TBhD: torch.Tensor) -> torch.Tensor:
         """Tokens that lie rank after rank, in the order of the sequence; a copy unless they are so already."""

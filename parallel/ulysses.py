@@ -29,11 +29,14 @@ from models.attention_plan import Pair, plan_rows
 from models.batch import Bounds
 from models.errors import UserError
 from models.kernels import Gradients
+from models.repeat import in_flight
 from parallel.head_exchange import HeadExchange, Piece, ToHeads, ToTokens
 from parallel.head_plan import Range, Stage, keys_are_shared, plan_stages, segments
 from parallel.sequence import Layout, ranges_for
 
 
+MESSAGES = 2
+"""On their way at a time, with stages: the next heads in, and the last ones back."""
 Target = tuple[torch.Tensor, bool]
 """x_BHnD that arriving heads are put into, and whether several ranks' parts of a head are added."""
 
@@ -194,13 +197,15 @@ class _ByHeads(torch.autograd.Function):
         returning: ToTokens | None = None
         for i, stage in enumerate(stages):
             q, k, v = coming.wait()
-            if i + 1 < len(stages):  # the next heads travel while these are computed
-                coming = _start([q_BHnD], k_BGnD, v_BGnD, stages[i + 1], exchange)
+            if i + 1 < len(stages):
+                with in_flight(MESSAGES):  # the next heads travel while these are computed
+                    coming = _start([q_BHnD], k_BGnD, v_BGnD, stages[i + 1], exchange)
             turn = _Turn(stage, exchange.rank, per_kv)
             here.append(_Keys(turn.arriving[0], k, v))
             out, lse = _attend(q, here, turn, inner)
             _collect(returning, [(out_BHnD, False)])
-            returning = exchange.start_to_tokens([Piece([out], stage.q)], q_BHnD.shape[2])
+            with in_flight(MESSAGES if i + 1 < len(stages) else 0):
+                returning = exchange.start_to_tokens([Piece([out], stage.q)], q_BHnD.shape[2])
             lses.append(lse)
             here = _kept(here, turn.kv, stage.leaving[exchange.rank])
         _collect(returning, [(out_BHnD, False)])
@@ -226,7 +231,8 @@ class _ByHeads(torch.autograd.Function):
         for i, stage in enumerate(stages):
             q, out, dout, k, v = coming.wait()
             if i + 1 < len(stages):
-                coming = _start(queries, k_BGnD, v_BGnD, stages[i + 1], exchange)
+                with in_flight(MESSAGES):
+                    coming = _start(queries, k_BGnD, v_BGnD, stages[i + 1], exchange)
             turn = _Turn(stage, exchange.rank, per_kv)
             here.append(_Keys(turn.arriving[0], k, v))
             dq = _attend_backward(dout, q, out, lses[i], here, turn, inner)
@@ -234,7 +240,8 @@ class _ByHeads(torch.autograd.Function):
             here = _kept(here, turn.kv, stage.leaving[exchange.rank])
             for message, into in returning:
                 _collect(message, into)
-            returning = _return(dq, leaving, k[:, :0].to(wide), stage, exchange, n, targets)
+            with in_flight(MESSAGES if i + 1 < len(stages) else 0):
+                returning = _return(dq, leaving, k.new_empty(k[:, :0].shape, dtype=wide), stage, exchange, n, targets)
         for message, into in returning:
             _collect(message, into)
         return dq_BHnD, dk_BGnD.to(k_BGnD.dtype), dv_BGnD.to(v_BGnD.dtype), None, None, None

@@ -1,4 +1,5 @@
-"""What the configuration leaves ``auto``: degrees of the mesh and the optimizer preset, by the traced step of each choice.
+"""What the configuration leaves ``auto``: degrees of the mesh and the optimizer preset, by the traced step of each choice; the scheme of
+sequence parallelism, of each choice of degrees, by ``trainer/choosing_scheme.py``.
 
 Imports no torch.
 
@@ -20,7 +21,9 @@ from memory_mgmt.planner import solve
 from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.errors import UserError
 from optim.config import Preset
+from parallel.config import AUTO
 from trainer.choosing_offload import places
+from trainer.choosing_scheme import scheme_is_open, with_scheme
 from trainer.config import RunConfig
 from trainer.planning import Target, bare_plan, plan_target, predict, setting_for, target_for
 from trainer.sweep_traces import trace_ahead_of
@@ -52,23 +55,27 @@ class Settled:
 
     config: RunConfig
     tried: tuple[Tried, ...] = ()
+    scheme: tuple[str, ...] = ()
+    """Why this scheme of sequence parallelism; nothing where it was given."""
 
     def lines(self) -> list[str]:
         """The choice in words, then all that were tried."""
         if not self.tried:
-            return []
+            return list(self.scheme)
         chosen = next(one.words for one in self.tried if one.config is self.config)
         lines = [f"chosen: {chosen}, of {len(self.tried)} possible"]
         for one in self.tried:
             time_and_peak = f"{one.seconds:.4g} s, {one.peak_bytes / 2**30:.2f} GiB" if one.peak_bytes else ""
             lines.append(f"  {one.words:<38} {one.status:<14} {time_and_peak}".rstrip())
-        return lines
+        return [*lines, *self.scheme]
 
 
 def open_settings(config: RunConfig) -> list[str]:
     """Keys that ``settled`` has to choose."""
     preset = ["optim.preset"] if config.optim.preset == "auto" else []
-    return [f"parallel.{name}" for name in config.parallel.chosen_by_plan] + preset
+    scheme = "sequence" if config.parallel.sequence == "auto" else "ulysses"
+    open_scheme = [f"parallel.{scheme}"] if config.parallel.scheme_is_auto else []
+    return [f"parallel.{name}" for name in config.parallel.chosen_by_plan] + open_scheme + preset
 
 
 def settled(config: RunConfig, device_name: str | None = None, ranks: int | None = None) -> Settled:
@@ -83,7 +90,10 @@ def settled(config: RunConfig, device_name: str | None = None, ranks: int | None
         return Settled(config)
     if config.memory.plan == "estimate":
         raise UserError(f"{keys[0]}: auto needs traced steps; leave memory.plan at trace")
-    possible, refused = _possible(config, _ranks_of(config, ranks)) if config.parallel.chosen_by_plan else ([config], [])
+    if scheme_is_open(config):
+        config, reasons = with_scheme(config, device_name)
+        return replace(settled(config, device_name, ranks), scheme=tuple(reasons))
+    possible, refused = _possible(config, _ranks_of(config, ranks), device_name) if config.parallel.chosen_by_plan else ([config], [])
     if not possible:
         reasons = "".join(f"\n  {one.words}: {one.status.removeprefix('refused: ')}" for one in refused[:6])
         raise UserError(f"{keys[0]}: no degrees for {_ranks_of(config, ranks)} ranks are possible{reasons}")
@@ -95,17 +105,25 @@ def settled(config: RunConfig, device_name: str | None = None, ranks: int | None
             choices, more = _with_preset(possible, preset, config)
             refused += more
         if len(choices) == len(presets) == 1:
-            return Settled(choices[0])
+            return Settled(choices[0], scheme=_scheme_reasons(config, choices[0], device_name))
         some = _try_all([target_for(one, device_name) for one in choices], config)
         tried += sorted(some, key=_rank)
         for one in tried[len(tried) - len(some) :]:
             # What the planner's problem did not see may make the fastest policy too large: only a traced plan promises.
             if one.status == "fits" and plan_target(target_for(one.config, device_name)).fits:
-                return Settled(one.config, (*tried, *refused))
+                return Settled(one.config, (*tried, *refused), _scheme_reasons(config, one.config, device_name))
     if not tried:
         raise UserError(f"{keys[0]}: no choice is possible\n  {refused[0].words}: {refused[0].status.removeprefix('refused: ')}")
     leanest = min(tried, key=lambda one: one.peak_bytes or math.inf)
-    return Settled(leanest.config, (*tried, *refused))
+    return Settled(leanest.config, (*tried, *refused), _scheme_reasons(config, leanest.config, device_name))
+
+
+def _scheme_reasons(asked: RunConfig, chosen: RunConfig, device_name: str | None) -> tuple[str, ...]:
+    """Why the chosen degrees have their scheme, where ``asked`` leaves it open."""
+    if not asked.parallel.scheme_is_auto:
+        return ()
+    open_again = chosen.parallel.model_copy(update={"sequence": asked.parallel.sequence, "ulysses": AUTO})
+    return tuple(with_scheme(chosen.model_copy(update={"parallel": open_again}), device_name)[1])
 
 
 def _with_preset(configs: Sequence[RunConfig], preset: Preset, asked: RunConfig) -> tuple[list[RunConfig], list[Tried]]:
@@ -146,7 +164,7 @@ def _ranks_of(config: RunConfig, started: int | None) -> int:
     return asked or started or 1
 
 
-def _possible(config: RunConfig, ranks: int) -> tuple[list[RunConfig], list[Tried]]:
+def _possible(config: RunConfig, ranks: int, device_name: str | None) -> tuple[list[RunConfig], list[Tried]]:
     """Configurations of every choice that the settings allow, and those they refuse with the reason."""
     possible, refused = [], []
     sequences = config.global_batch_sequences
@@ -162,9 +180,11 @@ def _possible(config: RunConfig, ranks: int) -> tuple[list[RunConfig], list[Trie
             refused.append(Tried(chosen, words, f"refused: {reason}"))
             continue
         try:
-            possible.append(RunConfig.model_validate(dict(chosen)))
+            possible.append(RunConfig.model_validate(dict(with_scheme(RunConfig.model_validate(dict(chosen)), device_name)[0])))
         except ValidationError as error:
             refused.append(Tried(chosen, words, f"refused: {_reason(error)}"))
+        except UserError as error:
+            refused.append(Tried(chosen, words, f"refused: {error}"))
     return possible, refused
 
 
@@ -200,9 +220,10 @@ def _try_all(targets: Sequence[Target], asked: RunConfig) -> list[Tried]:
 def _may_fit(target: Target) -> bool:
     """By formulas, with everything recomputed: a guess that only orders the tries."""
     leanest = target.config.memory.model_copy(update={"recompute": "block", "plan": "estimate", "offload": "inputs"})
-    # Other presets ask a process of their own, and an update in the backward pass is traced or not known.
+    # Other presets ask a process of their own, an update in the backward pass is traced or not known, and formulas know the ring.
     optim = target.config.optim.model_copy(update={"preset": "adamw", "fuse_backward": False})
-    return plan_target(target.with_config(target.config.model_copy(update={"memory": leanest, "optim": optim}))).fits
+    ring = target.config.parallel.model_copy(update={"sequence": "ring", "ulysses": AUTO, "head_chunk": None})
+    return plan_target(target.with_config(target.config.model_copy(update={"memory": leanest, "optim": optim, "parallel": ring}))).fits
 
 
 def _first_request(target: Target) -> TraceRequest:

@@ -1,0 +1,88 @@
+"""What ``parallel.sequence: auto`` (and ``parallel.ulysses: auto``) means for a configuration whose degrees are known. Imports no torch.
+
+The candidates that the configuration allows go to ``memory_mgmt/cost_schemes.py``; the first reason line names the choice.
+"""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from memory_mgmt.cost_model import Topology
+from memory_mgmt.cost_schemes import SchemeChoice, SequenceProblem, choose_scheme
+from models.errors import UserError
+from parallel.config import AUTO, SequenceScheme
+from trainer.config import RunConfig
+from trainer.planning import rates_of, target_for
+
+_VALUE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+
+
+def scheme_is_open(config: RunConfig) -> bool:
+    """Whether the scheme is to be chosen, now that the number of ranks of a sequence is known."""
+    return config.parallel.scheme_is_auto and config.parallel.cp != AUTO
+
+
+def with_scheme(config: RunConfig, device_name: str | None) -> tuple[RunConfig, list[str]]:
+    """``config`` with a scheme and, for ring_x_ulysses, its degree; and why. As it is where nothing is open.
+
+    Raises UserError where no scheme is possible, or the device's rates are not known.
+    """
+    if not scheme_is_open(config):
+        return config, []
+    if config.parallel.cp == 1:
+        return _settled(config, "ring", AUTO), ["parallel.sequence: ring, nothing to exchange (parallel.cp 1)"]
+    if "full" not in config.model.layer_kinds and config.parallel.sequence == "auto" and _fits_halo(config):
+        return _settled(config, "ring", AUTO), ["parallel.sequence: ring, no attention layer looks back further than a shard"]
+    possible, refused = _possible(config)
+    if not possible:
+        raise UserError(f"parallel.sequence: no scheme is possible\n  {refused}")
+    choice = _choice(config, device_name, possible)
+    return _settled(config, choice.chosen.scheme, choice.chosen.ulysses), list(choice.reasons)
+
+
+def _fits_halo(config: RunConfig) -> bool:
+    return config.model.window - 1 <= config.data.seq_len // config.parallel.cp
+
+
+def _choice(config: RunConfig, device_name: str | None, possible: list[tuple[SequenceScheme, int]]) -> SchemeChoice:
+    target = target_for(_settled(config, "ring", AUTO), device_name)
+    rates = rates_of(target.device)
+    if rates is None:
+        raise UserError(
+            f"parallel.sequence: auto needs the rates of {target.device.name}; measure them there with longstride plan --calibrate, or "
+            "set parallel.sequence"
+        )
+    parallel, model = config.parallel, config.model
+    rows = config.train.micro_batch_size
+    problem = SequenceProblem(
+        n_heads=model.n_heads,
+        n_kv_heads=model.kv_heads,
+        head_dim=model.attention_head_dim,
+        tokens=rows * config.data.seq_len // parallel.cp,
+        rows=rows,
+        value_bytes=_VALUE_BYTES[config.train.precision],
+        precision=config.train.precision,
+        topology=Topology(min(target.ranks_per_node, target.ranks), parallel.cp, parallel.dp_shard, parallel.dp_replicate),
+        rates=rates,
+    )
+    return choose_scheme(problem, possible)
+
+
+def _possible(config: RunConfig) -> tuple[list[tuple[SequenceScheme, int]], str]:
+    """(scheme, Ulysses degree) of all that the configuration allows, and the last refusal."""
+    cp, refused = config.parallel.cp, ""
+    hybrids: list[tuple[SequenceScheme, int]] = [("ring_x_ulysses", n) for n in range(2, cp) if cp % n == 0]
+    every: list[tuple[SequenceScheme, int]] = [("ring", 1), ("allgather_kv", 1), ("ulysses", cp), *hybrids]
+    found = []
+    for scheme, ulysses in hybrids if config.parallel.sequence == "ring_x_ulysses" else every:
+        try:
+            RunConfig.model_validate(dict(_settled(config, scheme, ulysses)))
+            found.append((scheme, ulysses))
+        except ValidationError as error:
+            refused = error.errors()[0]["msg"].removeprefix("Value error, ")
+    return found, refused
+
+
+def _settled(config: RunConfig, scheme: SequenceScheme, ulysses: int) -> RunConfig:
+    degree = ulysses if scheme == "ring_x_ulysses" else AUTO
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"sequence": scheme, "ulysses": degree})})
