@@ -12,7 +12,7 @@ of U get together: G, or more where several read the same one. Bytes that a rank
 
 The ring's transfers run beside the attention of the same hop, all but the last gradients' way home; the gathers of allgather_kv beside the
 attention of the heads before, all but the first; of ulysses with stages all but the first heads' way in and the last ones' way out. What is
-left is exposed. Where exposed times differ by less than ``TIE`` of the attention's own time, memory decides: at 64K tokens per rank and more
+left is exposed. Where exposed times differ by less than ``TIE`` of the attention's own time, memory decides: from 64K tokens per rank on
 nearly everything hides. The buffers here are the largest messages and their copies, for the comparison; the plan itself traces all of them.
 
 Try alone: ``pytest -k test_cost_schemes``.

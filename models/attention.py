@@ -108,7 +108,8 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = attend_all_backward(dout_BHTD, *ctx.saved_tensors, ctx.plan)
+        q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT = ctx.saved_tensors
+        grads = attend_all_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, ctx.plan)
         return *(grad.to(dout_BHTD.dtype) for grad in grads), None
 
 

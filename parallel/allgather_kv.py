@@ -75,7 +75,7 @@ class _AllGatherKV(torch.autograd.Function):
     def forward(ctx, q_BHnD, k_BGnD, v_BGnD, plan, exchange, head_chunk):
         out_BHnD = torch.empty_like(q_BHnD)
         lses = []
-        for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk, messages=1):
+        for _, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk, messages=1):
             out, lse = attend_all(q_BHnD[:, queries], k, v, plan)
             out_BHnD[:, queries].copy_(out)
             lses.append(lse)
@@ -91,8 +91,8 @@ class _AllGatherKV(torch.autograd.Function):
         dq_BHnD, dk_BGnD, dv_BGnD = (torch.empty_like(x) for x in (q_BHnD, k_BGnD, v_BGnD))
         returning: _Scatter | None = None
         for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk, messages=2):
-            of_queries = (x[:, queries] for x in (out_BHnD, lse_BHn))
-            dq, dk, dv = attend_all_backward(dout_BHnD[:, queries], q_BHnD[:, queries], k, v, *of_queries, plan)
+            dout, q, out, lse = (x[:, queries] for x in (dout_BHnD, q_BHnD, out_BHnD, lse_BHn))
+            dq, dk, dv = attend_all_backward(dout, q, k, v, out, lse, plan)
             dq_BHnD[:, queries].copy_(dq)
             if returning is not None:
                 returning.put()
@@ -124,14 +124,16 @@ class _Gather:
 
     def __init__(self, k_BgnD: torch.Tensor, v_BgnD: torch.Tensor, exchange: HeadExchange) -> None:
         self._exchange = exchange
-        self._sent_nBgD = torch.cat([x.permute(2, 0, 1, 3) for x in (k_BgnD, v_BgnD)], 2)  # token after token
-        self._all_PnBgD = self._sent_nBgD.new_empty(exchange.size, *self._sent_nBgD.shape)
-        self._work = dist.all_gather(list(self._all_PnBgD.unbind(0)), self._sent_nBgD, group=exchange.group, async_op=True)
+        own_nBgD = torch.cat([x.permute(2, 0, 1, 3) for x in (k_BgnD, v_BgnD)], 2)  # token after token
+        self._all_PnBgD = own_nBgD.new_empty(exchange.size, *own_nBgD.shape)
+        self._sent_nBgD: torch.Tensor | None = own_nBgD
+        self._work = dist.all_gather(list(self._all_PnBgD.unbind(0)), own_nBgD, group=exchange.group, async_op=True)
 
     def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
         """k_BgTD, v_BgTD in global order."""
         if self._work is not None:
             self._work.wait()
+        self._work = self._sent_nBgD = None  # gone, and free
         k_TBgD, v_TBgD = self._exchange.in_global_order(self._all_PnBgD.flatten(0, 1)).chunk(2, dim=2)
         return k_TBgD.permute(1, 2, 0, 3), v_TBgD.permute(1, 2, 0, 3)
 
@@ -144,14 +146,16 @@ class _Scatter:
     ) -> None:
         wide = torch.promote_types(dk_BgTD.dtype, torch.float32)
         both_TBgD = torch.cat([x.permute(2, 0, 1, 3).to(wide) for x in (dk_BgTD, dv_BgTD)], 2)
-        self._sent = list(exchange.by_rank(both_TBgD).unflatten(0, (exchange.size, -1)).unbind(0))
-        self._own_nBgD = torch.empty_like(self._sent[0])
+        by_rank = list(exchange.by_rank(both_TBgD).unflatten(0, (exchange.size, -1)).unbind(0))
+        self._sent: list[torch.Tensor] | None = by_rank
+        self._own_nBgD = torch.empty_like(by_rank[0])
         self._targets = targets
-        self._work = dist.reduce_scatter(self._own_nBgD, self._sent, group=exchange.group, async_op=True)
+        self._work = dist.reduce_scatter(self._own_nBgD, by_rank, group=exchange.group, async_op=True)
 
     def put(self) -> None:
         """Wait, and write this rank's tokens' sums into the targets, rounded once."""
         if self._work is not None:
             self._work.wait()
+        self._work = self._sent = None
         for target_BgnD, own_nBgD in zip(self._targets, self._own_nBgD.chunk(2, dim=2), strict=True):
             target_BgnD.copy_(own_nBgD.permute(1, 2, 0, 3))

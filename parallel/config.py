@@ -44,8 +44,8 @@ class ParallelConfig(Section):
     """How attention reaches the tokens of other ranks. ring: keys travel; ulysses: all-to-all, every rank has all tokens of some heads;
     ring_x_ulysses: ulysses inside groups of neighbours, a ring across them; allgather_kv: all keys of a few heads at a time. auto: by
     exposed communication and buffers, from the mesh, heads, tokens per rank and link bandwidths."""
-    ulysses: Degree = AUTO
-    """Ranks of a Ulysses group for ring_x_ulysses: a divisor of cp above 1 and below cp, at most the query heads; auto: chosen likewise."""
+    ulysses: PositiveInt | None = None
+    """Ranks of a Ulysses group for ring_x_ulysses: a divisor of cp above 1 and below cp, at most the query heads; null: chosen likewise."""
     head_chunk: PositiveInt | None = None
     """Heads exchanged and attended at a time: ulysses and ring_x_ulysses: query heads of one rank (null: all of them); allgather_kv:
     key/value heads (null: 1). Fewer need smaller buffers and more messages."""
@@ -60,16 +60,18 @@ class ParallelConfig(Section):
     @property
     def scheme_is_auto(self) -> bool:
         """Whether the scheme, or its degree of Ulysses, is still to be chosen."""
-        return self.sequence == "auto" or (self.sequence == "ring_x_ulysses" and self.ulysses == AUTO)
+        return self.sequence == "auto" or (self.sequence == "ring_x_ulysses" and self.ulysses is None)
 
     @model_validator(mode="after")
     def _check_scheme(self) -> ParallelConfig:
-        if self.ulysses != AUTO and self.sequence != "ring_x_ulysses":
+        if self.ulysses is not None and self.sequence != "ring_x_ulysses":
             raise ValueError(
                 f"parallel.ulysses {self.ulysses} is the degree inside ring_x_ulysses, and parallel.sequence is {self.sequence}; "
-                "set parallel.sequence=ring_x_ulysses or leave parallel.ulysses auto"
+                "set parallel.sequence=ring_x_ulysses or leave parallel.ulysses null"
             )
         if self.head_chunk is not None and self.sequence in ("auto", "ring"):
-            way_out = "set parallel.sequence to ulysses, ring_x_ulysses or allgather_kv, or leave parallel.head_chunk null"
-            raise ValueError(f"parallel.head_chunk {self.head_chunk}: parallel.sequence {self.sequence} passes all heads at once; {way_out}")
+            raise ValueError(
+                f"parallel.head_chunk {self.head_chunk}: parallel.sequence {self.sequence} passes all heads at once; set parallel.sequence "
+                "to ulysses, ring_x_ulysses or allgather_kv, or leave parallel.head_chunk null"
+            )
         return self

@@ -27,9 +27,9 @@ class ParallelDims:
         if config.chosen_by_plan:
             raise UserError(f"parallel.{config.chosen_by_plan[0]}: auto has not been resolved here; give a number")
         if config.scheme_is_auto and config.cp > 1:
-            open_key = "sequence" if config.sequence == "auto" else "ulysses"
-            raise UserError(f"parallel.{open_key}: auto has not been resolved here; give a value")
-        inside = {"ulysses": config.cp, "ring_x_ulysses": config.ulysses}.get(config.sequence, 1) if config.cp > 1 else 1
+            open_key = "sequence: auto" if config.sequence == "auto" else "ulysses: null"
+            raise UserError(f"parallel.{open_key} has not been resolved here; give a value")
+        inside = {"ulysses": config.cp, "ring_x_ulysses": config.ulysses or 1}.get(config.sequence, 1) if config.cp > 1 else 1
         dims = ParallelDims(config.dp_replicate, config.dp_shard, config.cp, inside)
         if world_size is not None and dims.world_size != world_size:
             raise UserError(

@@ -45,14 +45,14 @@ class ToHeads:
         """The pieces."""
         if self.work is not None:
             self.work.wait()
-        self.sent = None
+        self.sent = self.work = None
         x_TBhD = self.exchange.in_global_order(self.arriving_TBhD)
         return [piece.permute(1, 2, 0, 3) for piece in x_TBhD.split(self.heads, dim=2)]
 
 
 @dataclass
 class ToTokens:
-    """A message on its way back; ``wait`` gives for every rank and piece its heads and their values for this rank's tokens, [B, h, n, D]."""
+    """A message on its way back; ``wait`` gives for every piece each rank's heads and their values for this rank's tokens."""
 
     sent: torch.Tensor | None
     arriving: torch.Tensor
@@ -62,10 +62,10 @@ class ToTokens:
     work: dist.Work | None
 
     def wait(self) -> list[list[tuple[Range, torch.Tensor]]]:
-        """By piece: (heads, values) from every rank that has some."""
+        """By piece: (heads, values_BhnD) from every rank that has some."""
         if self.work is not None:
             self.work.wait()
-        self.sent = None
+        self.sent = self.work = None
         n, rows, dim = self.shape
         found: list[list[tuple[Range, torch.Tensor]]] = [[] for _ in self.heads]
         counts = [sum(_len(heads[rank]) for heads in self.heads) for rank in range(len(self.heads[0]))]
@@ -83,7 +83,8 @@ class HeadExchange:
     """The exchanges of one group, whose ranks share T tokens in ``layout``."""
 
     def __init__(self, group: dist.ProcessGroup, layout: Layout) -> None:
-        self.group, self.layout = group, layout
+        self.group = group
+        self.layout: Layout = layout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def start_to_heads(self, pieces: Sequence[Piece]) -> ToHeads:

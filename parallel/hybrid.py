@@ -70,7 +70,8 @@ class HybridAttention:
         window: int | None,
         head_chunk: int | None = None,
     ) -> None:
-        self.layout, self.window, self.head_chunk = layout, window, head_chunk
+        self.layout: Layout = layout
+        self.window, self.head_chunk = window, head_chunk
         self.exchange, self.ring_group = HeadExchange(ulysses_group, layout), ring_group
         self.ring_rank, self.ring_size = dist.get_rank(ring_group), dist.get_world_size(ring_group)
 

@@ -7,9 +7,9 @@ from typing import Literal
 from models.attention import Attention
 from models.memory.protocol import MemoryModule
 from models.transformer import Transformer
+from parallel.config import SequenceScheme
 from parallel.fsdp import shard_parameters
 from parallel.mesh import Mesh
-from parallel.config import SequenceScheme
 from parallel.schemes import attention_over
 from parallel.state_passing import RingCarry
 

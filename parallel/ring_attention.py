@@ -206,7 +206,8 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = ring_backward(dout_BHTD, *ctx.saved_tensors, ctx.plan, ctx.group)
+        q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT = ctx.saved_tensors
+        grads = ring_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, ctx.plan, ctx.group)
         return *(grad.to(dout_BHTD.dtype) for grad in grads), None, None
 
 

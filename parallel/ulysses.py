@@ -34,7 +34,6 @@ from parallel.head_exchange import HeadExchange, Piece, ToHeads, ToTokens
 from parallel.head_plan import Range, Stage, keys_are_shared, plan_stages, segments
 from parallel.sequence import Layout, ranges_for
 
-
 MESSAGES = 2
 """On their way at a time, with stages: the next heads in, and the last ones back."""
 Target = tuple[torch.Tensor, bool]

@@ -1,4 +1,4 @@
-"""What ``parallel.sequence: auto`` (and ``parallel.ulysses: auto``) means for a configuration whose degrees are known. Imports no torch.
+"""What ``parallel.sequence: auto`` (and for ring_x_ulysses a degree that is null) means once the mesh is known. Imports no torch.
 
 The candidates that the configuration allows go to ``memory_mgmt/cost_schemes.py``; the first reason line names the choice.
 """
@@ -30,9 +30,9 @@ def with_scheme(config: RunConfig, device_name: str | None) -> tuple[RunConfig, 
     if not scheme_is_open(config):
         return config, []
     if config.parallel.cp == 1:
-        return _settled(config, "ring", AUTO), ["parallel.sequence: ring, nothing to exchange (parallel.cp 1)"]
+        return _settled(config, "ring"), ["parallel.sequence: ring, nothing to exchange (parallel.cp 1)"]
     if "full" not in config.model.layer_kinds and config.parallel.sequence == "auto" and _fits_halo(config):
-        return _settled(config, "ring", AUTO), ["parallel.sequence: ring, no attention layer looks back further than a shard"]
+        return _settled(config, "ring"), ["parallel.sequence: ring, no attention layer looks back further than a shard"]
     possible, refused = _possible(config)
     if not possible:
         raise UserError(f"parallel.sequence: no scheme is possible\n  {refused}")
@@ -45,7 +45,7 @@ def _fits_halo(config: RunConfig) -> bool:
 
 
 def _choice(config: RunConfig, device_name: str | None, possible: list[tuple[SequenceScheme, int]]) -> SchemeChoice:
-    target = target_for(_settled(config, "ring", AUTO), device_name)
+    target = target_for(_settled(config, "ring"), device_name)
     rates = rates_of(target.device)
     if rates is None:
         raise UserError(
@@ -83,6 +83,6 @@ def _possible(config: RunConfig) -> tuple[list[tuple[SequenceScheme, int]], str]
     return found, refused
 
 
-def _settled(config: RunConfig, scheme: SequenceScheme, ulysses: int) -> RunConfig:
-    degree = ulysses if scheme == "ring_x_ulysses" else AUTO
+def _settled(config: RunConfig, scheme: SequenceScheme, ulysses: int = 1) -> RunConfig:
+    degree = ulysses if scheme == "ring_x_ulysses" else None
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"sequence": scheme, "ulysses": degree})})

@@ -187,7 +187,7 @@ class RunConfig(Section):
                 f"parallel.sequence ulysses gives every one of parallel.cp {cp} ranks a query head, and model.n_heads is {heads}; "
                 f"set {degrees}parallel.sequence=ring or allgather_kv"
             )
-        if sequence == "ring_x_ulysses" and (ulysses not in (0, *possible) or not possible):
+        if sequence == "ring_x_ulysses" and (ulysses not in (None, *possible) or not possible):
             asked = f"parallel.ulysses {ulysses}" if ulysses else "parallel.sequence ring_x_ulysses"
             raise ValueError(
                 f"{asked} does not divide parallel.cp {cp} into a ring of Ulysses groups of at most model.n_heads {heads} ranks; "

@@ -21,7 +21,6 @@ from memory_mgmt.planner import solve
 from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.errors import UserError
 from optim.config import Preset
-from parallel.config import AUTO
 from trainer.choosing_offload import places
 from trainer.choosing_scheme import scheme_is_open, with_scheme
 from trainer.config import RunConfig
@@ -122,7 +121,7 @@ def _scheme_reasons(asked: RunConfig, chosen: RunConfig, device_name: str | None
     """Why the chosen degrees have their scheme, where ``asked`` leaves it open."""
     if not asked.parallel.scheme_is_auto:
         return ()
-    open_again = chosen.parallel.model_copy(update={"sequence": asked.parallel.sequence, "ulysses": AUTO})
+    open_again = chosen.parallel.model_copy(update={"sequence": asked.parallel.sequence, "ulysses": None})
     return tuple(with_scheme(chosen.model_copy(update={"parallel": open_again}), device_name)[1])
 
 
@@ -222,7 +221,7 @@ def _may_fit(target: Target) -> bool:
     leanest = target.config.memory.model_copy(update={"recompute": "block", "plan": "estimate", "offload": "inputs"})
     # Other presets ask a process of their own, an update in the backward pass is traced or not known, and formulas know the ring.
     optim = target.config.optim.model_copy(update={"preset": "adamw", "fuse_backward": False})
-    ring = target.config.parallel.model_copy(update={"sequence": "ring", "ulysses": AUTO, "head_chunk": None})
+    ring = target.config.parallel.model_copy(update={"sequence": "ring", "ulysses": None, "head_chunk": None})
     return plan_target(target.with_config(target.config.model_copy(update={"memory": leanest, "optim": optim, "parallel": ring}))).fits
 
 

@@ -45,7 +45,9 @@ def slow_decay(model: Transformer) -> None:
             torch.nn.init.constant_(parameter, -6.0)
 
 
-def hidden_states(layers: tuple[str, ...], layout: str, scheme: SequenceScheme = "ring", ulysses: int = 1) -> dict[int | None, torch.Tensor]:
+def hidden_states(
+    layers: tuple[str, ...], layout: str, scheme: SequenceScheme = "ring", ulysses: int = 1
+) -> dict[int | None, torch.Tensor]:
     """Outputs [T, C] of the whole sequence for the original and each edited sequence, gathered over the ranks."""
     model = Transformer(model_config(layers), VOCAB).double()
     init_weights(model, seed=0)

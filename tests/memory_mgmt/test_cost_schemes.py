@@ -30,7 +30,7 @@ class Sent(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, rank = func._schema.name, dist.get_rank()
         if name == "c10d::send":
             self.bytes += sum(x.numel() * x.element_size() for x in args[0])

@@ -10,7 +10,6 @@ from models import attention
 from models.attention import LocalAttention, attention_reference
 from models.attention_plan import TileLimits
 from models.batch import Bounds
-from models.errors import UserError
 from parallel import allgather_kv, hybrid, ulysses
 from parallel.allgather_kv import AllGatherKVAttention
 from parallel.hybrid import HybridAttention
@@ -55,7 +54,7 @@ def _groups(n_ulysses: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     return columns[rank // n_ulysses], rings[rank % n_ulysses]  # type: ignore[return-value]
 
 
-def _scheme(name: str, layout: str, window: int | None, chunk: int | None, groups: tuple | None):  # noqa: ANN202
+def _scheme(name: str, layout: str, window: int | None, chunk: int | None, groups: tuple | None):
     if name == "ulysses":
         return UlyssesAttention(dist.group.WORLD, layout, window, chunk)  # type: ignore[arg-type]
     if name == "allgather_kv":
@@ -64,7 +63,7 @@ def _scheme(name: str, layout: str, window: int | None, chunk: int | None, group
     return HybridAttention(*groups, layout, window, chunk)  # type: ignore[arg-type]
 
 
-def _split(scheme, tensors: list[torch.Tensor], documents: list[tuple[int, ...]], layout: str) -> tuple[list, list[int]]:  # noqa: ANN001
+def _split(scheme, tensors: list[torch.Tensor], documents: list[tuple[int, ...]], layout: str) -> tuple[list, list[int]]:
     """This rank's [out, dq, dk, dv] and the global indices of its tokens."""
     rank, size, length = dist.get_rank(), dist.get_world_size(), tensors[0].shape[2]
     bounds = Bounds(length, ranges_for(layout, length, rank, size), tuple(documents))  # type: ignore[arg-type]

@@ -58,10 +58,10 @@ def test_scheme_and_degrees_are_settled_together() -> None:
 @pytest.mark.parametrize(
     ("parallel", "heads", "words"),
     [
-        ({"cp": 8, "sequence": "ulysses"}, (4, 2), r"parallel\.sequence ulysses .* 8 ranks .*n_heads is 4.*parallel\.ulysses one of 2, 4.*ring"),
-        ({"cp": 8, "sequence": "ring_x_ulysses", "ulysses": 3}, (8, 2), r"parallel\.ulysses 3 does not divide .* one of 2, 4.*ulysses or ring"),
+        ({"cp": 8, "sequence": "ulysses"}, (4, 2), r"ulysses .* 8 ranks .*n_heads is 4.*ulysses one of 2, 4.*ring"),
+        ({"cp": 8, "sequence": "ring_x_ulysses", "ulysses": 3}, (8, 2), r"ulysses 3 does not divide .* one of 2, 4.*ulysses or ring"),
         ({"cp": 2, "sequence": "ring_x_ulysses"}, (8, 2), r"ring_x_ulysses does not divide parallel\.cp 2"),
-        ({"cp": 8, "ulysses": 2}, (8, 2), r"parallel\.ulysses 2 is the degree inside ring_x_ulysses.*leave parallel\.ulysses auto"),
+        ({"cp": 8, "ulysses": 2}, (8, 2), r"parallel\.ulysses 2 is the degree inside ring_x_ulysses.*leave parallel\.ulysses null"),
         ({"cp": 8, "head_chunk": 2}, (8, 2), r"parallel\.head_chunk 2: .* ring passes all heads.*ulysses, ring_x_ulysses or allgather_kv"),
         ({"cp": 8, "sequence": "auto", "head_chunk": 2}, (8, 2), r"parallel\.head_chunk 2: parallel\.sequence auto"),
     ],
