@@ -209,13 +209,15 @@ class _ByHeads(torch.autograd.Function):
             here = _kept(here, turn.kv, stage.leaving[exchange.rank])
         _collect(returning, [(out_BHnD, False)])
         ctx.args = (exchange, inner, stages)
-        ctx.save_for_backward(q_BHnD, k_BGnD, v_BGnD, out_BHnD, *lses)
+        lse_BhT = lses[0] if len(lses) == 1 else torch.cat(lses, 1)
+        ctx.save_for_backward(q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BhT)
         return out_BHnD
 
     @staticmethod
     def backward(ctx, dout_BHnD):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BHnD, k_BGnD, v_BGnD, out_BHnD, *lses = ctx.saved_tensors
+        q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BhT = ctx.saved_tensors
         exchange, inner, stages = ctx.args
+        lses = lse_BhT.split([last - first for first, last in (stage.q[exchange.rank] for stage in stages)], dim=1)
         n, per_kv = q_BHnD.shape[2], q_BHnD.shape[1] // k_BGnD.shape[1]
         shared = keys_are_shared(q_BHnD.shape[1], k_BGnD.shape[1], exchange.size)
         dq_BHnD = torch.empty_like(q_BHnD)
