@@ -43,7 +43,7 @@ def told(script: str, folder: Path) -> list[str]:
 
 
 def check(text: str, folder: Path) -> None:
-    path = Path("/" + text)
+    path = Path("/" + text.replace("\\", ""))
     job = dataclasses.replace(
         JOB, name=text, run=path, longstride=path / "l.py", python=text, submit_dir=path, partition=text, dependency=text
     )
@@ -74,6 +74,12 @@ def test_control_characters_are_refused_by_name(text: str) -> None:
         render(JOB, Site(setup=(text,)))
 
 
+def test_percent_signs_and_backslashes_in_the_place_of_a_run() -> None:
+    assert '--output="/a %%x/slurm/job_%j.log"' in render(dataclasses.replace(JOB, run=Path("/a %x")), Site())
+    with pytest.raises(UserError, match="backslash"):
+        render(dataclasses.replace(JOB, run=Path("/a\\b")), Site())
+
+
 def test_places_inside_values_are_not_filled() -> None:
     assert "@RUN@" in render(dataclasses.replace(JOB, python="@RUN@"), Site())
 
@@ -94,7 +100,7 @@ def test_the_script_asks_for_what_the_job_needs() -> None:
         "--exclusive",
         '--export="HOME,MY_DIR"',
         '--chdir="/runs/name"',
-        "--output=slurm/job_%j.log",
+        '--output="/runs/name/slurm/job_%j.log"',
     } <= lines
     assert "--nproc-per-node=4 " in script
     assert "gpus" not in render(dataclasses.replace(JOB, gpus=False), Site())
