@@ -59,7 +59,7 @@ def test_nasty_values_are_data(text: str, tmp_path: Path) -> None:
     check(text, tmp_path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(text=st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), min_size=1, max_size=60))
 def test_any_text_is_data(text: str, tmp_path: Path) -> None:
     check(text, tmp_path)
