@@ -1,5 +1,6 @@
 # make quickstart   install and train a small model on real text: about 10 minutes on two cores
 # make million      two optimizer steps on one sequence of 1,048,576 tokens
+# make slurm-demo   the quickstart as a job of a Slurm brought up here, interrupted, resumed by itself (root on Debian or Ubuntu)
 # make test         lint and test                 make lint      only ruff, pyright and the import rules
 # make install      only the environment          make clean     remove what the others made, runs excepted
 SHELL := /bin/bash
@@ -10,8 +11,10 @@ PINS := pyproject.toml scripts/install.sh $(wildcard constraints/*.txt)
 BOOK := $(firstword $(wildcard ../shared/data/books/war-and-peace.txt))
 MILLION := $(if $(BOOK),data.source=text data.path=$(BOOK))
 PYTEST_ARGS ?=
+SLURM_PACKAGES := slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
+DEMO ?=
 
-.PHONY: help install quickstart million test lint clean
+.PHONY: help install quickstart million slurm-demo test lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -32,6 +35,11 @@ quickstart: install
 
 million: install
 	@$(BIN)/longstride train million $(MILLION)
+
+# DEMO: a config and settings, such as DEMO='debug_cpu parallel.cp=2 train.steps=300'.
+slurm-demo: install
+	@[ -x /usr/sbin/slurmctld ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES) >/dev/null; }
+	@$(BIN)/python scripts/slurm_demo.py $(DEMO)
 
 # Two workers: the suite is a few long files that start ranks and many short ones. A file stays in one worker, its runs are shared.
 test: lint

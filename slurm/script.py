@@ -87,10 +87,18 @@ def _directives(job: Job, site: Site) -> list[str]:
         "--requeue",
         "--open-mode=append",
         directive("--chdir", str(job.run)),
-        "--output=slurm/job_%j.log",  # relative and without the job's name: in %x a name would be a path
+        directive("--output", _output(job.run)),
         directive("--export", ",".join(site.export) or "NONE"),
     ]
     return lines
+
+
+def _output(run: Path) -> str:
+    """The pattern of the script's log. Slurm fills %x and the like wherever they stand in the path; the job's name is not in it: there
+    a name would be a path."""
+    if "\\" in str(run):
+        raise UserError(f"run directory {run}: Slurm cannot write its log below a name with a backslash; choose another run.root")
+    return f"{str(run).replace('%', '%%')}/slurm/job_%j.log"
 
 
 def _setup(site: Site) -> list[str]:

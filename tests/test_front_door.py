@@ -37,7 +37,15 @@ def test_starts_in_half_a_second(arguments: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["runs"], ["train", "--help-config"], ["plan", "debug_cpu"], ["train", "debug_cpu", "train.steps=x"]]
+    "arguments",
+    [
+        ["--help"],
+        ["runs"],
+        ["train", "--help-config"],
+        ["plan", "debug_cpu"],
+        ["train", "debug_cpu", "train.steps=x"],
+        ["submit", "debug_cpu", "--device", "cpu", "--dry-run", "memory.plan=estimate"],
+    ],
 )
 def test_does_without_torch(arguments: list[str], tmp_path: Path) -> None:
     done = run(*arguments, cwd=tmp_path, prefix=[sys.executable, "-X", "importtime", str(ROOT / "longstride.py")])
@@ -66,6 +74,8 @@ def test_does_without_torch(arguments: list[str], tmp_path: Path) -> None:
         (["resume", "absent"], ["absent"]),
         (["eval", "absent"], ["absent"]),
         (["runs", "absent"], ["absent"]),
+        (["monitor", "absent"], ["absent"]),
+        (["report", "absent"], ["absent"]),
     ],
 )
 def test_bad_usage_exits_2_says_where_and_writes_nothing(arguments: list[str], parts: list[str], tmp_path: Path) -> None:

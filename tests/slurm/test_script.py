@@ -43,7 +43,7 @@ def told(script: str, folder: Path) -> list[str]:
 
 
 def check(text: str, folder: Path) -> None:
-    path = Path("/" + text)
+    path = Path("/" + text.replace("\\", ""))
     job = dataclasses.replace(
         JOB, name=text, run=path, longstride=path / "l.py", python=text, submit_dir=path, partition=text, dependency=text
     )
@@ -59,7 +59,7 @@ def test_nasty_values_are_data(text: str, tmp_path: Path) -> None:
     check(text, tmp_path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(text=st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), min_size=1, max_size=60))
 def test_any_text_is_data(text: str, tmp_path: Path) -> None:
     check(text, tmp_path)
@@ -72,6 +72,12 @@ def test_control_characters_are_refused_by_name(text: str) -> None:
             render(dataclasses.replace(JOB, **{field: text}), Site())
     with pytest.raises(UserError, match="site.setup"):
         render(JOB, Site(setup=(text,)))
+
+
+def test_percent_signs_and_backslashes_in_the_place_of_a_run() -> None:
+    assert '--output="/a %%x/slurm/job_%j.log"' in render(dataclasses.replace(JOB, run=Path("/a %x")), Site())
+    with pytest.raises(UserError, match="backslash"):
+        render(dataclasses.replace(JOB, run=Path("/a\\b")), Site())
 
 
 def test_places_inside_values_are_not_filled() -> None:
@@ -94,7 +100,7 @@ def test_the_script_asks_for_what_the_job_needs() -> None:
         "--exclusive",
         '--export="HOME,MY_DIR"',
         '--chdir="/runs/name"',
-        "--output=slurm/job_%j.log",
+        '--output="/runs/name/slurm/job_%j.log"',
     } <= lines
     assert "--nproc-per-node=4 " in script
     assert "gpus" not in render(dataclasses.replace(JOB, gpus=False), Site())

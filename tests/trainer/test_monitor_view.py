@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longstride import main
@@ -115,6 +115,7 @@ def test_the_report_is_one_page_that_loads_and_runs_nothing(tmp_path: Path, caps
     assert main(["report", str(run.path), "--output", str(tmp_path / "no" / "x.html")]) == 2
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=50), st.integers(1, 20))
 def test_a_curve_of_any_numbers(values: list[float], width: int) -> None:
     line = sparkline(values, width)
