@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from models.attention import Attention
 from models.feedforward import RMSNorm, SwiGLU, gated_product, gated_product_backward, rms_norm, rms_norm_backward
+from models.int8_weight import in_dtype
 from models.memory.protocol import MemoryModule
 from models.rope import turn
 from models.transformer import Block
@@ -93,7 +94,7 @@ class TokenWise:
 
     def narrow(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """The norm's weight as it is, the others in the computing dtype."""
-        return [weights[0], *(weight.to(self.dtype) for weight in weights[1:])]
+        return [weights[0], *(in_dtype(weight, self.dtype) for weight in weights[1:])]
 
     # --- enter ----------------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from memory_mgmt.op_costs import op_bytes, op_flops, work_dtype
 from memory_mgmt.op_kernels import onednn_kernels
 from memory_mgmt.op_workspace import workspace_bytes
 from memory_mgmt.trace import Phase, Place, Trace, TracedBuffer, TracedOp, TraceKind
+from models.int8_weight import Int8Weight
 from models.memory.protocol import MemoryModule
 from models.repeat import AGAIN, IN_FLIGHT, TURNS
 from models.transformer import Transformer
@@ -192,8 +193,8 @@ class StepRecorder(TorchDispatchMode):
         super().__exit__(*args)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # let it become operations on local shards first
+        if any(issubclass(t, (DTensor, Int8Weight)) for t in types):
+            return NotImplemented  # let it become operations on local shards, or on the bytes of weights, first
         kwargs = kwargs or {}
         name = func._schema.name
         if name == _ITEM:  # values do not exist: a count is 1, a norm is 1.0
@@ -373,7 +374,8 @@ def _in_backward() -> bool:
 
 def _local(tensor: Tensor) -> Tensor:
     local = getattr(tensor, "_local_tensor", None)
-    return tensor if local is None else local
+    local = tensor if local is None else local
+    return local.packed if isinstance(local, Int8Weight) else local
 
 
 def _key(x: Tensor) -> int:

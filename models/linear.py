@@ -1,7 +1,8 @@
 """A linear map that keeps no low-precision copy of its weight.
 
 Under autocast torch casts the weight in forward and autograd keeps the copy until backward: 2 bytes per parameter of the model.
-Here the master weight is kept, which is alive anyway, and cast again in backward. Results and gradients are the same bits.
+Here the master weight is kept, which is alive anyway, and cast again in backward. Results and gradients are the same bits. Weights in
+eight bits (``int8_weight.py``) are read the same way.
 
 Legend: n tokens of all rows, I inputs, O outputs.
 """
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.int8_weight import Int8Weight, in_dtype
+
 
 class _CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        return F.linear(x, weight_OI.to(dtype))
+        return F.linear(x, in_dtype(weight_OI, dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -27,7 +30,7 @@ class _CastLinear(torch.autograd.Function):
         (dy,) = grads
         dx = dweight_OI = None
         if ctx.needs_input_grad[0]:
-            dx = torch.matmul(dy, weight_OI.to(dy.dtype))
+            dx = torch.matmul(dy, in_dtype(weight_OI, dy.dtype))
         if ctx.needs_input_grad[1]:
             dweight_OI = torch.mm(dy.flatten(0, -2).t(), x.flatten(0, -2)).to(weight_OI.dtype)
         return dx, dweight_OI, None
@@ -35,11 +38,11 @@ class _CastLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """``x @ weight^T`` in autocast's dtype if it is on (never for float64), else in the operands' own."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or weight_OI.dtype == torch.float64:
+    device, packed = x.device.type, isinstance(weight_OI, Int8Weight)
+    if not packed and (not torch.is_autocast_enabled(device) or weight_OI.dtype == torch.float64):
         return F.linear(x, weight_OI)
-    dtype = torch.get_autocast_dtype(device)
-    if weight_OI.dtype == dtype:
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if not packed and weight_OI.dtype == dtype:
         return F.linear(x, weight_OI)
     x = x.to(dtype)  # outside, so that autograd returns the gradient in x's own dtype
     with torch.autocast(device, enabled=False):

@@ -3,7 +3,7 @@
 What parallel/ and memory_mgmt/ replace from outside: a mixer's own seams, `Block.run`, `Transformer.run_blocks` and
 `Transformer.loss_tile_tokens`. Nothing here knows of other ranks.
 
-The residual stream stays in the embedding's dtype (float32) under bf16 autocast: the sum over layers is the one place
+The residual stream is float32 under bf16 autocast, whatever the weights are kept in: the sum over layers is the one place
 where bf16 loses small updates for good (8 bits of mantissa against a stream that grows with depth), it is what Hugging
 Face models do under autocast (losses can be compared digit for digit), and everything inside a block is bf16 anyway.
 
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from models.attention import Attention
 from models.batch import Batch, Bounds
 from models.config import LayerKind, ModelConfig
+from models.embedding import Embedding
 from models.feedforward import RMSNorm, SwiGLU
 from models.loss import chunked_cross_entropy
 from models.memory.protocol import MemoryModule, build_memory
@@ -99,7 +100,7 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.loss_tile_tokens = 4096
-        self.embed = nn.Embedding(vocab_size, config.d_model)
+        self.embed = Embedding(vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
         self.run_blocks: Callable[..., Tensor] = run_in_order
         self.norm = RMSNorm(config.d_model, config.norm_eps)

@@ -9,25 +9,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 
-from optim.config import OptimConfig
+from models.int8_weight import quantise_weights_
+from optim.codecs import LEAST_ELEMENTS
+from optim.config import OptimConfig, Weights
 from optim.driver import ComposedOptimizer, Lane
 from optim.recipes import Recipe, recipe_of
 from optim.routing import Routed, route
 from optim.row_sparse import RowSparse
+from optim.writers import EIGHT_BITS, EXACT, writer_for
 
 if TYPE_CHECKING:
     from optim.plan import PlannedParameter
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig | None = None, *, with_states: bool = True, **settings: Any
+    model: nn.Module, config: OptimConfig | None = None, *, with_states: bool = True, seed: int = 0, **settings: Any
 ) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters of ``model``, sharded or not, with its states allocated (torch's own: unless
     ``with_states`` is False, where somebody else places them).
 
-    ``settings``: of ``OptimConfig``, in place of those of ``config``. The caller may set each group's ``lr`` at each step
-    (``optim.schedule.learning_rate`` times the group's ``lr_factor``). Raises ValueError for settings that are unknown or contradict one
-    another (pydantic's ValidationError is one), a model without trainable parameters, and parameters that lie in a way that is not known.
+    ``seed``: of the chance that rounds weights. ``settings``: of ``OptimConfig``, in place of those of ``config``. The caller may set each
+    group's ``lr`` at each step (``optim.schedule.learning_rate`` times the group's ``lr_factor``). Raises ValueError for settings that are
+    unknown or contradict one another (pydantic's ValidationError is one), a model without trainable parameters, and parameters that lie in
+    a way that is not known.
     """
     config = config or OptimConfig()
     if settings:
@@ -35,7 +39,7 @@ def build_optimizer(
     routed = route(model)
     if not routed:
         raise ValueError("the model has no trainable parameter")
-    groups, lanes = parameter_groups(model, routed, config), lanes_of(model, config)
+    groups, lanes = parameter_groups(model, routed, config), lanes_of(model, config, seed)
     if lanes is None:
         optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
         optimizer.names = {one.parameter: one.name for one in routed}
@@ -57,9 +61,10 @@ class AdamW(torch.optim.AdamW):
         return plan(self, self.names, strict=strict)
 
 
-def lanes_of(model: nn.Module, config: OptimConfig) -> list[Lane] | None:
+def lanes_of(model: nn.Module, config: OptimConfig, seed: int = 0) -> list[Lane] | None:
     """How each trainable parameter is updated; None where torch's own AdamW does it."""
-    if config.preset == "adamw":
+    _check_weights(route(model), config)
+    if config.is_torch_adamw:
         tables = [one.name for one in route(model) if one.part == "table"]
         if tables:
             raise ValueError(
@@ -68,15 +73,35 @@ def lanes_of(model: nn.Module, config: OptimConfig) -> list[Lane] | None:
             )
         return None
     recipe = recipe_of(config)
-    return [_lane(one, recipe) for one in route(model)]
+    return [_lane(one, recipe, config.kept_weights, seed) for one in route(model)]
 
 
-def _lane(routed: Routed, recipe: Recipe) -> Lane:
+def _lane(routed: Routed, recipe: Recipe, weights: Weights | None, seed: int) -> Lane:
     if routed.part == "table":
-        return Lane(routed.name, routed.parameter, RowSparse(recipe.rest), recipe.rest_storage)
+        return Lane(routed.name, routed.parameter, RowSparse(recipe.rest), recipe.rest_storage, weights, seed)
     if routed.part == "matrix" or (recipe.matrix_everywhere and routed.parameter.ndim == 2):
-        return Lane(routed.name, routed.parameter, recipe.matrix, recipe.matrix_storage)
-    return Lane(routed.name, routed.parameter, recipe.rest, recipe.rest_storage)
+        return Lane(routed.name, routed.parameter, recipe.matrix, recipe.matrix_storage, weights, seed)
+    return Lane(routed.name, routed.parameter, recipe.rest, recipe.rest_storage, weights, seed)
+
+
+def _check_weights(routed: Sequence[Routed], config: OptimConfig) -> None:
+    """Every parameter has a writer, and ``optim.weights`` is about some of them. float32 ones beside bfloat16 ones stay exact."""
+    weights = config.kept_weights
+    written = [writer_for(one.parameter, weights, one.name) for one in routed]
+    if weights == "int8_stochastic" and EIGHT_BITS not in written:
+        raise ValueError(
+            "optim.weights is int8_stochastic, but no parameter is in eight bits; call optim.build.quantise_matrices_(model) before it is "
+            "sharded, or choose other weights"
+        )
+    if weights != "fp32" and all(writer is EXACT for writer in written):
+        raise ValueError(f"optim.weights is {weights}, but no parameter is bfloat16; build the model in bfloat16 or choose fp32")
+
+
+def quantise_matrices_(model: nn.Module) -> None:
+    """Keep the matrices of hidden layers of ``model`` (``optim.routing``) in eight bits from now on, where their rows allow it and they are
+    not small. Before the model is sharded."""
+    hidden = {id(one.parameter) for one in route(model) if one.part == "matrix" and one.parameter.numel() >= LEAST_ELEMENTS}
+    quantise_weights_(module for module in model.modules() if isinstance(module, nn.Linear) and id(module.weight) in hidden)
 
 
 def parameter_groups(model: nn.Module, routed: Sequence[Routed], config: OptimConfig) -> list[dict[str, Any]]:

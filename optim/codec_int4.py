@@ -21,7 +21,8 @@ _LARGEST_UNSIGNED = 16
 _LARGEST_AFFINE = 15
 _MIDDLE = 8
 """Added to signed codes for storage."""
-AFFINE_GROUP = 128
+AFFINE_GROUP = 256
+"""As Q-GaLore's (arXiv 2407.08296); a projector of a lower rank has a group per row."""
 
 
 class SignedInt4:

@@ -48,6 +48,7 @@ Preset = Literal[
     "adalomo",
     "galore",
     "galore_8bit",
+    "q_galore",
     "natural_galore",
     "fira",
     "apollo",
@@ -65,6 +66,7 @@ READ: dict[str, tuple[str, ...]] = {
     "adalomo": ("rest",),
     "galore": (*_LOW_RANK, "svd"),
     "galore_8bit": (*_LOW_RANK, "svd"),
+    "q_galore": (*_LOW_RANK, "svd"),
     "natural_galore": (*_LOW_RANK, "svd"),
     "fira": (*_LOW_RANK, "svd"),
     "frugal": ("density", "update_gap", "rest", "state"),
@@ -101,6 +103,10 @@ class GroupConfig(Section):
 
 
 MUP_PRESETS = ("adamw", "adamw_8bit", "adamw_4bit", "adafactor", "frugal")
+
+
+Weights = Literal["fp32", "bf16", "bf16_stochastic", "bf16_24bit", "int8_stochastic"]
+"""How parameters are kept between steps."""
 
 
 class OptimConfig(Section):
@@ -144,8 +150,8 @@ class OptimConfig(Section):
     update_gap: PositiveInt | None = None
     """Steps after which a projection is made anew; null: 200."""
     scale: float | None = Field(default=None, gt=0)
-    """Factor of projected updates; null: galore, natural_galore, fira, lifts back and scaled_residual 0.25, apollo and lift channel 1,
-    apollo_mini and lift tensor 128."""
+    """Factor of projected updates; null: galore, q_galore, natural_galore, fira, lifts back and scaled_residual 0.25, apollo and lift
+    channel 1, apollo_mini and lift tensor 128."""
     svd: Literal["subspace", "exact"] | None = None
     """How a projection to singular vectors is found. subspace (null): iterated from the one before; exact: by decomposition."""
     rest: Literal["adamw", "adamw_8bit", "adamw_4bit", "sgd"] | None = None
@@ -158,6 +164,10 @@ class OptimConfig(Section):
     """Steps after which shampoo_4bit takes up a gradient in its statistics; null: 100."""
     root_gap: PositiveInt | None = None
     """Steps after which shampoo_4bit makes inverse roots of its statistics, a multiple of statistics_gap; null: 5 statistics_gap."""
+    weights: Weights | None = None
+    """How parameters are kept. fp32; bf16: rounded to nearest at each step, which loses small updates; bf16_stochastic: rounded by chance,
+    right on average; bf16_24bit: as bf16 for the model and 8 more bits for the update; int8_stochastic: matrices of hidden layers in eight
+    bits, everything else as bf16_stochastic. All but fp32 need train.precision bf16. null: fp32, and int8_stochastic with q_galore."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -227,6 +237,21 @@ class OptimConfig(Section):
             f"optim.clip_norm {self.clip_norm} needs the gradients of all parameters before the first update, and {cause} updates in the "
             "backward pass\nset optim.fused_clip=previous (scale by the norm of the step before) or per_tensor, or optim.clip_norm=null"
         )
+
+    @property
+    def kept_weights(self) -> Weights:
+        """``weights``, or what null means."""
+        return self.weights or ("int8_stochastic" if self.preset == "q_galore" else "fp32")
+
+    @property
+    def bfloat16_weights(self) -> bool:
+        """Whether the model's parameters are bfloat16 (or fewer bits)."""
+        return self.kept_weights != "fp32"
+
+    @property
+    def is_torch_adamw(self) -> bool:
+        """Whether torch's own AdamW updates all parameters: what formulas know and what can be moved to host memory."""
+        return self.preset == "adamw" and not self.bfloat16_weights
 
     @model_validator(mode="after")
     def _check_gaps(self) -> OptimConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from optim.exchange import run_together, with_weight
 from optim.methods import Method, Projecting, StateSpec, Steps
 from optim.placement import Placed
 from optim.row_sparse import RowSparse, update_touched
+from optim.writers import EXACT, Chance, Weights, Writer, writer_for
 
 if TYPE_CHECKING:
     from optim.plan import PlannedParameter
@@ -41,22 +43,29 @@ class Lane:
     parameter: torch.nn.Parameter
     rule: Rule | Method
     storage: Storage
+    weights: Weights | None = None
+    """How a parameter of few bits is written (``optim/writers.py``)."""
+    seed: int = 0
+    """Of the chance by which it is rounded."""
     placed: Placed = field(init=False)
     specs: dict[str, StateSpec] = field(init=False)
     codecs: dict[str, Codec] = field(init=False)
     """Of the states that are not kept as they are."""
     summed: Tensor | None = field(default=None, init=False)
     """The gradient's coordinates, where those of several micro-batches were summed: stepped from instead of the gradient."""
+    writer: Writer = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{self.name} is {self.parameter.dtype}; optimizers take float32 or float64 parameters")
+        self.writer = writer_for(self.parameter, self.weights, self.name)
+        if isinstance(self.rule, RowSparse) and self.writer is not EXACT:
+            raise ValueError(f"{self.name} is a table, whose rows are updated apart, in float32 only; set weights (optim.weights) fp32")
         self.placed = Placed.of(self.parameter)
         self.specs = dict(self.rule.states(self.placed.shape))  # pyright: ignore[reportArgumentType]
         self.codecs = {}
         if self.dtype == torch.float32:
             for name, spec in self.specs.items():
-                codec = codec_for(self.storage, spec.shape, spec.codec != "variance") if spec.codec != "exact" else None
+                storage = "int4_affine" if spec.codec == "basis" else self.storage
+                codec = codec_for(storage, spec.shape, spec.codec != "variance") if spec.codec != "exact" else None
                 if codec is not None and codec.name != "fp32":
                     self.codecs[name] = codec
 
@@ -88,8 +97,8 @@ class Lane:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the update is computed: methods compute in float32."""
-        return torch.float32 if self.is_method else self.parameter.dtype
+        """In which the update is computed: float32, and float64 for elements of that."""
+        return torch.float32 if self.is_method or self.parameter.dtype != torch.float64 else torch.float64
 
     def stored(self) -> dict[str, StateSpec]:
         """Every tensor that is kept, by its name in ``state``."""
@@ -101,12 +110,24 @@ class Lane:
             else:
                 wide = self.dtype if spec.dtype == torch.float32 else spec.dtype
                 found[name] = StateSpec(spec.shape, spec.placement, wide, spec.codec)
-        return found
+        return found | dict(self.writer.states(self.placed.shape))
+
+    def write_(self, rows: slice, stored: dict[str, Tensor], update: Tensor, lr: float, decay: float, step: int) -> None:
+        """Put ``update`` into ``rows`` of this rank's part; ``stored``: those rows of what is kept."""
+        weight = as_rows(local_part(self.parameter))[rows]
+        beside = {name: stored[name] for name in self.writer.states(self.placed.shape)}
+        first = (self.placed.rows.first + rows.start) * _count(self.placed.shape[1:])
+        self.writer.write_(weight, beside, update, lr, decay, Chance(self.seed, self.key, step, first))
 
     def planned_bytes(self) -> int:
         """Of this rank's states, the step counter included."""
         sizes = [_count(self.placed.local_shape(spec)) * spec.dtype.itemsize for spec in self.stored().values()]
         return sum(sizes) + torch.float32.itemsize
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """A number as a row of one."""
+    return tensor if tensor.ndim else tensor.view(1)
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -149,13 +170,13 @@ class ComposedOptimizer(torch.optim.Optimizer):
             state[name] = lane.placed.zeros(spec, lane.parameter.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every torch optimizer; states keep their dtypes, which torch would make the parameter's (codes come back unchanged: they are
-        whole numbers of few bits)."""
+        """As every torch optimizer; states keep their dtypes, where torch would round them to the parameter's."""
         super().load_state_dict(state_dict)
-        for lane in self.lanes.values():
-            state = self.state[lane.parameter]
-            for name, spec in lane.stored().items():
-                state[name] = state[name].to(spec.dtype)
+        saved = (number for group in state_dict["param_groups"] for number in group["params"])
+        for group in self.param_groups:
+            for parameter, number in zip(group["params"], saved, strict=False):
+                for name, spec in self.lanes[parameter].stored().items():
+                    self.state[parameter][name] = state_dict["state"][number][name].to(parameter.device, spec.dtype, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -208,20 +229,16 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def _elementwise(self, lane: Lane, lr: float, decay: float) -> None:
         step, rule = self._next(lane), cast(Rule, lane.rule)
-        parameter, gradient = local_part(lane.parameter), local_part(cast(Tensor, lane.parameter.grad))
-        if not parameter.ndim:
-            parameter, gradient = parameter.view(1), gradient.view(1)
+        gradient = as_rows(local_part(cast(Tensor, lane.parameter.grad)))
         stored = self._stored(lane)
-        per_row = max(1, parameter[:1].numel())
-        for rows in _chunks(parameter.shape[0], max(1, CHUNK_ELEMENTS // per_row)):
-            part = {name: tensor[rows] if tensor.ndim else tensor.view(1) for name, tensor in stored.items()}
-            states = _decoded(lane, part, parameter[rows].shape)
+        per_row = max(1, gradient[:1].numel())
+        for rows in _chunks(gradient.shape[0], max(1, CHUNK_ELEMENTS // per_row)):
+            part = {name: as_rows(tensor)[rows] for name, tensor in stored.items()}
+            states = _decoded(lane, part, gradient[rows].shape)
             # The rule may overwrite its gradient; the parameter's own stays as it is.
             update = rule.update(gradient[rows].to(lane.dtype, copy=True), states, step)
             _encode(lane, part, states)
-            if decay:
-                parameter[rows].mul_(1 - lr * decay)
-            parameter[rows].sub_(update, alpha=lr)
+            lane.write_(rows, part, update, lr, decay, step)
 
     def _table(self, lane: Lane, rule: RowSparse, lr: float, decay: float) -> None:
         self._next(lane)
@@ -230,7 +247,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
             states = _decoded(lane, kept, weight.shape)
             change = rule.update(gradient.to(lane.dtype, copy=True), states, 0)
             _encode(lane, kept, states)
-            weight.mul_(1 - lr * decay).sub_(change, alpha=lr)
+            weight.mul_(1 - lr * decay).sub_(change, alpha=lr)  # tables are float32: Lane
 
         gradient = local_part(cast(Tensor, lane.parameter.grad))
         update_touched(local_part(lane.parameter), self._stored(lane), gradient, update, CHUNK_ELEMENTS)
@@ -241,13 +258,13 @@ class ComposedOptimizer(torch.optim.Optimizer):
             stored = self._stored(lane)
             states.append((stored, _decoded(lane, stored, None)))
             step = lane.method_step(states[-1][1], self._next(lane))
-            steps.append(with_weight(step, local_part(lane.parameter)))
+            steps.append(with_weight(step, partial(lane.writer.read, local_part(lane.parameter), stored)))
+        made = [{name: state._version for name, state in decoded.items()} for _, decoded in states]
         for i, update in run_together(steps, group):
-            _encode(lanes[i], *states[i])
-            parameter = local_part(lanes[i].parameter)
-            if decay:
-                parameter.mul_(1 - lr * decay)
-            parameter.sub_(update, alpha=lr)
+            stored, decoded = states[i]
+            # What no one wrote, such as a basis between refreshes, keeps its bits.
+            _encode(lanes[i], stored, {name: state for name, state in decoded.items() if state._version != made[i][name]})
+            lanes[i].write_(slice(0, len(update)), stored, update, lr, decay, int(self.state[lanes[i].parameter]["step"]))
 
     def _stored(self, lane: Lane) -> dict[str, Tensor]:
         """This rank's parts of what is kept."""
@@ -293,4 +310,5 @@ def _decoded(lane: Lane, stored: dict[str, Tensor], shape: torch.Size | None) ->
 
 def _encode(lane: Lane, stored: dict[str, Tensor], states: dict[str, Tensor]) -> None:
     for name, codec in lane.codecs.items():
-        codec.encode_(states[name], {part: stored[f"{name}.{part}"] for part in codec.parts(lane.specs[name].shape)})
+        if name in states:
+            codec.encode_(states[name], {part: stored[f"{name}.{part}"] for part in codec.parts(lane.specs[name].shape)})

@@ -39,7 +39,7 @@ def run_together(steps: Sequence[Steps], group: dist.ProcessGroup | None) -> Ite
         waiting = going_on
 
 
-def with_weight(steps: Steps, weight: Tensor) -> Steps:
+def with_weight(steps: Steps, weight: Callable[[], Tensor]) -> Steps:
     """``steps`` whose requests for the weight are answered here."""
     answer: Tensor | None = None
     while True:
@@ -47,7 +47,7 @@ def with_weight(steps: Steps, weight: Tensor) -> Steps:
             request = steps.send(answer)  # pyright: ignore[reportArgumentType]  # None starts it
         except StopIteration as ended:
             return ended.value
-        answer = weight if isinstance(request, Weight) else (yield request)
+        answer = weight() if isinstance(request, Weight) else (yield request)
 
 
 def answered(requests: Sequence[Communication], group: dist.ProcessGroup | None) -> list[Any]:

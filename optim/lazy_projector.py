@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class LazyProjector:
     threshold: float = 0.4
     window: int = 5
     growth: int = 2
+    packed: bool = False
+    """Keep the basis in four bits, as Q-GaLore does; the step that renews it uses it as it was found."""
 
     @property
     def rank(self) -> int:
@@ -39,12 +41,15 @@ class LazyProjector:
         return self.projector.side(shape)
 
     def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
-        return {**self.projector.states(shape), "lazy": StateSpec((_SEEN + self.window,), "whole")}
+        kept = dict(self.projector.states(shape))
+        if self.packed:
+            kept["basis"] = replace(kept["basis"], codec="basis")
+        return {**kept, "lazy": StateSpec((_SEEN + self.window,), "whole")}
 
     def basis(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
         lazy = states["lazy"]
         due = self.refresh.due(step, key)
-        if due and lazy[_SKIPS] > 0:
+        if due and step > 1 and lazy[_SKIPS] > 0:
             lazy[_SKIPS] -= 1
             return (yield from self._stored(states, rows, gradient_in.shape[1]))
         old = (yield from self._stored(states, rows, gradient_in.shape[1]))[:, 0].clone() if due and step > 1 else None

@@ -133,8 +133,9 @@ class StateSpec:
     shape: tuple[int, ...]
     placement: Literal["rows", "chunk", "whole"]
     dtype: torch.dtype = torch.float32
-    codec: Literal["moment", "variance", "exact"] = "exact"
-    """What the storage may do with it: ``moment`` signed and ``variance`` not negative may be kept in few bits, ``exact`` may not."""
+    codec: Literal["moment", "variance", "basis", "exact"] = "exact"
+    """What the storage may do with it: ``moment`` signed and ``variance`` not negative may be kept in few bits, ``exact`` may not, and a
+    ``basis`` is kept in groups of four bits. One that a step does not write keeps its bits."""
 
 
 class Method(Protocol):

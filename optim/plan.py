@@ -21,6 +21,7 @@ from optim.methods import Rows
 from optim.placement import Placed, storage_bytes
 from optim.plan_collectives import requests_of
 from optim.routing import route
+from optim.writers import weights_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class PlannedParameter:
     """Of the projection (of columns: how many); None without one."""
     storage: str
     """dtype of each state as it is kept."""
+    weights: str
+    """dtype of the parameter, and how it is rounded where it is."""
     placement: str
     """``whole``, or the rows of this rank."""
     requests: tuple[str, ...]
@@ -104,6 +107,7 @@ def _of_lane(lane: Lane, measured: int | None) -> PlannedParameter:
         side,
         rank,
         stored or "nothing",
+        weights_of(lane.writer) or str(lane.parameter.dtype).removeprefix("torch."),
         _where(lane.placed),
         requests_of(lane.rule, lane.placed.shape) if lane.placed.rows.ranks > 1 else (),
         _fallbacks(lane, rank),
@@ -122,7 +126,7 @@ def _of_torch(
     size = states * elements * parameter.element_size() + 4
     dtype = str(parameter.dtype).removeprefix("torch.")
     return PlannedParameter(
-        name, placed.shape, kind, kind, "", None, f"exp_avg {dtype}, exp_avg_sq {dtype}", _where(placed), (), (), size, measured
+        name, placed.shape, kind, kind, "", None, f"exp_avg {dtype}, exp_avg_sq {dtype}", dtype, _where(placed), (), (), size, measured
     )
 
 
@@ -153,11 +157,12 @@ def _fallbacks(lane: Lane, rank: int | None) -> tuple[str, ...]:
 
 def table(rows: Sequence[PlannedParameter]) -> str:
     """Aligned text, one line per parameter, and the total."""
-    header = ("parameter", "shape", "bytes", "where", "side", "rank", "requests", "states", "algorithm", "not as asked")
+    header = ("parameter", "shape", "weights", "bytes", "where", "side", "rank", "requests", "states", "algorithm", "not as asked")
     lines = [
         (
             r.name,
             "x".join(map(str, r.shape)),
+            r.weights,
             f"{r.planned_bytes:,}",
             r.placement,
             r.side,
@@ -170,7 +175,7 @@ def table(rows: Sequence[PlannedParameter]) -> str:
         for r in rows
     ]
     total = f"{sum(r.planned_bytes for r in rows):,}"
-    return aligned([header, *lines, ("total", "", total, *[""] * 7)])
+    return aligned([header, *lines, ("total", "", "", total, *[""] * 7)])
 
 
 def table_by_kind(rows: Sequence[PlannedParameter]) -> str:
@@ -179,8 +184,8 @@ def table_by_kind(rows: Sequence[PlannedParameter]) -> str:
     for row in rows:
         rank = "" if row.rank is None else str(row.rank)
         fallback = ", ".join(sorted({reason.rpartition(": ")[2] for reason in row.fallbacks}))
-        kinds.setdefault((row.kind, row.side, rank, " ".join(row.requests), row.storage, fallback), []).append(row)
-    header = ("update", "side", "rank", "tensors", "elements", "bytes", "requests", "states", "not as asked")
+        kinds.setdefault((row.kind, row.side, rank, " ".join(row.requests), row.weights, row.storage, fallback), []).append(row)
+    header = ("update", "side", "rank", "tensors", "elements", "bytes", "requests", "weights", "states", "not as asked")
     lines = [
         (
             kind,
@@ -190,12 +195,13 @@ def table_by_kind(rows: Sequence[PlannedParameter]) -> str:
             f"{sum(map(_elements, some)):,}",
             f"{sum(r.planned_bytes for r in some):,}",
             asks,
+            weights,
             kept,
             fallback,
         )
-        for (kind, side, rank, asks, kept, fallback), some in kinds.items()
+        for (kind, side, rank, asks, weights, kept, fallback), some in kinds.items()
     ]
-    total = ("total", "", "", str(len(rows)), f"{sum(map(_elements, rows)):,}", f"{sum(r.planned_bytes for r in rows):,}", "", "", "")
+    total = ("total", "", "", str(len(rows)), f"{sum(map(_elements, rows)):,}", f"{sum(r.planned_bytes for r in rows):,}", *[""] * 4)
     return aligned([header, *lines, total])
 
 

@@ -12,6 +12,7 @@ from optim.config import OptimConfig, Preset
 from optim.elementwise import ElementwiseAdam, Rule, Sgd, Storage
 from optim.frugal import Frugal
 from optim.grid import composed_method
+from optim.lazy_projector import LazyProjector
 from optim.low_rank import Fira, GaLore
 from optim.methods import Method
 from optim.muon import Muon
@@ -57,7 +58,7 @@ def _sgd(config: OptimConfig) -> Recipe:
 
 def _with_rest(config: OptimConfig, method: Rule | Method, storage: Storage = "fp32", everywhere: bool = False) -> Recipe:
     """``method`` for matrices; the rest as ``optim.rest`` says, in eight bits unless it says otherwise."""
-    rest = RECIPES[config.rest or "adamw_8bit"](config) if config.rest != "adamw" else _adam("fp32")(config)
+    rest = RECIPES[config.rest or "adamw_8bit"](config)
     return Recipe(method, rest.rest, config.state or storage, rest.rest_storage, everywhere)
 
 
@@ -73,6 +74,12 @@ def _galore(storage: Storage) -> Callable[[OptimConfig], Recipe]:
         return _with_rest(config, GaLore(_projected(config), Adam(config.betas, config.eps), scale), storage)
 
     return recipe
+
+
+def _q_galore(config: OptimConfig) -> Recipe:
+    scale = 0.25 if config.scale is None else config.scale
+    lazy = LazyProjector(_projected(config), packed=True)
+    return _with_rest(config, GaLore(lazy, Adam(config.betas, config.eps), scale), "int8")
 
 
 def _fira(config: OptimConfig) -> Recipe:
@@ -117,6 +124,7 @@ def _shampoo(config: OptimConfig) -> Recipe:
 
 
 RECIPES: dict[str, Callable[[OptimConfig], Recipe]] = {
+    "adamw": _adam("fp32"),
     "adamw_8bit": _adam("int8"),
     "adamw_4bit": _adam("int4"),
     "sgd": _sgd,
@@ -125,6 +133,7 @@ RECIPES: dict[str, Callable[[OptimConfig], Recipe]] = {
     "adalomo": lambda config: _with_rest(config, adalomo(), everywhere=True),
     "galore": _galore("fp32"),
     "galore_8bit": _galore("int8"),
+    "q_galore": _q_galore,
     "natural_galore": _natural_galore,
     "fira": _fira,
     "frugal": _frugal,
@@ -135,4 +144,4 @@ RECIPES: dict[str, Callable[[OptimConfig], Recipe]] = {
     "shampoo_4bit": _shampoo,
     "composed": lambda config: _with_rest(config, composed_method(config)),
 }
-"""``optim.preset`` -> its recipe. ``adamw`` is torch's own."""
+"""``optim.preset`` -> its recipe. ``adamw`` is torch's own unless parameters are bfloat16."""

@@ -1,14 +1,16 @@
 """Parameters, gradients and optimizer states sharded over dp_shard x cp with FSDP2, replicated over dp_replicate.
 
-Gradients are *summed* over ranks, never averaged: the loss is already divided by the global number of valid tokens.
+Gradients are *summed* over ranks, never averaged: the loss is already divided by the global number of valid tokens. Those of bfloat16
+parameters are reduced in float32 and rounded once.
 """
 
 from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn as nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from parallel.mesh import Mesh
 
@@ -20,8 +22,10 @@ def shard_parameters(model: nn.Module, blocks: nn.ModuleList, mesh: Mesh) -> Non
     parameter is left unsharded, which would otherwise train silently wrong.
     """
     fsdp_mesh = mesh.fsdp if mesh.dims.dp_replicate > 1 else mesh.fsdp["dp_shard_cp"]
+    narrow = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None)
     for unit in [*blocks, model]:
-        fully_shard(unit, mesh=fsdp_mesh, reshard_after_forward=unit is not model)
+        fully_shard(unit, mesh=fsdp_mesh, reshard_after_forward=unit is not model, mp_policy=policy)
         sharded = cast(FSDPModule, unit)
         sharded.set_gradient_divide_factor(1.0)
         # Sum instead of average-with-prescale: gloo knows neither AVG nor PREMUL_SUM for every dtype.

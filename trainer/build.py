@@ -27,7 +27,7 @@ from memory_mgmt.policy import CLASSES, Policy
 from memory_mgmt.policy_settings import policy_of
 from models.flops import model_flops_per_token
 from models.transformer import Transformer, init_weights
-from optim.build import build_optimizer
+from optim.build import build_optimizer, quantise_matrices_
 from optim.fused_backward import fuse_backward
 from parallel.dims import ParallelDims
 from parallel.mesh import Mesh, build_mesh
@@ -49,6 +49,7 @@ from trainer.trainer import DONE, Trainer
 from trainer.watchdog import Watchdog
 
 _DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
+"""Of parameters that ``optim.weights`` does not keep in fewer bits."""
 
 
 def build_model(
@@ -74,8 +75,10 @@ def shaped_model(
     config: RunConfig, vocab_size: int, mesh: Mesh | None, policy: Policy | None = None, store: HostStore | None = None
 ) -> Transformer:
     """The model with its memory policy, split and sharded, on the default device; values of parameters are undefined."""
-    with _parameters_in(_DTYPES[config.train.precision]):
+    with _parameters_in(torch.bfloat16 if config.optim.bfloat16_weights else _DTYPES[config.train.precision]):
         model = Transformer(config.model, vocab_size)
+    if config.optim.kept_weights == "int8_stochastic":
+        quantise_matrices_(model)
     apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
     if mesh is not None:
         assert config.parallel.sequence != "auto", "settled before"
@@ -122,10 +125,10 @@ def engine_for(config: RunConfig, model: Transformer, mesh: Mesh | None, device:
     if where == "auto":
         raise ValueError("memory.offload_optimizer auto is decided by the planner; build with what it chose")
     if where == "host":
-        plain = build_optimizer(model, config.optim, with_states=False)
+        plain = build_optimizer(model, config.optim, with_states=False)  # torch's own: no chance in it
         optimizer = OffloadedOptimizer(plain, dict(model.named_parameters()), store or HostStore(device))
     else:
-        optimizer = build_optimizer(model, config.optim)
+        optimizer = build_optimizer(model, config.optim, seed=config.train.seed)
     settings, fused = config.optim, None
     if settings.is_fused:
         assert isinstance(optimizer, torch.optim.Optimizer), "offloaded states are refused by RunConfig"

@@ -27,9 +27,9 @@ def resolve_offload(config: RunConfig, plan: Callable[[RunConfig], MemoryPlan]) 
 
 
 def places(config: RunConfig) -> list[RunConfig]:
-    """``config`` with each place that ``memory.offload_optimizer`` may mean; the device first. Only adamw's states can be
+    """``config`` with each place that ``memory.offload_optimizer`` may mean; the device first. Only the states of torch's AdamW can be
     moved, and not in a fused update."""
-    if config.memory.offload_optimizer == "auto" and (config.optim.preset != "adamw" or config.optim.is_fused):
+    if config.memory.offload_optimizer == "auto" and (not config.optim.is_torch_adamw or config.optim.is_fused):
         return [_with(config, "none")]
     auto = config.memory.offload_optimizer == "auto"
     return [_with(config, "none"), _with(config, "host")] if auto else [config]

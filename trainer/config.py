@@ -88,7 +88,7 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes CUDA when there is a device."""
     precision: Literal["bf16", "fp32", "fp64"] = "fp32"
-    """bf16: fp32 parameters with bf16 autocast; fp32; fp64 (for exactness tests)."""
+    """bf16: autocast, with parameters as optim.weights says (fp32 unless it names others); fp32; fp64 (for exactness tests)."""
     micro_batch_size: PositiveInt = 1
     """Sequences per data-parallel rank in one forward and backward pass."""
     grad_accum: PositiveInt = 1
@@ -145,6 +145,19 @@ class RunConfig(Section):
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
         if refused := self.optim.refused_clip():
             raise ValueError(refused)
+        weights = self.optim.kept_weights
+        if self.optim.bfloat16_weights and self.train.precision != "bf16":
+            raise ValueError(
+                f"optim.weights {weights}{'' if self.optim.weights else ' (of preset q_galore)'} keeps parameters in few bits; "
+                f"set train.precision bf16, not {self.train.precision}, or optim.weights fp32"
+            )
+        if self.optim.weights == "fp32" and self.train.precision == "fp64":
+            raise ValueError("optim.weights fp32 contradicts train.precision fp64, which keeps parameters in float64; leave it null")
+        if self.memory.offload_optimizer == "host" and self.optim.bfloat16_weights:
+            raise ValueError(
+                f"memory.offload_optimizer host moves the states of torch's AdamW, which does not round to optim.weights {weights}: "
+                "set offload_optimizer none"
+            )
         if self.memory.offload_optimizer == "host" and self.optim.preset not in ("adamw", "auto"):
             raise ValueError(
                 f"memory.offload_optimizer host moves the states of adamw; optim.preset {self.optim.preset} keeps its own on the device: "

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from memory_mgmt.optimizer_offload import OffloadedOptimizer
 from models.batch import IGNORE_INDEX, Batch
+from models.int8_weight import stored
 from models.transformer import Transformer
 from optim.clip import clip_grad_norm
 from optim.fused_backward import FusedBackward
@@ -209,7 +210,7 @@ class Engine:
         for name, parameter in self.parameters.items():
             for key, value in states[parameter].items():
                 optim[f"{name}.{key}"] = value
-        return {"model": dict(self.parameters), "optim": optim}
+        return {"model": {name: stored(parameter) for name, parameter in self.parameters.items()}, "optim": optim}
 
     def _shard(self, batch: Batch) -> Batch:
         if self.mesh is None or self.mesh.dims.cp == 1:

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from models.transformer import Transformer
+from optim.build import quantise_matrices_
 from optim.plan import PlannedParameter, planned, table, table_by_kind
 from trainer.config import RunConfig
 
@@ -18,6 +19,10 @@ def rows_of(config: RunConfig, vocab_size: int, shards: int) -> list[PlannedPara
     """Of the first of ``shards`` ranks that share the parameters: no other has more."""
     with torch.device("meta"):
         model = Transformer(config.model, vocab_size)
+    if config.optim.bfloat16_weights:
+        model = model.bfloat16()
+    if config.optim.kept_weights == "int8_stochastic":
+        quantise_matrices_(model)
     return planned(model.double() if config.train.precision == "fp64" else model, config.optim, shards)
 
 

@@ -130,6 +130,8 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
             raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
         if target.config.optim.is_fused:
             raise UserError("optim.fuse_backward: an update in the backward pass needs a traced step; leave memory.plan at trace")
+        if target.config.optim.bfloat16_weights:
+            raise UserError(f"optim.weights: {target.config.optim.kept_weights} needs a traced step; leave memory.plan at trace")
         if target.config.memory.quantise != "none":
             raise UserError(f"memory.quantise: {target.config.memory.quantise} needs a traced step; leave memory.plan at trace")
         return _estimated(target)
@@ -266,7 +268,7 @@ def _options(target: Target) -> list[tuple[str, RunConfig, str]]:
     """(command-line overrides, the changed configuration, cost in words): single memory settings and all of them, or for a policy that
     is chosen host memory; twice the ranks."""
     config, memory = target.config, target.config.memory
-    movable = target.device.is_cuda and config.optim.preset == "adamw" and not config.optim.is_fused  # the optimizer's states
+    movable = target.device.is_cuda and config.optim.is_torch_adamw and not config.optim.is_fused  # the optimizer's states
     if memory.recompute == "auto":
         options = [({"offload": "kept"}, "copies to host memory")] if memory.offload == "none" else []
         options += offload_options(memory, cuda=movable)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.batch import Bounds, Range
 from models.config import ModelConfig
+from models.int8_weight import in_dtype
 from models.linear import Linear, linear
 from models.memory.delta_rule import gated_delta_rule
 from models.memory.documents import plan_documents
@@ -190,7 +191,7 @@ class GatedDeltaNet(MemoryModule):
         """The parameters; with tiles, low-precision ones are widened once so that tile gradients add up in float32."""
 
         def wide(weight: Tensor) -> Tensor:
-            return weight.to(_state_dtype(weight)) if self.tile_tokens else weight
+            return in_dtype(weight, _state_dtype(weight)) if self.tile_tokens else weight
 
         convs = (self.conv_q, self.conv_k, self.conv_v) if self.halo else self._no_convolution()
         linears = (self.w_q, self.w_k, self.w_v, self.w_gate, self.w_beta, self.w_decay, self.w_out)

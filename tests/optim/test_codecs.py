@@ -90,7 +90,7 @@ def test_bytes_of_a_matrix() -> None:
         "int8": 1 + 4 / 128,
         "int8_dynamic": 1 + 4 / 256,
         "int4": 0.5 + 4 / 128,
-        "int4_affine": 0.5 + 8 / 128,
+        "int4_affine": 0.5 + 8 / 256,
     }
 
 

@@ -77,17 +77,25 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start:
         optimizer.zero_grad()
 
 
-def feed(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
-    """Steps with given gradients, the same on any mesh. Matrices' singular values halve one after the other: a projection to some of
-    them is well determined."""
+def feed(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    start: int = 0,
+    *,
+    graded: bool = True,
+    through: torch.dtype | None = None,
+) -> None:
+    """Steps with given gradients, the same on any mesh. ``graded``: matrices' singular values halve one after the other, so that a
+    projection to some of them is well determined. ``through``: a dtype that gradients are rounded to first."""
     for step in range(start, start + steps):
         for i, parameter in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(1000 * step + i)
             gradient = torch.randn(parameter.shape, generator=generator)
-            if gradient.ndim == 2:
+            if graded and gradient.ndim == 2:
                 left, _, right = torch.linalg.svd(gradient, full_matrices=False)
                 gradient = left * 0.5 ** torch.arange(left.shape[1]).clamp(max=20) @ right
-            gradient = gradient.to(parameter.dtype)
+            gradient = gradient.to(through or parameter.dtype).to(parameter.dtype)
             if isinstance(parameter, DTensor):
                 placed = Placed.of(parameter)
                 local = gradient[placed.rows.slice].clone()
@@ -100,8 +108,8 @@ def feed(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: 
         optimizer.zero_grad()
 
 
-def sharded(world: int, replicas: int = 1) -> Tiny:
-    model = make()
+def sharded(world: int, replicas: int = 1, dtype: torch.dtype = torch.float32) -> Tiny:
+    model = make(dtype)
     shape, names = ((replicas, world), ("replicate", "shard")) if replicas > 1 else ((world,), ("shard",))
     fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
     return model

@@ -90,6 +90,35 @@ CASES = {
     "moments in eight bits": (config(model={"layers": ["full", "memory"]}, optim={"preset": "adamw_8bit"}), None),
     "a projected optimizer": (config(model={"layers": ["full", "memory"]}, optim={"preset": "galore", "rank": 16}), None),
     "a scaled gradient": (config(model={"layers": ["full"]}, optim={"preset": "apollo_mini", "rest": "sgd"}), None),
+    "weights rounded by chance": (
+        config(
+            model={"layers": ["full", "memory"]},
+            data={"seq_len": 512},
+            train={"precision": "bf16"},
+            optim={"preset": "galore", "rank": 16, "weights": "bf16_stochastic"},
+        ),
+        None,
+    ),
+    "weights of 24 bits": (
+        config(
+            model={"layers": ["full"], "d_model": 128},
+            data={"seq_len": 64},
+            train={"precision": "bf16"},
+            memory={"recompute": "block"},
+            optim={"weights": "bf16_24bit"},
+        ),
+        None,
+    ),
+    "weights in eight bits": (
+        config(
+            model={"layers": ["full", "memory"], "d_model": 128},
+            data={"seq_len": 256},
+            train={"precision": "bf16"},
+            memory={"recompute": "block"},
+            optim={"preset": "q_galore", "rank": 16},
+        ),
+        None,
+    ),
     "double precision": (config(train={"precision": "fp64"}), None),
     "two sequences, three passes": (config(train={"micro_batch_size": 2, "grad_accum": 2}), None),
     "tied embeddings": (config(model={"tie_embeddings": True, "layers": ["full"]}), None),
@@ -125,6 +154,16 @@ def test_traced_peak_is_the_allocators(name):
         {"model": {"layers": ["full", "full"]}},
         {"memory": {"recompute": "block", "memory_tile_tokens": 128}},
         {"model": {"layers": ["full", "full"]}, "memory": {"offload_optimizer": "host"}},
+        {
+            "model": {"layers": ["full", "full"]},
+            "train": {"precision": "bf16"},
+            "optim": {"preset": "adamw_8bit", "weights": "bf16_24bit"},
+        },
+        {
+            "model": {"layers": ["full", "full"]},
+            "train": {"precision": "bf16"},
+            "optim": {"preset": "q_galore", "rank": 16},
+        },
     ],
 )
 def test_traced_peak_is_the_allocators_on_two_ranks(sections):

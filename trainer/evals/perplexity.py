@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import UserError
+from models.int8_weight import stored
 from trainer import config_file
 from trainer.build import build_model, current_device, describe_loss, model_vocab_size
 from trainer.checkpoint import CheckpointManager
@@ -46,7 +47,7 @@ def perplexity(run_dir: RunDir, step: int | None = None, data_path: str | None =
     source = checkpoints.latest_good() if step is None else _named(run_dir, step)
     if source is None:
         raise UserError(f"{run_dir.checkpoints} holds no checkpoint; train until one is saved (checkpoint.save_every_steps)")
-    loaded = checkpoints.load(source, {"model": dict(model.named_parameters())})
+    loaded = checkpoints.load(source, {"model": {name: stored(parameter) for name, parameter in model.named_parameters()}})
     count = config.train.eval_sequences if sequences is None else sequences
     batches = list(data.valid(count))
     if not batches:
