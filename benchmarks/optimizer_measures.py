@@ -119,7 +119,8 @@ def measured(systems: Sequence[System], workload: Workload, rounds: int, renewal
     steady = [Running(system, workload) for system in systems]
     for running in steady:
         gc.collect()
-        running.step()
+        for _ in range(1 + running.system.warm):
+            running.step()
         print(f"{workload.name}: {running.system.package} {running.system.name} {running.error}", file=sys.stderr, flush=True)
     for _ in range(rounds):
         for running in steady:
@@ -132,7 +133,7 @@ def measured(systems: Sequence[System], workload: Workload, rounds: int, renewal
         if running.error:
             row["error"] = running.error
             continue
-        least = min(running.seconds[1:])
+        least = min(running.seconds[1 + system.warm :])
         row |= {"step_ms": 1e3 * least, "first_step_s": running.first_wall, "first_step_cpu_s": running.seconds[0]}
         row |= {"state_bytes": running.state_bytes(), "temporary_bytes": running.temporary_bytes()}
         if system.renews:
@@ -173,7 +174,7 @@ def worst_step(system: System, workload: Workload, gap: int, cycles: int) -> dic
     """The costliest step of a whole cycle of ``gap`` steps over the median one. Each step of the cycle counts with the least time it had
     in ``cycles`` cycles, so that what remains is the schedule's, not another process's."""
     running = Running(system, workload, gap)
-    for _ in range(gap):
+    for _ in range(max(gap, system.warm)):
         running.step()
     times = torch.tensor([[running.step() for _ in range(gap)] for _ in range(cycles)]).amin(0)
     return {"system": system.name, "gap": gap, "median_ms": 1e3 * float(times.median()), "worst_ms": 1e3 * float(times.max())}

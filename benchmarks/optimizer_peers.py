@@ -16,6 +16,8 @@ from optim.config import READ, Preset
 from optim.routing import route
 
 LR = 1e-4
+PRESETS = [name for name in get_args(Preset) if name not in ("composed", "lomo")]
+"""longstride's, without the one whose parts a config must name and the one that takes gradients in the backward pass."""
 NEVER = 10**6
 """Steps between new projections when none is wanted after the first."""
 
@@ -54,10 +56,16 @@ class System:
     renews: bool = False
     """A projection (or another structure) is made anew every ``gap`` steps."""
     note: str = ""
+    warm: int = 0
+    """Steps after the first until a step is like those that follow."""
 
 
 def _stepper(optimizer: Any) -> Stepper:
     return Stepper(optimizer, optimizer.step)
+
+
+_SHAMPOO_GAP = 40
+"""Steps between Shampoo's renewals, which its steps have to see two of before they precondition everywhere: not ``NEVER``."""
 
 
 def ours(name: str, preset: str, reference: str | None = None, **settings: Any) -> System:
@@ -68,10 +76,13 @@ def ours(name: str, preset: str, reference: str | None = None, **settings: Any) 
         wanted = {"rank": rank, "update_gap": gap, "rest": "adamw", **settings}
         if preset == "apollo_mini":
             del wanted["rank"]
+        if preset == "shampoo_4bit":
+            wanted["statistics_gap"] = wanted["root_gap"] = min(gap, _SHAMPOO_GAP)
         chosen = {key: value for key, value in wanted.items() if key in read and value is not None}
         return _stepper(build_optimizer(model, preset=preset, lr=LR, betas=(0.9, 0.999), weight_decay=0.0, **chosen))
 
-    return System(name, "longstride", build, reference, "update_gap" in READ.get(preset, ()))
+    renews = not {"update_gap", "root_gap"}.isdisjoint(READ.get(preset, ()))
+    return System(name, "longstride", build, reference, renews, warm=2 * _SHAMPOO_GAP if preset == "shampoo_4bit" else 0)
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -190,7 +201,7 @@ REFERENCES = {
 
 def systems() -> list[System]:
     """longstride's presets, the leanest forms of some, and the peers."""
-    presets = [ours(preset, preset, REFERENCES.get(preset)) for preset in get_args(Preset) if preset != "lomo"]
+    presets = [ours(preset, preset, REFERENCES.get(preset)) for preset in PRESETS]
     lean = [ours(f"{preset}, rest in 8 bits", preset, rest=None) for preset in ("apollo_mini", "apollo", "muon")]
     int8 = [ours(f"{preset}, all in 8 bits", preset, rest=None, state="int8") for preset in ("apollo", "muon")]
     return [*presets, *lean, *int8, *peers()]

@@ -66,7 +66,7 @@ ROWS = (
     Entry("subset_norm_sm, int8 states", "subset_norm_sm", 0.02, settings={"state": "int8"}, important=False),
     Entry("natural_galore", "natural_galore", 0.02, important=False),
     Entry("q_galore", "q_galore", 0.02, important=False),
-    Entry("shampoo_4bit", "shampoo_4bit", 0.002, important=False),
+    Entry("shampoo_4bit", "shampoo_4bit", 0.002, settings={"statistics_gap": 10, "root_gap": 50}, important=False),
     Entry("adalomo", "adalomo", 0.05, (0.01, 0.03), important=False),
     Entry("sgd", "sgd", 0.5, (0.3, 1.0), important=False),
     Entry("lomo", "lomo", 0.5, (0.3, 1.0), important=False),
@@ -75,8 +75,8 @@ ROWS = (
 
 
 def entries() -> list[Entry]:
-    """The rows whose preset this tree has, and one for each preset that has none."""
-    presets = get_args(Preset)
+    """The rows whose preset this tree has, and one for each preset that has none; composed is what its parts are."""
+    presets = [name for name in get_args(Preset) if name != "composed"]
     rows = [row for row in ROWS if row.preset in presets]
     return rows + [Entry(name, name, 0.005, important=False) for name in presets if not any(row.preset == name for row in rows)]
 

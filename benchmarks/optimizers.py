@@ -23,7 +23,7 @@ import tempfile
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # run as a script, not as a module
@@ -31,21 +31,24 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # run as a scr
 import torch  # noqa: E402
 from common import machine, write_results  # noqa: E402
 from optimizer_measures import decoder, measured, recorded, renewal, worst_step  # noqa: E402
-from optimizer_peers import Workload, ours, systems  # noqa: E402
+from optimizer_peers import PRESETS, Workload, ours, systems  # noqa: E402
 from optimizers_report import goals, markdown  # noqa: E402
 from torch import nn  # noqa: E402
 
 from models.config import ModelConfig  # noqa: E402
 from models.transformer import Transformer  # noqa: E402
 from optim.build import build_optimizer  # noqa: E402
-from optim.config import READ, Preset  # noqa: E402
+from optim.config import READ  # noqa: E402
 from optim.plan import plan  # noqa: E402
 
 PACKAGES = ("galore-torch", "apollo-torch", "bitsandbytes", "torchao", "pytorch_optimizer", "q-galore-torch", "lomo-optim", "transformers")
 WIDE = ("mixer.wq.weight", "ffn.w_up.weight", "ffn.w_down.weight")
 SPIKES = {"small": ((25, 3), (200, 3)), "wide": ((30, 2),)}
 """Workload -> (gap, cycles) in which the worst step is looked for."""
-SPIKING = {"small": tuple(name for name in get_args(Preset) if "update_gap" in READ.get(name, ())), "wide": ("galore", "fira", "apollo")}
+SPIKING = {
+    "small": [name for name in PRESETS if not {"update_gap", "root_gap"}.isdisjoint(READ.get(name, ()))],
+    "wide": ["galore", "fira", "apollo"],
+}
 """Workload -> presets in which it is looked for: those that make something anew; of wide matrices those of different kind."""
 
 
@@ -74,10 +77,10 @@ def published_shapes() -> list[dict[str, Any]]:
         model = Transformer(ModelConfig(d_model=2048, d_ff=5461, n_layers=24, n_heads=32, layers=("full",)), 32_000)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = []
-    for preset in get_args(Preset):
+    for preset in PRESETS:
         rank: dict[str, Any] = {"rank": 512} if "rank" in READ.get(preset, ()) and preset != "apollo_mini" else {}
         of_all = plan(build_optimizer(model, preset=preset, **rank))
-        held, planned = sum(row.measured_bytes for row in of_all), sum(row.planned_bytes for row in of_all)
+        held, planned = sum(row.measured_bytes or 0 for row in of_all), sum(row.planned_bytes for row in of_all)
         rows.append({"preset": preset, "parameters": parameters, "state_bytes": held, "planned_bytes": planned})
     return rows
 
