@@ -26,6 +26,7 @@ def engine_of(stage: int, preset: str) -> deepspeed.DeepSpeedEngine:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # by default DeepSpeed clips to a norm of 1
         "steps_per_print": 10**6,
     }
     model = make()
