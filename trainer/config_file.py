@@ -433,4 +433,6 @@ def _annotation_text(annotation: Any) -> str:
         return " or ".join("null" if argument is type(None) else _annotation_text(argument) for argument in arguments)
     if origin is tuple:
         return "list of " + _annotation_text(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}[annotation]
