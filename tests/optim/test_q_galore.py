@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from models.int8_weight import Int8Weight, stored
 from optim.build import build_optimizer, quantise_matrices_
 from optim.clip import local_part
+from optim.fused_backward import fuse_backward
 from optim.methods import Rows
 from optim.plan import plan
 from optim.writers import EIGHT_BITS, Chance
@@ -182,6 +183,27 @@ def test_losses_fall_alike(weights):
         optimizer.step()
         optimizer.zero_grad()
     assert float(loss.detach()) < 0.2
+
+
+@pytest.mark.parametrize("settings", [GALORE, ADAM], ids=["q_galore", "adamw_8bit"])
+def test_updated_in_the_backward_pass_is_the_same(settings):
+    ends = []
+    for fused in (False, True):
+        model = small()
+        optimizer = build_optimizer(model, lr=1e-2, **settings)
+        inside = fuse_backward(model, optimizer) if fused else None
+        for step in range(3):
+            ids = torch.arange(19) * (step + 2) % 19
+            loss = nn.functional.cross_entropy(model(ids).float(), ids)
+            if inside is not None:
+                with inside.update():
+                    loss.backward()
+            else:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append(kept(model, optimizer))
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
 
 
 def test_what_does_not_fit_is_refused():
