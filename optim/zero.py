@@ -44,6 +44,11 @@ def build_zero_optimizer(model: nn.Module, config: OptimConfig | None = None, **
             f"optim.preset {config.preset} updates whole matrices, and DeepSpeed's ZeRO hands the optimizer flat pieces of them: "
             f"shard with FSDP2 (optim.build.build_optimizer), or take preset {', '.join(PRESETS)}"
         )
+    if config.bfloat16_weights:
+        raise ValueError(
+            f"optim.weights {config.kept_weights} is not for DeepSpeed's ZeRO, which keeps float32 copies of its own: leave it null "
+            "(DeepSpeed's bf16 says in what the model computes)"
+        )
     routed = route(model)
     if not routed:
         raise ValueError("the model has no trainable parameter")

@@ -17,6 +17,7 @@ from optim.driver import ComposedOptimizer
 from optim.methods import Rows
 from optim.plan import plan, table
 from optim.writers import WRITERS, Chance
+from optim.zero import build_zero_optimizer
 from tests.distributed import run_distributed
 from tests.optim.test_driver import PRESETS, feed, make, sharded, states_of, train, whole_tensors
 
@@ -165,6 +166,8 @@ def test_what_does_not_fit_is_refused():
             build_optimizer(make(), preset=preset, weights="bf16")
     with pytest.raises(ValueError, match="float16"):
         build_optimizer(make(torch.float16), preset="sgd", weights="bf16")
+    with pytest.raises(ValueError, match="optim.weights bf16 is not for DeepSpeed's ZeRO"):
+        build_zero_optimizer(make(BF16), preset="adamw_8bit", weights="bf16")
 
 
 # --- on ranks
