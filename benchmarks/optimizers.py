@@ -99,7 +99,7 @@ def packages() -> dict[str, str | None]:
 def measure(quick: bool) -> dict[str, Any]:
     """The whole report."""
     report: dict[str, Any] = {"machine": machine("torch"), "packages": packages(), "workloads": [], "renewals": [], "worst": []}
-    for make, rounds, renewals in [(small, 15, 5)] if quick else [(small, 40, 10), (wide, 15, 1)]:
+    for make, rounds, renewals in [(small, 15, 5)] if quick else [(small, 40, 10), (wide, 15, 3)]:
         workload = make()
         rows = measured(systems(), workload, rounds, renewals)
         report["workloads"].append({"name": workload.name, "parameters": workload.parameters, "rank": workload.rank, "rows": rows})
