@@ -8,7 +8,7 @@ can be loaded on any number of ranks. States exist from the start.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +21,10 @@ from optim.codecs import Codec, codec_for
 from optim.elementwise import Rule, Storage
 from optim.exchange import run_together, with_weight
 from optim.methods import Method, Projecting, StateSpec, Steps
+from optim.pieces import piece_elements
 from optim.placement import Placed
 from optim.row_sparse import RowSparse, update_touched
+from optim.stacking import Workspace, deal_rows, rows_together, stacks
 
 if TYPE_CHECKING:
     from optim.plan import PlannedParameter
@@ -41,10 +43,20 @@ class Lane:
     parameter: torch.nn.Parameter
     rule: Rule | Method
     storage: Storage
+    key: int = field(init=False)
+    """The same on every mesh and in every process."""
+    is_method: bool = field(init=False)
+    """Updated as a whole matrix, not element by element."""
+    kind: int = field(default=0, init=False)
+    """Equal where ``alike`` is."""
     placed: Placed = field(init=False)
     specs: dict[str, StateSpec] = field(init=False)
     codecs: dict[str, Codec] = field(init=False)
     """Of the states that are not kept as they are."""
+    parts: dict[str, dict[str, str]] = field(init=False)
+    """Of those: part -> its name in ``state``."""
+    kept: dict[str, StateSpec] = field(init=False)
+    """Every tensor that is kept, by its name in ``state``."""
     summed: Tensor | None = field(default=None, init=False)
     """The gradient's coordinates, where those of several micro-batches were summed: stepped from instead of the gradient."""
 
@@ -52,6 +64,7 @@ class Lane:
         if self.parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{self.name} is {self.parameter.dtype}; optimizers take float32 or float64 parameters")
         self.placed = Placed.of(self.parameter)
+        self.key, self.is_method = zlib.crc32(self.name.encode()), hasattr(self.rule, "step")
         self.specs = dict(self.rule.states(self.placed.shape))  # pyright: ignore[reportArgumentType]
         self.codecs = {}
         if self.dtype == torch.float32:
@@ -59,16 +72,22 @@ class Lane:
                 codec = codec_for(self.storage, spec.shape, spec.codec != "variance") if spec.codec != "exact" else None
                 if codec is not None and codec.name != "fp32":
                     self.codecs[name] = codec
+        self.parts = {name: {part: f"{name}.{part}" for part in codec.parts(self.specs[name].shape)} for name, codec in self.codecs.items()}
+        self.kept = self._kept()
 
-    @property
-    def key(self) -> int:
-        """The same on every mesh and in every process."""
-        return zlib.crc32(self.name.encode())
+    def take_turn(self, index: int, count: int) -> None:
+        """Be number ``index`` of ``count`` matrices of the same method: where its gap allows, no other is renewed in the same steps."""
+        gap = getattr(self.rule, "gap", 1)
+        self.key += index * gap // count - self.key % gap
 
-    @property
-    def is_method(self) -> bool:
-        """Updated as a whole matrix, not element by element."""
-        return hasattr(self.rule, "step")
+    def alike(self) -> Hashable:
+        """Equal for lanes whose rows can be updated as those of one tensor."""
+        codecs = tuple((name, codec.name) for name, codec in self.codecs.items())
+        return self.rule, self.storage, codecs, self.parameter.dtype, self.parameter.device, self.placed.shape[1:]
+
+    def local_size(self) -> int:
+        """Elements of this rank's part."""
+        return local_part(self.parameter).numel()
 
     @property
     def has_gradient(self) -> bool:
@@ -93,11 +112,14 @@ class Lane:
 
     def stored(self) -> dict[str, StateSpec]:
         """Every tensor that is kept, by its name in ``state``."""
+        return self.kept
+
+    def _kept(self) -> dict[str, StateSpec]:
         found: dict[str, StateSpec] = {}
         for name, spec in self.specs.items():
             if name in self.codecs:
-                parts = self.codecs[name].parts(spec.shape)
-                found |= {f"{name}.{part}": StateSpec(shape, spec.placement, dtype) for part, (shape, dtype) in parts.items()}
+                for part, (shape, dtype) in self.codecs[name].parts(spec.shape).items():
+                    found[self.parts[name][part]] = StateSpec(shape, spec.placement, dtype)
             else:
                 wide = self.dtype if spec.dtype == torch.float32 else spec.dtype
                 found[name] = StateSpec(spec.shape, spec.placement, wide, spec.codec)
@@ -125,12 +147,24 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Iterable[dict[str, Any]], lanes: Sequence[Lane], lr: float) -> None:
         self.lanes = {lane.parameter: lane for lane in lanes}
+        self._work: Workspace | None = None
         super().__init__(list(groups), {"lr": lr, "weight_decay": 0.0})
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter not in self.lanes:
                     raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no lane")
                 self._make_states(self.lanes[parameter])
+        self._know_the_alike()
+
+    def _know_the_alike(self) -> None:
+        kinds: dict[Hashable, int] = {}
+        by_rule: dict[Hashable, list[Lane]] = {}
+        for lane in self.lanes.values():
+            lane.kind = kinds.setdefault(lane.alike(), len(kinds))
+            by_rule.setdefault(lane.rule, []).append(lane)
+        for lanes in by_rule.values():
+            for index, lane in enumerate(lanes):
+                lane.take_turn(index, len(lanes))
 
     def plan(self, *, strict: bool = False) -> list[PlannedParameter]:
         """What each parameter gets (``optim/plan.py``); ``strict``: raises ValueError where that is not what was asked for."""
@@ -176,8 +210,11 @@ class ComposedOptimizer(torch.optim.Optimizer):
         for lane in lanes:
             if isinstance(lane.rule, RowSparse):
                 self._table(lane, lane.rule, lr, decay)
-            elif not lane.is_method:
-                self._elementwise(lane, lr, decay)
+        elementwise = [lane for lane in lanes if not lane.is_method and not isinstance(lane.rule, RowSparse)]
+        if elementwise:
+            work = self._workspace(elementwise[0].parameter.device)
+            for some in stacks(elementwise, lambda lane: lane.kind, Lane.local_size, work.elements):
+                self._elementwise(some, work, lr, decay)
         for shard_group, some in _together([lane for lane in lanes if lane.is_method]):
             self._matrices(some, shard_group, lr, decay)
 
@@ -201,30 +238,52 @@ class ComposedOptimizer(torch.optim.Optimizer):
                 some[i].summed = coordinates if summed is None else summed.add_(coordinates)
                 some[i].parameter.grad = None
 
-    def _next(self, lane: Lane) -> int:
-        counter = self.state[lane.parameter]["step"]
-        counter += 1
-        return int(counter)
+    def _workspace(self, device: torch.device) -> Workspace:
+        """On CPU kept from step to step, some MiB; accelerators' allocators keep it themselves."""
+        elements = min(CHUNK_ELEMENTS, piece_elements(device))
+        if device.type != "cpu":
+            return Workspace(elements)
+        if self._work is None or self._work.elements != elements:
+            self._work = Workspace(elements)
+        return self._work
 
-    def _elementwise(self, lane: Lane, lr: float, decay: float) -> None:
-        step, rule = self._next(lane), cast(Rule, lane.rule)
-        parameter, gradient = local_part(lane.parameter), local_part(cast(Tensor, lane.parameter.grad))
-        if not parameter.ndim:
-            parameter, gradient = parameter.view(1), gradient.view(1)
-        stored = self._stored(lane)
-        per_row = max(1, parameter[:1].numel())
-        for rows in _chunks(parameter.shape[0], max(1, CHUNK_ELEMENTS // per_row)):
-            part = {name: tensor[rows] if tensor.ndim else tensor.view(1) for name, tensor in stored.items()}
-            states = _decoded(lane, part, parameter[rows].shape)
+    def _next(self, lanes: Sequence[Lane]) -> list[int]:
+        counters = [self.state[lane.parameter]["step"] for lane in lanes]
+        numbers = [int(counter) + 1 for counter in counters]
+        for counter, number in zip(counters, numbers, strict=True):
+            counter.fill_(number)
+        return numbers
+
+    def _elementwise(self, lanes: Sequence[Lane], work: Workspace, lr: float, decay: float) -> None:
+        """Of lanes that are alike, as one tensor."""
+        numbers = self._next(lanes)
+        if len(set(numbers)) > 1 or len(lanes) == 1:  # some had no gradient before
+            for lane, number in zip(lanes, numbers, strict=True):
+                self._update_rows(lane, number, work, lr, decay)
+            return
+        parameters = [_rows(local_part(lane.parameter)) for lane in lanes]
+        stored = [{name: _rows(tensor) for name, tensor in self._stored(lane).items()} for lane in lanes]
+        counts = [parameter.shape[0] for parameter in parameters]
+        together = rows_together(stored)
+        gradients = [_rows(local_part(cast(Tensor, lane.parameter.grad))) for lane in lanes]
+        gradient = work.take("gradient", (sum(counts), *parameters[0].shape[1:]), parameters[0])
+        update = _updated(lanes[0], together, torch.cat(gradients, out=gradient), numbers[0], work)
+        weights = torch.cat(parameters, out=work.take("weight", update.shape, parameters[0]))
+        _apply(weights, update, lr, decay)
+        deal_rows({"weight": weights, **together}, [{"weight": one, **kept} for one, kept in zip(parameters, stored, strict=True)])
+
+    def _update_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float) -> None:
+        """Of one lane, some rows at a time."""
+        parameter, gradient = _rows(local_part(lane.parameter)), _rows(local_part(cast(Tensor, lane.parameter.grad)))
+        stored = {name: _rows(tensor) for name, tensor in self._stored(lane).items()}
+        for rows in _chunks(parameter.shape[0], max(1, work.elements // max(1, parameter[:1].numel()))):
             # The rule may overwrite its gradient; the parameter's own stays as it is.
-            update = rule.update(gradient[rows].to(lane.dtype, copy=True), states, step)
-            _encode(lane, part, states)
-            if decay:
-                parameter[rows].mul_(1 - lr * decay)
-            parameter[rows].sub_(update, alpha=lr)
+            part = work.take("gradient", parameter[rows].shape, parameter).copy_(gradient[rows])
+            update = _updated(lane, {name: tensor[rows] for name, tensor in stored.items()}, part, step, work)
+            _apply(parameter[rows], update, lr, decay)
 
     def _table(self, lane: Lane, rule: RowSparse, lr: float, decay: float) -> None:
-        self._next(lane)
+        self._next([lane])
 
         def update(weight: Tensor, kept: dict[str, Tensor], gradient: Tensor) -> None:
             states = _decoded(lane, kept, weight.shape)
@@ -240,19 +299,27 @@ class ComposedOptimizer(torch.optim.Optimizer):
         for lane in lanes:
             stored = self._stored(lane)
             states.append((stored, _decoded(lane, stored, None)))
-            step = lane.method_step(states[-1][1], self._next(lane))
+            step = lane.method_step(states[-1][1], self._next([lane])[0])
             steps.append(with_weight(step, local_part(lane.parameter)))
         for i, update in run_together(steps, group):
             _encode(lanes[i], *states[i])
-            parameter = local_part(lanes[i].parameter)
-            if decay:
-                parameter.mul_(1 - lr * decay)
-            parameter.sub_(update, alpha=lr)
+            _apply(local_part(lanes[i].parameter), update, lr, decay)
 
     def _stored(self, lane: Lane) -> dict[str, Tensor]:
         """This rank's parts of what is kept."""
         state = self.state[lane.parameter]
         return {name: local_part(state[name]) for name in lane.stored()}
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With a dim 0."""
+    return tensor if tensor.ndim else tensor.view(1)
+
+
+def _apply(parameter: Tensor, update: Tensor, lr: float, decay: float) -> None:
+    if decay:
+        parameter.mul_(1 - lr * decay)
+    parameter.sub_(update, alpha=lr)
 
 
 def _together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
@@ -279,18 +346,29 @@ def _chunks(rows: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
-def _decoded(lane: Lane, stored: dict[str, Tensor], shape: torch.Size | None) -> dict[str, Tensor]:
+def _updated(lane: Lane, stored: dict[str, Tensor], gradient: Tensor, step: int, work: Workspace) -> Tensor:
+    """What an elementwise rule makes of rows that are updated as those of ``lane``; ``stored`` is written, ``gradient`` may be."""
+    states = _decoded(lane, stored, gradient.shape, work)
+    update = cast(Rule, lane.rule).update(gradient, states, step)
+    _encode(lane, stored, states, work)
+    return update
+
+
+def _decoded(lane: Lane, stored: dict[str, Tensor], shape: torch.Size | None, work: Workspace | None = None) -> dict[str, Tensor]:
     """The states to work on; ``shape``: of every state (elementwise), None: each its own."""
     states = {}
     for name, spec in lane.specs.items():
         if name in lane.codecs:
-            parts = {part: stored[f"{name}.{part}"] for part in lane.codecs[name].parts(spec.shape)}
-            states[name] = lane.codecs[name].decode(parts, shape or lane.placed.local_shape(spec))
+            parts = {part: stored[kept] for part, kept in lane.parts[name].items()}
+            own, device = shape or torch.Size(lane.placed.local_shape(spec)), next(iter(parts.values()))
+            out = work.take(name, own, device, torch.float32) if work else None
+            states[name] = lane.codecs[name].decode(parts, own, out, work.scratch(device) if work else None)
         else:
             states[name] = stored[name]
     return states
 
 
-def _encode(lane: Lane, stored: dict[str, Tensor], states: dict[str, Tensor]) -> None:
+def _encode(lane: Lane, stored: dict[str, Tensor], states: dict[str, Tensor], work: Workspace | None = None) -> None:
     for name, codec in lane.codecs.items():
-        codec.encode_(states[name], {part: stored[f"{name}.{part}"] for part in codec.parts(lane.specs[name].shape)})
+        parts = {part: stored[kept] for part, kept in lane.parts[name].items()}
+        codec.encode_(states[name], parts, work.scratch(states[name]) if work else None)
