@@ -68,25 +68,32 @@ class BlockCodec:
         """That the parts take."""
         return part_bytes(self.parts(shape))
 
-    def encode_(self, value: Tensor, parts: Mapping[str, Tensor]) -> None:
+    def encode_(self, value: Tensor, parts: Mapping[str, Tensor], scratch: Tensor | None = None) -> None:
         """Write ``value`` (float32, left as it is) into ``parts``."""
         matrix_RC = value.flatten(1) if value.dim() > 1 else value.unsqueeze(1)
-        for value_NB, codes, scales, scratch in self._pieces(matrix_RC, parts):
-            self.format.encode_(value_NB, codes, scales, scratch)
+        for value_NB, codes, scales, work in self._pieces(matrix_RC, parts, scratch):
+            self.format.encode_(value_NB, codes, scales, work)
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], out: Tensor | None = None) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], out: Tensor | None = None, scratch: Tensor | None = None
+    ) -> Tensor:
         """The stored tensor of ``shape`` as float32; written into ``out`` (contiguous) where given."""
         if out is None:
             out = torch.empty(shape, dtype=torch.float32, device=parts["codes"].device)
         matrix_RC = out.view(_matrix(shape))  # raises where out is not contiguous: a copy would be written instead
-        for out_NB, codes, scales, scratch in self._pieces(matrix_RC, parts):
-            self.format.decode_(codes, scales, out_NB, scratch)
+        for out_NB, codes, scales, work in self._pieces(matrix_RC, parts, scratch):
+            self.format.decode_(codes, scales, out_NB, work)
         return out
 
-    def _pieces(self, matrix_RC: Tensor, parts: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]:
+    def _pieces(
+        self, matrix_RC: Tensor, parts: Mapping[str, Tensor], given: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]:
         """The matrix and its parts, as the format takes them, a few blocks at a time; with scratch."""
         limit = max(piece_elements(matrix_RC.device), self.block)
-        scratch = [torch.empty(min(limit, matrix_RC.numel()), dtype=torch.float32, device=matrix_RC.device) for _ in range(2)]
+        size = min(limit, matrix_RC.numel())
+        if given is None or given.shape[1] < size:
+            given = torch.empty((2, size), dtype=torch.float32, device=matrix_RC.device)
+        scratch = given.unbind()
         for blocks in self._in_blocks(matrix_RC, [parts[name] for name in ("codes", *self.format.scales)]):
             for some in _runs(blocks[0].shape, limit):
                 value_NB, codes, *scales = blocks if some is None else [tensor[some] for tensor in blocks]

@@ -47,11 +47,14 @@ class Codec(Protocol):
         """That the parts take."""
         ...
 
-    def encode_(self, value: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Write ``value`` (float32, left as it is) into ``parts``, in place."""
+    def encode_(self, value: Tensor, parts: Mapping[str, Tensor], scratch: Tensor | None = None) -> None:
+        """Write ``value`` (float32, left as it is) into ``parts``, in place. ``scratch``: float32 [2, at least the elements of a piece] to
+        write over, for a caller that encodes often: new memory is slow on CPUs."""
         ...
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], out: Tensor | None = None) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], out: Tensor | None = None, scratch: Tensor | None = None
+    ) -> Tensor:
         """The stored tensor as float32, in ``out`` (contiguous) where given."""
         ...
 
@@ -74,14 +77,16 @@ class PlainCodec:
         """See ``Codec``."""
         return part_bytes(self.parts(shape))
 
-    def encode_(self, value: Tensor, parts: Mapping[str, Tensor]) -> None:
+    def encode_(self, value: Tensor, parts: Mapping[str, Tensor], scratch: Tensor | None = None) -> None:
         """See ``Codec``."""
         if self.dithered:
             bf16_by_own_bits_(value, parts["value"])
         else:
             parts["value"].copy_(value)
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...], out: Tensor | None = None) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], out: Tensor | None = None, scratch: Tensor | None = None
+    ) -> Tensor:
         """See ``Codec``."""
         if out is None:
             out = torch.empty(shape, dtype=torch.float32, device=parts["value"].device)

@@ -32,7 +32,7 @@ class Columns:
 
     def chosen(self, columns: int, step: int, key: int, device: torch.device) -> Tensor:
         """Indices, int64 [r]."""
-        return Frugal(self.density, self.refresh).chosen(columns, step, key, device)
+        return Frugal(self.density, self.refresh).drawn(columns, step, key, device)
 
     def width(self, columns: int) -> int:
         """r"""
@@ -51,6 +51,11 @@ class Composed:
     rule: CoordinateRule
     lift: Lift | Residual
     guard: Guard | None = None
+
+    @property
+    def gap(self) -> int:
+        """See ``Method``."""
+        return 1 if self.projector is None else self.projector.refresh.gap
 
     def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
         side = self.side(shape)
@@ -128,6 +133,11 @@ class Point:
     @cached_property
     def composed(self) -> Composed:
         raise NotImplementedError
+
+    @property
+    def gap(self) -> int:
+        """See ``Method``."""
+        return self.composed.gap
 
     def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
         return self.composed.states(shape)

@@ -69,7 +69,7 @@ READ: dict[str, tuple[str, ...]] = {
     "q_galore": (*_LOW_RANK, "svd"),
     "natural_galore": (*_LOW_RANK, "svd"),
     "fira": (*_LOW_RANK, "svd"),
-    "frugal": ("density", "update_gap", "rest", "state"),
+    "frugal": ("density", "choice", "update_gap", "rest", "state"),
     "subset_norm_sm": ("rank", "update_gap", "svd", "rest", "state"),
     "apollo": _LOW_RANK,
     "apollo_mini": _LOW_RANK,
@@ -81,7 +81,7 @@ PARTS = ("projector", "rule", "lift", "guard")
 OPTIONAL = (
     *PARTS,
     *("momentum", "density", "rank", "update_gap", "scale", "svd", "rest", "state"),
-    *("block_order", "statistics_gap", "root_gap"),
+    *("choice", "block_order", "statistics_gap", "root_gap"),
 )
 
 
@@ -152,8 +152,11 @@ class OptimConfig(Section):
     scale: float | None = Field(default=None, gt=0)
     """Factor of projected updates; null: galore, q_galore, natural_galore, fira, lifts back and scaled_residual 0.25, apollo and lift
     channel 1, apollo_mini and lift tensor 128."""
-    svd: Literal["subspace", "exact"] | None = None
-    """How a projection to singular vectors is found. subspace (null): iterated from the one before; exact: by decomposition."""
+    svd: Literal["subspace", "precise", "exact"] | None = None
+    """How a projection to singular vectors is found. subspace (null): iterated from the one before; precise: the same in float64, equal
+    to 1e-6 on any number of ranks, for about twice the time; exact: by decomposition."""
+    choice: Literal["columns", "blocks"] | None = None
+    """Which columns frugal keeps moments for. columns (null): a random part; blocks: a run of them, each in its turn, the last first."""
     rest: Literal["adamw", "adamw_8bit", "adamw_4bit", "sgd"] | None = None
     """Preset of what is not a matrix of a hidden layer, where the preset is for matrices; null: adamw_8bit."""
     state: Literal["fp32", "bf16", "int8", "int4"] | None = None

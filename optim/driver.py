@@ -8,7 +8,7 @@ can be loaded on any number of ranks. States exist from the start.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -22,9 +22,11 @@ from optim.codecs import Codec, codec_for
 from optim.elementwise import Rule, Storage
 from optim.exchange import run_together, with_weight
 from optim.methods import Method, Projecting, StateSpec, Steps
+from optim.pieces import piece_elements
 from optim.placement import Placed
 from optim.row_sparse import RowSparse, update_touched
-from optim.writers import EXACT, Chance, Weights, Writer, writer_for
+from optim.stacking import Workspace, deal_rows, rows_together, stacks
+from optim.writers import EXACT, Chance, Weights, Writer, move_, writer_for
 
 if TYPE_CHECKING:
     from optim.plan import PlannedParameter
@@ -47,10 +49,20 @@ class Lane:
     """How a parameter of few bits is written (``optim/writers.py``)."""
     seed: int = 0
     """Of the chance by which it is rounded."""
+    key: int = field(init=False)
+    """The same on every mesh and in every process."""
+    is_method: bool = field(init=False)
+    """Updated as a whole matrix, not element by element."""
+    kind: int = field(default=0, init=False)
+    """Equal where ``alike`` is."""
     placed: Placed = field(init=False)
     specs: dict[str, StateSpec] = field(init=False)
     codecs: dict[str, Codec] = field(init=False)
     """Of the states that are not kept as they are."""
+    parts: dict[str, dict[str, str]] = field(init=False)
+    """Of those: part -> its name in ``state``."""
+    kept: dict[str, StateSpec] = field(init=False)
+    """Every tensor that is kept, by its name in ``state``."""
     summed: Tensor | None = field(default=None, init=False)
     """The gradient's coordinates, where those of several micro-batches were summed: stepped from instead of the gradient."""
     writer: Writer = field(init=False)
@@ -60,6 +72,7 @@ class Lane:
         if isinstance(self.rule, RowSparse) and self.writer is not EXACT:
             raise ValueError(f"{self.name} is a table, whose rows are updated apart, in float32 only; set weights (optim.weights) fp32")
         self.placed = Placed.of(self.parameter)
+        self.key, self.is_method = zlib.crc32(self.name.encode()), hasattr(self.rule, "step")
         self.specs = dict(self.rule.states(self.placed.shape))  # pyright: ignore[reportArgumentType]
         self.codecs = {}
         if self.dtype == torch.float32:
@@ -68,16 +81,27 @@ class Lane:
                 codec = codec_for(storage, spec.shape, spec.codec != "variance") if spec.codec != "exact" else None
                 if codec is not None and codec.name != "fp32":
                     self.codecs[name] = codec
+        self.parts = {name: {part: f"{name}.{part}" for part in codec.parts(self.specs[name].shape)} for name, codec in self.codecs.items()}
+        self.kept = self._kept()
 
-    @property
-    def key(self) -> int:
-        """The same on every mesh and in every process."""
-        return zlib.crc32(self.name.encode())
+    def take_turn(self, index: int, count: int) -> None:
+        """Be number ``index`` of ``count`` matrices of the same method: where its gap allows, no other is renewed in the same steps."""
+        gap = getattr(self.rule, "gap", 1)
+        self.key += index * gap // count - self.key % gap
 
-    @property
-    def is_method(self) -> bool:
-        """Updated as a whole matrix, not element by element."""
-        return hasattr(self.rule, "step")
+    def alike(self) -> Hashable:
+        """Equal for lanes whose rows can be updated as those of one tensor."""
+        codecs = tuple((name, codec.name) for name, codec in self.codecs.items())
+        parameter = self.parameter
+        return self.rule, self.storage, codecs, self.writer, parameter.dtype, parameter.device, self.placed.shape[1:]
+
+    def stack(self) -> Hashable:
+        """Equal for lanes that may be updated as one; what is rounded by its place in its own parameter stays apart."""
+        return self.kind if self.writer is EXACT else self.name
+
+    def local_size(self) -> int:
+        """Elements of this rank's part."""
+        return local_part(self.parameter).numel()
 
     @property
     def has_gradient(self) -> bool:
@@ -102,11 +126,14 @@ class Lane:
 
     def stored(self) -> dict[str, StateSpec]:
         """Every tensor that is kept, by its name in ``state``."""
+        return self.kept
+
+    def _kept(self) -> dict[str, StateSpec]:
         found: dict[str, StateSpec] = {}
         for name, spec in self.specs.items():
             if name in self.codecs:
-                parts = self.codecs[name].parts(spec.shape)
-                found |= {f"{name}.{part}": StateSpec(shape, spec.placement, dtype) for part, (shape, dtype) in parts.items()}
+                for part, (shape, dtype) in self.codecs[name].parts(spec.shape).items():
+                    found[self.parts[name][part]] = StateSpec(shape, spec.placement, dtype)
             else:
                 wide = self.dtype if spec.dtype == torch.float32 else spec.dtype
                 found[name] = StateSpec(spec.shape, spec.placement, wide, spec.codec)
@@ -146,12 +173,24 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Iterable[dict[str, Any]], lanes: Sequence[Lane], lr: float) -> None:
         self.lanes = {lane.parameter: lane for lane in lanes}
+        self._work: Workspace | None = None
         super().__init__(list(groups), {"lr": lr, "weight_decay": 0.0})
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter not in self.lanes:
                     raise ValueError(f"a parameter of shape {tuple(parameter.shape)} has no lane")
                 self._make_states(self.lanes[parameter])
+        self._know_the_alike()
+
+    def _know_the_alike(self) -> None:
+        kinds: dict[Hashable, int] = {}
+        by_rule: dict[Hashable, list[Lane]] = {}
+        for lane in self.lanes.values():
+            lane.kind = kinds.setdefault(lane.alike(), len(kinds))
+            by_rule.setdefault(lane.rule, []).append(lane)
+        for lanes in by_rule.values():
+            for index, lane in enumerate(lanes):
+                lane.take_turn(index, len(lanes))
 
     def plan(self, *, strict: bool = False) -> list[PlannedParameter]:
         """What each parameter gets (``optim/plan.py``); ``strict``: raises ValueError where that is not what was asked for."""
@@ -197,8 +236,11 @@ class ComposedOptimizer(torch.optim.Optimizer):
         for lane in lanes:
             if isinstance(lane.rule, RowSparse):
                 self._table(lane, lane.rule, lr, decay)
-            elif not lane.is_method:
-                self._elementwise(lane, lr, decay)
+        elementwise = [lane for lane in lanes if not lane.is_method and not isinstance(lane.rule, RowSparse)]
+        if elementwise:
+            work = self._workspace(elementwise[0].parameter.device)
+            for some in stacks(elementwise, Lane.stack, Lane.local_size, work.elements):
+                self._elementwise(some, work, lr, decay)
         for shard_group, some in _together([lane for lane in lanes if lane.is_method]):
             self._matrices(some, shard_group, lr, decay)
 
@@ -222,26 +264,52 @@ class ComposedOptimizer(torch.optim.Optimizer):
                 some[i].summed = coordinates if summed is None else summed.add_(coordinates)
                 some[i].parameter.grad = None
 
-    def _next(self, lane: Lane) -> int:
-        counter = self.state[lane.parameter]["step"]
-        counter += 1
-        return int(counter)
+    def _workspace(self, device: torch.device) -> Workspace:
+        """On CPU kept from step to step, some MiB; accelerators' allocators keep it themselves."""
+        elements = min(CHUNK_ELEMENTS, piece_elements(device))
+        if device.type != "cpu":
+            return Workspace(elements)
+        if self._work is None or self._work.elements != elements:
+            self._work = Workspace(elements)
+        return self._work
 
-    def _elementwise(self, lane: Lane, lr: float, decay: float) -> None:
-        step, rule = self._next(lane), cast(Rule, lane.rule)
+    def _next(self, lanes: Sequence[Lane]) -> list[int]:
+        counters = [self.state[lane.parameter]["step"] for lane in lanes]
+        numbers = [int(counter) + 1 for counter in counters]
+        for counter, number in zip(counters, numbers, strict=True):
+            counter.fill_(number)
+        return numbers
+
+    def _elementwise(self, lanes: Sequence[Lane], work: Workspace, lr: float, decay: float) -> None:
+        """Of lanes that are alike, as one tensor."""
+        numbers = self._next(lanes)
+        if len(set(numbers)) > 1 or len(lanes) == 1:  # some had no gradient before
+            for lane, number in zip(lanes, numbers, strict=True):
+                self._update_rows(lane, number, work, lr, decay)
+            return
+        parameters = [as_rows(local_part(lane.parameter)) for lane in lanes]
+        stored = [{name: as_rows(tensor) for name, tensor in self._stored(lane).items()} for lane in lanes]
+        counts = [parameter.shape[0] for parameter in parameters]
+        together = rows_together(stored)
+        gradients = [as_rows(local_part(cast(Tensor, lane.parameter.grad))) for lane in lanes]
+        gradient = work.take("gradient", (sum(counts), *parameters[0].shape[1:]), parameters[0])
+        update = _updated(lanes[0], together, torch.cat(gradients, out=gradient), numbers[0], work)
+        weights = torch.cat(parameters, out=work.take("weight", update.shape, parameters[0]))
+        move_(weights, update, lr, decay)
+        deal_rows({"weight": weights, **together}, [{"weight": one, **kept} for one, kept in zip(parameters, stored, strict=True)])
+
+    def _update_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float) -> None:
+        """Of one lane, some rows at a time."""
         gradient = as_rows(local_part(cast(Tensor, lane.parameter.grad)))
-        stored = self._stored(lane)
-        per_row = max(1, gradient[:1].numel())
-        for rows in _chunks(gradient.shape[0], max(1, CHUNK_ELEMENTS // per_row)):
-            part = {name: as_rows(tensor)[rows] for name, tensor in stored.items()}
-            states = _decoded(lane, part, gradient[rows].shape)
+        stored = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}
+        for rows in _chunks(gradient.shape[0], max(1, work.elements // max(1, gradient[:1].numel()))):
             # The rule may overwrite its gradient; the parameter's own stays as it is.
-            update = rule.update(gradient[rows].to(lane.dtype, copy=True), states, step)
-            _encode(lane, part, states)
-            lane.write_(rows, part, update, lr, decay, step)
+            part = work.take("gradient", gradient[rows].shape, gradient, lane.dtype).copy_(gradient[rows])
+            kept = {name: tensor[rows] for name, tensor in stored.items()}
+            lane.write_(rows, kept, _updated(lane, kept, part, step, work), lr, decay, step)
 
     def _table(self, lane: Lane, rule: RowSparse, lr: float, decay: float) -> None:
-        self._next(lane)
+        self._next([lane])
 
         def update(weight: Tensor, kept: dict[str, Tensor], gradient: Tensor) -> None:
             states = _decoded(lane, kept, weight.shape)
@@ -257,7 +325,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         for lane in lanes:
             stored = self._stored(lane)
             states.append((stored, _decoded(lane, stored, None)))
-            step = lane.method_step(states[-1][1], self._next(lane))
+            step = lane.method_step(states[-1][1], self._next([lane])[0])
             steps.append(with_weight(step, partial(lane.writer.read, local_part(lane.parameter), stored)))
         made = [{name: state._version for name, state in decoded.items()} for _, decoded in states]
         for i, update in run_together(steps, group):
@@ -296,19 +364,30 @@ def _chunks(rows: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
-def _decoded(lane: Lane, stored: dict[str, Tensor], shape: torch.Size | None) -> dict[str, Tensor]:
+def _updated(lane: Lane, stored: dict[str, Tensor], gradient: Tensor, step: int, work: Workspace) -> Tensor:
+    """What an elementwise rule makes of rows that are updated as those of ``lane``; ``stored`` is written, ``gradient`` may be."""
+    states = _decoded(lane, stored, gradient.shape, work)
+    update = cast(Rule, lane.rule).update(gradient, states, step)
+    _encode(lane, stored, states, work)
+    return update
+
+
+def _decoded(lane: Lane, stored: dict[str, Tensor], shape: torch.Size | None, work: Workspace | None = None) -> dict[str, Tensor]:
     """The states to work on; ``shape``: of every state (elementwise), None: each its own."""
     states = {}
     for name, spec in lane.specs.items():
         if name in lane.codecs:
-            parts = {part: stored[f"{name}.{part}"] for part in lane.codecs[name].parts(spec.shape)}
-            states[name] = lane.codecs[name].decode(parts, shape or lane.placed.local_shape(spec))
+            parts = {part: stored[kept] for part, kept in lane.parts[name].items()}
+            own, device = shape or torch.Size(lane.placed.local_shape(spec)), next(iter(parts.values()))
+            out = work.take(name, own, device, torch.float32) if work else None
+            states[name] = lane.codecs[name].decode(parts, own, out, work.scratch(device) if work else None)
         else:
             states[name] = stored[name]
     return states
 
 
-def _encode(lane: Lane, stored: dict[str, Tensor], states: dict[str, Tensor]) -> None:
+def _encode(lane: Lane, stored: dict[str, Tensor], states: dict[str, Tensor], work: Workspace | None = None) -> None:
     for name, codec in lane.codecs.items():
         if name in states:
-            codec.encode_(states[name], {part: stored[f"{name}.{part}"] for part in codec.parts(lane.specs[name].shape)})
+            parts = {part: stored[kept] for part, kept in lane.parts[name].items()}
+            codec.encode_(states[name], parts, work.scratch(states[name]) if work else None)

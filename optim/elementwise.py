@@ -39,7 +39,7 @@ class ElementwiseAdam:
 
     def update(self, gradient: Tensor, states: dict[str, Tensor], step: int) -> Tensor:
         """The ratio of the moments, without their bias."""
-        return self.adam.ratio(gradient, states, step).mul_(self.adam.correction(step))
+        return self.adam.ratio(gradient, states, step, out=gradient).mul_(self.adam.correction(step))
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,18 @@ def _muon_momentum(config: OptimConfig) -> float:
     return 0.95 if config.momentum is None else config.momentum
 
 
+def singular_projector(config: OptimConfig) -> SingularProjector:
+    """As ``optim.svd`` says. The basis of a tall matrix is dealt to the ranks like every other state, for one message per step."""
+    how = "exact" if config.svd == "exact" else "subspace"
+    refresh = Refresh(config.update_gap or 200)
+    return SingularProjector(config.rank or 128, refresh, how, precise=config.svd == "precise", shard_basis=True)
+
+
 def _projector(config: OptimConfig) -> Projector | Columns | None:
     refresh = Refresh(config.update_gap or 200)
     known: dict[str, Callable[[], Projector | Columns | None]] = {
         "none": lambda: None,
-        "singular": lambda: SingularProjector(config.rank or 128, refresh, config.svd or "subspace", shard_basis=True),
+        "singular": lambda: singular_projector(config),
         "gaussian": lambda: GaussianProjector(config.rank or 256, refresh),
         "columns": lambda: Columns(config.density or 0.25, refresh),
     }

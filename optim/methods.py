@@ -139,7 +139,11 @@ class StateSpec:
 
 
 class Method(Protocol):
-    """How a matrix is updated. Immutable; everything that changes is in the states."""
+    """How a matrix is updated. Immutable; everything that changes is in the states.
+
+    A method that renews something every ``gap`` steps says so by an attribute or property of that name: keys of the matrices it updates
+    are then chosen so that their ``key % gap`` differ, or are spread evenly where there are more matrices than steps.
+    """
 
     def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
         """The states of a matrix of ``shape``, all zero at first."""

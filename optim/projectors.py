@@ -10,8 +10,8 @@ Does not know what is done with the coordinates. Try alone: tests/optim/test_pro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class Refresh:
 
 
 REFRESH = Refresh()
+REMEMBERED = 1 << 20
+"""Elements of random bases that a projector keeps to spare making them again: 4 MiB, enough for small models, whose steps it halves."""
 
 
 class Projector(Protocol):
@@ -160,7 +162,8 @@ class SingularProjector:
             extra = gaussian_rows(key, ~epoch, first, len(basis), more, basis.device)
             passes = self.passes + (2 if step == 1 else 0)
             used = gradient_in.double() if self.precise else gradient_in
-            new = yield from _subspace(used, torch.cat((basis, extra), dim=1), basis.shape[1], side, passes)
+            start = yield from (_orthonormal(torch.cat((basis, extra), dim=1), side) if step == 1 else _widened(basis, extra, side))
+            new = yield from _subspace(used, start, basis.shape[1], side, passes)
         stored.copy_(new[Rows.chunk(columns, rows.rank, rows.ranks).slice] if dealt else new)
         return new
 
@@ -168,10 +171,13 @@ class SingularProjector:
 @dataclass(frozen=True)
 class GaussianProjector:
     """Independent N(0, 1/r), so that lengths are kept on average (Johnson-Lindenstrauss; APOLLO, arXiv 2412.05270, section 4.2). A
-    function of (key, epoch, element): made anew in each step by each rank for its own rows, nothing stored, nothing sent."""
+    function of (key, epoch, element): made by each rank for its own rows, no state, nothing sent. Small ones are remembered until the
+    next epoch, ``REMEMBERED`` elements in all; others are made anew in each step."""
 
     rank: int
     refresh: Refresh = REFRESH
+    memory: dict[Any, tuple[Any, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    """(key, place) -> (epoch, basis)"""
 
     def side(self, shape: tuple[int, int]) -> Side:
         return short_side(shape)
@@ -181,12 +187,23 @@ class GaussianProjector:
         return {}
 
     def basis(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
-        columns = gradient_in.shape[1]
-        rank = usable_rank(self.rank, (rows.total, columns))
-        right = self.side((rows.total, columns)) == "right"
-        first, count = (0, columns) if right else (rows.first, rows.count)
-        return gaussian_rows(key, self.refresh.epoch(step, key), first, count, rank, gradient_in.device).mul_(rank**-0.5)
+        shape = (rows.total, gradient_in.shape[1])
+        first, count = (0, shape[1]) if self.side(shape) == "right" else (rows.first, rows.count)
+        return self.rows_of(shape, first, count, step, key, gradient_in.device)
         yield  # pyright: ignore[reportUnreachable]  # a generator without requests
+
+    def rows_of(self, shape: tuple[int, int], first: int, count: int, step: int, key: int, device: torch.device) -> Tensor:
+        """Rows ``first`` to ``first + count`` of the basis of a matrix of ``shape``; not to be written to."""
+        rank, epoch = usable_rank(self.rank, shape), self.refresh.epoch(step, key)
+        place = (key, first, count, rank, device)
+        known = self.memory.get(place)
+        if known is not None and known[0] == epoch:
+            return known[1]
+        made = gaussian_rows(key, epoch, first, count, rank, device).mul_(rank**-0.5)
+        taken = sum(basis.numel() for _, basis in self.memory.values()) if known is None else 0
+        if known is not None or taken + made.numel() <= REMEMBERED:
+            self.memory[place] = (epoch, made)
+        return made
 
 
 def _exact(gradient_in: Tensor, old: Tensor, side: Side, rows: Rows) -> Steps:
@@ -211,15 +228,29 @@ def _signs(overlap: Tensor) -> Tensor:
     return torch.where(overlap < 0, -1.0, 1.0).to(overlap.dtype)
 
 
-def _subspace(gradient_in: Tensor, start: Tensor, rank: int, side: Side, passes: int) -> Steps:
-    """``start`` [d, k], d the short side (of the left: this rank's rows) -> orthonormal [d, rank], leading directions first."""
-    dealt = side == "left"
-    block = start.double()
+def _orthonormal(block: Tensor, side: Side) -> Steps:
+    """The block's span [d, k], in float64; d the short side (of the left: this rank's rows)."""
+    block = block.double()
     gram = block.T @ block
-    gram = (yield Sum(gram)) if dealt else gram
-    block = _divided(block, torch.linalg.cholesky(gram)).to(gradient_in.dtype)
+    gram = (yield Sum(gram)) if side == "left" else gram
+    return _divided(block, torch.linalg.cholesky(gram))
+
+
+def _widened(basis: Tensor, extra: Tensor, side: Side) -> Steps:
+    """``basis``, which is orthonormal but for float32's rounding, and what of ``extra`` is orthogonal to it, as ``_orthonormal``."""
+    basis, extra = basis.double(), extra.double()
+    small = torch.cat((basis, extra), dim=1).T @ extra
+    small = (yield Sum(small)) if side == "left" else small
+    inside, gram = small.split((basis.shape[1], extra.shape[1]))
+    factor = torch.linalg.cholesky(gram - inside.T @ inside)
+    return torch.cat((basis, _divided(extra - basis @ inside, factor)), dim=1)
+
+
+def _subspace(gradient_in: Tensor, start: Tensor, rank: int, side: Side, passes: int) -> Steps:
+    """Orthonormal ``start`` [d, k] -> orthonormal [d, rank], leading directions first."""
+    block = start.to(gradient_in.dtype)
     for index in range(passes):
-        block = yield from _pass(gradient_in, block, rank if index == passes - 1 else block.shape[1], dealt)
+        block = yield from _pass(gradient_in, block, rank if index == passes - 1 else block.shape[1], side == "left")
     return block.float()
 
 
@@ -239,11 +270,14 @@ def _pass(gradient_in: Tensor, block: Tensor, keep: int, dealt: bool) -> Steps:
     factor, shift = _shifted_factor(gram if dealt else (yield Sum(gram)))
     half = outer @ _divided(image, factor).to(gradient_in.dtype)
     half = (half if dealt else (yield Sum(half))).double() + _divided(block.double() * shift, factor)
-    small = torch.cat((half.T @ half, block.double().T @ half))
-    gram, overlap = ((yield Sum(small)) if dealt else small).chunk(2)
+    gram, overlap = half.T @ half, None
+    if dealt:
+        gram, overlap = (yield Sum(torch.cat((gram, block.double().T @ half)))).chunk(2)
     values, vectors = torch.linalg.eigh(gram)
     scaled = (vectors * values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt())[:, -keep:].flip(1)
-    return (half @ (scaled * _signs((overlap @ scaled).diagonal()))).to(gradient_in.dtype)
+    new = half @ scaled
+    signs = (new * block[:, :keep]).sum(dim=0) if overlap is None else (overlap @ scaled).diagonal()
+    return new.mul_(_signs(signs)).to(gradient_in.dtype)
 
 
 def _shifted_factor(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,13 @@ from optim.apollo import Apollo
 from optim.config import OptimConfig, Preset
 from optim.elementwise import ElementwiseAdam, Rule, Sgd, Storage
 from optim.frugal import Frugal
-from optim.grid import composed_method
+from optim.grid import composed_method, singular_projector
 from optim.lazy_projector import LazyProjector
 from optim.low_rank import Fira, GaLore
 from optim.methods import Method
 from optim.muon import Muon
 from optim.natural_galore import NaturalGaLore
-from optim.projectors import GaussianProjector, Refresh, SingularProjector
+from optim.projectors import GaussianProjector, Refresh
 from optim.rules import Adam
 from optim.shampoo import Shampoo
 from optim.subset_norm import SubsetNormMomentum
@@ -62,43 +62,37 @@ def _with_rest(config: OptimConfig, method: Rule | Method, storage: Storage = "f
     return Recipe(method, rest.rest, config.state or storage, rest.rest_storage, everywhere)
 
 
-def _projected(config: OptimConfig, rank: int = 128) -> SingularProjector:
-    refresh = Refresh(config.update_gap or 200)
-    # The basis of a tall matrix is dealt to the ranks like every other state, for one message per step.
-    return SingularProjector(config.rank or rank, refresh, config.svd or "subspace", shard_basis=True)
-
-
 def _galore(storage: Storage) -> Callable[[OptimConfig], Recipe]:
     def recipe(config: OptimConfig) -> Recipe:
         scale = 0.25 if config.scale is None else config.scale
-        return _with_rest(config, GaLore(_projected(config), Adam(config.betas, config.eps), scale), storage)
+        return _with_rest(config, GaLore(singular_projector(config), Adam(config.betas, config.eps), scale), storage)
 
     return recipe
 
 
 def _q_galore(config: OptimConfig) -> Recipe:
     scale = 0.25 if config.scale is None else config.scale
-    lazy = LazyProjector(_projected(config), packed=True)
+    lazy = LazyProjector(singular_projector(config), packed=True)
     return _with_rest(config, GaLore(lazy, Adam(config.betas, config.eps), scale), "int8")
 
 
 def _fira(config: OptimConfig) -> Recipe:
     scale = 0.25 if config.scale is None else config.scale
-    return _with_rest(config, Fira(_projected(config), Adam(config.betas, config.eps), scale))
+    return _with_rest(config, Fira(singular_projector(config), Adam(config.betas, config.eps), scale))
 
 
 def _natural_galore(config: OptimConfig) -> Recipe:
     scale = 0.25 if config.scale is None else config.scale
-    return _with_rest(config, NaturalGaLore(_projected(config), Adam(config.betas, config.eps), scale))
+    return _with_rest(config, NaturalGaLore(singular_projector(config), Adam(config.betas, config.eps), scale))
 
 
 def _frugal(config: OptimConfig) -> Recipe:
     adam = Adam(config.betas, config.eps, "torch")
-    return _with_rest(config, Frugal(config.density or 0.25, Refresh(config.update_gap or 200), adam))
+    return _with_rest(config, Frugal(config.density or 0.25, Refresh(config.update_gap or 200), adam, choice=config.choice or "columns"))
 
 
 def _subset_norm(config: OptimConfig) -> Recipe:
-    return _with_rest(config, SubsetNormMomentum(_projected(config), Adam(config.betas, config.eps)))
+    return _with_rest(config, SubsetNormMomentum(singular_projector(config), Adam(config.betas, config.eps)))
 
 
 def _apollo(config: OptimConfig) -> Recipe:

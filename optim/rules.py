@@ -27,14 +27,16 @@ class Adam:
     eps: float = 1e-6
     form: Literal["hf", "torch"] = "hf"
 
-    def ratio(self, values: Tensor, states: dict[str, Tensor], step: int) -> Tensor:
-        """Of the moments ``exp_avg`` and ``exp_avg_sq``, which take ``values`` up; without the bias correction."""
+    def ratio(self, values: Tensor, states: dict[str, Tensor], step: int, out: Tensor | None = None) -> Tensor:
+        """Of the moments ``exp_avg`` and ``exp_avg_sq``, which take ``values`` up; without the bias correction. ``out`` may be
+        ``values``."""
         beta1, beta2 = self.betas
         mean, square = states["exp_avg"], states["exp_avg_sq"]
-        mean.mul_(beta1).add_(values, alpha=1 - beta1)
+        mean.lerp_(values, 1 - beta1)
         square.mul_(beta2).addcmul_(values, values, value=1 - beta2)
         eps = self.eps if self.form == "hf" else self.eps * (1 - beta2**step) ** 0.5
-        return mean / square.sqrt().add_(eps)
+        root = torch.sqrt(square, out=out).add_(eps)
+        return torch.div(mean, root, out=root)
 
     def correction(self, step: int) -> float:
         """Of the bias, for the whole update."""
@@ -101,5 +103,5 @@ class RmsClip:
 
 
 def channel_scale(ratio: Tensor, coordinates: Tensor) -> Tensor:
-    """‖ratio‖ / ‖coordinates‖ for each channel of the long side: [long, r] twice -> [long]."""
-    return ratio.norm(dim=1) / (coordinates.norm(dim=1) + TINY)
+    """‖ratio‖ / ‖coordinates‖ for each channel of the long side: [..., long, r] twice -> [..., long]."""
+    return torch.linalg.vector_norm(ratio, dim=-1) / (torch.linalg.vector_norm(coordinates, dim=-1) + TINY)

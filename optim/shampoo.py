@@ -49,11 +49,14 @@ class Shampoo:
 
     def __post_init__(self) -> None:
         if self.order < 1 or self.statistics_gap < 1 or self.root_gap < 1:
-            raise ValueError(
-                f"order {self.order}, statistics_gap {self.statistics_gap} and root_gap {self.root_gap} must be at least 1"
-            )
+            raise ValueError(f"order {self.order}, statistics_gap {self.statistics_gap} and root_gap {self.root_gap} must be at least 1")
         if self.root_gap % self.statistics_gap:
             raise ValueError(f"root_gap {self.root_gap} must be a multiple of statistics_gap {self.statistics_gap}")
+
+    @property
+    def gap(self) -> int:
+        """See ``Method``."""
+        return self.statistics_gap
 
     def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
         found = {"exp_avg": StateSpec(shape, "rows", codec="moment"), "exp_avg_sq": StateSpec(shape, "rows", codec="variance")}
@@ -71,7 +74,10 @@ class Shampoo:
 
     def step(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
         since = step - (Refresh(self.statistics_gap).shift(key) if self.stagger else 0)
-        renew, roots = since >= self.statistics_gap and since % self.statistics_gap == 0, since >= self.root_gap and since % self.root_gap == 0
+        renew, roots = (
+            since >= self.statistics_gap and since % self.statistics_gap == 0,
+            since >= self.root_gap and since % self.root_gap == 0,
+        )
         direction = gradient_in
         if renew or since >= self.root_gap:
             jobs = list(self._blocks(gradient_in, states, rows, renew, roots, since))
@@ -85,9 +91,7 @@ class Shampoo:
                 direction = preconditioned.mul_(norm / other.clamp(min=TINY))
         return self.rule.ratio(direction, states, step).mul_(self.rule.correction(step))
 
-    def _blocks(
-        self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, renew: bool, roots: bool, since: int
-    ) -> Iterator[_Block]:
+    def _blocks(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, renew: bool, roots: bool, since: int) -> Iterator[_Block]:
         shape = (rows.total, gradient_in.shape[1])
         columns = Rows.chunk(shape[1], rows.rank, rows.ranks)
         codecs = tuple(self._codec(blocks_of(span, self.order)[0][1]) for span in shape)

@@ -71,7 +71,7 @@ class Exact:
         return weight
 
     def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
-        _move_(weight, update, lr, decay)
+        move_(weight, update, lr, decay)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Bfloat16:
 
     def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
         for rows, first in _pieces(weight, chance.first):
-            value = _move_(weight[rows].float(), update[rows], lr, decay)
+            value = move_(weight[rows].float(), update[rows], lr, decay)
             if self.stochastic:
                 stochastic_bf16_(value, weight[rows], seed=chance.seed, key=chance.key, step=chance.step, first=first)
             else:
@@ -108,7 +108,7 @@ class TwentyFourBits:
     def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
         low = states["correction"]
         for rows, _ in _pieces(weight, 0):
-            split_24bit_(_move_(join_24bit(weight[rows], low[rows]), update[rows], lr, decay), weight[rows], low[rows])
+            split_24bit_(move_(join_24bit(weight[rows], low[rows]), update[rows], lr, decay), weight[rows], low[rows])
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class EightBits:
         assert isinstance(weight, Int8Weight)
         for rows, first in _pieces(weight, chance.first):
             part = weight.rows(rows)
-            value = _move_(part.dequantised(torch.float32), update[rows], lr, decay)
+            value = move_(part.dequantised(torch.float32), update[rows], lr, decay)
             bits = random_bits(first, value.numel(), seed=chance.seed, key=chance.key, step=chance.step, device=value.device)
             part.quantise_(value, bits.int().bitwise_and_(0xFFFF).float().mul_(2.0**-16).view(value.shape))
 
@@ -170,7 +170,8 @@ def weights_of(writer: Writer) -> Weights | None:
     return None if writer is EXACT else next(name for name, one in WRITERS.items() if one == writer)
 
 
-def _move_(value: Tensor, update: Tensor, lr: float, decay: float) -> Tensor:
+def move_(value: Tensor, update: Tensor, lr: float, decay: float) -> Tensor:
+    """value (1 - lr decay) - lr update, in place."""
     if decay:
         value.mul_(1 - lr * decay)
     return value.sub_(update, alpha=lr)

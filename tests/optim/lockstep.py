@@ -67,7 +67,9 @@ class Simulator:
         self.rows = [Rows.chunk(self.shape[0], rank, self.ranks) for rank in range(self.ranks)]
         self.specs = dict(self.method.states(self.shape))
         ranks = range(self.ranks)
-        self.states = [{name: torch.zeros(self._local_shape(spec, rank), dtype=spec.dtype) for name, spec in self.specs.items()} for rank in ranks]
+        self.states = [
+            {name: torch.zeros(self._local_shape(spec, rank), dtype=spec.dtype) for name, spec in self.specs.items()} for rank in ranks
+        ]
         self.taken = 0
 
     def _local_shape(self, spec: StateSpec, rank: int) -> tuple[int, ...]:

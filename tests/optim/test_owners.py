@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,8 @@ def test_rows_of_a_part() -> None:
 
 def collectives(preset: str) -> dict[str, int]:
     model = sharded(2)
-    optimizer = build_optimizer(model, preset=preset, **({} if preset == "muon" else {"statistics_gap": 1, "root_gap": 1}))
+    settings: dict[str, Any] = {} if preset == "muon" else {"statistics_gap": 1, "root_gap": 1}
+    optimizer = build_optimizer(model, preset=preset, **settings)
     feed(model, optimizer, 1)
     with CommDebugMode() as counted:
         feed(model, optimizer, 1, start=1)

@@ -133,7 +133,8 @@ def test_statistics_that_stand_still_are_found_by_the_power_iteration(shape: tup
     u, sigma, vh = torch.linalg.svd(gradient.double(), full_matrices=False)
     direction = (u * (sigma**2 + 1e-3) ** -0.25 * sigma * (sigma**2 + 1e-3) ** -0.25) @ vh
     roots = [
-        simulator.states[0][f"{side}_roots.value"][:, 0] + simulator.states[0][f"{side}_diagonal"][:, 0].diag() for side in ("left", "right")
+        simulator.states[0][f"{side}_roots.value"][:, 0] + simulator.states[0][f"{side}_diagonal"][:, 0].diag()
+        for side in ("left", "right")
     ]
     assert relative(roots[0] @ gradient @ roots[1], direction) < 1e-3
 
