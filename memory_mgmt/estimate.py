@@ -177,9 +177,14 @@ class _Step:
 
     @property
     def root_parameters(self) -> int:
-        """Embedding, final norm and head: one FSDP unit."""
-        count = parameter_count(self.model, self.vocab_size)
-        return count.embedding + count.head + self.model.d_model
+        """Final norm, and an embedding that is the head as well: whole through the step. Others come and go."""
+        embedding = parameter_count(self.model, self.vocab_size).embedding if self.model.tie_embeddings else 0
+        return embedding + self.model.d_model
+
+    @property
+    def gathered_width(self) -> int:
+        """Bytes of a gathered weight of a product (parallel/fsdp.py)."""
+        return self.shapes.e
 
     def resident(self) -> _Live:
         """Held from the first moment of the run to the last."""
@@ -224,7 +229,7 @@ class _Step:
             return {}
         live = {"parameters gathered (embedding, head)": self.root_parameters * self.wide}
         if block is not None:
-            whole = block_parameters(self.model, self.model.layer_kinds[block]) * self.wide
+            whole = block_parameters(self.model, self.model.layer_kinds[block]) * self.gathered_width
             live["parameters gathered (one block)"] = whole * (3 if backward and block > 0 else 2)
         return live
 
@@ -238,6 +243,8 @@ class _Step:
             done = parameter_count(self.model, self.vocab_size).total - (0 if self.shards > 1 else own)
         if self.ranks == 1:
             return {"gradients": (done + (head if self.grad_accum == 1 else 0) + own) * self.wide}
+        if not self.model.tie_embeddings and done_from < len(kinds):  # reduced before the blocks began; of the last one it is in use
+            head = 0
         return {"gradients": self.shard(done), "gradients before reduction": (head + 2 * own) * self.wide}
 
     def all_gradients(self) -> _Live:
@@ -302,6 +309,8 @@ class _Step:
     def loss_backward(self) -> _Live:
         s = self.shapes
         live = _sum(self.kept(len(self.model.layer_kinds)), self.gathered(None, True), self.loss_inputs())
+        if self.ranks > 1 and not self.model.tie_embeddings:
+            live = _sum(live, {"parameters gathered (embedding, head)": 2 * self.vocab_size * self.model.d_model * self.gathered_width})
         return _sum(live, {"loss gradients": s.stream + self.vocab_size * self.model.d_model * self.wide})
 
     def backward(self, block: int) -> list[tuple[str, _Live]]:
@@ -336,7 +345,7 @@ class _Step:
         live = _sum(self.gradients(0), {"gradient of the residual stream": self.shapes.stream}, self.gathered(None, True))
         if self.ranks == 1:
             return _sum(live, {"gradients": gradient})
-        return _sum(live, {"gradients before reduction": gradient + self.root_parameters * self.wide})
+        return _sum(live, {"gradients before reduction": 2 * gradient})
 
     @property
     def largest_parameter(self) -> int:

@@ -82,7 +82,8 @@ def shaped_model(
     apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
     if mesh is not None:
         assert config.parallel.sequence != "auto", "settled before"
-        parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk)
+        gather_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+        parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype)
     return model
 
 

@@ -22,6 +22,7 @@ from models.int8_weight import stored
 from models.transformer import Transformer
 from optim.clip import clip_grad_norm
 from optim.fused_backward import FusedBackward
+from parallel.fsdp import reshard
 from parallel.mesh import Mesh
 from parallel.sequence import shard_batch
 
@@ -105,7 +106,7 @@ def evaluate(
         sums.add(forward(model, shard, device, precision), shard)
     model.train()
     if isinstance(model, FSDPModule):
-        model.reshard()  # the root keeps its parameters gathered for a backward pass that does not come
+        reshard(model)  # the head and the root stay gathered for a backward pass that does not come
     if sums is None:
         raise ValueError("evaluate needs at least one batch")
     return sums.total(distributed)
