@@ -67,6 +67,7 @@ def estimate(
     vocab_size: int,
     layout: str,
     grad_accum: int = 1,
+    residual: str = "fp32",
     device: Device = DEVICES["cpu"],
     device_bytes: int | None = None,
     optimizer_bytes: int | None = None,
@@ -77,6 +78,7 @@ def estimate(
         seq_len: tokens of a whole sequence, before it is split over ``parallel.cp`` ranks.
         micro_batch_size: sequences per data-parallel rank in one forward and backward pass; grad_accum: passes per step.
         precision: bf16, fp32 or fp64 as in ``train.precision``.
+        residual: fp32 or bf16 as in ``train.residual``.
         vocab_size: rows of the embedding.
         layout: contiguous or zigzag, resolved (``RunConfig.layout``).
         device: what the run is planned for; device_bytes: memory it has, default what the device table says.
@@ -90,6 +92,7 @@ def estimate(
         raise ValueError(f"data.seq_len {seq_len} is not divisible by {parts} (parallel.cp {parallel.cp}, {layout} layout)")
     step = _Step(model, parallel, memory, optim, seq_len, micro_batch_size, grad_accum, precision, vocab_size, layout == "zigzag", device)
     step = replace(step, optimizer_bytes=None if optimizer_bytes is None else optimizer_bytes * step.shards)
+    step = replace(step, residual=residual)
     budget = None if memory.budget_gib is None else int(memory.budget_gib * GIB)
     available = device.memory_bytes if device_bytes is None else device_bytes
     plan, tight = _plan_within(step, budget, available)
@@ -133,6 +136,7 @@ class _Step:
     device: Device
     optimizer_bytes: int | None = None
     """Of all shards' optimizer states, where they are not AdamW's."""
+    residual: str = "fp32"
 
     @property
     def shapes(self) -> Shapes:
@@ -146,6 +150,7 @@ class _Step:
             cp=self.parallel.cp,
             ranges=2 if self.zigzag and self.parallel.cp > 1 else 1,
             cuda=self.device.is_cuda,
+            residual=self.residual,
         )
 
     @property

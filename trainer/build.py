@@ -79,6 +79,7 @@ def shaped_model(
         model = Transformer(config.model, vocab_size)
     if config.optim.kept_weights == "int8_stochastic":
         quantise_matrices_(model)
+    model.residual_dtype = torch.bfloat16 if config.train.residual == "bf16" else None
     apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
     if mesh is not None:
         assert config.parallel.sequence != "auto", "settled before"

@@ -308,6 +308,7 @@ def _estimated(target: Target) -> MemoryPlan:
         micro_batch_size=config.train.micro_batch_size,
         grad_accum=config.train.grad_accum,
         precision=config.train.precision,
+        residual=config.train.residual,
         vocab_size=target.vocab_size,
         layout=config.layout,
         device=target.device,

@@ -25,7 +25,7 @@ HOME = Path(__file__).resolve().parent.parent
 CODE = ("models", "parallel", "optim", "memory_mgmt", "trainer")
 KEPT_TRACES = 200
 _UNRELATED_MEMORY = ("budget_gib", "host_gib", "offload_dir", "plan", "replan_on_oom", "arena")
-_RELATED_TRAIN = ("precision", "micro_batch_size", "grad_accum")
+_RELATED_TRAIN = ("precision", "residual", "micro_batch_size", "grad_accum")
 
 DeviceType = Literal["cpu", "cuda"]
 

@@ -87,6 +87,15 @@ CASES = {
         ),
         None,
     ),
+    "a stream in bf16": (
+        config(
+            model={"layers": ["full", "memory"]},
+            data={"seq_len": 4096},
+            memory={"recompute": "block", "ffn_tile_tokens": 512, "memory_tile_tokens": 512},
+            train={"precision": "bf16", "residual": "bf16"},
+        ),
+        None,
+    ),
     "moments in eight bits": (config(model={"layers": ["full", "memory"]}, optim={"preset": "adamw_8bit"}), None),
     "a projected optimizer": (config(model={"layers": ["full", "memory"]}, optim={"preset": "galore", "rank": 16}), None),
     "a scaled gradient": (config(model={"layers": ["full"]}, optim={"preset": "apollo_mini", "rest": "sgd"}), None),
@@ -164,6 +173,7 @@ def test_traced_peak_is_the_allocators(name):
             "train": {"precision": "bf16"},
             "optim": {"preset": "q_galore", "rank": 16},
         },
+        {"memory": {"recompute": "block", "memory_tile_tokens": 128}, "train": {"precision": "bf16"}},
     ],
 )
 def test_traced_peak_is_the_allocators_on_two_ranks(sections):
