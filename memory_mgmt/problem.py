@@ -121,7 +121,7 @@ class _Reader:
         self.schedule = step_schedule(trace, setting.rates, setting.topology)
         self.total_seconds = self.schedule[-1].end if self.schedule else 0.0
         self.resident = sum(b.size for b in trace.of("device") if b.lower == 0)
-        self.states_on_host = sum(b.size for b in trace.of("host") if b.kind == "optimizer")
+        self.states_on_host = sum(b.size for b in trace.of("host") if b.kind in ("optimizer", "parameter"))
         points = trace.curve()
         self.times, self.live = [time for time, _ in points], [live for _, live in points]
 

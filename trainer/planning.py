@@ -167,7 +167,7 @@ def bare_plan(target: Target, trace: Trace) -> MemoryPlan:
         correction=target.correction,
         arena=target.config.memory.arena,
     )
-    return _with_host(target, plan, sum(b.size for b in trace.of("host") if b.kind == "optimizer"))
+    return _with_host(target, plan, sum(b.size for b in trace.of("host") if b.kind in ("optimizer", "parameter")))
 
 
 def _with_host(target: Target, plan: MemoryPlan, states_bytes: int) -> MemoryPlan:

@@ -52,7 +52,7 @@ class TraceRequest:
         config = self.config.model_dump(mode="json")
         memory = {key: value for key, value in config["memory"].items() if key not in _UNRELATED_MEMORY}
         if self.policy is not None:  # it says all that the other settings would
-            memory = {"offload_optimizer": memory["offload_optimizer"]}
+            memory = {key: memory[key] for key in ("offload_optimizer", "offload_parameters")}
         return {
             "config": {
                 "model": config["model"],
