@@ -55,8 +55,8 @@ class MemoryConfig(Section):
         if self.offload_parameters != "none":
             if self.offload_optimizer == "none":
                 raise ValueError(
-                    f"offload_parameters {self.offload_parameters} takes parameters where the optimizer's states are: set offload_optimizer "
-                    "host or auto, or offload_parameters none"
+                    f"offload_parameters {self.offload_parameters} takes parameters where the optimizer's states are: "
+                    "set offload_optimizer host or auto, or offload_parameters none"
                 )
             if self.plan == "estimate":
                 raise ValueError("offload_parameters needs a traced step: leave plan at trace, or set offload_parameters none")

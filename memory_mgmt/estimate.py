@@ -186,11 +186,6 @@ class _Step:
         embedding = parameter_count(self.model, self.vocab_size).embedding if self.model.tie_embeddings else 0
         return embedding + self.model.d_model
 
-    @property
-    def gathered_width(self) -> int:
-        """Bytes of a gathered weight of a product (parallel/fsdp.py)."""
-        return self.shapes.e
-
     def resident(self) -> _Live:
         """Held from the first moment of the run to the last."""
         total = parameter_count(self.model, self.vocab_size).total
@@ -234,7 +229,7 @@ class _Step:
             return {}
         live = {"parameters gathered (embedding, head)": self.root_parameters * self.wide}
         if block is not None:
-            whole = block_parameters(self.model, self.model.layer_kinds[block]) * self.gathered_width
+            whole = block_parameters(self.model, self.model.layer_kinds[block]) * self.shapes.e
             live["parameters gathered (one block)"] = whole * (3 if backward and block > 0 else 2)
         return live
 
@@ -315,7 +310,7 @@ class _Step:
         s = self.shapes
         live = _sum(self.kept(len(self.model.layer_kinds)), self.gathered(None, True), self.loss_inputs())
         if self.ranks > 1 and not self.model.tie_embeddings:
-            live = _sum(live, {"parameters gathered (embedding, head)": 2 * self.vocab_size * self.model.d_model * self.gathered_width})
+            live = _sum(live, {"parameters gathered (embedding, head)": 2 * self.vocab_size * self.model.d_model * self.shapes.e})
         return _sum(live, {"loss gradients": s.stream + self.vocab_size * self.model.d_model * self.wide})
 
     def backward(self, block: int) -> list[tuple[str, _Live]]:
@@ -414,15 +409,5 @@ def _plan(step: _Step, budget_bytes: int | None, device_bytes: int | None, holes
 if __name__ == "__main__":
     from memory_mgmt.plan_view import plain
 
-    shown = estimate(
-        ModelConfig(),
-        ParallelConfig(cp=2),
-        MemoryConfig(budget_gib=1.0),
-        OptimConfig(),
-        seq_len=65_536,
-        micro_batch_size=1,
-        precision="fp32",
-        vocab_size=256,
-        layout="contiguous",
-    )
-    print(plain(shown))
+    sections = ModelConfig(), ParallelConfig(cp=2), MemoryConfig(budget_gib=1.0), OptimConfig()
+    print(plain(estimate(*sections, seq_len=65_536, micro_batch_size=1, precision="fp32", vocab_size=256, layout="contiguous")))

@@ -156,14 +156,20 @@ class OffloadedOptimizer:
         sizes = [starts(section.sizes)[-1] * dtype.itemsize for section, _, dtype in wanted]
         for (section, key, _), raw in zip(wanted, self._store.keep(sizes, "the optimizer's states", self._mode), strict=True):
             section.raw[key] = raw.zero_()
-        for section in sections if self._parameters is not None else ():
+        for section in sections:
+            if self._parameters is None:
+                break
             rows = self._parameters.sections[section.name]
             if rows.at != starts(section.sizes):
                 raise ValueError(f"the parameters of '{section.name}' lie in host memory in another order than their states")
             section.raw[_PARAMETER] = rows.raw
         for section in sections:
             for slot, start, size in zip(section.slots, starts(section.sizes), section.sizes, strict=False):
-                moving = {key: _shaped_like(slot.parameter, section.raw[key].view(d)[start : start + size]) for key, d in section.shape if key != _PARAMETER}
+                moving = {
+                    key: _shaped_like(slot.parameter, section.raw[key].view(d)[start : start + size])
+                    for key, d in section.shape
+                    if key != _PARAMETER
+                }
                 self._state[slot.parameter] = slot.beside | moving
         self.host_bytes = sum(sizes)
 

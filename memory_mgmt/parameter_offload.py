@@ -16,7 +16,7 @@ What it does not do: run without FSDP2; one rank is a mesh of one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -160,7 +160,7 @@ class OffloadedParameters:
                 self._drop(unit)
             return None if out is not None else (outputs[0].view(-1), ())  # out is that memory already
 
-        inner: Any = parameter.sharded_param._local_tensor
+        inner: Any = cast(Any, parameter.sharded_param)._local_tensor
         inner.fsdp_pre_all_gather, inner.fsdp_post_all_gather = before, after
         parameter._init_extensions()
 
@@ -173,8 +173,14 @@ class OffloadedParameters:
         for i, (unit, module) in enumerate(zip(self._units, modules, strict=True)):
             above = self._units[i + 1 : i + 2]
             below = self._units[max(first, i - ahead) : i][::-1] if i > first else []
-            module.register_forward_pre_hook(lambda _module, _args, above=above: self._expect(above))
-            module.register_forward_hook(lambda _module, _args, out, below=below, unit=unit: self._expect_in_backward(out, below, unit))
+            module.register_forward_pre_hook(self._expecting_next(above))
+            module.register_forward_hook(self._expecting(below, unit))
+
+    def _expecting_next(self, above: Sequence[_Unit]) -> Callable[..., None]:
+        return lambda _module, _args: self._expect(above)
+
+    def _expecting(self, below: Sequence[_Unit], unit: _Unit) -> Callable[..., None]:
+        return lambda _module, _args, out: self._expect_in_backward(out, below, unit)
 
     def _expect_in_backward(self, out: Any, below: Sequence[_Unit], unit: _Unit) -> None:
         if isinstance(out, Tensor) and out.requires_grad and below:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from memory_mgmt.apply import apply_policy
 from memory_mgmt.arena import build_arena
@@ -169,7 +170,7 @@ def mesh_for(config: RunConfig, device: torch.device) -> Mesh | None:
         if config.memory.offload_parameters == "none":
             return None
         # FSDP2 is what gathers parameters out of host memory, also on one rank.
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=HashStore(), rank=0, world_size=1)
     return build_mesh(ParallelDims.from_config(config.parallel, dist.get_world_size()), device.type)
 
 

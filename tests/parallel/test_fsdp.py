@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from memory_mgmt.apply import apply_policy
@@ -95,7 +96,7 @@ def gathered_dtypes(tied: bool, precision: str) -> dict[str, str]:
     engine = build_engine(settings, VOCAB, mesh_for(settings, device), device)
     engine.evaluate(batches(2)[:1])
     for module in engine.model.modules():
-        if hasattr(module, "unshard"):
+        if isinstance(module, FSDPModule):
             module.unshard()
     found = {name: str(p.dtype).removeprefix("torch.") for name, p in engine.model.named_parameters()}
     reshard(engine.model)

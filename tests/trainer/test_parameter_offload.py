@@ -1,5 +1,6 @@
 """A run with its parameters in host memory: the same bits as without, alone and sharded, and checkpoints that serve both."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -157,12 +158,12 @@ def test_the_next_layer_is_on_its_way_while_one_computes() -> None:
         def note(words: str) -> None:
             staged.append((words, [blocks[id(unit)] for unit in offloaded._staged]))
 
-        def in_backward(i: int, out: torch.Tensor) -> None:
-            out.register_hook(lambda _grad: note(f"backward {i}"))
+        def noting(i: int) -> Callable[..., None]:
+            return lambda _module, _args, out: (out.register_hook(lambda _grad: note(f"backward {i}")), None)[1]
 
         for i, block in enumerate(engine.model.blocks):
             block.register_forward_pre_hook(lambda *_, i=i: note(f"forward {i}"))
-            block.register_forward_hook(lambda _module, _args, out, i=i: in_backward(i, out))
+            block.register_forward_hook(noting(i))
         engine.forward_backward(batches(0)[:1])
         assert staged == [
             *((f"forward {i}", [i + 1]) for i in range(4)),
