@@ -177,6 +177,12 @@ class RunConfig(Section):
                 "memory.offload_optimizer host updates bucket after bucket once all gradients are there, optim.fuse_backward frees them in "
                 "the backward pass: set offload_optimizer none or fuse_backward false"
             )
+        movable = self.optim.preset in ("adamw", "auto") and not self.optim.is_fused
+        if self.memory.offload_parameters == "host" and not movable:
+            raise ValueError(
+                "memory.offload_parameters host takes parameters where adamw's states are moved (memory.offload_optimizer), which optim.preset "
+                f"{self.optim.preset}{' with fuse_backward' if self.optim.is_fused else ''} refuses: set offload_parameters none"
+            )
         parallel = self.parallel
         if parallel.chosen_by_plan:
             return self  # checked for every choice

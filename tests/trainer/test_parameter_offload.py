@@ -10,16 +10,21 @@ from torch.distributed.tensor import DTensor
 
 from memory_mgmt.offload import HostStore
 from memory_mgmt.parameter_offload import OffloadedParameters
+from memory_mgmt.plan import MemoryPlan
+from memory_mgmt.plan_view import plain
 from models.batch import Batch, Bounds
 from models.errors import UserError
 from optim.clip import local_part
 from tests.distributed import run_distributed
+from trainer import planning
 from trainer.build import build_engine, mesh_for
 from trainer.checkpoint import CheckpointManager
+from trainer.choosing_offload import as_planned, places
 from trainer.config import CheckpointSection, RunConfig
 from trainer.engine import Engine
 from trainer.run_dir import RunDir
 
+GIB = 2**30
 SEQ_LEN, VOCAB = 32, 75  # rows that two ranks cannot share evenly
 
 
@@ -200,5 +205,49 @@ def test_host_memory_is_counted_and_its_budget_held_to() -> None:
 def test_what_cannot_be_is_refused_by_name(where: str, memory: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         RunConfig.model_validate({"memory": {"offload_parameters": where, **memory}})
-    with pytest.raises(ValueError, match="offload_optimizer"):
-        RunConfig.model_validate({"memory": {"offload_parameters": "host", "offload_optimizer": "host"}, "optim": {"preset": "galore"}})
+
+
+@pytest.mark.parametrize("states", ["host", "auto"])
+@pytest.mark.parametrize("optim", [{"preset": "galore"}, {"fuse_backward": True, "clip_norm": None}])
+def test_optimizers_whose_states_stay_keep_the_parameters(states: str, optim: dict) -> None:
+    with pytest.raises(ValueError, match="memory.offload_"):
+        RunConfig.model_validate({"memory": {"offload_parameters": "host", "offload_optimizer": states}, "optim": optim})
+    if states == "auto":
+        memory = {"offload_parameters": "auto", "offload_optimizer": "auto"}
+        (place,) = places(RunConfig.model_validate({"memory": memory, "optim": optim}))
+        assert place.memory.offload_parameters == place.memory.offload_optimizer == "none"
+
+
+def test_auto_tries_the_states_first() -> None:
+    def tried(**memory: str) -> list[tuple[str, str]]:
+        found = places(RunConfig.model_validate({"memory": memory}))
+        return [(one.memory.offload_optimizer, one.memory.offload_parameters) for one in found]
+
+    assert tried(offload_optimizer="auto", offload_parameters="auto") == [("none", "none"), ("host", "none"), ("host", "host")]
+    assert tried(offload_optimizer="host", offload_parameters="auto") == [("host", "none"), ("host", "host")]
+    assert tried(offload_optimizer="auto", offload_parameters="host") == [("host", "host")]
+
+
+def test_a_plan_for_a_gpu_counts_host_memory_and_the_copies() -> None:
+    """On an H100 that holds everything but the parameters: auto takes them to the host, and the plan says so."""
+
+    def config_of(states: str, parameters: str, **memory: object) -> RunConfig:
+        model = {"d_model": 512, "n_heads": 4, "layers": ["full"], "n_layers": 4, "tie_embeddings": False}
+        places_of = {"offload_optimizer": states, "offload_parameters": parameters}
+        return RunConfig.model_validate(
+            {"model": model, "data": {"seq_len": 256}, "train": {"precision": "bf16"}, "memory": {**places_of, **memory}}
+        )
+
+    here, there = (planning.plan_run(config_of("host", where), "h100", with_changes=False) for where in ("none", "host"))
+    parameters = next(term.bytes for term in here.terms if term.name == "parameters")
+    assert parameters > 32 * 2**20 and there.host_bytes - here.host_bytes == pytest.approx(parameters, rel=0.01)
+    assert here.peak_bytes - parameters < there.peak_bytes < here.peak_bytes
+    assert here.prediction is not None and there.prediction is not None
+    # To the device in forward and backward (the embedding and the head once each) and for the update, and back from it.
+    copied = there.prediction.copied_bytes - here.prediction.copied_bytes
+    assert 3.0 * parameters < copied <= 4.0 * parameters
+    assert "parameters and the optimizer's states live there" in plain(there)
+    tight = planning.plan_run(config_of("auto", "auto", budget_gib=(here.peak_bytes + there.peak_bytes) / 2 / GIB), "h100")
+    assert tight.fits and (tight.offload_optimizer, tight.offload_parameters) == ("host", "host")
+    read = as_planned(config_of("auto", "auto"), MemoryPlan.from_json(tight.to_json()))
+    assert (read.memory.offload_optimizer, read.memory.offload_parameters) == ("host", "host")
