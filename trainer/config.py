@@ -180,8 +180,9 @@ class RunConfig(Section):
         movable = self.optim.preset in ("adamw", "auto") and not self.optim.is_fused
         if self.memory.offload_parameters == "host" and not movable:
             raise ValueError(
-                "memory.offload_parameters host takes parameters where adamw's states are moved (memory.offload_optimizer), which optim.preset "
-                f"{self.optim.preset}{' with fuse_backward' if self.optim.is_fused else ''} refuses: set offload_parameters none"
+                "memory.offload_parameters host takes parameters where adamw's states are moved (memory.offload_optimizer), which "
+                f"optim.preset {self.optim.preset}{' with fuse_backward' if self.optim.is_fused else ''} refuses: "
+                "set offload_parameters none"
             )
         parallel = self.parallel
         if parallel.chosen_by_plan:
