@@ -177,7 +177,7 @@ class RunConfig(Section):
                 "memory.offload_optimizer host updates bucket after bucket once all gradients are there, optim.fuse_backward frees them in "
                 "the backward pass: set offload_optimizer none or fuse_backward false"
             )
-        movable = self.optim.preset in ("adamw", "auto") and not self.optim.is_fused
+        movable = (self.optim.is_torch_adamw or self.optim.preset == "auto") and not self.optim.is_fused
         if self.memory.offload_parameters == "host" and not movable:
             raise ValueError(
                 "memory.offload_parameters host takes parameters where adamw's states are moved (memory.offload_optimizer), which "
