@@ -5,7 +5,7 @@ allocator really hands out (tests/memory_mgmt/test_estimate.py). A change of wha
 Imports no torch.
 
 Legend: n tokens of one rank times rows, e bytes of a computed value (bf16 2), w bytes of a wide value (fp32 4, fp64 8; the
-residual stream, statistics and recurrent states), d width of the residual stream, F feed-forward width.
+statistics, recurrent states), r bytes of the residual stream (w, or bf16 2), d width of the residual stream, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Shapes:
     ranges: int = 1
     """Ranges of the sequence that each of them holds (zigzag: 2)."""
     cuda: bool = False
+    residual: str = "fp32"
+    """Of the stream between blocks, as ``train.residual``; fp32 means wide."""
 
     @property
     def split(self) -> bool:
@@ -59,9 +61,14 @@ class Shapes:
         return WIDE[self.precision]
 
     @property
+    def r(self) -> int:
+        """Bytes of a value of the residual stream."""
+        return self.w if self.residual == "fp32" else ELEMENT[self.residual]
+
+    @property
     def stream(self) -> int:
         """One copy of the residual stream."""
-        return self.n * self.config.d_model * self.w
+        return self.n * self.config.d_model * self.r
 
     @property
     def narrow(self) -> int:
@@ -162,7 +169,7 @@ class Shapes:
 
     def norm_backward(self) -> int:
         """Normed input and two products, all wide, and the incoming gradient; of one tile where the feed-forward has tiles."""
-        whole = 3 * self.stream + self.narrow
+        whole = 3 * self.n * self.config.d_model * self.w + self.narrow
         return whole * min(self.ffn_tile, self.tokens) // self.tokens if self.ffn_tile else whole
 
     def ffn_backward(self, kind: LayerKind) -> int:

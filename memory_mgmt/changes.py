@@ -76,3 +76,10 @@ def offload_options(memory: MemoryConfig, *, cuda: bool) -> list[tuple[dict[str,
     if not cuda or memory.offload_optimizer != "none":
         return []
     return [({"offload_optimizer": "host"}, "its states copied to the device and back in every update")]
+
+
+def parameter_options(memory: MemoryConfig, *, cuda: bool) -> list[tuple[dict[str, int | str], str]]:
+    """The parameters in host memory as well, as above. Only a traced step knows what that leaves."""
+    if not cuda or memory.offload_parameters != "none":
+        return []
+    return [({"offload_optimizer": "host", "offload_parameters": "host"}, "both copied to the device, parameters for every pass")]

@@ -31,6 +31,10 @@ class MemoryConfig(Section):
     offload_optimizer: Literal["none", "host", "auto"] = "none"
     """Where the optimizer's states (AdamW: 8 bytes per parameter) live. host: in host memory; the update brings them to the device bucket
     by bucket. auto: the planner takes host where the step does not fit without it, or is faster with it."""
+    offload_parameters: Literal["none", "host", "auto"] = "none"
+    """Where this rank's parameters live. host: in host memory, with the optimizer's states (offload_optimizer); they come to the device
+    for their layer's gather, one layer ahead, and for the update. auto: the planner takes host where the step does not fit without it, or
+    is faster with it."""
     host_gib: float | None = Field(default=None, gt=0)
     """Host memory that the ranks of one node may take together for offload, in GiB. null: four fifths of the machine's."""
     offload_dir: str | None = None
@@ -47,7 +51,17 @@ class MemoryConfig(Section):
     """After running out of memory: plan again with the measured peak and go on from the last checkpoint."""
 
     @model_validator(mode="after")
-    def _check_quantise(self) -> MemoryConfig:
+    def _check(self) -> MemoryConfig:
+        if self.offload_parameters != "none":
+            if self.offload_optimizer == "none":
+                raise ValueError(
+                    f"offload_parameters {self.offload_parameters} takes parameters where the optimizer's states are: "
+                    "set offload_optimizer host or auto, or offload_parameters none"
+                )
+            if self.plan == "estimate":
+                raise ValueError("offload_parameters needs a traced step: leave plan at trace, or set offload_parameters none")
+            if self.arena:
+                raise ValueError("offload_parameters gains nothing on a CPU, and arena runs nowhere else: set one of them to none or false")
         if self.quantise != "none":
             if self.recompute in ("mixer", "block"):
                 raise ValueError(

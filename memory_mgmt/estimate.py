@@ -67,6 +67,7 @@ def estimate(
     vocab_size: int,
     layout: str,
     grad_accum: int = 1,
+    residual: str = "fp32",
     device: Device = DEVICES["cpu"],
     device_bytes: int | None = None,
     optimizer_bytes: int | None = None,
@@ -77,6 +78,7 @@ def estimate(
         seq_len: tokens of a whole sequence, before it is split over ``parallel.cp`` ranks.
         micro_batch_size: sequences per data-parallel rank in one forward and backward pass; grad_accum: passes per step.
         precision: bf16, fp32 or fp64 as in ``train.precision``.
+        residual: fp32 or bf16 as in ``train.residual``.
         vocab_size: rows of the embedding.
         layout: contiguous or zigzag, resolved (``RunConfig.layout``).
         device: what the run is planned for; device_bytes: memory it has, default what the device table says.
@@ -90,6 +92,7 @@ def estimate(
         raise ValueError(f"data.seq_len {seq_len} is not divisible by {parts} (parallel.cp {parallel.cp}, {layout} layout)")
     step = _Step(model, parallel, memory, optim, seq_len, micro_batch_size, grad_accum, precision, vocab_size, layout == "zigzag", device)
     step = replace(step, optimizer_bytes=None if optimizer_bytes is None else optimizer_bytes * step.shards)
+    step = replace(step, residual=residual)
     budget = None if memory.budget_gib is None else int(memory.budget_gib * GIB)
     available = device.memory_bytes if device_bytes is None else device_bytes
     plan, tight = _plan_within(step, budget, available)
@@ -133,6 +136,7 @@ class _Step:
     device: Device
     optimizer_bytes: int | None = None
     """Of all shards' optimizer states, where they are not AdamW's."""
+    residual: str = "fp32"
 
     @property
     def shapes(self) -> Shapes:
@@ -146,6 +150,7 @@ class _Step:
             cp=self.parallel.cp,
             ranges=2 if self.zigzag and self.parallel.cp > 1 else 1,
             cuda=self.device.is_cuda,
+            residual=self.residual,
         )
 
     @property
@@ -177,9 +182,9 @@ class _Step:
 
     @property
     def root_parameters(self) -> int:
-        """Embedding, final norm and head: one FSDP unit."""
-        count = parameter_count(self.model, self.vocab_size)
-        return count.embedding + count.head + self.model.d_model
+        """Final norm, and an embedding that is the head as well: whole through the step. Others come and go."""
+        embedding = parameter_count(self.model, self.vocab_size).embedding if self.model.tie_embeddings else 0
+        return embedding + self.model.d_model
 
     def resident(self) -> _Live:
         """Held from the first moment of the run to the last."""
@@ -224,7 +229,7 @@ class _Step:
             return {}
         live = {"parameters gathered (embedding, head)": self.root_parameters * self.wide}
         if block is not None:
-            whole = block_parameters(self.model, self.model.layer_kinds[block]) * self.wide
+            whole = block_parameters(self.model, self.model.layer_kinds[block]) * self.shapes.e
             live["parameters gathered (one block)"] = whole * (3 if backward and block > 0 else 2)
         return live
 
@@ -238,6 +243,8 @@ class _Step:
             done = parameter_count(self.model, self.vocab_size).total - (0 if self.shards > 1 else own)
         if self.ranks == 1:
             return {"gradients": (done + (head if self.grad_accum == 1 else 0) + own) * self.wide}
+        if not self.model.tie_embeddings and done_from < len(kinds):  # reduced before the blocks began; of the last one it is in use
+            head = 0
         return {"gradients": self.shard(done), "gradients before reduction": (head + 2 * own) * self.wide}
 
     def all_gradients(self) -> _Live:
@@ -302,6 +309,8 @@ class _Step:
     def loss_backward(self) -> _Live:
         s = self.shapes
         live = _sum(self.kept(len(self.model.layer_kinds)), self.gathered(None, True), self.loss_inputs())
+        if self.ranks > 1 and not self.model.tie_embeddings:
+            live = _sum(live, {"parameters gathered (embedding, head)": 2 * self.vocab_size * self.model.d_model * self.shapes.e})
         return _sum(live, {"loss gradients": s.stream + self.vocab_size * self.model.d_model * self.wide})
 
     def backward(self, block: int) -> list[tuple[str, _Live]]:
@@ -336,7 +345,7 @@ class _Step:
         live = _sum(self.gradients(0), {"gradient of the residual stream": self.shapes.stream}, self.gathered(None, True))
         if self.ranks == 1:
             return _sum(live, {"gradients": gradient})
-        return _sum(live, {"gradients before reduction": gradient + self.root_parameters * self.wide})
+        return _sum(live, {"gradients before reduction": 2 * gradient})
 
     @property
     def largest_parameter(self) -> int:
@@ -400,15 +409,5 @@ def _plan(step: _Step, budget_bytes: int | None, device_bytes: int | None, holes
 if __name__ == "__main__":
     from memory_mgmt.plan_view import plain
 
-    shown = estimate(
-        ModelConfig(),
-        ParallelConfig(cp=2),
-        MemoryConfig(budget_gib=1.0),
-        OptimConfig(),
-        seq_len=65_536,
-        micro_batch_size=1,
-        precision="fp32",
-        vocab_size=256,
-        layout="contiguous",
-    )
-    print(plain(shown))
+    sections = ModelConfig(), ParallelConfig(cp=2), MemoryConfig(budget_gib=1.0), OptimConfig()
+    print(plain(estimate(*sections, seq_len=65_536, micro_batch_size=1, precision="fp32", vocab_size=256, layout="contiguous")))

@@ -21,7 +21,7 @@ class Label:
 LABELS: dict[str, Label] = {
     "parameters": Label("parameters", "this rank's shard, {w} bytes each"),
     "parameters gathered (one block)": Label("parameters", "one block whole for computing, in backward the next one's buffer as well"),
-    "parameters gathered (embedding, head)": Label("parameters", "embedding, final norm and head stay whole through the step"),
+    "parameters gathered (embedding, head)": Label("parameters", "a tied embedding stays whole through the step, a head through the loss"),
     "gradients": Label("gradients", "one per parameter of the shard, {w} bytes each"),
     "gradients before reduction": Label("gradients", "one block's and the head's gradients whole, and the reduction's copy"),
     "AdamW moments": Label("optimizer", "two per parameter of the shard, {w} bytes each"),

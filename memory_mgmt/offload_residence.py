@@ -106,9 +106,10 @@ class Residence:
         blocks = [self.memory.take_separate(n, self._fake_empty) for n in sizes] if mode else self.memory.take_whole(sizes)
         if blocks is None or None in blocks:
             budget = self.memory.budget_bytes or 0
+            setting = "offload_parameters" if what == "the parameters" else "offload_optimizer"
             raise UserError(
                 f"memory.host_gib: {what} take {size_text(sum(map(rounded, sizes)))} of host memory, and this rank may take "
-                f"{size_text(budget)}\nraise memory.host_gib, shard over more ranks, or set memory.offload_optimizer=none"
+                f"{size_text(budget)}\nraise memory.host_gib, shard over more ranks, or set memory.{setting}=none"
             )
         return [block for block in blocks if block is not None]
 

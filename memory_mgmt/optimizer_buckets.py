@@ -40,6 +40,12 @@ class Bucket:
     pieces: tuple[Piece, ...]
 
 
+def section_of(name: str) -> str:
+    """``blocks.3.ffn.w_up.weight`` -> ``blocks.3``, ``head.weight`` -> ``head``."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
+
+
 def starts(sizes: Sequence[int]) -> list[int]:
     """Where each parameter of so many elements begins in its section's space; one number more: the space's length."""
     return list(accumulate((_up(size) for size in sizes), initial=0))

@@ -7,6 +7,8 @@ of steps) stay where the optimizer made them.
 While one bucket is updated the next one comes and the one before leaves: two buckets are on the device at a time, on CUDA with streams
 of their own (``offload_copies.py``). Host memory, its budget and the accounting are the ``HostStore``'s.
 
+Parameters that are in host memory themselves (parameter_offload.py) travel with their states; gradients are on the device.
+
 What it does not do: make the optimizer (optim/build.py), choose buckets (optimizer_buckets.py). Not for optimizers that look at whole
 matrices.
 """
@@ -24,11 +26,14 @@ from torch.distributed.tensor import DTensor
 
 from memory_mgmt.offload import HostStore
 from memory_mgmt.offload_layout import fake_mode_of
-from memory_mgmt.optimizer_buckets import ALIGNMENT, BUCKET_BYTES, Bucket, cut, starts
+from memory_mgmt.optimizer_buckets import ALIGNMENT, BUCKET_BYTES, Bucket, cut, section_of, starts
+from memory_mgmt.parameter_offload import OffloadedParameters
 from optim.build import allocate_states
 from optim.clip import local_part
 
 _PROBE_ELEMENTS = 3
+_PARAMETER = "parameter itself"
+"""Travels like a state where parameters are in host memory."""
 _Shape = tuple[tuple[str, torch.dtype], ...]
 """The states that move: name and dtype."""
 
@@ -86,13 +91,20 @@ class _Load:
 class OffloadedOptimizer:
     """See the module. Has what a training loop uses of an optimizer: ``param_groups``, ``state``, ``step``, ``zero_grad``.
 
-    ``optimizer`` has not made its states yet. ``names``: all parameters of the model by fully qualified name. Raises UserError when
-    ``store``'s budget is too small for the states, ValueError for parameters that are not contiguous.
+    ``optimizer`` has not made its states yet. ``names``: all parameters of the model by fully qualified name. ``parameters``: where they
+    are if that is host memory; they then travel with their states. Raises UserError when ``store``'s budget is too small for the
+    states, ValueError for parameters that are not contiguous.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], store: HostStore, bucket_bytes: int = BUCKET_BYTES
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Mapping[str, Tensor],
+        store: HostStore,
+        bucket_bytes: int = BUCKET_BYTES,
+        parameters: OffloadedParameters | None = None,
     ) -> None:
+        self._parameters = parameters
         self.param_groups = optimizer.param_groups
         self.watch: Callable[[str], None] = lambda section: None
         """Told the name of every section whose update begins, and first an empty name: for whoever records a step."""
@@ -121,6 +133,7 @@ class OffloadedOptimizer:
                 kinds[i, local.dtype] = self._states_of_probe(i, local)
             states = kinds[i, local.dtype]
             shape = tuple((key, value.dtype) for key, value in states.items() if _moves(value))
+            shape += ((_PARAMETER, local.dtype),) if self._parameters is not None else ()
             name = section_of(names.get(id(parameter), ""))
             beside = {key: _copy(value) for key, value in states.items() if not _moves(value)}
             found.setdefault((name, shape), _Section(name, shape)).slots.append(_Slot(parameter, i, beside))
@@ -139,13 +152,24 @@ class OffloadedOptimizer:
 
     def _place(self, sections: list[_Section]) -> None:
         """Give all states their host memory, zeros."""
-        wanted = [(section, key, dtype) for section in sections for key, dtype in section.shape]
+        wanted = [(section, key, dtype) for section in sections for key, dtype in section.shape if key != _PARAMETER]
         sizes = [starts(section.sizes)[-1] * dtype.itemsize for section, _, dtype in wanted]
         for (section, key, _), raw in zip(wanted, self._store.keep(sizes, "the optimizer's states", self._mode), strict=True):
             section.raw[key] = raw.zero_()
         for section in sections:
+            if self._parameters is None:
+                break
+            rows = self._parameters.sections[section.name]
+            if rows.at != starts(section.sizes):
+                raise ValueError(f"the parameters of '{section.name}' lie in host memory in another order than their states")
+            section.raw[_PARAMETER] = rows.raw
+        for section in sections:
             for slot, start, size in zip(section.slots, starts(section.sizes), section.sizes, strict=False):
-                moving = {key: _shaped_like(slot.parameter, section.raw[key].view(d)[start : start + size]) for key, d in section.shape}
+                moving = {
+                    key: _shaped_like(slot.parameter, section.raw[key].view(d)[start : start + size])
+                    for key, d in section.shape
+                    if key != _PARAMETER
+                }
                 self._state[slot.parameter] = slot.beside | moving
         self.host_bytes = sum(sizes)
 
@@ -166,6 +190,8 @@ class OffloadedOptimizer:
         """Update all parameters that have a gradient. On CUDA returns before the last states are back; ``state`` waits for them."""
         copies, loads = self._store.copies_for(self._mode), self._loads
         self.watch("")
+        if self._parameters is not None:
+            self._parameters.forget()
         size = max(load.nbytes for load in loads)
         buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in loads[:2]]
         left: list[Any] = []
@@ -181,6 +207,8 @@ class OffloadedOptimizer:
         for event in left[-2:]:  # the buffers are freed with this call
             copies.hold(event, timed=True)
         self._last_copy = left[-1]
+        if self._parameters is not None:
+            self._parameters.changed = left[-1]
         self._store.count(to_host=sum(load.nbytes for load in loads), to_device=sum(load.nbytes for load in loads))
 
     def _fetch(self, load: _Load, buffer: Tensor, after: Any) -> Any:
@@ -194,9 +222,12 @@ class OffloadedOptimizer:
             slot = load.section.slots[piece.parameter]
             if slot.parameter.grad is None:
                 continue
-            part = local_part(slot.parameter.detach()).view(-1)[piece.start : piece.stop]
+            if self._parameters is not None:
+                part = states[_PARAMETER][piece.at : piece.at + piece.stop - piece.start]
+            else:
+                part = local_part(slot.parameter.detach()).view(-1)[piece.start : piece.stop]
             part.grad = local_part(slot.parameter.grad).reshape(-1)[piece.start : piece.stop]
-            moving = {key: value[piece.at : piece.at + part.numel()] for key, value in states.items()}
+            moving = {key: value[piece.at : piece.at + part.numel()] for key, value in states.items() if key != _PARAMETER}
             state = self._state[slot.parameter]
             # Every piece starts from the same count of steps; what the last one makes of it stays.
             beside = {key: state[key] if piece.last else _copy(state[key]) for key in slot.beside}
@@ -219,12 +250,6 @@ class OffloadedOptimizer:
                 value.copy_(made[key])
         if last:
             self._state[slot.parameter] |= {key: made[key] for key in slot.beside}
-
-
-def section_of(name: str) -> str:
-    """``blocks.3.ffn.w_up.weight`` -> ``blocks.3``, ``head.weight`` -> ``head``."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
 
 
 def _loads(section: _Section, bucket_bytes: int) -> list[_Load]:

@@ -118,6 +118,8 @@ class MemoryPlan:
     """What is above ``host_budget_bytes`` goes to ``memory.offload_dir``."""
     offload_optimizer: Literal["none", "host"] = "none"
     """Where the optimizer's states live: what ``memory.offload_optimizer`` says, or what was chosen for auto."""
+    offload_parameters: Literal["none", "host"] = "none"
+    """Where the parameters live, likewise."""
     policy: Policy | None = None
     """What is kept, swapped or recomputed, layer by layer; None: what the configuration says."""
     prediction: Prediction | None = None
@@ -233,10 +235,11 @@ def refusal(plan: MemoryPlan) -> str:
         raise ValueError("the plan fits: there is nothing to refuse")
     if plan.limit_bytes is None or plan.peak_bytes <= plan.limit_bytes:
         allowed = plan.host_budget_bytes or 0
+        less = "memory.offload_parameters" if plan.offload_parameters == "host" else "memory.offload_optimizer"
         states = plan.offload_optimizer == "host"
         return (
             f"memory.host_gib: offload takes {gib(plan.host_bytes)} of host memory per rank, {gib(allowed)} is this rank's part\n"
-            + ("raise memory.host_gib, set memory.offload_optimizer=none" if states else "raise memory.host_gib")
+            + (f"raise memory.host_gib, set {less}=none" if states else "raise memory.host_gib")
             + ", name a local disk in memory.offload_dir, offload less (memory.offload=inputs or none) or recompute more"
         )
     over_budget = plan.budget_bytes is not None and plan.peak_bytes > plan.budget_bytes

@@ -214,6 +214,7 @@ def _host_lines(plan: MemoryPlan) -> list[tuple[str, str]]:
         per_node = f", {gib(p.host_bytes_per_node)} per node" if p is not None and p.host_bytes_per_node else ""
         allowed = f"; {gib(plan.host_budget_bytes)} per rank allowed" if plan.host_budget_bytes is not None else ""
         states = "; the optimizer's states live there" if plan.offload_optimizer == "host" else ""
+        states = "; parameters and the optimizer's states live there" if plan.offload_parameters == "host" else states
         lines.append(("host memory", f"{gib(plan.host_bytes)} per rank{per_node}{allowed}{states}"))
     if p is not None and p.copied_bytes:
         rate = p.copied_bytes / p.step_seconds / 1e9

@@ -121,7 +121,7 @@ class _Reader:
         self.schedule = step_schedule(trace, setting.rates, setting.topology)
         self.total_seconds = self.schedule[-1].end if self.schedule else 0.0
         self.resident = sum(b.size for b in trace.of("device") if b.lower == 0)
-        self.states_on_host = sum(b.size for b in trace.of("host") if b.kind == "optimizer")
+        self.states_on_host = sum(b.size for b in trace.of("host") if b.kind in ("optimizer", "parameter"))
         points = trace.curve()
         self.times, self.live = [time for time, _ in points], [live for _, live in points]
 
@@ -186,11 +186,11 @@ class _Reader:
         }
 
     def packable(self, feed_forward: ClassCost) -> ClassCost:
-        """With the costs of eight bits where they are allowed: of the stream (wide), gate and up."""
+        """With the costs of eight bits where they are allowed: of the stream, gate and up."""
         if "feed_forward" not in self.setting.quantise:
             return feed_forward
         s, c = self.setting.shapes, self.setting.model
-        parts = ((c.d_model, s.w), (c.ff_width, s.e), (c.ff_width, s.e))
+        parts = ((c.d_model, s.r), (c.ff_width, s.e), (c.ff_width, s.e))
 
         def seconds(of: Callable[[int, int, Rates, bool], float]) -> float:
             return self.setting.passes * self.sharing * sum(of(s.n * width, size, self.setting.rates, s.cuda) for width, size in parts)

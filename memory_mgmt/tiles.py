@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from models.attention import Attention
 from models.feedforward import RMSNorm, SwiGLU, gated_product, gated_product_backward, rms_norm, rms_norm_backward
 from models.int8_weight import in_dtype
+from models.linear import gradient_dtype
 from models.memory.protocol import MemoryModule
 from models.rope import turn
 from models.transformer import Block
@@ -53,8 +54,8 @@ class GradientSums:
         self._sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32)) if total is None else total.add_(grad)
 
     def results(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
-        """The sums in the dtypes of their weights, which they leave."""
-        done = [None if total is None else total.to(weight.dtype) for total, weight in zip(self._sums, weights, strict=True)]
+        """The sums, which they leave, in what the gradients of their weights are kept in."""
+        done = [None if total is None else total.to(gradient_dtype(weight)) for total, weight in zip(self._sums, weights, strict=True)]
         self._sums = [None] * len(done)
         return done
 

@@ -1,8 +1,9 @@
 """A linear map that keeps no low-precision copy of its weight.
 
 Under autocast torch casts the weight in forward and autograd keeps the copy until backward: 2 bytes per parameter of the model.
-Here the master weight is kept, which is alive anyway, and cast again in backward. Results and gradients are the same bits. Weights in
-eight bits (``int8_weight.py``) are read the same way.
+Here the weight itself is kept, which is alive anyway, and cast again in backward. Results and gradients are the same bits. A weight
+that arrives in the low precision (gathered so, parallel/fsdp.py) is used as it is, and its gradient leaves in the weight's ``grad_dtype``.
+Weights in eight bits (``int8_weight.py``) are read the same way.
 
 Legend: n tokens of all rows, I inputs, O outputs.
 """
@@ -18,10 +19,32 @@ from torch.nn import functional as F
 from models.int8_weight import Int8Weight, in_dtype
 
 
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """What the gradient of ``weight`` is kept in."""
+    return (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
+
+
+class _Widen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = gradient_dtype(weight)
+        return weight.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
+
+
+def widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` in a wider ``dtype``, where gradients of many tiles add up; their sum is not narrowed to the weight's own dtype."""
+    return weight if weight.dtype == dtype else _Widen.apply(weight, dtype)  # type: ignore[return-value]
+
+
 class _CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
+        ctx.gradient_dtype = gradient_dtype(weight_OI)
         return F.linear(x, in_dtype(weight_OI, dtype))
 
     @staticmethod
@@ -32,7 +55,7 @@ class _CastLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.matmul(dy, in_dtype(weight_OI, dy.dtype))
         if ctx.needs_input_grad[1]:
-            dweight_OI = torch.mm(dy.flatten(0, -2).t(), x.flatten(0, -2)).to(weight_OI.dtype)
+            dweight_OI = torch.mm(dy.flatten(0, -2).t(), x.flatten(0, -2)).to(ctx.gradient_dtype)
         return dx, dweight_OI, None
 
 
@@ -42,7 +65,7 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     if not packed and (not torch.is_autocast_enabled(device) or weight_OI.dtype == torch.float64):
         return F.linear(x, weight_OI)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if not packed and weight_OI.dtype == dtype:
+    if not packed and weight_OI.dtype == dtype == gradient_dtype(weight_OI):
         return F.linear(x, weight_OI)
     x = x.to(dtype)  # outside, so that autograd returns the gradient in x's own dtype
     with torch.autocast(device, enabled=False):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from models.batch import IGNORE_INDEX
 from models.feedforward import compute_dtype, rms_norm, rms_norm_backward
+from models.linear import gradient_dtype
 
 
 class _How(NamedTuple):
@@ -124,7 +125,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     softmax_tV = sweep.logits(tile).sub_(lse_n[tile].unsqueeze(1)).exp_()
                     sweep.add_gradients(tile, softmax_tV, scale_n1)
             dx_nC, dweight_VC, dnorm_C = sweep.gradients()
-        dweight_VC = None if dweight_VC is None else dweight_VC.to(weight_VC.dtype)
+        dweight_VC = None if dweight_VC is None else dweight_VC.to(gradient_dtype(weight_VC))
         return dx_nC, dweight_VC, None if dnorm_C is None or norm_C is None else dnorm_C.to(norm_C.dtype), None, None, None
 
 

@@ -3,9 +3,9 @@
 What parallel/ and memory_mgmt/ replace from outside: a mixer's own seams, `Block.run`, `Transformer.run_blocks` and
 `Transformer.loss_tile_tokens`. Nothing here knows of other ranks.
 
-The residual stream is float32 under bf16 autocast, whatever the weights are kept in: the sum over layers is the one place
-where bf16 loses small updates for good (8 bits of mantissa against a stream that grows with depth), it is what Hugging
-Face models do under autocast (losses can be compared digit for digit), and everything inside a block is bf16 anyway.
+The residual stream is float32 under bf16 autocast, whatever the weights are kept in, unless ``residual_dtype`` says otherwise: the sum
+over layers is the one place where bf16 loses small updates for good (8 bits of mantissa against a stream that grows with depth), it is
+what Hugging Face models do under autocast (losses can be compared digit for digit), and everything inside a block is bf16 anyway.
 
 Legend: B row, T token held here, C channel, V vocabulary.
 Try alone: ``pytest tests/models/test_transformer.py``.
@@ -100,6 +100,8 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.loss_tile_tokens = 4096
+        self.residual_dtype: torch.dtype | None = None
+        """Of the stream between blocks; None: the embedding's. With another one blocks must run under autocast in it."""
         self.embed = Embedding(vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
         self.run_blocks: Callable[..., Tensor] = run_in_order
@@ -108,7 +110,9 @@ class Transformer(nn.Module):
 
     def stream(self, batch: Batch) -> Tensor:
         """x_BTC after the last block: what the final norm reads."""
-        return self.run_blocks(self.blocks, self.embed(batch.tokens_BT), batch.positions_BT, batch.bounds)
+        x_BTC = self.embed(batch.tokens_BT)
+        x_BTC = x_BTC if self.residual_dtype is None else x_BTC.to(self.residual_dtype)
+        return self.run_blocks(self.blocks, x_BTC, batch.positions_BT, batch.bounds)
 
     def hidden(self, batch: Batch) -> Tensor:
         """h_BTC after the final norm: what the output projection reads."""

@@ -1,35 +1,88 @@
 """Parameters, gradients and optimizer states sharded over dp_shard x cp with FSDP2, replicated over dp_replicate.
 
-Gradients are *summed* over ranks, never averaged: the loss is already divided by the global number of valid tokens. Those of bfloat16
-parameters are reduced in float32 and rounded once.
+Gradients are *summed* over ranks, never averaged: the loss is already divided by the global number of valid tokens. Those of parameters
+that are stored in bfloat16 are reduced in float32 and rounded once.
+
+Under bf16 autocast a weight that is only read by products travels as bf16, which is what those products read anyway: half the traffic,
+half the memory of what is gathered, and the same bits. Its gradient stays float32 from the product through the reduction.
+Everything that is read in float32 travels as float32: norms, gates and decays of memory layers, an embedding whose rows enter a float32
+stream, and tied with it the head (docs/decisions/0006).
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from models.linear import Linear
+from models.transformer import LossHead, Transformer
 from parallel.mesh import Mesh
 
 
-def shard_parameters(model: nn.Module, blocks: nn.ModuleList, mesh: Mesh) -> None:
-    """Apply FSDP2 in place: one unit per block, one for the rest (embedding, final norm, head).
+def shard_parameters(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype | None = None) -> None:
+    """Apply FSDP2 in place: one unit per block, one each for embedding and head unless they are tied, one for the rest.
 
-    With ``dp_replicate`` 1 the one-axis shard mesh is used, else the two-axis (hybrid) mesh. Raises RuntimeError when a
-    parameter is left unsharded, which would otherwise train silently wrong.
+    ``gather_dtype``: in which the weights of products are gathered (None: as they are stored). With ``dp_replicate`` 1 the one-axis shard
+    mesh is used, else the two-axis (hybrid) mesh. Raises RuntimeError when a parameter is left unsharded, which would otherwise train
+    silently wrong.
     """
     fsdp_mesh = mesh.fsdp if mesh.dims.dp_replicate > 1 else mesh.fsdp["dp_shard_cp"]
     narrow = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None)
-    for unit in [*blocks, model]:
-        fully_shard(unit, mesh=fsdp_mesh, reshard_after_forward=unit is not model, mp_policy=policy)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False)
+    # A head of its own is there for the loss only, and its gradient is reduced before the blocks' backward begins.
+    ends = [] if model.head is None else [model.embed, model.head]
+    for unit in [*model.blocks, *ends, model]:
+        # The head's backward follows its forward at once.
+        fully_shard(unit, mesh=fsdp_mesh, reshard_after_forward=unit is not model and unit is not model.head, mp_policy=policy)
         sharded = cast(FSDPModule, unit)
         sharded.set_gradient_divide_factor(1.0)
         # Sum instead of average-with-prescale: gloo knows neither AVG nor PREMUL_SUM for every dtype.
         sharded.set_force_sum_reduction_for_comms(True)
+        if gather_dtype is not None and not narrow:
+            _gather_in(sharded, gather_dtype)
+    if ends:
+        cast(FSDPModule, model.embed).set_unshard_in_backward(False)  # the gradient of a look-up needs no weights
     plain = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "device_mesh")]
     if plain:
         raise RuntimeError(f"FSDP left parameters unsharded: {', '.join(plain[:5])}")
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up all gathered parameters, as after a forward pass whose backward pass does not come."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    # Autocast decides what a module computes in, not FSDP.
+    return MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False)
+
+
+def _gather_in(unit: FSDPModule, dtype: torch.dtype) -> None:
+    """Gather the unit's weights of products in ``dtype``; their gradients keep the dtype that they are stored in."""
+    for group in cast(Any, unit)._get_fsdp_state()._fsdp_param_groups:
+        for parameter in group.fsdp_params:
+            packed = hasattr(parameter._sharded_local_tensor, "fsdp_pre_all_gather")  # travels in eight bits
+            if isinstance(parameter._module_info.module, (Linear, LossHead)) and not packed:
+                # One policy is all that a unit has; a unit of two would need two collectives.
+                parameter.init_dtype_attrs = partial(_ignoring, _policy(dtype), parameter.init_dtype_attrs)
+    cast(nn.Module, unit).register_forward_pre_hook(_keep_gradients_wide)
+
+
+def _ignoring(policy: MixedPrecisionPolicy, function: Callable[[MixedPrecisionPolicy], None], _unit_s: MixedPrecisionPolicy) -> None:
+    function(policy)
+
+
+def _keep_gradients_wide(unit: nn.Module, _args: Any) -> None:
+    """Runs once the unit's parameters are gathered. What FSDP2 reduces must be of one dtype, and is of the one that is stored."""
+    for group in cast(Any, unit)._get_fsdp_state()._fsdp_param_groups:
+        for parameter in group.fsdp_params:
+            gathered = parameter._unsharded_param
+            if parameter.param_dtype is not None and gathered.grad_dtype != parameter.orig_dtype:
+                gathered.grad_dtype = parameter.orig_dtype

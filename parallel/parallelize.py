@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from models.attention import Attention
 from models.memory.protocol import MemoryModule
 from models.transformer import Transformer
@@ -41,7 +43,10 @@ def parallelize(
     layout: Literal["contiguous", "zigzag"],
     scheme: SequenceScheme = "ring",
     head_chunk: int | None = None,
+    gather_dtype: torch.dtype | None = None,
 ) -> None:
-    """Sequence seams first, then FSDP2 around blocks that already hold their recompute and tiling wrappers."""
+    """Sequence seams first, then FSDP2 around blocks that already hold their recompute and tiling wrappers.
+
+    ``gather_dtype``: what products read under autocast; None without it."""
     split_sequence(model, mesh, layout, scheme, head_chunk)
-    shard_parameters(model, model.blocks, mesh)
+    shard_parameters(model, mesh, gather_dtype)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from memory_mgmt.apply import apply_policy
 from memory_mgmt.arena import build_arena
@@ -21,6 +22,7 @@ from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.monitor import MemoryMonitor
 from memory_mgmt.offload import HostStore
 from memory_mgmt.optimizer_offload import OffloadedOptimizer
+from memory_mgmt.parameter_offload import OffloadedParameters
 from memory_mgmt.plan import MemoryPlan, gib
 from memory_mgmt.plan_check import PlanCheck, tensor_bytes
 from memory_mgmt.policy import CLASSES, Policy
@@ -79,10 +81,12 @@ def shaped_model(
         model = Transformer(config.model, vocab_size)
     if config.optim.kept_weights == "int8_stochastic":
         quantise_matrices_(model)
+    model.residual_dtype = torch.bfloat16 if config.train.residual == "bf16" else None
     apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
     if mesh is not None:
         assert config.parallel.sequence != "auto", "settled before"
-        parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk)
+        gather_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+        parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype)
     return model
 
 
@@ -106,7 +110,15 @@ def build_engine(
     store: HostStore | None = None,
 ) -> Engine:
     """Model and optimizer of ``config`` on this rank; ``policy`` and ``store`` as for ``build_model``."""
-    return engine_for(config, build_model(config, vocab_size, mesh, device, policy, store), mesh, device, store)
+    if config.memory.offload_parameters == "none":
+        return engine_for(config, build_model(config, vocab_size, mesh, device, policy, store), mesh, device, store)
+    store = store or HostStore(device)
+    with torch.device("meta"):
+        model = shaped_model(config, vocab_size, mesh, policy, store)
+    offloaded = OffloadedParameters(model, store, device)
+    with offloaded.in_place():
+        init_weights(model, config.train.seed)
+    return engine_for(config, model, mesh, device, store, offloaded)
 
 
 def host_store(
@@ -118,22 +130,29 @@ def host_store(
     return HostStore(device, budget_bytes, Path(directory) if directory else None) if swaps or optimizer else None
 
 
-def engine_for(config: RunConfig, model: Transformer, mesh: Mesh | None, device: torch.device, store: HostStore | None = None) -> Engine:
+def engine_for(
+    config: RunConfig,
+    model: Transformer,
+    mesh: Mesh | None,
+    device: torch.device,
+    store: HostStore | None = None,
+    offloaded: OffloadedParameters | None = None,
+) -> Engine:
     """The engine around a model that is built and placed. ``store`` holds the optimizer's states where ``memory.offload_optimizer`` says
-    so; None: one without a limit is made."""
+    so; None: one without a limit is made. ``offloaded``: the model's parameters where they are in host memory."""
     where = config.memory.offload_optimizer
-    if where == "auto":
-        raise ValueError("memory.offload_optimizer auto is decided by the planner; build with what it chose")
+    if "auto" in (where, config.memory.offload_parameters):
+        raise ValueError("memory.offload_* auto is decided by the planner; build with what it chose")
     if where == "host":
         plain = build_optimizer(model, config.optim, with_states=False)  # torch's own: no chance in it
-        optimizer = OffloadedOptimizer(plain, dict(model.named_parameters()), store or HostStore(device))
+        optimizer = OffloadedOptimizer(plain, dict(model.named_parameters()), store or HostStore(device), parameters=offloaded)
     else:
         optimizer = build_optimizer(model, config.optim, seed=config.train.seed)
     settings, fused = config.optim, None
     if settings.is_fused:
         assert isinstance(optimizer, torch.optim.Optimizer), "offloaded states are refused by RunConfig"
         fused = fuse_backward(model, optimizer, clip_norm=settings.clip_norm, clip=settings.fused_clip)
-    return Engine(model, optimizer, mesh, device, config.train.precision, config.layout, settings.clip_norm, fused)
+    return Engine(model, optimizer, mesh, device, config.train.precision, config.layout, settings.clip_norm, fused, offloaded)
 
 
 def current_device(config: RunConfig) -> torch.device:
@@ -144,10 +163,14 @@ def current_device(config: RunConfig) -> torch.device:
 
 
 def mesh_for(config: RunConfig, device: torch.device) -> Mesh | None:
-    """The mesh of ``config`` over the running process group; None for a single process without one."""
+    """The mesh of ``config`` over the running process group; None for a single process without one, unless its parameters are offloaded:
+    then a group of one is started."""
     if not dist.is_initialized():
         ParallelDims.from_config(config.parallel, world_size=1)
-        return None
+        if config.memory.offload_parameters == "none":
+            return None
+        # FSDP2 is what gathers parameters out of host memory, also on one rank.
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=HashStore(), rank=0, world_size=1)
     return build_mesh(ParallelDims.from_config(config.parallel, dist.get_world_size()), device.type)
 
 
@@ -191,13 +214,16 @@ def _build_trainer(
     plan = MemoryPlan.from_json(run_dir.memory_plan.read_text())
     if device.type == "cpu" and plan.return_freed_blocks:
         return_freed_memory()
-    mesh = mesh_for(config, device)
+    placed = as_planned(config, plan)
+    alone = not dist.is_initialized()
+    mesh = mesh_for(placed, device)
+    if alone and mesh is not None:
+        cleanup.callback(dist.destroy_process_group)
     dp_rank, dp_size = (mesh.dp_rank, mesh.dims.dp) if mesh else (0, 1)
     data = build_data(config, dp_rank, dp_size)
     monitor = MemoryMonitor(device)  # before the model: its baseline is the process without one
     vocab_size = model_vocab_size(config, data.vocab_size)
     policy = plan.policy or policy_of(config.memory, config.model.layer_kinds)
-    placed = as_planned(config, plan)
     offloaded = placed.memory.offload_optimizer == "host"
     store = host_store(policy, device, plan.host_budget_bytes, config.memory.offload_dir, optimizer=offloaded)
     if store is not None:
@@ -249,7 +275,7 @@ def _build_trainer(
 
 def _resident(engine: Engine) -> dict[str, int]:
     state = engine.state_dict()
-    found = {"parameters": tensor_bytes(state["model"])}
+    found = {"parameters": tensor_bytes(state["model"])} if engine.offloaded is None else {}
     # Offloaded states count with the store's host memory.
     return found if isinstance(engine.optimizer, OffloadedOptimizer) else found | {"optimizer": tensor_bytes(state["optim"])}
 

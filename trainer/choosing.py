@@ -46,6 +46,7 @@ def setting_of(
         rows=config.train.micro_batch_size,
         tokens=config.data.seq_len // config.parallel.cp,
         precision=config.train.precision,
+        residual=config.train.residual,
         cp=config.parallel.cp,
         ranges=2 if config.layout == "zigzag" and config.parallel.cp > 1 else 1,
         cuda=cuda,

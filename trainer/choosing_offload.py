@@ -1,4 +1,7 @@
-"""What ``memory.offload_optimizer: auto`` means for a configuration: none or host, found by planning both. Imports no torch."""
+"""What ``auto`` means for ``memory.offload_optimizer`` and ``memory.offload_parameters``: none or host, found by planning each.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,40 +11,45 @@ from memory_mgmt.plan import MemoryPlan
 from trainer.config import RunConfig
 
 FASTER = 0.99
-"""The states go to host memory for speed only where the step takes less than this share of the time."""
+"""Something goes to host memory for speed only where the step takes less than this share of the time."""
 
 
 def resolve_offload(config: RunConfig, plan: Callable[[RunConfig], MemoryPlan]) -> tuple[RunConfig, MemoryPlan]:
-    """``config`` with ``memory.offload_optimizer`` none or host where it was auto, and ``plan`` of it.
+    """``config`` with the optimizer's states and the parameters where they fit best, as far as it leaves that open, and ``plan`` of it.
 
-    host is taken where the step does not fit without it but does with it, where neither fits and it lowers the peak, or where both fit
-    and less recomputation makes the step faster. A CPU's host memory is the very memory that it would save: none.
+    Host memory is taken where the step does not fit without it but does with it, where neither fits and it lowers the peak, or where both
+    fit and less recomputation makes the step faster; the states first, then the parameters as well. A CPU's host memory is the very
+    memory that it would save: none.
     """
-    here, *others = places(config)
-    at_first = plan(here)
-    if not others or at_first.device == "cpu" or (at_first.fits and not _may_be_faster(config, at_first)):
-        return here, at_first
-    there = others[0]
-    offloaded = plan(there)
-    return (there, offloaded) if _better(offloaded, at_first) else (here, at_first)
+    best, *others = places(config)
+    found = plan(best)
+    for other in others:
+        if found.device == "cpu" or (found.fits and not _may_be_faster(config, found)):
+            break
+        offloaded = plan(other)
+        if _better(offloaded, found):
+            best, found = other, offloaded
+    return best, found
 
 
 def places(config: RunConfig) -> list[RunConfig]:
-    """``config`` with each place that ``memory.offload_optimizer`` may mean; the device first. Only the states of torch's AdamW can be
-    moved, and not in a fused update."""
-    if config.memory.offload_optimizer == "auto" and (not config.optim.is_torch_adamw or config.optim.is_fused):
-        return [_with(config, "none")]
-    auto = config.memory.offload_optimizer == "auto"
-    return [_with(config, "none"), _with(config, "host")] if auto else [config]
+    """``config`` with each place that its settings may mean; the device first. Only the states of torch's AdamW can be moved, and not in
+    a fused update; parameters are where the states are."""
+    memory, movable = config.memory, config.optim.is_torch_adamw and not config.optim.is_fused
+    states = ["none", *(["host"] if movable else [])] if memory.offload_optimizer == "auto" else [memory.offload_optimizer]
+    parameters = ["none", "host"] if memory.offload_parameters == "auto" else [memory.offload_parameters]
+    pairs = [(s, p) for p in parameters for s in states if p == "none" or s == "host"]
+    return [_with(config, *pair) for pair in pairs]
 
 
 def as_planned(config: RunConfig, plan: MemoryPlan) -> RunConfig:
-    """``config`` with what ``plan`` decided about the optimizer's states: what a run builds, and what is traced again."""
-    return _with(config, plan.offload_optimizer)
+    """``config`` with what ``plan`` decided about states and parameters: what a run builds, and what is traced again."""
+    return _with(config, plan.offload_optimizer, plan.offload_parameters)
 
 
-def _with(config: RunConfig, where: str) -> RunConfig:
-    return config.model_copy(update={"memory": config.memory.model_copy(update={"offload_optimizer": where})})
+def _with(config: RunConfig, states: str, parameters: str) -> RunConfig:
+    update = {"offload_optimizer": states, "offload_parameters": parameters}
+    return config.model_copy(update={"memory": config.memory.model_copy(update=update)})
 
 
 def _may_be_faster(config: RunConfig, plan: MemoryPlan) -> bool:

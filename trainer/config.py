@@ -89,6 +89,9 @@ class TrainSection(Section):
     """Where to run; auto takes CUDA when there is a device."""
     precision: Literal["bf16", "fp32", "fp64"] = "fp32"
     """bf16: autocast, with parameters as optim.weights says (fp32 unless it names others); fp32; fp64 (for exactness tests)."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """What the residual stream between blocks is kept in. fp32: as the parameters are (fp64 under precision fp64). bf16, with precision
+    bf16: half the memory of every block's input, as most systems train; each of the stream's sums is rounded to 8 bits."""
     micro_batch_size: PositiveInt = 1
     """Sequences per data-parallel rank in one forward and backward pass."""
     grad_accum: PositiveInt = 1
@@ -101,6 +104,12 @@ class TrainSection(Section):
     """Held-out sequences per evaluation; 0 switches evaluation off."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak rate of one device for MFU; null takes the data-sheet rate of a known GPU, or measures a matmul on CPU."""
+
+    @model_validator(mode="after")
+    def _check_residual(self) -> TrainSection:
+        if self.residual == "bf16" and self.precision != "bf16":
+            raise ValueError(f"residual bf16 needs precision bf16, not {self.precision}: leave residual at fp32")
+        return self
 
 
 class CheckpointSection(Section):
@@ -167,6 +176,13 @@ class RunConfig(Section):
             raise ValueError(
                 "memory.offload_optimizer host updates bucket after bucket once all gradients are there, optim.fuse_backward frees them in "
                 "the backward pass: set offload_optimizer none or fuse_backward false"
+            )
+        movable = (self.optim.is_torch_adamw or self.optim.preset == "auto") and not self.optim.is_fused
+        if self.memory.offload_parameters == "host" and not movable:
+            raise ValueError(
+                "memory.offload_parameters host takes parameters where adamw's states are moved (memory.offload_optimizer), which "
+                f"optim.preset {self.optim.preset}{' with fuse_backward' if self.optim.is_fused else ''} refuses: "
+                "set offload_parameters none"
             )
         parallel = self.parallel
         if parallel.chosen_by_plan:

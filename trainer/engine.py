@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from memory_mgmt.optimizer_offload import OffloadedOptimizer
+from memory_mgmt.parameter_offload import OffloadedParameters
 from models.batch import IGNORE_INDEX, Batch
 from models.int8_weight import stored
 from models.transformer import Transformer
 from optim.clip import clip_grad_norm
 from optim.fused_backward import FusedBackward
+from parallel.fsdp import reshard
 from parallel.mesh import Mesh
 from parallel.sequence import shard_batch
 
@@ -105,7 +107,7 @@ def evaluate(
         sums.add(forward(model, shard, device, precision), shard)
     model.train()
     if isinstance(model, FSDPModule):
-        model.reshard()  # the root keeps its parameters gathered for a backward pass that does not come
+        reshard(model)  # the head and the root stay gathered for a backward pass that does not come
     if sums is None:
         raise ValueError("evaluate needs at least one batch")
     return sums.total(distributed)
@@ -125,6 +127,7 @@ class Engine:
         layout: Literal["contiguous", "zigzag"],
         clip_norm: float | None,
         fused: FusedBackward | None = None,
+        offloaded: OffloadedParameters | None = None,
     ) -> None:
         self.model = model
         self.fused = fused
@@ -137,6 +140,8 @@ class Engine:
         self.precision: Precision = precision
         self.layout: Literal["contiguous", "zigzag"] = layout
         self.clip_norm = clip_norm
+        self.offloaded = offloaded
+        """Where the parameters' values are, if that is host memory."""
 
     @property
     def rank(self) -> int:
@@ -210,7 +215,8 @@ class Engine:
         for name, parameter in self.parameters.items():
             for key, value in states[parameter].items():
                 optim[f"{name}.{key}"] = value
-        return {"model": {name: stored(parameter) for name, parameter in self.parameters.items()}, "optim": optim}
+        model = self.parameters if self.offloaded is None else self.offloaded.tensors
+        return {"model": {name: stored(parameter) for name, parameter in model.items()}, "optim": optim}
 
     def _shard(self, batch: Batch) -> Batch:
         if self.mesh is None or self.mesh.dims.cp == 1:

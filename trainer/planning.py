@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 
-from memory_mgmt.changes import memory_options, offload_options
+from memory_mgmt.changes import memory_options, offload_options, parameter_options
 from memory_mgmt.cost_model import Rates, Topology, predict_step
 from memory_mgmt.devices import DEVICES, GIB, Device, device_from_torch_name, device_named
 from memory_mgmt.estimate import estimate
@@ -117,7 +117,7 @@ def same_step(one: RunConfig, other: RunConfig) -> bool:
 
 def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
     """``plan_run`` of a target."""
-    if target.config.memory.offload_optimizer == "auto":
+    if "auto" in (target.config.memory.offload_optimizer, target.config.memory.offload_parameters):
         config, plan = resolve_offload(target.config, lambda each: plan_target(target.with_config(each)))
         if plan.fits or not with_changes:
             return plan
@@ -167,14 +167,15 @@ def bare_plan(target: Target, trace: Trace) -> MemoryPlan:
         correction=target.correction,
         arena=target.config.memory.arena,
     )
-    return _with_host(target, plan, sum(b.size for b in trace.of("host") if b.kind == "optimizer"))
+    return _with_host(target, plan, sum(b.size for b in trace.of("host") if b.kind in ("optimizer", "parameter")))
 
 
 def _with_host(target: Target, plan: MemoryPlan, states_bytes: int) -> MemoryPlan:
     """The plan with what is allowed of host memory. A disk takes what is above that, but never the optimizer's states."""
     disk = target.config.memory.offload_dir is not None and states_bytes <= target.host_budget
     where = "host" if target.config.memory.offload_optimizer == "host" else "none"
-    return replace(plan, host_budget_bytes=target.host_budget, disk_tier=disk, offload_optimizer=where)
+    parameters = "host" if target.config.memory.offload_parameters == "host" else "none"
+    return replace(plan, host_budget_bytes=target.host_budget, disk_tier=disk, offload_optimizer=where, offload_parameters=parameters)
 
 
 def _chosen(target: Target, with_changes: bool) -> MemoryPlan:
@@ -277,6 +278,7 @@ def _options(target: Target) -> list[tuple[str, RunConfig, str]]:
         single = memory_options(config.model, memory, **shape, cuda=movable)
         together = {key: value for settings, _ in single for key, value in settings.items()}
         options = [*single, (together, "the costs of each added")] if len(single) > 1 else single
+    options += parameter_options(memory, cuda=movable)
     found = []
     for settings, cost in options:
         text = " ".join(f"memory.{key}={value}" for key, value in settings.items())
@@ -308,6 +310,7 @@ def _estimated(target: Target) -> MemoryPlan:
         micro_batch_size=config.train.micro_batch_size,
         grad_accum=config.train.grad_accum,
         precision=config.train.precision,
+        residual=config.train.residual,
         vocab_size=target.vocab_size,
         layout=config.layout,
         device=target.device,

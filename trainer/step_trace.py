@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memory_mgmt.offload import HostStore
 from memory_mgmt.optimizer_offload import OffloadedOptimizer
+from memory_mgmt.parameter_offload import OffloadedParameters
 from memory_mgmt.policy import CLASSES, Policy
 from memory_mgmt.policy_settings import policy_of
 from memory_mgmt.trace import Trace
@@ -84,7 +85,7 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
     device_type, world_size = request["device_type"], request["world_size"]
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
     # The mesh is real: it reads rank numbers out of tensors.
-    mesh = build_mesh(ParallelDims.from_config(config.parallel, world_size), device_type) if world_size > 1 else None
+    mesh = build_mesh(ParallelDims.from_config(config.parallel, world_size), device_type) if dist.is_initialized() else None
     recorder = StepRecorder(device_type, request["threads"])
     with FakeTensorMode(), _optimizers_as_on(device_type):
         store = HostStore(device, fake_empty=recorder.host_empty)
@@ -92,7 +93,8 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
             model = shaped_model(config, request["vocab_size"], mesh, policy, store)
         recorder.watch(model)
         with recorder:
-            engine = engine_for(config, model, mesh, device, store)
+            offloaded = OffloadedParameters(model, store, device) if config.memory.offload_parameters == "host" else None
+            engine = engine_for(config, model, mesh, device, store, offloaded)
             _adopt(recorder, engine)
             _step(recorder, engine, [_batch(config, _warm_up_tokens(config))])
             batches = [_batch(config, config.data.seq_len) for _ in range(min(config.train.grad_accum, 2))]
@@ -165,9 +167,9 @@ def _batch(config: RunConfig, tokens: int) -> Batch:
 
 @contextlib.contextmanager
 def _process_group(world_size: int, config: RunConfig) -> Iterator[None]:
-    """A process group without peers. In the contiguous layout the last rank attends to most, and of heads that do not divide among the
-    ranks it has the most, so that one is traced."""
-    if world_size == 1:
+    """A process group without peers, for a single rank only where it gathers parameters out of host memory. In the contiguous layout
+    the last rank attends to most, and of heads that do not divide among the ranks it has the most, so that one is traced."""
+    if world_size == 1 and config.memory.offload_parameters != "host":
         yield
         return
     most_work_last = config.layout == "contiguous" or config.parallel.sequence == "ring_x_ulysses"

@@ -26,7 +26,11 @@ def trace_ahead(combinations: Sequence[Combination]) -> None:
     """Put the traces that the combinations need into the cache of traces; what cannot be traced is left for its plan to report."""
     requests: list[TraceRequest] = []
     for config, name in combinations:
-        if config.memory.plan == "trace" and "auto" not in (config.memory.recompute, config.memory.offload_optimizer):
+        if config.memory.plan == "trace" and "auto" not in (
+            config.memory.recompute,
+            config.memory.offload_optimizer,
+            config.memory.offload_parameters,
+        ):
             # What auto traces depends on what it finds.
             with contextlib.suppress(UserError):
                 request = target_of(config, this_machine(config.train.device) if name is None else device_named(name)).request()

@@ -25,7 +25,7 @@ HOME = Path(__file__).resolve().parent.parent
 CODE = ("models", "parallel", "optim", "memory_mgmt", "trainer")
 KEPT_TRACES = 200
 _UNRELATED_MEMORY = ("budget_gib", "host_gib", "offload_dir", "plan", "replan_on_oom", "arena")
-_RELATED_TRAIN = ("precision", "micro_batch_size", "grad_accum")
+_RELATED_TRAIN = ("precision", "residual", "micro_batch_size", "grad_accum")
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -52,7 +52,7 @@ class TraceRequest:
         config = self.config.model_dump(mode="json")
         memory = {key: value for key, value in config["memory"].items() if key not in _UNRELATED_MEMORY}
         if self.policy is not None:  # it says all that the other settings would
-            memory = {"offload_optimizer": memory["offload_optimizer"]}
+            memory = {key: memory[key] for key in ("offload_optimizer", "offload_parameters")}
         return {
             "config": {
                 "model": config["model"],

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.batch import Bounds, Range
 from models.config import ModelConfig
-from models.int8_weight import in_dtype
-from models.linear import Linear, linear
+from models.int8_weight import Int8Weight, in_dtype
+from models.linear import Linear, linear, widened
 from models.memory.delta_rule import gated_delta_rule
 from models.memory.documents import plan_documents
 from models.memory.protocol import MemoryCost, MemoryModule, MemoryTraits, State, last_tokens, local_offsets, ranges_in_order
@@ -191,7 +191,10 @@ class GatedDeltaNet(MemoryModule):
         """The parameters; with tiles, low-precision ones are widened once so that tile gradients add up in float32."""
 
         def wide(weight: Tensor) -> Tensor:
-            return in_dtype(weight, _state_dtype(weight)) if self.tile_tokens else weight
+            if not self.tile_tokens:
+                return weight
+            dtype = _state_dtype(weight)
+            return in_dtype(weight, dtype) if isinstance(weight, Int8Weight) else widened(weight, dtype)
 
         convs = (self.conv_q, self.conv_k, self.conv_v) if self.halo else self._no_convolution()
         linears = (self.w_q, self.w_k, self.w_v, self.w_gate, self.w_beta, self.w_decay, self.w_out)

@@ -204,6 +204,16 @@ def test_cuda_counts_what_only_cuda_has():
     assert plan.device_bytes == DEVICES["h100"].memory_bytes and plan.device == "h100"
 
 
+def test_a_stream_in_bf16_halves_the_block_inputs():
+    inputs = [
+        {t.name: t.max_bytes for t in planned_for(config_of("full"), MemoryConfig(recompute="block"), "bf16", residual=residual).terms}[
+            "block inputs"
+        ]
+        for residual in ("fp32", "bf16")
+    ]
+    assert inputs[0] == 2 * inputs[1] > 0
+
+
 def test_refusal_offers_settings_that_really_fit():
     config = config_of("full", "memory", n_layers=6)
     memory = MemoryConfig(budget_gib=1.5)

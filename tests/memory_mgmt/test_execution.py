@@ -101,6 +101,29 @@ def test_tiles_and_parts_differ_by_rounding_only(kind, name, precision, toleranc
         assert_same(gradients(make(config, dtype, policy, store), bf16), gradients(make(config, dtype), bf16), tolerance)
 
 
+@pytest.mark.parametrize("kind", ["full", "memory"])
+def test_a_stream_in_bf16_under_every_policy(kind):
+    """Whole layers: the same bits as the plain model's, and the stream's bytes halve. Tiles: up to rounding."""
+    config = config_of(kind)
+
+    def run(policy=None, store=None):
+        model = make(config, torch.float32, policy, store)
+        model.residual_dtype, seen = torch.bfloat16, []
+        hooks = [block.register_forward_hook(lambda m, a, out: seen.append(out.dtype)) for block in model.blocks]
+        found = gradients(model, bf16=True)
+        assert len(seen) >= len(hooks) and set(seen) == {torch.bfloat16}
+        return found
+
+    want = run()
+    assert not torch.equal(want[0], gradients(make(config, torch.float32), bf16=True)[0])
+    with HostStore("cpu") as store:
+        for layer in (RECOMPUTE_BLOCK, KEEP_MIXER, SWAP_ALL, SWAP_KEPT):
+            assert_same(run(all_layers(config, layer), store), want, 0)
+        for layer in NAMED.values():
+            assert_same(run(all_layers(config, layer, ffn_tile_tokens=20, memory_tile_tokens=24), store), want, 2e-2)
+        assert_same(run(Policy((RECOMPUTE_BLOCK,) * 2, group_blocks=2), store), want, 0)
+
+
 def splits(recompute=True):
     def normalised(parts):
         total = sum(parts)

@@ -1,10 +1,12 @@
 """The traced step against the real allocator's log of the same step, and a few traced layers against all of them."""
 
+import contextlib
 import os
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from memory_mgmt.allocator_log import record_cpu_allocations
 from memory_mgmt.offload import HostStore
@@ -42,7 +44,9 @@ def real_peak(cfg, policy=None):
     device, mesh = torch.device("cpu"), mesh_for(cfg, torch.device("cpu"))
     policy = policy or policy_of(cfg.memory, cfg.model.layer_kinds)
     store = host_store(policy, device, None, None, optimizer=cfg.memory.offload_optimizer == "host")
-    with record_cpu_allocations() as log:
+    with contextlib.ExitStack() as cleanup, record_cpu_allocations() as log:
+        if mesh is not None and mesh.dims.world_size == 1:
+            cleanup.callback(dist.destroy_process_group)
         engine = build_engine(cfg, VOCAB, mesh, device, policy, store)
         batches = [_batch(cfg, cfg.data.seq_len) for _ in range(cfg.train.grad_accum)]
         for _ in range(2):
@@ -84,6 +88,15 @@ CASES = {
             data={"seq_len": 4096},
             memory={"recompute": "block", "loss_tile_tokens": 32},
             train={"precision": "bf16"},
+        ),
+        None,
+    ),
+    "a stream in bf16": (
+        config(
+            model={"layers": ["full", "memory"]},
+            data={"seq_len": 4096},
+            memory={"recompute": "block", "ffn_tile_tokens": 512, "memory_tile_tokens": 512},
+            train={"precision": "bf16", "residual": "bf16"},
         ),
         None,
     ),
@@ -137,6 +150,15 @@ CASES = {
         config(data={"seq_len": 64}, model={"d_model": 128}, memory={"offload_optimizer": "host"}, train={"grad_accum": 2}),
         None,
     ),
+    "parameters in host memory": (
+        config(
+            model={"layers": ["full"] * 4},
+            data={"seq_len": 128},
+            memory={"offload_optimizer": "host", "offload_parameters": "host", "recompute": "block"},
+            train={"precision": "bf16"},
+        ),
+        None,
+    ),
     "a policy by token range": (config(model={"layers": ["full", "full"]}), MIXED),
 }
 
@@ -164,6 +186,8 @@ def test_traced_peak_is_the_allocators(name):
             "train": {"precision": "bf16"},
             "optim": {"preset": "q_galore", "rank": 16},
         },
+        {"memory": {"recompute": "block", "memory_tile_tokens": 128}, "train": {"precision": "bf16"}},
+        {"model": {"layers": ["full"] * 3}, "memory": {"offload_optimizer": "host", "offload_parameters": "host"}},
     ],
 )
 def test_traced_peak_is_the_allocators_on_two_ranks(sections):
@@ -212,7 +236,7 @@ EXTENDED = {
     "equal layers": config(model={"layers": ["full"], "n_layers": 10}),
     "a pattern of two, two ranks": config(model={"layers": ["swa", "memory"], "n_layers": 17}, data={"seq_len": 512}, parallel={"cp": 2}),
     "recomputed, two passes, four shards": config(
-        model={"layers": ["full"], "n_layers": 12},
+        model={"layers": ["full"], "n_layers": 20},
         data={"seq_len": 512},
         train={"grad_accum": 3},
         parallel={"cp": 2, "dp_shard": 2},
@@ -230,6 +254,10 @@ EXTENDED = {
         data={"seq_len": 256},
         parallel={"dp_shard": 2},
         memory={"offload_optimizer": "host", "recompute": "block"},
+    ),
+    "parameters in host memory": config(
+        model={"layers": ["full"], "n_layers": 20},
+        memory={"offload_optimizer": "host", "offload_parameters": "host", "recompute": "block", "offload": "inputs"},
     ),
 }
 
