@@ -6,7 +6,7 @@ that are stored in bfloat16 are reduced in float32 and rounded once.
 Under bf16 autocast a weight that is only read by products travels as bf16, which is what those products read anyway: half the traffic,
 half the memory of what is gathered, and the same bits. Its gradient stays float32 from the product through the reduction.
 Everything that is read in float32 travels as float32: norms, gates and decays of memory layers, an embedding whose rows enter a float32
-stream, and tied with it the head (docs/decisions/0006).
+stream, and tied with it the head (docs/decisions/0012).
 """
 
 from __future__ import annotations
