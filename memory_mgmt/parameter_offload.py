@@ -29,6 +29,7 @@ from memory_mgmt.offload import HostStore
 from memory_mgmt.offload_layout import fake_mode_of
 from memory_mgmt.optimizer_buckets import section_of, starts
 from models.transformer import Transformer
+from parallel.fsdp import parameter_groups
 
 _STAGED = 3
 """Units whose parts are on the device before their gather, at most; a guess that was wrong is given up for a new one."""
@@ -230,5 +231,5 @@ class OffloadedParameters:
 
 
 def _group(module: nn.Module) -> Any:
-    (group,) = cast(Any, module)._get_fsdp_state()._fsdp_param_groups
+    (group,) = parameter_groups(module)
     return group

@@ -59,6 +59,14 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def parameter_groups(unit: nn.Module | FSDPModule) -> list[Any]:
+    """What FSDP2 gathers and reduces together of ``unit``: a list in torch 2.13, one or none in 2.11."""
+    state = cast(Any, unit)._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
 def _policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
     # Autocast decides what a module computes in, not FSDP.
     return MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False)
@@ -66,7 +74,7 @@ def _policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
 
 def _gather_in(unit: FSDPModule, dtype: torch.dtype) -> None:
     """Gather the unit's weights of products in ``dtype``; their gradients keep the dtype that they are stored in."""
-    for group in cast(Any, unit)._get_fsdp_state()._fsdp_param_groups:
+    for group in parameter_groups(unit):
         for parameter in group.fsdp_params:
             packed = hasattr(parameter._sharded_local_tensor, "fsdp_pre_all_gather")  # travels in eight bits
             if isinstance(parameter._module_info.module, (Linear, LossHead)) and not packed:
@@ -81,7 +89,7 @@ def _ignoring(policy: MixedPrecisionPolicy, function: Callable[[MixedPrecisionPo
 
 def _keep_gradients_wide(unit: nn.Module, _args: Any) -> None:
     """Runs once the unit's parameters are gathered. What FSDP2 reduces must be of one dtype, and is of the one that is stored."""
-    for group in cast(Any, unit)._get_fsdp_state()._fsdp_param_groups:
+    for group in parameter_groups(unit):
         for parameter in group.fsdp_params:
             gathered = parameter._unsharded_param
             if parameter.param_dtype is not None and gathered.grad_dtype != parameter.orig_dtype:
