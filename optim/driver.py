@@ -273,6 +273,12 @@ class ComposedOptimizer(torch.optim.Optimizer):
             self._work = Workspace(elements)
         return self._work
 
+    def kept_temporaries(self) -> list[Tensor]:
+        """What lives from step to step and is no state: work memory, random bases that are remembered."""
+        projectors = {id(one): one for lane in self.lanes.values() if (one := getattr(lane.rule, "projector", None)) is not None}
+        remembered = [basis for one in projectors.values() for _, basis in getattr(one, "memory", {}).values()]
+        return [*remembered, *(self._work.buffers() if self._work is not None else ())]
+
     def _next(self, lanes: Sequence[Lane]) -> list[int]:
         counters = [self.state[lane.parameter]["step"] for lane in lanes]
         numbers = [int(counter) + 1 for counter in counters]

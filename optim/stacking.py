@@ -48,6 +48,10 @@ class Workspace:
             self._buffers[name, dtype, like.device] = found
         return found[:size].view(shape)
 
+    def buffers(self) -> list[Tensor]:
+        """All that is held."""
+        return list(self._buffers.values())
+
     def scratch(self, like: Tensor) -> Tensor:
         """For a codec (``codecs.Codec``)."""
         return self.take("scratch", (2, self.elements), like, torch.float32)

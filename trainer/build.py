@@ -141,8 +141,9 @@ def engine_for(
     """The engine around a model that is built and placed. ``store`` holds the optimizer's states where ``memory.offload_optimizer`` says
     so; None: one without a limit is made. ``offloaded``: the model's parameters where they are in host memory."""
     where = config.memory.offload_optimizer
-    if "auto" in (where, config.memory.offload_parameters):
-        raise ValueError("memory.offload_* auto is decided by the planner; build with what it chose")
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(config.memory, name) == "auto":
+            raise ValueError(f"memory.{name} auto is decided by the planner; build with what it chose")
     if where == "host":
         plain = build_optimizer(model, config.optim, with_states=False)  # torch's own: no chance in it
         optimizer = OffloadedOptimizer(plain, dict(model.named_parameters()), store or HostStore(device), parameters=offloaded)

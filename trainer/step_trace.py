@@ -27,6 +27,7 @@ from memory_mgmt.trace_extend import MARGIN, NotRepeating, Shortening, extend, s
 from memory_mgmt.trace_recorder import StepRecorder, layer_of
 from models.batch import Batch, Bounds
 from models.config import LayerKind
+from optim.driver import ComposedOptimizer
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
 from trainer.build import engine_for, shaped_model
@@ -99,6 +100,8 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
             _step(recorder, engine, [_batch(config, _warm_up_tokens(config))])
             batches = [_batch(config, config.data.seq_len) for _ in range(min(config.train.grad_accum, 2))]
             recorder.tag((x for b in batches for x in (b.tokens_BT, b.labels_BT, b.positions_BT)), "batch")
+            if isinstance(engine.optimizer, ComposedOptimizer):
+                recorder.tag(engine.optimizer.kept_temporaries(), "workspace")
             recorder.enter("forward")
             recorder.start_step()
             _step(recorder, engine, batches)

@@ -216,7 +216,8 @@ def test_the_plan_counts_a_step_that_renews_all_bases():
             engine.step(1e-3)
             peaks.append(log.peak_bytes(start))
     trace = trace_request(request(cfg))
-    there = sum(b.size for b in trace.buffers if b.kind in ("parameter", "optimizer"))
+    # Memory that the driver keeps from step to step is there before the traced step and not before the first real one.
+    there = sum(b.size for b in trace.of("device") if b.lower == 0 and b.kind != "batch")
     assert trace.peak()[0] - there == pytest.approx(peaks[0], rel=1e-2)
     gradients = sum(b.size for b in trace.buffers if b.kind == "parameter" and b.layer is not None)
     assert peaks[0] - peaks[1] > 0.8 * gradients

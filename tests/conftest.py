@@ -1,0 +1,21 @@
+"""The order of the suite: files that take minutes first, so that no worker has one left at the end when the other has nothing to do."""
+
+import pytest
+
+LONG = (
+    "slurm/test_on_a_cluster",
+    "end_to_end/",
+    "trainer/test_step_trace",
+    "test_front_door",
+    "trainer/test_settling",
+    "trainer/test_choosing",
+    "trainer/test_checkpoint",
+    "optim/test_fused_backward",
+    "optim/test_driver",
+)
+"""Beginnings of paths under tests/."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Stable: within a file nothing moves."""
+    items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONG))
