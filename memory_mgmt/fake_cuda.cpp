@@ -1,8 +1,10 @@
-// Lets a torch without CUDA run autograd over fake (memory-less) cuda tensors.
+// Lets a torch without a GPU run autograd over fake (memory-less) cuda tensors.
 //
-// Two things are missing in such a torch: a device guard for cuda, without which the first autograd node aborts the process, and
-// CUDA hooks that say there is an accelerator, without which backward() refuses. Both are registered here and do nothing. Hooks are
-// looked up once, during `import torch`, so this library must be loaded before.
+// A torch built without CUDA lacks two things: a device guard for cuda, without which the first autograd node aborts the process, and
+// CUDA hooks that say there is an accelerator, without which backward() refuses. One built with CUDA has both, and they ask a driver that
+// a machine without a GPU lacks. Guard and hooks that do nothing are registered here. Hooks are looked up once, during `import torch`, so
+// this library must be loaded before; torch's own are registered later with a lower priority and skipped. Its guard overwrites this one,
+// so that is put back after the import.
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -68,14 +70,14 @@ NoOpGuard guard;
 
 }  // namespace
 
-// 0: installed; 1: this torch has a device guard of its own and needs none; 2: torch still sees no accelerator (loaded too late).
+// Put this library's guard in place, after `import torch` again.
+extern "C" void restore_guard() { c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)].store(&guard); }
+
+// Before `import torch`. 0: installed; 2: torch still sees no accelerator (loaded too late).
 extern "C" int install_fake_cuda() {
-  auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)];
-  if (slot.load() != nullptr) return 1;
-  slot.store(&guard);
-  if (!at::CUDAHooksRegistry()->Has("CUDAHooks")) {
-    at::CUDAHooksRegistry()->Register(
-        "CUDAHooks", [](at::CUDAHooksArgs args) -> std::unique_ptr<at::CUDAHooksInterface> { return std::make_unique<PretendHooks>(args); });
-  }
+  restore_guard();
+  at::CUDAHooksRegistry()->Register(
+      "CUDAHooks", [](at::CUDAHooksArgs args) -> std::unique_ptr<at::CUDAHooksInterface> { return std::make_unique<PretendHooks>(args); },
+      c10::REGISTRY_PREFERRED);
   return at::getAccelerator(false).has_value() ? 0 : 2;
 }

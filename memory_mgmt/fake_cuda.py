@@ -1,12 +1,13 @@
-"""CUDA semantics for fake tensors on a machine, or under a torch, without CUDA. For a process that only traces.
+"""CUDA semantics for fake tensors on a machine without a GPU, whether torch was built with CUDA or not. For a process that only traces.
 
-``preload`` must run before the first ``import torch`` of the process, ``install`` after it; neither does anything where torch can
-use a real GPU. What a CPU-only torch gets wrong about cuda tensors, and the repair:
+``preload`` must run before the first ``import torch`` of the process, ``install`` after it; neither does anything where there is a
+GPU that torch can use. What torch gets wrong about cuda tensors without one, and the repair:
 
-- no device guard, no accelerator: autograd aborts or refuses. ``fake_cuda.cpp`` registers both, doing nothing.
+- no device guard, no accelerator, or ones that ask for a driver: autograd aborts or refuses. ``fake_cuda.cpp`` registers both, doing
+  nothing.
 - operators that have one fused CUDA kernel are decomposed into several when no kernel is registered, with temporaries that the
   GPU never makes. A kernel that is never called (fake tensors use shapes only) is registered for them.
-- torch.cuda's streams, events and queries raise. Objects that do nothing take their place.
+- torch.cuda's streams, events and queries raise, and fake tensors initialise the GPU. Objects that do nothing take their place.
 
 Imports torch inside ``install`` only.
 """
@@ -16,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from memory_mgmt import native
@@ -24,12 +27,31 @@ FUSED_ON_CUDA = ("silu_backward", "mish_backward", "_fused_rms_norm", "_fused_rm
 """aten operators without a decomposition on CUDA, with one on a torch that has no CUDA kernels."""
 
 
+_library: ctypes.CDLL | None = None
+
+
+def usable_gpu() -> bool:
+    """Whether torch, which is not imported for this, was built with CUDA and a driver here shows a GPU."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None or not any(Path(spec.origin).parent.glob("lib/libtorch_cuda*")):
+        return False
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
 def preload() -> None:
     """Make autograd accept fake cuda tensors. Raises RuntimeError when torch is imported already, NoCompiler without a compiler."""
+    global _library
+    if usable_gpu():
+        return
     if "torch" in sys.modules:
         raise RuntimeError("fake CUDA must be loaded before torch is imported: trace in a process of its own")
-    library = ctypes.CDLL(str(native.build("fake_cuda.cpp", with_torch=True)), mode=ctypes.RTLD_GLOBAL)
-    if library.install_fake_cuda() == 2:
+    _library = ctypes.CDLL(str(native.build("fake_cuda.cpp", with_torch=True)), mode=ctypes.RTLD_GLOBAL)
+    if _library.install_fake_cuda() == 2:
         raise RuntimeError("torch does not see the pretended accelerator; this torch is not supported for planning GPUs without one")
 
 
@@ -37,8 +59,9 @@ def install(n_devices: int) -> None:
     """Give torch.cuda what a trace needs, as if ``n_devices`` GPUs were there. Does nothing where there are real ones."""
     import torch
 
-    if torch.cuda.is_available():
+    if _library is None:  # there are real ones
         return
+    _library.restore_guard()
     _register_kernels(torch)
     stream = _Stream()
     replaced: dict[str, Any] = {
@@ -55,6 +78,7 @@ def install(n_devices: int) -> None:
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda including_emulation=True: True,
         "synchronize": lambda device=None: None,
+        "is_current_stream_capturing": lambda: False,
         "_lazy_init": lambda: None,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,
@@ -63,8 +87,10 @@ def install(n_devices: int) -> None:
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    from torch._subclasses import fake_tensor
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    fake_tensor.init_gpu_context = lambda device: None  # type: ignore[assignment]
     # It asks torch.cuda.is_available(), which must say yes for autocast, and would then use the device in torch.tensor().
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[method-assign, assignment]
 
@@ -76,7 +102,7 @@ def _register_kernels(torch: Any) -> None:
         raise RuntimeError("a pretended CUDA kernel was called: tensors must be fake")
 
     for name in FUSED_ON_CUDA:
-        if hasattr(torch.ops.aten, name):
+        if hasattr(torch.ops.aten, name) and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
             library.impl(name, never_called, "CUDA")
     # The registration lasts as long as this object.
     torch.library._longstride_fake_cuda = library

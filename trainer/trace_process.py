@@ -30,7 +30,7 @@ def main(device_type: str, parent_pid: int, idle_seconds: float) -> int:
     # Answers have a descriptor of their own: whatever a library prints goes to the log of errors.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if device_type == "cuda" and _torch_lacks_cuda():
+    if device_type == "cuda":
         preload()
     import torch
 
@@ -70,15 +70,6 @@ def _end_with(parent_pid: int) -> None:
     while os.getppid() == parent_pid:
         time.sleep(0.5)
     os._exit(1)
-
-
-def _torch_lacks_cuda() -> bool:
-    """Whether this torch was built without CUDA, found out without importing it."""
-    from importlib.util import find_spec
-
-    spec = find_spec("torch")
-    assert spec is not None and spec.origin is not None, "torch is not installed"
-    return not any(Path(spec.origin).parent.glob("lib/libtorch_cuda*"))
 
 
 if __name__ == "__main__":
