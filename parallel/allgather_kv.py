@@ -22,7 +22,7 @@ from models.attention_plan import Pair, plan_rows
 from models.batch import Bounds
 from models.repeat import in_flight
 from parallel.head_exchange import HeadExchange
-from parallel.sequence import Layout, ranges_for
+from parallel.sequence import Layout, check_ranges
 
 
 class AllGatherKVAttention:
@@ -56,13 +56,9 @@ class AllGatherKVAttention:
         limits = tile_limits(q_BHnD, self.window)
         key = ("allgather kv", self.exchange.layout, self.window, self.exchange.size, limits)
         if key not in bounds._cache:
-            expected = ranges_for(self.exchange.layout, bounds.seq_len, self.exchange.rank, self.exchange.size)
-            if bounds.ranges != expected:
-                raise ValueError(
-                    f"cp rank {self.exchange.rank} got ranges {bounds.ranges}; layout {self.exchange.layout!r} gives it {expected}"
-                )
+            check_ranges(bounds, self.exchange.layout, self.exchange.rank, self.exchange.size)
             pairs = []
-            for held, offset in zip(expected, accumulate((end - start for start, end in expected), initial=0), strict=False):
+            for held, offset in zip(bounds.ranges, accumulate((end - start for start, end in bounds.ranges), initial=0), strict=False):
                 pairs.append(Pair(held, offset, held, held[0]))
                 if held[0]:
                     pairs.append(Pair(held, offset, (0, held[0]), 0))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from models.batch import Bounds
-from parallel.sequence import Layout, ranges_for
+from parallel.sequence import Layout, check_ranges, ranges_for
 
 HALO_TAG, RETURN_TAG = 11, 12
 """Message tags, so that a halo never meets another exchange between the same two ranks (gloo; NCCL keeps call order)."""
@@ -190,9 +190,7 @@ def _segments(n: int, bounds: Bounds, layout: Layout, group: dist.ProcessGroup |
     if n < 0:
         raise ValueError(f"a halo of {n} tokens makes no sense; n must be 0 or more")
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    expected = ranges_for(layout, bounds.seq_len, rank, size)
-    if bounds.ranges != expected:
-        raise ValueError(f"rank {rank} of {size} holds {bounds.ranges}, but layout {layout!r} gives it {expected}")
+    check_ranges(bounds, layout, rank, size)
     return rank, halo_segments(n, layout, bounds.seq_len, size)
 
 

@@ -20,7 +20,7 @@ from models.batch import Bounds
 from models.kernels import Gradients
 from parallel.head_exchange import HeadExchange
 from parallel.ring_attention import RingPlan, plan_ring, ring_backward, ring_forward
-from parallel.sequence import Layout, ranges_for
+from parallel.sequence import Layout, check_ranges, ranges_for
 from parallel.ulysses import by_heads
 
 
@@ -86,9 +86,7 @@ class HybridAttention:
         key = ("hybrid", self.layout, self.window, self.ring_size, self.exchange.size, limits)
         if key not in bounds._cache:
             cp_rank, cp_size = self.ring_rank * self.exchange.size + self.exchange.rank, self.ring_size * self.exchange.size
-            expected = ranges_for(self.layout, bounds.seq_len, cp_rank, cp_size)
-            if bounds.ranges != expected:
-                raise ValueError(f"cp rank {cp_rank} got ranges {bounds.ranges}; layout {self.layout!r} gives it {expected}")
+            check_ranges(bounds, self.layout, cp_rank, cp_size)
             held = [ranges_for(self.layout, bounds.seq_len, member, self.ring_size) for member in range(self.ring_size)]
             plan = plan_ring(held, self.ring_rank, bounds.documents, self.window, limits)
             bounds._cache[key] = RingOfGroups(plan, self.ring_group)

@@ -25,7 +25,7 @@ from models.attention_plan import Pair, TileLimits, plan_rows, sees
 from models.batch import Bounds, Range
 from models.kernels import Gradients
 from parallel.halo import start_halo, start_return
-from parallel.sequence import Layout, ranges_for
+from parallel.sequence import Layout, check_ranges, ranges_for
 
 KEY_TAG, VALUE_TAG, GRADIENT_TAG = 21, 22, 23
 
@@ -75,9 +75,8 @@ class RingAttention:
         """The plan of this rank, made once per micro-step and shared by all layers with the same window."""
         key = ("ring attention", self.layout, self.window, self.cp_size, limits)
         if key not in bounds._cache:
+            check_ranges(bounds, self.layout, self.cp_rank, self.cp_size)
             held = [ranges_for(self.layout, bounds.seq_len, rank, self.cp_size) for rank in range(self.cp_size)]
-            if bounds.ranges != held[self.cp_rank]:
-                raise ValueError(f"cp rank {self.cp_rank} got ranges {bounds.ranges}; layout {self.layout!r} gives it {held[self.cp_rank]}")
             if fits_halo(self.window, bounds):
                 assert self.window is not None
                 bounds._cache[key] = plan_halo(held, self.cp_rank, bounds.documents, self.window, limits)

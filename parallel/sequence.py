@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from models.batch import Batch, Range
+from models.batch import Batch, Bounds, Range
 from models.errors import UserError
 
 Layout = Literal["contiguous", "zigzag"]
@@ -46,6 +46,13 @@ def ranges_for(layout: Layout, seq_len: int, cp_rank: int, cp_size: int) -> tupl
         )
     held = [cp_rank] if layout == "contiguous" else zigzag_chunks(cp_rank, cp_size)
     return tuple((i * chunk, (i + 1) * chunk) for i in held)
+
+
+def check_ranges(bounds: Bounds, layout: Layout, cp_rank: int, cp_size: int) -> None:
+    """Raise ValueError unless ``bounds`` holds what ``layout`` gives this rank."""
+    expected = ranges_for(layout, bounds.seq_len, cp_rank, cp_size)
+    if bounds.ranges != expected:
+        raise ValueError(f"cp rank {cp_rank} got ranges {bounds.ranges}; layout {layout!r} gives it {expected}")
 
 
 def shard_batch(batch: Batch, layout: Layout, cp_rank: int, cp_size: int) -> Batch:

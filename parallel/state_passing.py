@@ -21,7 +21,7 @@ from torch import Tensor
 
 from models.batch import Bounds
 from parallel.halo import exchange_halo
-from parallel.sequence import Layout, ranges_for
+from parallel.sequence import Layout, check_ranges, ranges_for
 
 
 class RingCarry:
@@ -53,9 +53,8 @@ class RingCarry:
     def _places(self, bounds: Bounds) -> list[tuple[int, int]]:
         """(rank, local range) of every range of the sequence in global order. Raises ValueError if ``bounds`` is not this rank's part."""
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        check_ranges(bounds, self.layout, rank, size)
         held = [ranges_for(self.layout, bounds.seq_len, r, size) for r in range(size)]
-        if bounds.ranges != held[rank]:
-            raise ValueError(f"rank {rank} of {size} holds {bounds.ranges}, but layout {self.layout!r} gives it {held[rank]}")
         return sorted(((r, i) for r in range(size) for i in range(len(held[r]))), key=lambda place: held[place[0]][place[1]])
 
 

@@ -32,7 +32,7 @@ from models.kernels import Gradients
 from models.repeat import in_flight
 from parallel.head_exchange import HeadExchange, Piece, ToHeads, ToTokens
 from parallel.head_plan import Range, Stage, keys_are_shared, plan_stages, segments
-from parallel.sequence import Layout, ranges_for
+from parallel.sequence import Layout, check_ranges
 
 MESSAGES = 2
 """On their way at a time, with stages: the next heads in, and the last ones back."""
@@ -112,11 +112,7 @@ class UlyssesAttention:
         limits = tile_limits(q_BHnD, self.window)
         key = ("ulysses", self.exchange.layout, self.window, self.exchange.size, limits)
         if key not in bounds._cache:
-            expected = ranges_for(self.exchange.layout, bounds.seq_len, self.exchange.rank, self.exchange.size)
-            if bounds.ranges != expected:
-                raise ValueError(
-                    f"cp rank {self.exchange.rank} got ranges {bounds.ranges}; layout {self.exchange.layout!r} gives it {expected}"
-                )
+            check_ranges(bounds, self.exchange.layout, self.exchange.rank, self.exchange.size)
             whole = (0, bounds.seq_len)
             bounds._cache[key] = WholeSequence(plan_rows(bounds.documents, [Pair(whole, 0, whole, 0)], self.window, limits))
         return bounds._cache[key]
