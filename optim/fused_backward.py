@@ -19,6 +19,7 @@ States, and so checkpoints, are the optimizer's own: a run goes on fused or not.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -89,7 +90,14 @@ class FusedBackward:
         self._unit_of = {parameter: unit for unit in units for parameter in unit.members}
         self._updating = False
         self._squares: dict[dist.ProcessGroup | None, Tensor] = {}
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in self._unit_of]
+        # Hooks live in C++, where the garbage collector does not look: with a strong reference nothing here would ever be freed.
+        arrived = weakref.WeakMethod(self._arrived)
+
+        def hook(parameter: Tensor) -> None:
+            if (method := arrived()) is not None:
+                method(parameter)
+
+        self._hooks = [parameter.register_post_accumulate_grad_hook(hook) for parameter in self._unit_of]
 
     def remove(self) -> None:
         """Take the hooks off: from now on the optimizer's own ``step`` updates."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,12 +144,19 @@ def test_killed_while_a_checkpoint_is_written(uninterrupted: Path, root: Path, d
     assert_same_end(run_dir, uninterrupted)
 
 
+@pytest.fixture(scope="module")
+def cut_and_whole(root: Path, documents: Path) -> tuple[Path, Path]:
+    """Two runs of two ranks at a constant rate: ten steps, and all."""
+    for name, more in (("cut", ["train.steps=10"]), ("whole", [])):
+        run(command("train", "configs/debug_cpu.yaml", *overrides(root, documents, name), "optim.schedule.kind=constant", *more))
+    return root / "cut", root / "whole"
+
+
 @pytest.mark.parametrize("cp", [1, 4])
-def test_resume_on_another_number_of_ranks(uninterrupted: Path, root: Path, documents: Path, cp: int) -> None:
-    name = f"moved_to_{cp}"
-    run(command("train", "configs/debug_cpu.yaml", *overrides(root, documents, name), "train.steps=10", "optim.schedule.kind=constant"))
-    run(command("train", "configs/debug_cpu.yaml", *overrides(root, documents, name + "_whole"), "optim.schedule.kind=constant"))
-    run(command("resume", root / name, f"parallel.cp={cp}", f"train.steps={STEPS}"))
-    moved, whole = losses(root / name), losses(root / (name + "_whole"))
+def test_resume_on_another_number_of_ranks(cut_and_whole: tuple[Path, Path], root: Path, cp: int) -> None:
+    cut, kept = cut_and_whole
+    shutil.copytree(cut, root / f"moved_to_{cp}")
+    run(command("resume", root / f"moved_to_{cp}", f"parallel.cp={cp}", f"train.steps={STEPS}"))
+    moved, whole = losses(root / f"moved_to_{cp}"), losses(kept)
     assert moved[11] == pytest.approx(whole[11], rel=1e-6)
     assert moved[STEPS] == pytest.approx(whole[STEPS], rel=1e-3)

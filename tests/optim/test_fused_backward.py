@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import io
+import weakref
 import zlib
 from collections.abc import Callable
 from typing import Any, cast
@@ -382,6 +384,18 @@ def refused_on_ranks() -> list[str]:
             fuse_backward(one, build_optimizer(one, preset="sgd"))
         texts.append(str(error.value))
     return texts
+
+
+def test_nothing_is_kept_alive_by_its_hooks():
+    model = nn.Linear(8, 8)
+    optimizer = build_optimizer(model, preset="sgd", clip_norm=None)
+    fused = fuse_backward(model, optimizer, clip_norm=None)
+    with fused.update():
+        model(torch.ones(2, 8)).sum().backward()
+    weight, gone = weakref.ref(model.weight), weakref.ref(optimizer)
+    del model, optimizer, fused
+    gc.collect()
+    assert weight() is None and gone() is None
 
 
 def test_wrappers_that_reduce_later_are_refused():
