@@ -9,7 +9,7 @@ from pathlib import Path
 
 from models.errors import UserError
 from slurm import attempts, client
-from slurm.submission import has_submission, read_submission
+from slurm.submission import has_submission, job_of, read_submission
 from trainer import runs_table
 from trainer.commands.guard import guarded
 from trainer.commands.places import find_run
@@ -56,7 +56,7 @@ def _with_job(row: RunRow, token: str | None, jobs: list[client.QueuedJob]) -> R
     """A run that waits or should be running, compared with the queue. Jobs are told by their token, not by their number."""
     if token is None or row.status not in UNFINISHED:
         return row
-    job = next((job for job in jobs if job.comment == f"longstride {token}"), None)
+    job = job_of(token, jobs)
     if job is None:
         if row.status in ("stopped", "died"):  # saved or killed, and its job ended: cancelled, or not requeued
             return row
@@ -88,7 +88,7 @@ def cancel(args: argparse.Namespace) -> int:
     """``longstride cancel``: a running job saves first, unless ``--now``."""
     run_dir = find_run(args.name, args.root)
     submission = read_submission(run_dir)
-    job = next((job for job in client.queue() if job.comment == f"longstride {submission.token}"), None)
+    job = job_of(submission.token, client.queue())
     if job is None:
         raise UserError(f"run {run_dir.name} has no job in the queue; longstride runs shows how it stands")
     if job.state == "RUNNING" and not args.now:

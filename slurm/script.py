@@ -9,6 +9,7 @@ from pathlib import Path
 
 from models.errors import UserError
 from slurm.site import Site
+from slurm.submission import comment_of
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
 _PLACE = re.compile(r"@([A-Z_]+)@")
@@ -64,7 +65,7 @@ def directive(option: str, value: str) -> str:
 def _directives(job: Job, site: Site) -> list[str]:
     lines = [
         directive("--job-name", job.name),
-        directive("--comment", f"longstride {job.token}"),
+        directive("--comment", comment_of(job.token)),
         f"--nodes={job.nodes}",
         "--ntasks-per-node=1",
     ]

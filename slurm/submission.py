@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from models.errors import UserError
+from slurm.client import QueuedJob
 from trainer.run_dir import RunDir, write_atomic
 
 
@@ -23,6 +25,16 @@ class Submission:
     """Attempts in a row without a new checkpoint after which it is no longer requeued."""
     options: dict[str, Any] = field(default_factory=dict)
     """Command-line options by name; a resubmission repeats them."""
+
+
+def comment_of(token: str) -> str:
+    """What stands in the comment of a submission's jobs."""
+    return f"longstride {token}"
+
+
+def job_of(token: str, jobs: Iterable[QueuedJob]) -> QueuedJob | None:
+    """The submission's job while Slurm knows it: told by its comment, because Slurm gives numbers again."""
+    return next((job for job in jobs if job.comment == comment_of(token)), None)
 
 
 def write_submission(run_dir: RunDir, submission: Submission) -> None:

@@ -17,7 +17,7 @@ from parallel.dims import ParallelDims
 from slurm import client
 from slurm.script import Job, render
 from slurm.site import Site, read_site
-from slurm.submission import Submission, has_submission, read_submission, write_submission
+from slurm.submission import Submission, has_submission, job_of, read_submission, write_submission
 from trainer import config_file, resume_rules
 from trainer.commands.open_run import kept_plan, new_run, open_run, refuse_existing, settle, with_values
 from trainer.commands.places import HOME, find_run
@@ -143,10 +143,7 @@ def _give_to_slurm(run_dir: RunDir, config: RunConfig, options: dict[str, Any], 
 
 
 def _live_job(submission: Submission) -> client.QueuedJob | None:
-    """The submission's job while Slurm knows it."""
-    if not client.has_slurm():
-        return None
-    return next((job for job in client.queue() if submission.token in job.comment), None)
+    return job_of(submission.token, client.queue()) if client.has_slurm() else None
 
 
 def _tell(run_dir: RunDir, job_id: str) -> None:

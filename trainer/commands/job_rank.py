@@ -10,6 +10,7 @@ from pathlib import Path
 from models.errors import UserError
 from parallel.distributed import Env, end_distributed, environment, on_one_rank
 from parallel.launcher import STOPPED, join_launcher
+from trainer import trace_workers
 from trainer.commands.guard import guarded
 from trainer.commands.open_run import checked_plan, kept_plan, open_run, reload
 from trainer.commands.terminal import tell
@@ -70,3 +71,4 @@ def _plan_again_if_needed(run_dir: RunDir) -> None:
     config = reload(run_dir)
     if not kept_plan(config, run_dir):
         open_run(config, run_dir, run_dir.name, checked_plan(config, run_dir))
+        trace_workers.close()  # what they hold is needed now
