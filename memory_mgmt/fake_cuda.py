@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from memory_mgmt import native
 
@@ -93,6 +94,14 @@ def install(n_devices: int) -> None:
     fake_tensor.init_gpu_context = lambda device: None  # type: ignore[assignment]
     # It asks torch.cuda.is_available(), which must say yes for autocast, and would then use the device in torch.tensor().
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[method-assign, assignment]
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once. Autograd's device thread may still be freeing what a backward pass held; Python's own exit would take
+    the interpreter away from it, and that aborts the process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _register_kernels(torch: Any) -> None:

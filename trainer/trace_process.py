@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
-from memory_mgmt.fake_cuda import install, preload
+from memory_mgmt.fake_cuda import install, leave, preload
 
 DEVICES = 1 << 20
 """Pretended, so that ranks of any number find theirs."""
@@ -73,4 +73,4 @@ def _end_with(parent_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))
+    leave(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))

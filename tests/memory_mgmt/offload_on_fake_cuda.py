@@ -113,3 +113,4 @@ if __name__ == "__main__":
     for check in (layers, budget, autograd):
         check()
         print(check.__name__)
+    fake_cuda.leave(0)
