@@ -354,14 +354,14 @@ class _Step:
         return c.d_model * max(self.vocab_size, widest)
 
     def update(self) -> _Live:
-        """AdamW: parameter by parameter on CPU (two temporaries), all parameters at once on CUDA (one temporary each). Of offloaded moments
-        two buckets are there, and what is made is made of one."""
+        """AdamW: parameter by parameter on CPU (two temporaries), in place on CUDA. Of offloaded moments two buckets are there, and what is
+        made is made of one."""
         if self.optimizer_bytes is not None:
             together = min(self.shard(parameter_count(self.model, self.vocab_size).total), TOGETHER_ELEMENTS * self.wide)
             return _sum(self.all_gradients(), {"updates of matrices": UPDATE_COPIES * together})
         at_once = self.bucket_parameters() if self.offloaded else parameter_count(self.model, self.vocab_size).total
         largest = min(at_once, self.largest_parameter)
-        temporaries = self.shard(at_once) if self.device.is_cuda else 2 * self.shard(largest)
+        temporaries = 0 if self.device.is_cuda else 2 * self.shard(largest)
         buckets = {"buckets of moments": 2 * MOMENTS * self.shard(at_once)} if self.offloaded else {}
         return _sum(self.all_gradients(), {"optimizer step": temporaries}, buckets)
 

@@ -35,6 +35,20 @@ def op_bytes(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
     return sum(_extent(x) for x in inputs) + sum(_extent(x) for x in outputs)
 
 
+def written(func: Any, args: Sequence[Any]) -> list[Tensor]:
+    """What ``func`` changes without returning it, as those of torch._foreach and the fused optimizers do. Gradients are not counted: they
+    are changed only where a gradient scaler is given."""
+    schema = func._schema
+    if schema.returns:
+        return []
+    changed = [
+        value
+        for argument, value in zip(schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
+    ]
+    return [x for value in changed for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Tensor)]
+
+
 @cache
 def moves_nothing(func: Any) -> bool:
     """Whether an operator only makes a view of its input or an uninitialised tensor."""

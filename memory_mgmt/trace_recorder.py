@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from memory_mgmt.op_costs import op_bytes, op_flops, work_dtype
+from memory_mgmt.op_costs import op_bytes, op_flops, work_dtype, written
 from memory_mgmt.op_kernels import onednn_kernels
 from memory_mgmt.op_workspace import workspace_bytes
 from memory_mgmt.trace import Phase, Place, Trace, TracedBuffer, TracedOp, TraceKind
@@ -294,7 +294,7 @@ class StepRecorder(TorchDispatchMode):
     def _operation(
         self, func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any, out: Any, layer: int | None
     ) -> None:
-        moved = op_bytes(func, inputs, outputs)
+        moved = op_bytes(func, inputs, outputs or written(func, args))
         if not moved:
             return
         flops = op_flops(func, args, kwargs, out)

@@ -41,7 +41,10 @@ def build_optimizer(
         raise ValueError("the model has no trainable parameter")
     groups, lanes = parameter_groups(model, routed, config), lanes_of(model, config, seed)
     if lanes is None:
-        optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        # One kernel on CUDA, in place: torch's default makes temporaries there as large as all parameters. Not on CPU, where the kernel
+        # rounds the elements at a tensor's end otherwise than the rest, so that a sharded parameter would not get a whole one's bits.
+        fused = all(one.parameter.device.type == "cuda" for one in routed)
+        optimizer = AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
         optimizer.names = {one.parameter: one.name for one in routed}
         if with_states:
             allocate_states(optimizer)

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.optim.optimizer import _foreach_supported_types  # pyright: ignore[reportAttributeAccessIssue]
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memory_mgmt.offload import HostStore
@@ -88,7 +87,7 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
     # The mesh is real: it reads rank numbers out of tensors.
     mesh = build_mesh(ParallelDims.from_config(config.parallel, world_size), device_type) if dist.is_initialized() else None
     recorder = StepRecorder(device_type, request["threads"])
-    with FakeTensorMode(), _optimizers_as_on(device_type):
+    with FakeTensorMode():
         store = HostStore(device, fake_empty=recorder.host_empty)
         with torch.device(device):
             model = shaped_model(config, request["vocab_size"], mesh, policy, store)
@@ -107,21 +106,6 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
             _step(recorder, engine, batches)
             recorder.finish()
     return recorder
-
-
-@contextlib.contextmanager
-def _optimizers_as_on(device_type: str) -> Iterator[None]:
-    """On CUDA torch's optimizers update all parameters of a group at once, with temporaries for all of them, unless these are of a type
-    that they do not know, as fake tensors are."""
-    known: list[type] = _foreach_supported_types
-    if device_type != "cuda":
-        yield
-        return
-    known.append(FakeTensor)
-    try:
-        yield
-    finally:
-        known.remove(FakeTensor)
 
 
 def _step(recorder: StepRecorder, engine: Engine, batches: list[Batch]) -> None:

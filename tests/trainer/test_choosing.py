@@ -117,8 +117,11 @@ def test_a_pretended_gpu_is_traced_with_its_own_kernels():
     trace = trace_step(TraceRequest(cfg, 320, "cuda"))
     names = {op.name for op in trace.ops}
     assert {"aten::_flash_attention_forward", "aten::_flash_attention_backward", "aten::silu_backward"} <= names
-    # The update takes all parameters at once, and makes a temporary of each.
-    assert "aten::_foreach_sqrt" in names and not any(op.name == "aten::sqrt" and op.phase == "update" for op in trace.ops)
+    # The update takes a group's parameters at once, in place: it reads four numbers for each, and the counts of steps, and writes three.
+    updates = [op for op in trace.ops if op.name == "aten::_fused_adamw_"]
+    assert len(updates) == 2 and "aten::_foreach_sqrt" not in names
+    parameters = [b.requested for b in trace.of("device") if b.kind == "parameter"]
+    assert sum(op.bytes for op in updates) == 7 * sum(parameters) + 4 * len(parameters)
     assert not any("scaled_dot_product_flash_attention_for_cpu" in name or name == "aten::bmm" for name in names)
     assert all(b.size % 512 == 0 for b in trace.of("device")) and trace.device == "cuda"
     # Token ids come from host memory, and no activation is ever as large as all scores would be.
