@@ -308,7 +308,8 @@ class GatedDeltaNet(MemoryModule):
         n = batch_size * tokens
         projections = 2 * d * H * (2 * K + 3 * V + 2)
         # Per token and head: two Gram products, the inverse, T [bV | bK], W S and K^T U of the scan, read U and q S.
-        op = 2 * H * (2 * c * K + c * c / 6 + c * (K + V) + 2 * K * W + c * W + K * W)
+        inverse = max(0, c * c - 256) / 3  # two products per halving, down to blocks of 16
+        op = 2 * H * (2 * c * K + inverse + c * (K + V) + 2 * K * W + c * W + K * W)
         # Gram products again, dU and dread, two of the scan, four with S, the solve, dlower, three into q and k.
         op_backward = 2 * H * (5 * c * K + 4 * c * W + 6 * K * W)
         read_out = 2 * H * K * V if split else 0
@@ -324,7 +325,7 @@ class GatedDeltaNet(MemoryModule):
             flops_forward=n * (projections + op + read_out),
             flops_backward=n * (2 * projections + op_backward + 2 * read_out),
             saved_bytes=int(saved),
-            state_bytes=batch_size * H * K * V * wide,
+            state_bytes=batch_size * (H * K * V * wide + self.halo * d * itemsize),
             exchange_bytes=batch_size * (H * K * (K + V) * wide + self.halo * d * itemsize) if split else 0,
         )
 

@@ -62,7 +62,7 @@ class MemoryCost:
     saved_bytes: int
     """Bytes kept from forward to backward, the module's input included, parameters excluded."""
     state_bytes: int
-    """Bytes of the recurrent state of all rows."""
+    """Bytes of all that `MemoryModule.init_state` holds, of all rows."""
     exchange_bytes: int
     """Bytes one rank contributes to the exchange of one forward pass when the sequence is split."""
 
@@ -151,6 +151,11 @@ def last_tokens(before_BnC: Tensor, x_BTC: Tensor, n: int) -> Tensor:
     if x_BTC.shape[1] >= n:
         return x_BTC[:, x_BTC.shape[1] - n :]
     return torch.cat([before_BnC, x_BTC], dim=1)[:, -n:]
+
+
+def detached(state: State) -> State:
+    """The state cut off from what made it: where a truncation window ends, gradients do too."""
+    return {name: value.detach() for name, value in state.items()}
 
 
 class MemoryModule(nn.Module):
