@@ -87,6 +87,15 @@ class Carry(Protocol):
         """
         ...
 
+    def diagonal(
+        self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
+    ) -> tuple[list[Tensor], Tensor]:
+        """Compose ``S_out = a S_in + E`` over all ranges of the sequence, elementwise.
+
+        As `affine`, with decays a_BH?? per local range that broadcast to E (one number per head, one per row of the state ...).
+        """
+        ...
+
     def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
         """The last n tokens [B, n, C] of the sequence, on every rank, zeros where the sequence is shorter."""
         ...
@@ -111,6 +120,18 @@ def local_offsets(bounds: Bounds) -> list[int]:
     return offsets
 
 
+def _folded(
+    moves: Sequence[Callable[[Tensor], Tensor]], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
+) -> tuple[list[Tensor], Tensor]:
+    """Each range's incoming state and the last one, ranges taken in global order."""
+    incoming: list[Tensor] = [initial] * len(bounds.ranges)
+    state = initial
+    for i in ranges_in_order(bounds):
+        incoming[i] = state
+        state = moves[i](state) + updates[i]
+    return incoming, state
+
+
 class LocalCarry:
     """One process holds everything there is: adjoining ranges in any local order."""
 
@@ -130,12 +151,13 @@ class LocalCarry:
         self, transitions: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
     ) -> tuple[list[Tensor], Tensor]:
         """See `Carry.affine`."""
-        incoming: list[Tensor] = [initial] * len(bounds.ranges)
-        state = initial
-        for i in ranges_in_order(bounds):
-            incoming[i] = state
-            state = transitions[i] @ state + updates[i]
-        return incoming, state
+        return _folded([lambda state, m=m: m @ state for m in transitions], updates, initial, bounds)
+
+    def diagonal(
+        self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Carry.diagonal`."""
+        return _folded([lambda state, a=a: a * state for a in decays], updates, initial, bounds)
 
     def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
         """See `Carry.tail`."""

@@ -14,8 +14,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from memory_mgmt.op_costs import op_flops
 from models.batch import Bounds
