@@ -26,13 +26,12 @@ from models.config import ModelConfig
 from models.linear import Linear, linear
 from models.memory.delta_rule import gated_delta_rule
 from models.memory.documents import plan_documents
+from models.memory.initial import initial_gate
 from models.memory.protocol import MemoryCost, MemoryTraits, State, last_tokens
 from models.memory.recurrent import RecurrentMixer, state_dtype
 from models.memory.short_conv import conv_silu_chunks, gated_norm, to_chunks
 
 _L2_EPS = 1e-6
-_DT_RANGE = (1e-3, 0.1)
-_A_RANGE = (1.0, 16.0)
 
 
 class _Weights(NamedTuple):
@@ -94,18 +93,8 @@ class GatedDeltaNet(RecurrentMixer):
         self.norm_weight = nn.Parameter(torch.empty(value_dim))
 
     def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
-        """A ~ U(1, 16) and dt log-uniform in [1e-3, 0.1] (section 3.4 of the Mamba-2 paper), convolutions ~ U(+-kernel^-1/2)."""
-        if name == "A_log":
-            return torch.empty(shape).uniform_(*_A_RANGE, generator=generator).log_()
-        if name == "dt_bias":
-            dt = torch.empty(shape).uniform_(*map(math.log, _DT_RANGE), generator=generator).exp_()
-            return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
-        if name.startswith("conv_"):
-            bound = shape[-1] ** -0.5
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        if name == "norm_weight":
-            return torch.ones(shape)
-        return None
+        """See `models.memory.initial`."""
+        return initial_gate(name, shape, generator)
 
     def exchanged(self, pieces: list[Tensor], halos: list[Tensor], initial_BHKV: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
         """See `RecurrentMixer.exchanged`: run every range on [0 | I], exchange summaries once, add what the incoming state contributes."""

@@ -25,6 +25,8 @@ State = dict[str, Tensor]
 
 BUILDERS: dict[str, str] = {
     "gated_deltanet": "models.memory.gated_deltanet",
+    "gsa": "models.memory.gsa",
+    "mamba2": "models.memory.mamba2",
 }
 """``model.memory.kind`` -> module that defines ``build``; imported only when asked for."""
 

@@ -42,8 +42,32 @@ def _slow_deltanet(module: Any) -> None:
     module.dt_bias.fill_(-4.0)
 
 
+def _slow_slots(module: Any) -> None:
+    module.w_decay.weight.mul_(0.2)
+    module.gate_temperature = 40.0
+
+
 CASES: dict[str, Case] = {
-    "gated_deltanet": Case({"kind": "gated_deltanet", "chunk_size": 8, "expand_v": 1.5}, slow=_slow_deltanet, at_size={"chunk_size": 64}),
+    "gated_deltanet": Case(
+        {"kind": "gated_deltanet", "chunk_size": 8, "expand_v": 1.5},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 64},
+    ),
+    "gsa": Case(
+        {"kind": "gsa", "expand_v": 1.5, "gsa": {"n_slots": 5, "chunk_size": 8}},
+        slow=_slow_slots,
+        at_size={"gsa": {"n_slots": 32, "chunk_size": 16}},
+    ),
+    "mamba2": Case(
+        {"kind": "mamba2", "chunk_size": 8, "mamba2": {"state_dim": 5, "expand": 1.5}},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 64, "mamba2": {"state_dim": 32, "expand": 2.0}},
+    ),
+    "mamba2, groups": Case(
+        {"kind": "mamba2", "chunk_size": 8, "conv_kernel": 1, "mamba2": {"state_dim": 5, "expand": 1.0, "n_groups": 2}},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 32, "mamba2": {"state_dim": 32, "expand": 2.0, "n_groups": 2}},
+    ),
 }
 
 
