@@ -34,10 +34,47 @@ class RopeConfig(Section):
     """Positions the unscaled rotation was meant for (used by yarn)."""
 
 
+MemoryKind = Literal[
+    "gated_deltanet",
+    "gsa",
+    "mamba2",
+]
+"""Architectures of memory: one file each in models/memory/."""
+
+
+class GatedSlotConfig(Section):
+    """What only Gated Slot Attention reads (arXiv 2409.07146)."""
+
+    n_slots: PositiveInt = 64
+    """Slots per head."""
+    gate_temperature: float = Field(default=8.0, gt=0)
+    """Divides the logarithm of the forget gates: larger remembers longer."""
+    chunk_size: Annotated[int, Field(ge=1, le=16)] = 16
+    """Tokens per chunk of the parallel form; changes speed, not results. At most 16: decays within a chunk must fit float32."""
+
+
+class Mamba2Config(Section):
+    """What only Mamba-2 reads (arXiv 2405.21060)."""
+
+    state_dim: PositiveInt = 64
+    """Rows of each head's state: size of the vectors B and C."""
+    expand: float = Field(default=2.0, gt=0)
+    """Inner width as a multiple of d_model; heads share it equally."""
+    n_groups: PositiveInt = 1
+    """Groups of heads that share B and C."""
+
+
+_UNREAD: dict[str, tuple[str, ...]] = {
+    "gsa": ("chunk_size",),
+    "mamba2": ("head_dim", "expand_v"),
+}
+"""Shared settings that a kind does not read."""
+
+
 class MemoryModuleConfig(Section):
     """The memory architecture used by layers of kind ``memory``."""
 
-    kind: Literal["gated_deltanet"] = "gated_deltanet"
+    kind: MemoryKind = "gated_deltanet"
     """Which architecture: one file each in models/memory/."""
     n_heads: PositiveInt | None = None
     """Heads of the memory; null means model.n_heads."""
@@ -49,6 +86,23 @@ class MemoryModuleConfig(Section):
     """Taps of the causal depthwise convolution on q, k and v; 1 switches it off."""
     chunk_size: Annotated[int, Field(ge=1, le=1024)] = 64
     """Tokens per chunk of the parallel form; changes speed, not results."""
+    gsa: GatedSlotConfig = GatedSlotConfig()
+    """What only kind gsa reads."""
+    mamba2: Mamba2Config = Mamba2Config()
+    """What only kind mamba2 reads."""
+
+    @model_validator(mode="after")
+    def _check_read(self) -> MemoryModuleConfig:
+        """Refuse what is set and would change nothing: another kind's section, a shared setting that this kind does not read."""
+        fields = type(self).model_fields
+        set_here = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        for name in set_here:
+            if isinstance(fields[name].default, Section):
+                if name != self.kind:
+                    raise ValueError(f"memory.{name} is read by memory.kind {name}, not by {self.kind}; leave it out or set memory.kind={name}")
+            elif name in _UNREAD.get(self.kind, ()):
+                raise ValueError(f"memory.{name} is not read by memory.kind {self.kind}; leave it at {fields[name].default}")
+        return self
 
 
 class ModelConfig(Section):
@@ -92,9 +146,22 @@ class ModelConfig(Section):
         if self.attention_head_dim % 2:
             raise ValueError(f"head_dim {self.attention_head_dim} is odd; rotary embedding needs an even size")
         memory_heads = self.memory.n_heads or self.n_heads
-        if self.memory.head_dim is None and self.d_model % memory_heads:
+        if self.memory.kind == "mamba2":
+            self._check_mamba2(memory_heads)
+        elif self.memory.head_dim is None and self.d_model % memory_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by memory.n_heads {memory_heads}; set memory.head_dim")
         return self
+
+    def _check_mamba2(self, heads: int) -> None:
+        own = self.memory.mamba2
+        if heads % own.n_groups:
+            raise ValueError(f"memory.n_heads {heads} is not a multiple of memory.mamba2.n_groups {own.n_groups}")
+        inner = own.expand * self.d_model
+        if inner % heads:
+            raise ValueError(
+                f"memory.mamba2.expand {own.expand} x d_model {self.d_model} = {inner:g} is not a multiple of memory.n_heads {heads}; "
+                "change one of them"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -125,9 +192,13 @@ class ModelConfig(Section):
     @property
     def memory_key_dim(self) -> int:
         """Key size per memory head after defaults."""
+        if self.memory.kind == "mamba2":
+            return self.memory.mamba2.state_dim
         return self.memory.head_dim or self.d_model // self.memory_heads
 
     @property
     def memory_value_dim(self) -> int:
         """Value size per memory head after defaults."""
+        if self.memory.kind == "mamba2":
+            return round(self.memory.mamba2.expand * self.d_model) // self.memory_heads
         return max(1, round(self.memory.expand_v * self.memory_key_dim))

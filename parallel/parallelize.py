@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from models.attention import Attention
+from models.errors import UserError
 from models.memory.protocol import MemoryModule
 from models.transformer import Transformer
 from parallel.config import SequenceScheme
@@ -32,9 +33,20 @@ def split_sequence(
         if isinstance(mixer, Attention):
             mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk)
         elif isinstance(mixer, MemoryModule):
+            check_layout(mixer, layout, mesh.dims.cp)
             mixer.carry = RingCarry(mesh.cp_group, layout)
         else:
             raise TypeError(f"no way to split a sequence over ranks is known for {type(mixer).__name__}")
+
+
+def check_layout(memory: MemoryModule, layout: str, cp: int) -> None:
+    """Raise UserError where a memory cannot be split as asked: it would be another model on every rank."""
+    if layout not in memory.traits.layouts:
+        served = " or ".join(sorted(memory.traits.layouts))
+        remedy = f"set parallel.layout={served}" if served else "set parallel.cp=1 and use more data-parallel ranks"
+        raise UserError(
+            f"parallel.layout {layout}, parallel.cp {cp}: the state of {type(memory).__name__} cannot cross ranks exactly in it; {remedy}"
+        )
 
 
 def parallelize(

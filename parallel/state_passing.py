@@ -2,7 +2,8 @@
 
 Every token range j of the sequence has a summary S_out = M_j S_in + E_j. All ranks gather all (M_j, E_j) in one
 collective and fold them in global order, so contiguous and zigzag layouts are the same code. Backward gathers the
-gradients of the incoming states once and folds the transposed recurrence G_j = M_j^T G_{j+1} + dS_j.
+gradients of the incoming states once and folds the transposed recurrence G_j = M_j^T G_{j+1} + dS_j. A transition that only
+decays, S_out = a_j S_in + E_j elementwise, sends its few decays instead of a matrix and folds without products of matrices.
 
 Everything runs in the dtype of the summaries (float32 or float64), never under autocast: errors of a product of many M
 grow with their number. Every rank of the group joins every exchange, whatever its documents look like.
@@ -44,6 +45,15 @@ class RingCarry:
         order = self._places(bounds)
         with torch.autocast(initial.device.type, enabled=False):
             *incoming, final = _AffineExchange.apply(self.group, order, torch.stack(list(transitions)), torch.stack(list(updates)), initial)
+        return incoming, final
+
+    def diagonal(
+        self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Carry.diagonal`. ``initial`` as for `affine`."""
+        order = self._places(bounds)
+        with torch.autocast(initial.device.type, enabled=False):
+            *incoming, final = _DiagonalExchange.apply(self.group, order, torch.stack(list(decays)), torch.stack(list(updates)), initial)
         return incoming, final
 
     def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
@@ -93,6 +103,41 @@ class _AffineExchange(torch.autograd.Function):
                 grad = torch.matmul(m_PR[r, i].mT, grad).add_(given_PR[r, i])
         initial = grad if rank == 0 else torch.zeros_like(grad)
         return None, None, torch.stack(dm), torch.stack(de), initial
+
+
+class _DiagonalExchange(torch.autograd.Function):
+    """(a_R..., E_R..., initial) -> R incoming states and the final state; a broadcasts to E."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, order: list[tuple[int, int]], a_R: Tensor, e_R: Tensor, initial: Tensor) -> tuple[Tensor, ...]:
+        sent = torch.cat([a_R.flatten(1), e_R.flatten(1)], dim=1)
+        a_PR, e_PR = _gather(sent, group).split([a_R[0].numel(), e_R[0].numel()], dim=-1)
+        a_PR, e_PR = a_PR.unflatten(-1, a_R.shape[1:]), e_PR.unflatten(-1, e_R.shape[1:])
+        rank = dist.get_rank(group)
+        mine: list[Tensor] = [initial] * len(a_R)
+        state = initial
+        for r, i in order:
+            if r == rank:
+                mine[i] = state.clone()
+            state = torch.addcmul(e_PR[r, i], a_PR[r, i], state)
+        ctx.group, ctx.order = group, order
+        ctx.save_for_backward(a_PR.contiguous(), *mine)
+        return (*mine, state)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a_PR, *mine = ctx.saved_tensors
+        rank = dist.get_rank(ctx.group)
+        given_PR = _gather(torch.stack(grads), ctx.group)  # [P, R + 1, ...]; the last is of the final state
+        grad = given_PR[:, -1].sum(0)
+        da, de = [grad] * len(mine), [grad] * len(mine)
+        for r, i in reversed(ctx.order):
+            if r == rank:
+                de[i] = grad
+                da[i] = (grad * mine[i]).sum_to_size(a_PR.shape[2:])
+            grad = torch.addcmul(given_PR[r, i], a_PR[r, i], grad)
+        initial = grad if rank == 0 else torch.zeros_like(grad)
+        return None, None, torch.stack(da), torch.stack(de), initial
 
 
 class _GatherTail(torch.autograd.Function):

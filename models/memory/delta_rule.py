@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.memory.chunks import Decays, bmm, running_sum
 from models.repeat import repeated
 
 _BASE = 16
@@ -51,46 +52,6 @@ def invert_unit_lower(lower_NGCC: Tensor) -> Tensor:
     return inverse
 
 
-def _running_sum(x_NGC: Tensor, segment_NBC: Tensor | None, reverse: bool = False) -> Tensor:
-    """Sum up to (or from) each token within chunk and document, so that not even rounding depends on another document.
-
-    A product with ones, because cumsum is not deterministic on CUDA.
-    """
-    N, G, C = x_NGC.shape
-    ones_CC = torch.ones(C, C, dtype=x_NGC.dtype, device=x_NGC.device)
-    ones_CC = ones_CC.tril_() if reverse else ones_CC.triu_()
-    if segment_NBC is None:
-        return x_NGC @ ones_CC
-    same_NBCC = ones_CC * (segment_NBC.unsqueeze(-1) == segment_NBC.unsqueeze(-2))
-    return (x_NGC.view(N, same_NBCC.shape[1], -1, C) @ same_NBCC).view(N, G, C)
-
-
-class _Decays:
-    """Decay factors of all chunks: pair (t, i), chunk start -> t, t -> chunk end; exact zeros across document starts."""
-
-    def __init__(self, g_NGC: Tensor, segment_NBC: Tensor | None) -> None:
-        N, G, C = g_NGC.shape
-        pair = g_NGC.unsqueeze(-1) - g_NGC.unsqueeze(-2)
-        future = torch.full((C, C), float("-inf"), dtype=g_NGC.dtype, device=g_NGC.device).triu_(1)
-        pair += future
-        self.from_start_NGC = g_NGC.exp()
-        self.to_end_NGC = (g_NGC[..., -1:] - g_NGC).exp_()
-        if segment_NBC is not None:
-            B = segment_NBC.shape[1]
-            other = segment_NBC.unsqueeze(-1) != segment_NBC.unsqueeze(-2)
-            pair.view(N, B, G // B, C, C).masked_fill_(other.unsqueeze(2), float("-inf"))
-            self.from_start_NGC.view(N, B, G // B, C).masked_fill_((segment_NBC != 0).unsqueeze(2), 0)
-            self.to_end_NGC.view(N, B, G // B, C).masked_fill_((segment_NBC != segment_NBC[..., -1:]).unsqueeze(2), 0)
-        self.pair_NGCC = pair.exp_()
-        self.whole_NG11 = self.from_start_NGC[..., -1, None, None]
-
-
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product over the two leading dims (torch.matmul would fold or copy some layouts)."""
-    N, G = a.shape[:2]
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, (N, G))
-
-
 class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,15 +65,15 @@ class _GatedDeltaRule(torch.autograd.Function):
         segment_NBC: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(q_NGCK.device.type, enabled=False):
-            g_NGC = _running_sum(log_decay_NGC, segment_NBC)
-            decay = _Decays(g_NGC, segment_NBC)
-            lower = _bmm(k_NGCK, k_NGCK.mT).mul_(decay.pair_NGCC).mul_(beta_NGC.unsqueeze(-1)).tril_(-1)
+            g_NGC = running_sum(log_decay_NGC, segment_NBC)
+            decay = Decays(g_NGC, segment_NBC)
+            lower = bmm(k_NGCK, k_NGCK.mT).mul_(decay.pair_NGCC).mul_(beta_NGC.unsqueeze(-1)).tril_(-1)
             inverse_NGCC = invert_unit_lower(lower)
-            w_NGCK = _bmm(inverse_NGCC, k_NGCK * (beta_NGC * decay.from_start_NGC).unsqueeze(-1))
+            w_NGCK = bmm(inverse_NGCC, k_NGCK * (beta_NGC * decay.from_start_NGC).unsqueeze(-1))
             u_NGCW = _values(inverse_NGCC, v_NGCV * beta_NGC.unsqueeze(-1), state_GKW.shape[-1])
             s_NGKW = _scan(w_NGCK, k_NGCK * decay.to_end_NGC.unsqueeze(-1), decay.whole_NG11, u_NGCW, state_GKW)
-            read_NGCC = _bmm(q_NGCK, k_NGCK.mT).mul_(decay.pair_NGCC)
-            o_NGCW = _bmm(read_NGCC, u_NGCW)
+            read_NGCC = bmm(q_NGCK, k_NGCK.mT).mul_(decay.pair_NGCC)
+            o_NGCW = bmm(read_NGCC, u_NGCW)
             o_NGCW.flatten(0, 1).baddbmm_((q_NGCK * decay.from_start_NGC.unsqueeze(-1)).flatten(0, 1), s_NGKW[:-1].flatten(0, 1))
         ctx.save_for_backward(q_NGCK, k_NGCK, v_NGCV, beta_NGC, g_NGC, segment_NBC, inverse_NGCC, w_NGCK, u_NGCW, s_NGKW)
         return o_NGCW, s_NGKW[-1].clone()
@@ -122,23 +83,23 @@ class _GatedDeltaRule(torch.autograd.Function):
         do_NGCW, dfinal_GKW = grads
         q, k, v, beta, g, segment, inverse, w, u, s = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            decay = _Decays(g, segment)
+            decay = Decays(g, segment)
             start, end = decay.from_start_NGC.unsqueeze(-1), decay.to_end_NGC.unsqueeze(-1)
             q_start = q * start
-            read = _bmm(q, k.mT).mul_(decay.pair_NGCC)
-            gram = _bmm(k, k.mT).mul_(decay.pair_NGCC).tril_(-1)  # L without beta
-            du = _bmm(read.mT, do_NGCW)
-            ds = _scan_reverse(w, k * end, decay.whole_NG11, du, _bmm(q_start.mT, do_NGCW), dfinal_GKW)
+            read = bmm(q, k.mT).mul_(decay.pair_NGCC)
+            gram = bmm(k, k.mT).mul_(decay.pair_NGCC).tril_(-1)  # L without beta
+            du = bmm(read.mT, do_NGCW)
+            ds = _scan_reverse(w, k * end, decay.whole_NG11, du, bmm(q_start.mT, do_NGCW), dfinal_GKW)
 
             # Through the read-out: O = diag(start) Q S + read U
-            dq_start = _bmm(do_NGCW, s[:-1].mT)
-            dread = _bmm(do_NGCW, u.mT)
+            dq_start = bmm(do_NGCW, s[:-1].mT)
+            dread = bmm(do_NGCW, u.mT)
             # Through the state update: S' = whole S + (end K)^T U
-            dk_end = _bmm(u, ds[1:].mT)
+            dk_end = bmm(u, ds[1:].mT)
             # Through the solve: with F = T^T dU, dL = -F U^T, d(beta V) = F, d(beta start K) = -F S^T
-            f = _bmm(inverse.mT, du)
-            dlower = _bmm(f, u.mT).neg_().tril_(-1)
-            dk_start = _bmm(f, s[:-1].mT).neg_()
+            f = bmm(inverse.mT, du)
+            dlower = bmm(f, u.mT).neg_().tril_(-1)
+            dk_start = bmm(f, s[:-1].mT).neg_()
             dvalue = f[..., : v.shape[-1]]
 
             dbeta = (dvalue * v).sum(-1) + (dlower * gram).sum(-1)
@@ -160,12 +121,12 @@ class _GatedDeltaRule(torch.autograd.Function):
             dk = dk_end.mul_(end).addcmul_(dk_start, (beta * decay.from_start_NGC).unsqueeze(-1))
             dk.flatten(0, 1).baddbmm_(dread.mT.flatten(0, 1), q.flatten(0, 1))
             dk.flatten(0, 1).baddbmm_((dlower + dlower.mT).flatten(0, 1), k.flatten(0, 1))
-            return dq, dk, dvalue * beta.unsqueeze(-1), dbeta, _running_sum(dg, segment, reverse=True), ds[0], None
+            return dq, dk, dvalue * beta.unsqueeze(-1), dbeta, running_sum(dg, segment, reverse=True), ds[0], None
 
 
 def _values(inverse_NGCC: Tensor, value_NGCV: Tensor, width: int) -> Tensor:
     """U0 = T (beta V), zero in the columns that only carry the incoming state."""
-    solved = _bmm(inverse_NGCC, value_NGCV)
+    solved = bmm(inverse_NGCC, value_NGCV)
     extra = width - solved.shape[-1]
     return torch.nn.functional.pad(solved, (0, extra)) if extra else solved
 

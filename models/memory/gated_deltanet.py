@@ -15,25 +15,23 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from models.batch import Bounds, Range
 from models.config import ModelConfig
-from models.int8_weight import Int8Weight, in_dtype
-from models.linear import Linear, linear, widened
+from models.linear import Linear, linear
 from models.memory.delta_rule import gated_delta_rule
 from models.memory.documents import plan_documents
-from models.memory.protocol import MemoryCost, MemoryModule, MemoryTraits, State, last_tokens, local_offsets, ranges_in_order
+from models.memory.initial import initial_gate
+from models.memory.protocol import MemoryCost, MemoryTraits, State, last_tokens
+from models.memory.recurrent import RecurrentMixer, state_dtype
 from models.memory.short_conv import conv_silu_chunks, gated_norm, to_chunks
 
 _L2_EPS = 1e-6
-_DT_RANGE = (1e-3, 0.1)
-_A_RANGE = (1.0, 16.0)
 
 
 class _Weights(NamedTuple):
@@ -54,7 +52,7 @@ class _Weights(NamedTuple):
     norm: Tensor
 
 
-class GatedDeltaNet(MemoryModule):
+class GatedDeltaNet(RecurrentMixer):
     """One Gated DeltaNet mixer. Parameters: six projections in, one out, depthwise convolutions, decay scale and bias per head."""
 
     def __init__(
@@ -67,7 +65,7 @@ class GatedDeltaNet(MemoryModule):
         chunk_size: int = 64,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__()
+        super().__init__(d_model, (n_heads, key_dim, value_dim), conv_kernel, chunk_size)
         self.traits = MemoryTraits(
             carry="layer",
             transition="affine_dense",
@@ -77,7 +75,7 @@ class GatedDeltaNet(MemoryModule):
             layouts=frozenset({"contiguous", "zigzag"}),
         )
         self.n_heads, self.key_dim, self.value_dim = n_heads, key_dim, value_dim
-        self.halo, self.chunk_size, self.norm_eps = conv_kernel - 1, chunk_size, norm_eps
+        self.norm_eps = norm_eps
         keys, values = n_heads * key_dim, n_heads * value_dim
         self.w_q = Linear(d_model, keys)
         self.w_k = Linear(d_model, keys)
@@ -95,61 +93,13 @@ class GatedDeltaNet(MemoryModule):
         self.norm_weight = nn.Parameter(torch.empty(value_dim))
 
     def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
-        """A ~ U(1, 16) and dt log-uniform in [1e-3, 0.1] (section 3.4 of the Mamba-2 paper), convolutions ~ U(+-kernel^-1/2)."""
-        if name == "A_log":
-            return torch.empty(shape).uniform_(*_A_RANGE, generator=generator).log_()
-        if name == "dt_bias":
-            dt = torch.empty(shape).uniform_(*map(math.log, _DT_RANGE), generator=generator).exp_()
-            return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
-        if name.startswith("conv_"):
-            bound = shape[-1] ** -0.5
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        if name == "norm_weight":
-            return torch.ones(shape)
-        return None
+        """See `models.memory.initial`."""
+        return initial_gate(name, shape, generator)
 
-    def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> State:
-        """``state`` [B, H, K, V] and ``conv`` [B, kernel - 1, d_model], the last inputs of the layer."""
-        return {
-            "state": torch.zeros(batch_size, self.n_heads, self.key_dim, self.value_dim, device=device, dtype=dtype),
-            "conv": torch.zeros(batch_size, self.halo, self.w_q.in_features, device=device, dtype=dtype),
-        }
-
-    # ------------------------------------------------------------------------------------------------ forward
-
-    def forward(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
-        """See `MemoryModule.forward`."""
-        start = self.init_state(len(x_BTC), x_BTC.device, _state_dtype(x_BTC)) if state is None else state
-        halos = self._halos(x_BTC, start["conv"], bounds)
-        offsets = local_offsets(bounds)
-        pieces = [x_BTC[:, offsets[i] : offsets[i + 1]] for i in range(len(bounds.ranges))]
-        initial_BHKV = start["state"].to(_state_dtype(x_BTC))
-        if self.carry.local:
-            outputs, final_BHKV = self._carried_through(pieces, halos, initial_BHKV, bounds)
-        else:
-            outputs, final_BHKV = self._exchanged(pieces, halos, initial_BHKV, bounds)
-        y_BTC = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return y_BTC, self._state_after(x_BTC, state, final_BHKV, pieces, halos, bounds)
-
-    def _carried_through(
-        self, pieces: list[Tensor], halos: list[Tensor], state_BHKV: Tensor, bounds: Bounds
-    ) -> tuple[list[Tensor], Tensor]:
-        """One process: the state goes from tile to tile and from range to range."""
-        outputs = list(pieces)
-        weights, state_GKV = self._weights(), state_BHKV.flatten(0, 1)
-        for i in ranges_in_order(bounds):
-            tiles, before = [], halos[i]
-            for span, x in self._tiles(pieces[i], bounds.ranges[i]):
-                y, state_GKV = self._run(bounds, span, partial(self._whole_tile, bounds, span), weights, x, before, state_GKV)
-                tiles.append(y)
-                before = last_tokens(before, x, self.halo)
-            outputs[i] = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
-        return outputs, state_GKV.unflatten(0, state_BHKV.shape[:2])
-
-    def _exchanged(self, pieces: list[Tensor], halos: list[Tensor], initial_BHKV: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
-        """Several ranks: run every range on [0 | I], exchange summaries once, add what the incoming state contributes."""
+    def exchanged(self, pieces: list[Tensor], halos: list[Tensor], initial_BHKV: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
+        """See `RecurrentMixer.exchanged`: run every range on [0 | I], exchange summaries once, add what the incoming state contributes."""
         B, H, K, V = initial_BHKV.shape
-        weights = self._weights()
+        weights = self.weights()
         identity = torch.eye(K, dtype=initial_BHKV.dtype, device=initial_BHKV.device).expand(B * H, K, K)
         blank_GKW = torch.cat([identity.new_zeros(B * H, K, V), identity], dim=-1)
         own: list[list[Tensor]] = []
@@ -157,8 +107,8 @@ class GatedDeltaNet(MemoryModule):
         for i, piece in enumerate(pieces):
             own.append([])
             state_GKW, before = blank_GKW, halos[i]
-            for span, x in self._tiles(piece, bounds.ranges[i]):
-                o_NGcW, state_GKW = self._run(bounds, span, partial(self._recur, bounds, span), weights, x, before, state_GKW)
+            for span, x in self.tiles(piece, bounds.ranges[i]):
+                o_NGcW, state_GKW = self.run(bounds, span, partial(self._recur, bounds, span), weights, x, before, state_GKW)
                 own[i].append(o_NGcW)
                 before = last_tokens(before, x, self.halo)
             summary = state_GKW.unflatten(0, (B, H))
@@ -168,45 +118,25 @@ class GatedDeltaNet(MemoryModule):
         outputs = []
         for i, piece in enumerate(pieces):
             state_GKV = incoming[i].flatten(0, 1)
-            spans = self._tiles(piece, bounds.ranges[i])
-            tiles = [self._run(bounds, span, self._read_out, weights, x, o, state_GKV) for (span, x), o in zip(spans, own[i], strict=True)]
+            spans = self.tiles(piece, bounds.ranges[i])
+            tiles = [self.run(bounds, span, self._read_out, weights, x, o, state_GKV) for (span, x), o in zip(spans, own[i], strict=True)]
             outputs.append(tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1))
         return outputs, final_BHKV
 
-    def _run(self, bounds: Bounds, span: Range, body: Any, *args: Any) -> Any:
-        """One tile; with tiles its inside is recomputed in the backward pass unless ``run_tile`` decides."""
-        if self.run_tile is not None:
-            return self.run_tile(_local_start(bounds, span), span[1] - span[0], body, *args)
-        if not self.tile_tokens or not torch.is_grad_enabled():
-            return body(*args)
-        return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=False)
-
-    def _tiles(self, x_BTC: Tensor, span: Range) -> list[tuple[Range, Tensor]]:
-        """Global spans and their tokens."""
-        start, end = span
-        size = self.tile_tokens or end - start
-        return [((a, min(a + size, end)), x_BTC[:, a - start : a - start + size]) for a in range(start, end, size)]
-
-    def _weights(self) -> _Weights:
-        """The parameters; with tiles, low-precision ones are widened once so that tile gradients add up in float32."""
-
-        def wide(weight: Tensor) -> Tensor:
-            if not self.tile_tokens:
-                return weight
-            dtype = _state_dtype(weight)
-            return in_dtype(weight, dtype) if isinstance(weight, Int8Weight) else widened(weight, dtype)
-
+    def weights(self) -> _Weights:
+        """See `RecurrentMixer.weights`."""
         convs = (self.conv_q, self.conv_k, self.conv_v) if self.halo else self._no_convolution()
         linears = (self.w_q, self.w_k, self.w_v, self.w_gate, self.w_beta, self.w_decay, self.w_out)
-        small = (p.to(_state_dtype(p)) for p in (*convs, self.A_log, self.dt_bias, self.norm_weight))
-        return _Weights(*(wide(linear.weight) for linear in linears), *small)
+        small = (p.to(state_dtype(p)) for p in (*convs, self.A_log, self.dt_bias, self.norm_weight))
+        return _Weights(*self.wide(linear.weight for linear in linears), *small)
 
     def _no_convolution(self) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(self.A_log.new_ones(linear.out_features, 1) for linear in (self.w_q, self.w_k, self.w_v))  # type: ignore[return-value]
 
-    def _whole_tile(
+    def whole_tile(
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, before_BnC: Tensor, state_GKV: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """See `RecurrentMixer.whole_tile`."""
         o_NGcV, state_GKV = self._recur(bounds, span, weights, x_BTC, before_BnC, state_GKV)
         return self._write_out(weights, x_BTC, o_NGcV), state_GKV
 
@@ -239,34 +169,6 @@ class GatedDeltaNet(MemoryModule):
     def _write_out(self, weights: _Weights, x_BTC: Tensor, o_NGcV: Tensor) -> Tensor:
         gate_BTC = linear(x_BTC, weights.w_gate)
         return linear(gated_norm(o_NGcV, gate_BTC, weights.norm, self.norm_eps), weights.w_out)
-
-    # ------------------------------------------------------------------------------------------------ edges of the sequence
-
-    def _halos(self, x_BTC: Tensor, conv_BnC: Tensor, bounds: Bounds) -> list[Tensor]:
-        """Inputs before every range; what lies before the sequence comes from the state."""
-        if not self.halo:
-            return [x_BTC[:, :0] for _ in bounds.ranges]
-        origin = min(start for start, _ in bounds.ranges) if self.carry.local else 0
-        halos = self.carry.halo(x_BTC, self.halo, bounds)
-        for i, (start, _) in enumerate(bounds.ranges):
-            inside = start - origin
-            if inside < self.halo:
-                halos[i] = torch.cat([conv_BnC[:, inside:].to(x_BTC.dtype), halos[i][:, self.halo - inside :]], dim=1)
-        return halos
-
-    def _state_after(
-        self, x_BTC: Tensor, given: State | None, final_BHKV: Tensor, pieces: list[Tensor], halos: list[Tensor], bounds: Bounds
-    ) -> State:
-        """The state to hand to the next sequence; over several ranks only for a caller that carries states at all."""
-        if self.carry.local:
-            last = ranges_in_order(bounds)[-1]
-            return {"state": final_BHKV, "conv": last_tokens(halos[last], pieces[last], self.halo)}
-        if given is None:
-            return {}
-        before_BnC = given["conv"].to(x_BTC.dtype)
-        conv = self.carry.tail(x_BTC, self.halo, bounds)
-        short = self.halo - min(self.halo, bounds.seq_len)
-        return {"state": final_BHKV, "conv": torch.cat([before_BnC[:, self.halo - short :], conv[:, short:]], dim=1)}
 
     # ------------------------------------------------------------------------------------------------ twin and arithmetic
 
@@ -308,7 +210,8 @@ class GatedDeltaNet(MemoryModule):
         n = batch_size * tokens
         projections = 2 * d * H * (2 * K + 3 * V + 2)
         # Per token and head: two Gram products, the inverse, T [bV | bK], W S and K^T U of the scan, read U and q S.
-        op = 2 * H * (2 * c * K + c * c / 6 + c * (K + V) + 2 * K * W + c * W + K * W)
+        inverse = max(0, c * c - 256) / 3  # two products per halving, down to blocks of 16
+        op = 2 * H * (2 * c * K + inverse + c * (K + V) + 2 * K * W + c * W + K * W)
         # Gram products again, dU and dread, two of the scan, four with S, the solve, dlower, three into q and k.
         op_backward = 2 * H * (5 * c * K + 4 * c * W + 6 * K * W)
         read_out = 2 * H * K * V if split else 0
@@ -324,22 +227,9 @@ class GatedDeltaNet(MemoryModule):
             flops_forward=n * (projections + op + read_out),
             flops_backward=n * (2 * projections + op_backward + 2 * read_out),
             saved_bytes=int(saved),
-            state_bytes=batch_size * H * K * V * wide,
+            state_bytes=batch_size * (H * K * V * wide + self.halo * d * itemsize),
             exchange_bytes=batch_size * (H * K * (K + V) * wide + self.halo * d * itemsize) if split else 0,
         )
-
-
-def _local_start(bounds: Bounds, span: Range) -> int:
-    """Local index of a span's first token."""
-    for offset, (start, end) in zip(local_offsets(bounds), bounds.ranges, strict=False):
-        if start <= span[0] < end:
-            return offset + span[0] - start
-    raise ValueError(f"tokens {span} are not in ranges {bounds.ranges}")
-
-
-def _state_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def build(config: ModelConfig) -> GatedDeltaNet:

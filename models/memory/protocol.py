@@ -25,6 +25,8 @@ State = dict[str, Tensor]
 
 BUILDERS: dict[str, str] = {
     "gated_deltanet": "models.memory.gated_deltanet",
+    "gsa": "models.memory.gsa",
+    "mamba2": "models.memory.mamba2",
 }
 """``model.memory.kind`` -> module that defines ``build``; imported only when asked for."""
 
@@ -62,7 +64,7 @@ class MemoryCost:
     saved_bytes: int
     """Bytes kept from forward to backward, the module's input included, parameters excluded."""
     state_bytes: int
-    """Bytes of the recurrent state of all rows."""
+    """Bytes of all that `MemoryModule.init_state` holds, of all rows."""
     exchange_bytes: int
     """Bytes one rank contributes to the exchange of one forward pass when the sequence is split."""
 
@@ -84,6 +86,15 @@ class Carry(Protocol):
 
         transitions M_BHKK and updates E_BHKV per local range, initial S_BHKV before the sequence. Returns each local
         range's incoming state and the state after the last token of the sequence.
+        """
+        ...
+
+    def diagonal(
+        self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
+    ) -> tuple[list[Tensor], Tensor]:
+        """Compose ``S_out = a S_in + E`` over all ranges of the sequence, elementwise.
+
+        As `affine`, with decays a_BH?? per local range that broadcast to E (one number per head, one per row of the state ...).
         """
         ...
 
@@ -111,6 +122,18 @@ def local_offsets(bounds: Bounds) -> list[int]:
     return offsets
 
 
+def _folded(
+    moves: Sequence[Callable[[Tensor], Tensor]], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
+) -> tuple[list[Tensor], Tensor]:
+    """Each range's incoming state and the last one, ranges taken in global order."""
+    incoming: list[Tensor] = [initial] * len(bounds.ranges)
+    state = initial
+    for i in ranges_in_order(bounds):
+        incoming[i] = state
+        state = moves[i](state) + updates[i]
+    return incoming, state
+
+
 class LocalCarry:
     """One process holds everything there is: adjoining ranges in any local order."""
 
@@ -130,12 +153,13 @@ class LocalCarry:
         self, transitions: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
     ) -> tuple[list[Tensor], Tensor]:
         """See `Carry.affine`."""
-        incoming: list[Tensor] = [initial] * len(bounds.ranges)
-        state = initial
-        for i in ranges_in_order(bounds):
-            incoming[i] = state
-            state = transitions[i] @ state + updates[i]
-        return incoming, state
+        return _folded([lambda state, m=m: m @ state for m in transitions], updates, initial, bounds)
+
+    def diagonal(
+        self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Carry.diagonal`."""
+        return _folded([lambda state, a=a: a * state for a in decays], updates, initial, bounds)
 
     def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
         """See `Carry.tail`."""
@@ -151,6 +175,11 @@ def last_tokens(before_BnC: Tensor, x_BTC: Tensor, n: int) -> Tensor:
     if x_BTC.shape[1] >= n:
         return x_BTC[:, x_BTC.shape[1] - n :]
     return torch.cat([before_BnC, x_BTC], dim=1)[:, -n:]
+
+
+def detached(state: State) -> State:
+    """The state cut off from what made it: where a truncation window ends, gradients do too."""
+    return {name: value.detach() for name, value in state.items()}
 
 
 class MemoryModule(nn.Module):

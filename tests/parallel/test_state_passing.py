@@ -5,14 +5,12 @@ import torch
 import torch.distributed as dist
 
 from models.batch import Bounds
-from models.memory.protocol import BUILDERS, LocalCarry
+from models.memory.protocol import LocalCarry
 from parallel.sequence import ranges_for
 from parallel.state_passing import RingCarry
 from tests.distributed import run_distributed
 
 B, H, K, V = 2, 2, 3, 4
-D = 12
-DOCUMENTS = ((0, 1, 7, 8, 12, 16, 33), (0, 20, 21, 22))
 
 
 def summaries(n_ranges):
@@ -86,58 +84,3 @@ def wrong_part():
 
 def test_bounds_of_another_layout_are_refused():
     run_distributed(wrong_part, 2)
-
-
-# --- whole modules -------------------------------------------------------------------------------------------------------
-
-
-def module_run(module, x, bounds, take, state, dtype=torch.float64):
-    """y, input and parameter gradients of a loss that weights every token differently; ``take`` cuts the local part."""
-    x_local = take(x).clone().requires_grad_()
-    weight = take(torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype))
-    y, after = module(x_local, state, bounds)
-    grads = torch.autograd.grad((y * weight).sum(), [x_local, *module.parameters()])
-    return [y.detach(), *(g.detach() for g in grads)], {name: value.detach() for name, value in after.items()}
-
-
-def setup(kind, tile_tokens, documents):
-    from tests.models.memory.test_conformance import make
-
-    module = make(kind)
-    module.tile_tokens = tile_tokens
-    seq_len = 48
-    x = torch.randn(B, seq_len, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(4)
-    state = {n: torch.randn(z.shape, generator=generator, dtype=z.dtype) for n, z in module.init_state(B, "cpu", x.dtype).items()}
-    return module, x, state, Bounds(seq_len, ((0, seq_len),), documents)
-
-
-def module_on_ranks(kind, layout, tile_tokens, documents, with_state):
-    module, x, state, bounds = setup(kind, tile_tokens, documents)
-    ranges = ranges_for(layout, bounds.seq_len, dist.get_rank(), dist.get_world_size())
-    module.carry = RingCarry(dist.group.WORLD, layout)
-
-    def take(z):
-        return torch.cat([z[:, a:b] for a, b in ranges], 1)
-
-    return ranges, *module_run(module, x, bounds.with_ranges(ranges), take, state if with_state else None)
-
-
-@pytest.mark.parametrize("kind", sorted(k for k in BUILDERS))
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize(("documents", "tile_tokens", "with_state"), [(((0,), (0,)), 0, True), (DOCUMENTS, 0, False), (DOCUMENTS, 5, True)])
-def test_split_sequence_equals_one_process(kind, layout, size, documents, tile_tokens, with_state):
-    module, x, state, bounds = setup(kind, 0, documents)
-    if layout not in module.traits.layouts:
-        pytest.skip(f"{kind} does not claim {layout}")
-    (y, dx, *dparameters), after = module_run(module, x, bounds, lambda z: z, state if with_state else None)
-    answers = run_distributed(module_on_ranks, size, kind, layout, tile_tokens, documents, with_state)
-    for ranges, (y_local, dx_local, *_), after_local in answers:
-        for got, whole in ((y_local, y), (dx_local, dx)):
-            torch.testing.assert_close(got, torch.cat([whole[:, a:b] for a, b in ranges], 1), rtol=1e-10, atol=1e-10)
-        assert set(after_local) == (set(after) if with_state else set())
-        for name, value in after_local.items():
-            torch.testing.assert_close(value, after[name], rtol=1e-10, atol=1e-10)
-    for i, want in enumerate(dparameters):
-        torch.testing.assert_close(sum(answer[1][2 + i] for answer in answers), want, rtol=1e-10, atol=1e-10)

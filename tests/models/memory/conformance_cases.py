@@ -1,0 +1,104 @@
+"""The small modules on which the conformance suite runs: one entry of ``CASES`` per kind (or more, for options that change the model).
+
+To add an architecture: register it in ``models.memory.protocol.BUILDERS`` and give it a case here; ``test_conformance.py`` does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from models.batch import Bounds
+from models.config import MemoryModuleConfig, ModelConfig
+from models.memory.protocol import MemoryModule, State, build_memory
+
+D, B, T = 12, 2, 41
+DOCUMENTS = ((0, 1, 7, 8, 16, 33), (0, 20, 21, 22))
+SPLIT_T = 48
+"""Length of the sequences that are split: divides by 2, 3 and 4 ranks in both layouts, and no shard is a multiple of a chunk of 8."""
+
+
+def as_it_comes(module: Any) -> None:
+    """A module whose memory lasts with its initial gates."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module of one architecture, small, and what the suite needs to know of it that ``traits`` do not say."""
+
+    settings: Mapping[str, Any]
+    """``model.memory``, kind included."""
+    slow: Callable[[Any], None] = as_it_comes
+    """Makes the memory last (gates that hardly forget): a leak hides below rounding where an early token is forgotten anyway."""
+    at_size: Mapping[str, Any] = field(default_factory=dict)
+    """Settings changed where bytes and flops are measured, on longer sequences."""
+
+
+def _slow_deltanet(module: Any) -> None:
+    module.A_log.fill_(-4.0)
+    module.dt_bias.fill_(-4.0)
+
+
+def _slow_slots(module: Any) -> None:
+    module.w_decay.weight.mul_(0.2)
+    module.gate_temperature = 40.0
+
+
+CASES: dict[str, Case] = {
+    "gated_deltanet": Case(
+        {"kind": "gated_deltanet", "chunk_size": 8, "expand_v": 1.5},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 64},
+    ),
+    "gsa": Case(
+        {"kind": "gsa", "expand_v": 1.5, "gsa": {"n_slots": 5, "chunk_size": 8}},
+        slow=_slow_slots,
+        at_size={"gsa": {"n_slots": 32, "chunk_size": 16}},
+    ),
+    "mamba2": Case(
+        {"kind": "mamba2", "chunk_size": 8, "mamba2": {"state_dim": 5, "expand": 1.5}},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 64, "mamba2": {"state_dim": 32, "expand": 2.0}},
+    ),
+    "mamba2, groups": Case(
+        {"kind": "mamba2", "chunk_size": 8, "conv_kernel": 1, "mamba2": {"state_dim": 5, "expand": 1.0, "n_groups": 2}},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 32, "mamba2": {"state_dim": 32, "expand": 2.0, "n_groups": 2}},
+    ),
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float64, slow: bool = True, d_model: int = D, **changed: Any) -> MemoryModule:
+    """The module of case ``name`` with weights large enough that every part of it matters. ``changed``: settings."""
+    case, heads = CASES[name], 2
+    memory = MemoryModuleConfig(**{**case.settings, **changed})
+    module = build_memory(ModelConfig(d_model=d_model, n_heads=heads, head_dim=d_model // heads * 2, memory=memory)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for owner in module.modules():
+            for parameter_name, p in owner.named_parameters(recurse=False):
+                value = module.init_parameter(parameter_name, p.shape, generator) if owner is module else None
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.5 if value is None else value)
+        if slow:
+            case.slow(module)
+    return module
+
+
+def make_x(tokens: int = T, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Inputs [B, tokens, D]."""
+    return torch.randn(B, tokens, D, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def make_state(name: str, slow: bool = True) -> State:
+    """The state that some earlier text left in `make(name, slow=slow)`."""
+    with torch.no_grad():
+        earlier = torch.randn(B, SPLIT_T, D, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        return make(name, slow=slow)(earlier, None, whole(SPLIT_T))[1]
+
+
+def whole(tokens: int = T, packed: bool = False) -> Bounds:
+    """Bounds of a whole sequence; ``packed``: documents that begin at, beside and far from bounds of chunks and shards."""
+    return Bounds(tokens, ((0, tokens),), DOCUMENTS) if packed else Bounds.whole(B, tokens)
