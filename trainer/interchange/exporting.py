@@ -27,7 +27,7 @@ from trainer.config import RunConfig
 from trainer.data.tokenizers import load_tokenizer
 from trainer.interchange.bundle import model_sources
 from trainer.interchange.families import OWN, family_of, hf_config, hf_name
-from trainer.interchange.importing import HUGGINGFACE, KEPT_FILES, check_target, parameter_shapes
+from trainer.interchange.importing import KEPT_FILES, check_target, parameter_shapes
 from trainer.interchange.safetensors_files import Planned, write_synced, write_weights
 from trainer.planning import model_vocab_size
 from trainer.run_dir import RunDir, fsync_directory
@@ -176,8 +176,8 @@ def _copy_beside(run_dir: RunDir, config: RunConfig, target: Path, notes: list[s
 
 def _beside(run_dir: RunDir, config: RunConfig) -> Path | None:
     """The folder of the files that are not weights: the imported directory's own, else the tokenizer's."""
-    if (run_dir.path / HUGGINGFACE).is_dir():
-        return run_dir.path / HUGGINGFACE
+    if run_dir.huggingface.is_dir():
+        return run_dir.huggingface
     if config.data.tokenizer == "bytes":
         return None
     given = Path(config.data.tokenizer).expanduser()

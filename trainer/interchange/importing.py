@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from models.config import ModelConfig
 from models.errors import UserError
@@ -32,9 +33,6 @@ from trainer.interchange.safetensors_files import Weights, open_weights, write_s
 from trainer.run_dir import RunDir, fsync_directory
 from trainer.state import TrainState
 
-HUGGINGFACE = "huggingface"
-"""Folder of an imported directory that keeps what is not weights."""
-MARKER = "imported.json"
 KEPT_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -56,13 +54,14 @@ def import_model(source: Path, target: Path, base: RunConfig, tell: Callable[[st
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / HUGGINGFACE).mkdir(parents=True)
+        made = RunDir(temporary)
+        made.huggingface.mkdir(parents=True)
         for kept in _kept_files(source):
-            write_synced(temporary / HUGGINGFACE / kept.name, kept.read_bytes())
-        write_synced(temporary / MARKER, (json.dumps({"from": str(source.absolute()), "dtype": _dtype(places, weights)}) + "\n").encode())
-        write_synced(temporary / "config.yaml", config_file.dump(config).encode())
-        _write_checkpoint(RunDir(temporary), places, weights)
-        for folder in (temporary / HUGGINGFACE, temporary):
+            write_synced(made.huggingface / kept.name, kept.read_bytes())
+        write_synced(made.imported, (json.dumps({"from": str(source.absolute()), "dtype": _dtype(places, weights)}) + "\n").encode())
+        write_synced(made.config, config_file.dump(config).encode())
+        _write_checkpoint(made, places, weights)
+        for folder in (made.huggingface, temporary):
             fsync_directory(folder)
         if target.exists():
             target.rmdir()  # empty, or it would have been refused
@@ -100,7 +99,7 @@ def _settings(base: RunConfig, model: ModelConfig, source: Path, target: Path) -
     values["model"] = model.model_dump()
     values["train"]["init_from"] = str(target)
     if (source / "tokenizer.json").is_file():
-        values["data"]["tokenizer"] = str(target / HUGGINGFACE)
+        values["data"]["tokenizer"] = str(RunDir(target).huggingface)
     return RunConfig.model_validate(values)
 
 
@@ -181,6 +180,10 @@ class _StreamingCheckpoints(CheckpointManager):
     """Writes placeholders' values from ``source`` instead of from memory."""
 
     source: _Streamed
+
+    def _storage_writer(self, folder: Path) -> FileSystemWriter:
+        # torch (2.13) holds what it has written until a file is finished: a file for each tensor.
+        return FileSystemWriter(folder, sync_files=True, overwrite=False, single_file_per_rank=False)
 
     def _write_tensors(self, folder: Path, content: Any) -> None:
         write_tensors(self._storage_writer(folder), content.tensors, self.source, self.ranks.group)
