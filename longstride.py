@@ -180,6 +180,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="PATH", help="held-out data of the run's source kind (default: the run's own)")
     evaluate.add_argument("--sequences", type=int, metavar="N", help="held-out sequences (default: train.eval_sequences of the run)")
     evaluate.set_defaults(run="trainer.commands.evaluate:evaluate")
+
+    importing = verbs.add_parser("import", help="make a directory that runs can begin from out of a Hugging Face model")
+    importing.add_argument("model", metavar="MODEL_DIR", help="a local directory with config.json and safetensors")
+    importing.add_argument("target", metavar="DIR", help="what to make; must not exist")
+    _add_overrides(importing, "settings of the runs to come, such as data.seq_len=8192")
+    importing.add_argument("--config", metavar="CONFIG", help="a YAML file, or the name of one in configs/, for all but the model")
+    importing.set_defaults(run="trainer.commands.interchange:import_model")
+
+    export = verbs.add_parser("export", help="write a checkpoint as a directory that Hugging Face's transformers loads")
+    _add_run(export)
+    export.add_argument("target", metavar="DIR", help="what to make; must not exist")
+    export.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest good one)")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as the checkpoint has them)")
+    export.set_defaults(run="trainer.commands.interchange:export_run")
     return parser
 
 

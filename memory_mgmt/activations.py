@@ -95,12 +95,17 @@ class Shapes:
         return self.stream + self.statistic
 
     def attention_kept(self, kind: LayerKind) -> int:
-        """Input; q and k after rope, v, out; log-sum-exp; keys and values of the window before each range of a split sequence.
-        The rope table is shared by all layers (``rope_table``)."""
+        """Input; q and k after rope, v, out; log-sum-exp; keys and values of the window before each range of a split sequence; where q and k
+        are normalised, they before it and a statistic per head. The rope table is shared by all layers (``rope_table``)."""
         c = self.config
         values = c.d_model + 2 * (c.n_heads + c.kv_heads) * c.attention_head_dim
         halo = self._halo_keys(self.e) if kind == "swa" else 0
-        return self.n * (values * self.e + c.n_heads * self.w) + halo
+        return self.n * (values * self.e + c.n_heads * self.w) + halo + self._qk_norm_kept(kind)
+
+    def _qk_norm_kept(self, kind: LayerKind) -> int:
+        c = self.config
+        heads = c.n_heads + c.kv_heads
+        return self.n * heads * (c.attention_head_dim * self.e + self.w) if c.qk_norm and not self.by_parts(kind) else 0
 
     def _halo_keys(self, itemsize: int) -> int:
         """Keys and values of the window before each range, when it is not longer than what a rank holds."""

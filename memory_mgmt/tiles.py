@@ -2,7 +2,7 @@
 
 ``enter``: norm and, for attention, projections and rotation. ``leave``: output projection, residual, norm, feed-forward, residual.
 Neither saves anything: the caller decides what to keep, and gives it back. The backward of ``enter`` needs the block's input only
-(the norm again, no product again); that of ``leave`` the stream after the mixer, gate and up. Every step is the one that autograd
+(the norm again, no product again but those of queries and keys that are normalised); that of ``leave`` the stream after the mixer, gate and up. Every step is the one that autograd
 would take on the modules, so that on a single range results are the same bits; sums over ranges are float32 (float64).
 
 Legend: B row, t tokens of the range, C channel, H heads (query or key/value), D head size, F feed-forward width, O and I of a weight.
@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from models.attention import Attention
 from models.feedforward import RMSNorm, SwiGLU, gated_product, gated_product_backward, rms_norm, rms_norm_backward
 from models.int8_weight import in_dtype
-from models.linear import gradient_dtype
+from models.linear import add_bias_, bias_gradient, gradient_dtype
 from models.memory.protocol import MemoryModule
+from models.repeat import again
 from models.rope import turn
 from models.transformer import Block
 
@@ -82,10 +83,15 @@ class TokenWise:
         return (2, 2, 2) if self.is_attention else (1,)
 
     def enter_weights(self) -> list[Tensor]:
-        """Norm; for attention also the projections of query, key and value."""
+        """Norm; for attention also the projections of query, key and value, then their biases, then the norms of query and key, where it
+        has them."""
         mixer = self.block.mixer
-        projections = [mixer.wq.weight, mixer.wk.weight, mixer.wv.weight] if isinstance(mixer, Attention) else []
-        return [self.block.norm1.weight, *projections]
+        if not isinstance(mixer, Attention):
+            return [self.block.norm1.weight]
+        projections = (mixer.wq, mixer.wk, mixer.wv)
+        biases = [p.bias for p in projections if p.bias is not None]
+        norms = [norm.weight for norm in (mixer.q_norm, mixer.k_norm) if norm is not None]
+        return [self.block.norm1.weight, *(p.weight for p in projections), *biases, *norms]
 
     def leave_weights(self) -> list[Tensor]:
         """Norm, gate, up, down; for attention also the output projection."""
@@ -94,8 +100,8 @@ class TokenWise:
         return [self.block.norm2.weight, ffn.w_gate.weight, ffn.w_up.weight, ffn.w_down.weight, *out]
 
     def narrow(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The norm's weight as it is, the others in the computing dtype."""
-        return [weights[0], *(in_dtype(weight, self.dtype) for weight in weights[1:])]
+        """Matrices in the computing dtype, norms and biases as they are."""
+        return [weight if weight.ndim == 1 else in_dtype(weight, self.dtype) for weight in weights]
 
     # --- enter ----------------------------------------------------------------------------------------------------------------
 
@@ -104,8 +110,25 @@ class TokenWise:
         h_BtC, _ = rms_norm(x_BtC, weights[0], self.block.norm1.eps, self.dtype)
         if table is None:
             return [h_BtC]
-        q, k, v = (F.linear(h_BtC, weight).unflatten(-1, (-1, self._head_dim)).transpose(1, 2) for weight in weights[1:])
+        q, k, v = (self._normed(i, self._heads(i, h_BtC, weights), weights).transpose(1, 2) for i in (1, 2, 3))
         return [turn(q, *table, 1.0), turn(k, *table, 1.0), v]
+
+    def _heads(self, i: int, h_BtC: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """[B, t, H, D] of projection ``i`` (1 query, 2 key, 3 value), its bias added."""
+        y_BtO = F.linear(h_BtC, weights[i])
+        if self._attention.wq.bias is not None:
+            add_bias_(y_BtO, weights[i + 3])
+        return y_BtO.unflatten(-1, (-1, self._head_dim))
+
+    def _norm_index(self, i: int) -> int | None:
+        """Where ``enter_weights`` has the norm of projection ``i``."""
+        if i == 3 or self._attention.q_norm is None:
+            return None
+        return i + (3 if self._attention.wq.bias is None else 6)
+
+    def _normed(self, i: int, y_BtHD: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        index = self._norm_index(i)
+        return y_BtHD if index is None else rms_norm(y_BtHD, weights[index], self._norm_eps, self.dtype)[0]
 
     def enter_backward(
         self, x_BtC: Tensor, grads: Sequence[Tensor], weights: Sequence[Tensor], table: RopeTable | None, sums: GradientSums
@@ -119,7 +142,17 @@ class TokenWise:
             dh_BtC = torch.empty(0)
             for i in (3, 2, 1):  # value, key, query: the order in which autograd adds them
                 grad_BHtD = grads[i - 1] if i == 3 else turn(grads[i - 1], *table, -1.0)
-                dy_BtO = grad_BHtD.transpose(1, 2).flatten(2)
+                dy_BtHD = grad_BHtD.transpose(1, 2)
+                index = self._norm_index(i)
+                if index is not None:
+                    with again():
+                        y_BtHD = self._heads(i, h_BtC, weights)
+                        rnorm_BtH1 = rms_norm(y_BtHD, weights[index], self._norm_eps, self.dtype)[1]
+                    dy_BtHD, dnorm_D = rms_norm_backward(dy_BtHD, y_BtHD, weights[index], rnorm_BtH1)
+                    sums.add(index, dnorm_D)
+                dy_BtO = dy_BtHD.flatten(2)
+                if self._attention.wq.bias is not None:
+                    sums.add(i + 3, bias_gradient(dy_BtO))
                 sums.add_product(i, dy_BtO, h_BtC)
                 dh_BtC = torch.matmul(dy_BtO, weights[i]) if i == 3 else dh_BtC.add_(torch.matmul(dy_BtO, weights[i]))
         dx_BtC, dnorm_C = rms_norm_backward(dh_BtC, x_BtC, norm, rnorm_Bt1)
@@ -166,10 +199,20 @@ class TokenWise:
         return dstream_BtC, torch.matmul(d_BtC, weights[4]).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
 
     @property
-    def _head_dim(self) -> int:
+    def _attention(self) -> Attention:
         mixer = self.block.mixer
         assert isinstance(mixer, Attention)
-        return mixer.head_dim
+        return mixer
+
+    @property
+    def _head_dim(self) -> int:
+        return self._attention.head_dim
+
+    @property
+    def _norm_eps(self) -> float:
+        norm = self._attention.q_norm
+        assert norm is not None
+        return norm.eps
 
 
 def tokens_first(out_BHtD: Tensor) -> Tensor:

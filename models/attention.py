@@ -17,6 +17,7 @@ from torch import nn
 from models.attention_plan import DEFAULT_LIMITS, NATIVE_BAND_LIMITS, Pair, RowTiles, Tile, TileLimits, plan_rows, plan_tiles
 from models.batch import Bounds
 from models.config import RopeConfig
+from models.feedforward import RMSNorm
 from models.kernels import (
     CAUSAL,
     NONE,
@@ -45,28 +46,46 @@ class Attention(nn.Module):
         n_heads, n_kv_heads, head_dim: query heads, key/value heads (a divisor), size of a head.
         window: tokens a query sees, its own included; None for all before it.
         rope: settings of the rotary embedding.
+        qkv_bias: add a bias to the projections of query, key and value.
+        qk_norm_eps: normalise every head's query and key by RMSNorm before the rotation, with this epsilon; None: do not.
     """
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, window: int | None, rope: RopeConfig) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        rope: RopeConfig,
+        qkv_bias: bool = False,
+        qk_norm_eps: float | None = None,
+    ) -> None:
         super().__init__()
         if n_heads % n_kv_heads:
             raise ValueError(f"model.n_heads {n_heads} is not a multiple of model.n_kv_heads {n_kv_heads}")
         self.head_dim = head_dim
         self.window = window
-        self.wq = Linear(d_model, n_heads * head_dim)
-        self.wk = Linear(d_model, n_kv_heads * head_dim)
-        self.wv = Linear(d_model, n_kv_heads * head_dim)
+        self.wq = Linear(d_model, n_heads * head_dim, qkv_bias)
+        self.wk = Linear(d_model, n_kv_heads * head_dim, qkv_bias)
+        self.wv = Linear(d_model, n_kv_heads * head_dim, qkv_bias)
         self.wo = Linear(n_heads * head_dim, d_model)
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.rope = Rope(rope, head_dim)
         self.inner_attention: InnerAttention = LocalAttention(window)
 
     def forward(self, x_BTC: torch.Tensor, positions_BT: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         """[B, T, C] -> [B, T, C]; ``positions_BT`` count from the start of each document."""
-        # [B, T, heads * D] -> [B, heads, T, D], a view
-        q_BHTD, k_BGTD, v_BGTD = (w(x_BTC).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q_BHTD, k_BGTD = self._heads(x_BTC, self.wq, self.q_norm), self._heads(x_BTC, self.wk, self.k_norm)
+        v_BGTD = self._heads(x_BTC, self.wv, None)
         cos_sin = self.rope_table(positions_BT, q_BHTD.dtype, bounds)
         out_BHTD = self.inner_attention(rotate(q_BHTD, *cos_sin), rotate(k_BGTD, *cos_sin), v_BGTD, bounds)
         return self.wo(out_BHTD.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BTC: torch.Tensor, project: Linear, norm: RMSNorm | None) -> torch.Tensor:
+        y_BTHD = project(x_BTC).unflatten(-1, (-1, self.head_dim))
+        return (y_BTHD if norm is None else norm(y_BTHD)).transpose(1, 2)  # [B, T, heads, D] -> [B, heads, T, D], a view
 
     def rope_table(self, positions_BT: torch.Tensor, dtype: torch.dtype, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
         """The table of this micro-step, computed by the first layer that asks and shared by all layers with the same rotation."""

@@ -30,11 +30,18 @@ class ParameterCount:
         return self.embedding + self.head + self.attention + self.memory + self.ffn + self.norms
 
 
-def attention_parameters(config: ModelConfig) -> int:
-    """Parameters of one attention layer: wq, wk, wv, wo without biases."""
+def attention_matmul_parameters(config: ModelConfig) -> int:
+    """Parameters of one attention layer that are linear projections of every token: wq, wk, wv, wo."""
     query_width = config.n_heads * config.attention_head_dim
     key_width = config.kv_heads * config.attention_head_dim
     return config.d_model * (2 * query_width + 2 * key_width)
+
+
+def attention_parameters(config: ModelConfig) -> int:
+    """Parameters of one attention layer: its projections, their biases and the norms of query and key where it has them."""
+    head_dim = config.attention_head_dim
+    biases = (config.n_heads + 2 * config.kv_heads) * head_dim if config.qkv_bias else 0
+    return attention_matmul_parameters(config) + biases + (2 * head_dim if config.qk_norm else 0)
 
 
 def ffn_parameters(config: ModelConfig) -> int:
@@ -80,7 +87,7 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
         memory=memory_matmul + n_memory * memory_other_parameters(config),
         ffn=ffn,
         norms=(2 * len(kinds) + 1) * config.d_model,
-        matmul=attention + memory_matmul + ffn + embedding,
+        matmul=n_attention * attention_matmul_parameters(config) + memory_matmul + ffn + embedding,
     )
 
 

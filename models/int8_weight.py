@@ -57,7 +57,7 @@ class Int8Weight(torch.Tensor):
     @staticmethod
     def empty(rows: int, columns: int) -> Int8Weight:
         """Of undefined values, on the default device. Raises ValueError for rows that cannot be stored so."""
-        return Int8Weight(torch.empty(_packed_shape(rows, columns), dtype=torch.uint8), columns, rows)
+        return Int8Weight(torch.empty(packed_shape(rows, columns), dtype=torch.uint8), columns, rows)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +147,8 @@ class Int8Weight(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
-def _packed_shape(rows: int, columns: int) -> tuple[int, int]:
+def packed_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Of the uint8 tensor that keeps a weight of this shape. Raises ValueError for rows that cannot be stored so."""
     group = group_of(columns)
     if group is None:
         raise ValueError(f"rows of {columns} elements cannot be kept in eight bits: a multiple of {LEAST_GROUP} can")
@@ -250,6 +251,11 @@ def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _Read.apply(weight, dtype) if isinstance(weight, Int8Weight) else weight.to(dtype)  # type: ignore[return-value]
 
 
+def dequantised(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The numbers [R, C] that the bytes of a weight in eight bits are (what `stored` gave)."""
+    return Int8Weight(packed, columns, packed.shape[0]).dequantised(dtype)
+
+
 def stored(parameter: Tensor) -> Tensor:
     """What a checkpoint holds of a parameter: its bytes where it is in eight bits (live, sharded as it is), else itself."""
     if isinstance(parameter, Int8Weight):
@@ -258,7 +264,7 @@ def stored(parameter: Tensor) -> Tensor:
     if not isinstance(local, Int8Weight):
         return parameter
     sharded = cast(DTensor, parameter)
-    shape = torch.Size(_packed_shape(*parameter.shape))
+    shape = torch.Size(packed_shape(*parameter.shape))
     return DTensor.from_local(local.packed, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=(shape[1], 1))
 
 

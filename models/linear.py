@@ -72,12 +72,39 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
         return _CastLinear.apply(x, weight_OI, dtype)  # type: ignore[return-value]
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` without a bias that runs `linear`."""
+def add_bias_(y: Tensor, bias_O: Tensor) -> Tensor:
+    """``y + bias`` in y's dtype, written over ``y``. Not differentiable: see `bias_gradient`."""
+    return y.add_(bias_O.to(y.dtype))
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """The gradient of a bias, summed over tokens in float32 (float64): a sum in bfloat16 would stop growing after some hundred tokens."""
+    return dy.flatten(0, -2).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+class _AddBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias_O: Tensor) -> Tensor:
+        ctx.gradient_dtype = gradient_dtype(bias_O)
+        ctx.mark_dirty(y)
+        return add_bias_(y, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], bias_gradient(grads[0]).to(ctx.gradient_dtype)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that runs `linear`, without a bias unless asked for one, which begins at zero."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+
+    def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        """Zeros for a bias; matrices by the model's default rule."""
+        return torch.zeros(shape) if name == "bias" else None
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]"""
-        return linear(input, self.weight)
+        y = linear(input, self.weight)
+        return y if self.bias is None else _AddBias.apply(y, self.bias)  # type: ignore[return-value]

@@ -17,8 +17,6 @@ import torch
 
 from models.config import RopeConfig
 
-_YARN_FAST, _YARN_SLOW = 32.0, 1.0
-"""YaRN: pairs that turn more than 32 times within the original length are kept, fewer than once are interpolated."""
 _TOKENS_PER_PASS = 1 << 16
 """Positions whose float64 angles exist at a time."""
 
@@ -29,6 +27,7 @@ def frequencies(config: RopeConfig, head_dim: int) -> list[float]:
     linear: positions shrink by ``factor`` (Chen et al. 2023, arXiv 2306.15595). ntk: the base grows to
     ``theta * factor^(D/(D-2))``, so the slowest pair is interpolated by ``factor`` and the fastest not at all.
     yarn: a ramp between the two by the number of turns within ``original_max_positions`` (Peng et al. 2023, arXiv 2309.00071, 3.2).
+    llama3: the same with another ramp, straight in the number of turns itself (Llama 3.1's reference code).
     """
     exponents = [2 * i / head_dim for i in range(head_dim // 2)]
     theta = config.theta
@@ -39,12 +38,23 @@ def frequencies(config: RopeConfig, head_dim: int) -> list[float]:
         return [f / config.factor for f in plain]
     if config.scaling == "yarn":
         return [f * (keep + (1 - keep) / config.factor) for f, keep in zip(plain, _yarn_kept(config, head_dim), strict=True)]
+    if config.scaling == "llama3":
+        return [f * (keep + (1 - keep) / config.factor) for f, keep in zip(plain, _llama3_kept(config, plain), strict=True)]
     return plain
 
 
 def attention_temperature(config: RopeConfig) -> float:
-    """Factor on the rotated q and k: YaRN's ``0.1 ln(factor) + 1`` (its equation 22; scores grow by the square), else 1."""
-    return 0.1 * math.log(config.factor) + 1.0 if config.scaling == "yarn" else 1.0
+    """Factor on the rotated q and k: YaRN's ``0.1 ln(factor) + 1`` (its equation 22; scores grow by the square) or the one given, else 1."""
+    if config.scaling != "yarn":
+        return 1.0
+    return 0.1 * math.log(config.factor) + 1.0 if config.attention_factor is None else config.attention_factor
+
+
+def _llama3_kept(config: RopeConfig, plain: list[float]) -> list[float]:
+    """Share of the original frequency that each pair keeps: 1 for fast pairs, 0 for slow ones, linear in the number of turns between."""
+    turns = [config.original_max_positions * frequency / (2 * math.pi) for frequency in plain]
+    low, high = config.low_freq_factor, config.high_freq_factor
+    return [min(max((n - low) / (high - low), 0.0), 1.0) for n in turns]
 
 
 def _yarn_kept(config: RopeConfig, head_dim: int) -> list[float]:
@@ -53,8 +63,8 @@ def _yarn_kept(config: RopeConfig, head_dim: int) -> list[float]:
     def pair_that_turns(times: float) -> float:
         return head_dim * math.log(config.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(config.theta))
 
-    low = max(math.floor(pair_that_turns(_YARN_FAST)), 0)
-    high = min(math.ceil(pair_that_turns(_YARN_SLOW)), head_dim - 1)
+    low = max(math.floor(pair_that_turns(config.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(config.beta_slow)), head_dim - 1)
     width = max(high - low, 1e-3)
     return [1.0 - min(max((i - low) / width, 0.0), 1.0) for i in range(head_dim // 2)]
 

@@ -77,7 +77,9 @@ def _build_mixer(config: ModelConfig, kind: LayerKind) -> nn.Module:
     if kind == "memory":
         return build_memory(config)
     window = config.window if kind == "swa" else None
-    return Attention(config.d_model, config.n_heads, config.kv_heads, config.attention_head_dim, window, config.rope)
+    heads = (config.n_heads, config.kv_heads, config.attention_head_dim)
+    qk_norm_eps = config.norm_eps if config.qk_norm else None
+    return Attention(config.d_model, *heads, window, config.rope, config.qkv_bias, qk_norm_eps)
 
 
 class LossHead(nn.Module):

@@ -19,7 +19,7 @@ from slurm.script import Job, render
 from slurm.site import Site, read_site
 from slurm.submission import Submission, has_submission, job_of, read_submission, write_submission
 from trainer import config_file, resume_rules
-from trainer.commands.open_run import kept_plan, new_run, open_run, refuse_existing, settle, with_values
+from trainer.commands.open_run import check_init_from, kept_plan, new_run, open_run, refuse_existing, refuse_imported, settle, with_values
 from trainer.commands.places import HOME, find_run
 from trainer.config import RunConfig
 from trainer.planning import plan_run
@@ -35,6 +35,7 @@ def submit(args: argparse.Namespace) -> int:
     config = config_file.resolve(path, args.overrides)
     if config.run.name is not None:
         refuse_existing(Path(config.run.root) / config.run.name)
+    check_init_from(config)
     site = read_site()
     options = _options(args, {})
     config, plan = _planned(config, options, site, args.force)
@@ -50,6 +51,7 @@ def submit(args: argparse.Namespace) -> int:
 def resubmit(args: argparse.Namespace) -> int:
     """``longstride resume RUN --submit``: the same run in a new job, with the options of its last one unless others are given."""
     run_dir = find_run(args.name, args.root)
+    refuse_imported(run_dir)
     if args.nproc is not None:
         raise UserError("--nproc starts ranks on this machine; with --submit say --nodes")
     old = config_file.resolve(run_dir.config)

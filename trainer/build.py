@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ from trainer.config_file import dump
 from trainer.console import RunConsole
 from trainer.data.build import build_data
 from trainer.engine import Engine
+from trainer.initial_weights import fill_from
 from trainer.metrics import MetricsWriter
 from trainer.planning import model_vocab_size
 from trainer.preemption import StopSignal
@@ -61,16 +62,22 @@ def build_model(
     device: torch.device,
     policy: Policy | None = None,
     store: HostStore | None = None,
+    fill: Callable[[Transformer], object] | None = None,
 ) -> Transformer:
     """The model on ``device`` with initial weights: built without memory, wrapped, split and sharded, then materialised.
 
-    ``policy`` None: what the memory settings say; ``store`` takes what it swaps (``host_store``).
+    ``policy`` None: what the memory settings say; ``store`` takes what it swaps (``host_store``). ``fill`` gives every parameter its
+    value; None: by chance, from the seed.
     """
     with torch.device("meta"):
         model = shaped_model(config, vocab_size, mesh, policy, store)
     model.to_empty(device=device)
-    init_weights(model, config.train.seed, config.optim.mup_base_width)
+    (fill or _by_chance(config))(model)
     return model
+
+
+def _by_chance(config: RunConfig) -> Callable[[Transformer], object]:
+    return lambda model: init_weights(model, config.train.seed, config.optim.mup_base_width)
 
 
 def shaped_model(
@@ -108,16 +115,17 @@ def build_engine(
     device: torch.device,
     policy: Policy | None = None,
     store: HostStore | None = None,
+    fill: Callable[[Transformer], object] | None = None,
 ) -> Engine:
-    """Model and optimizer of ``config`` on this rank; ``policy`` and ``store`` as for ``build_model``."""
+    """Model and optimizer of ``config`` on this rank; ``policy``, ``store`` and ``fill`` as for ``build_model``."""
     if config.memory.offload_parameters == "none":
-        return engine_for(config, build_model(config, vocab_size, mesh, device, policy, store), mesh, device, store)
+        return engine_for(config, build_model(config, vocab_size, mesh, device, policy, store, fill), mesh, device, store)
     store = store or HostStore(device)
     with torch.device("meta"):
         model = shaped_model(config, vocab_size, mesh, policy, store)
     offloaded = OffloadedParameters(model, store, device)
     with offloaded.in_place():
-        init_weights(model, config.train.seed)
+        (fill or _by_chance(config))(model)
     return engine_for(config, model, mesh, device, store, offloaded)
 
 
@@ -229,13 +237,15 @@ def _build_trainer(
     store = host_store(policy, device, plan.host_budget_bytes, config.memory.offload_dir, optimizer=offloaded)
     if store is not None:
         cleanup.callback(store.close)
-    engine = build_engine(placed, vocab_size, mesh, device, policy, store)
+    checkpoints = CheckpointManager(run_dir, config.checkpoint, config_hash=hashlib.sha256(dump(config).encode()).hexdigest())
+    cleanup.callback(checkpoints.close)
+    fill, found = _beginning(config, run_dir, checkpoints)
+    engine = build_engine(placed, vocab_size, mesh, device, policy, store, fill)
     arena = build_arena(config.memory, device)
     if arena is not None:
         cleanup.callback(arena.close)
-    checkpoints = CheckpointManager(run_dir, config.checkpoint, config_hash=hashlib.sha256(dump(config).encode()).hexdigest())
-    cleanup.callback(checkpoints.close)
     state, notes = _starting_state(checkpoints, engine) if resume else (TrainState(), [])
+    notes += found
     if engine.fused is not None:
         engine.fused.load_state_dict({"norm": state.grad_norm})
     metrics = MetricsWriter(run_dir, state.step, enabled=is_main)
@@ -272,6 +282,17 @@ def _build_trainer(
         flops_per_token=model_flops_per_token(config.model, vocab_size, config.data.seq_len),
         peak_flops=peak_flops(config, device) * (dist.get_world_size() if mesh else 1),
     )
+
+
+def _beginning(
+    config: RunConfig, run_dir: RunDir, checkpoints: CheckpointManager
+) -> tuple[Callable[[Transformer], object] | None, list[str]]:
+    """What gives a run without checkpoints of its own its first weights, and notes that it fills in; None: chance, or a checkpoint later."""
+    init_from = config.train.init_from
+    if init_from is None or checkpoints.ranks.first_does("list checkpoints", run_dir.checkpoint_steps):
+        return None, []
+    notes: list[str] = []
+    return lambda model: notes.append(f"begins with the weights of {fill_from(init_from, model, checkpoints)}"), notes
 
 
 def _resident(engine: Engine) -> dict[str, int]:

@@ -83,6 +83,9 @@ class TrainSection(Section):
     """Optimizer steps."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initial weights and data order."""
+    init_from: str | None = None
+    """Weights to begin with instead of random ones: a directory that longstride import made, a run directory (its newest checkpoint) or one
+    checkpoint. Optimizer, learning rate and data begin anew; the model section must be of the same shapes."""
     deterministic: bool = True
     """Only deterministic kernels: two runs of one configuration are bit-identical."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

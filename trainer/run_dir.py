@@ -185,6 +185,16 @@ class RunDir:
         """Job script, job ids, attempts, output of the script."""
         return self.path / "slurm"
 
+    @property
+    def imported(self) -> Path:
+        """Where an imported model came from; only in a directory that ``longstride import`` made."""
+        return self.path / "imported.json"
+
+    @property
+    def huggingface(self) -> Path:
+        """An imported model's files that are not weights."""
+        return self.path / "huggingface"
+
     def log(self, global_rank: int, attempt: int | None = None) -> Path:
         """Output of one rank; ``attempt``: of one start by Slurm, which has logs of its own."""
         folder = self.logs if attempt is None else self.logs / f"attempt_{attempt:03d}"

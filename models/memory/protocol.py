@@ -237,4 +237,5 @@ def build_memory(config: ModelConfig) -> MemoryModule:
     kind = config.memory.kind
     if kind not in BUILDERS:
         raise ValueError(f"model.memory.kind {kind!r} is unknown; known: {', '.join(sorted(BUILDERS))}")
-    return importlib.import_module(BUILDERS[kind]).build(config)
+    # An exported model's files are one flat package, whose BUILDERS are relative names (trainer/interchange/bundle.py).
+    return importlib.import_module(BUILDERS[kind], __package__).build(config)

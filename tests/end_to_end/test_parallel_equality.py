@@ -33,6 +33,8 @@ def experiment(
                 "n_kv_heads": 2,
                 "layers": ["full", "swa", "memory"],
                 "window": 24,
+                "qkv_bias": True,
+                "qk_norm": True,
                 "memory": {"chunk_size": 16},
             },
             "data": {"source": "jsonl", "path": data_path, "seq_len": 96, "cache_dir": cache, "valid_fraction": 0.0, "tokenize_workers": 1},

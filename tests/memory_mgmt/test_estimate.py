@@ -90,8 +90,9 @@ def test_kept_bytes_of_a_block_equal_what_it_leaves_allocated(kind, memory, prec
     [
         config_of("memory", memory=MemoryModuleConfig(n_heads=2, head_dim=16, expand_v=2.0, conv_kernel=1, chunk_size=32)),
         config_of("full", n_kv_heads=1, head_dim=32, d_ff=96),
+        config_of("full", qkv_bias=True, qk_norm=True),
     ],
-    ids=["memory", "attention"],
+    ids=["memory", "attention", "biases and normed heads"],
 )
 def test_kept_bytes_of_other_shapes(config):
     model, batch = model_of(config, "fp32", MemoryConfig()), batch_of(rows=2)

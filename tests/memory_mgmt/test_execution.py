@@ -26,12 +26,18 @@ NAMED = {"block": RECOMPUTE_BLOCK, "mixer": KEEP_MIXER, "swap all": SWAP_ALL, "s
 
 
 def config_of(*kinds, n_layers=2, **changes):
-    return ModelConfig(**{"d_model": 16, "n_heads": 4, "n_kv_heads": 2, "layers": kinds, "n_layers": n_layers, "window": 16, **changes})
+    extras = {"qkv_bias": "swa" in kinds, "qk_norm": "swa" in kinds}
+    shapes = {"d_model": 16, "n_heads": 4, "n_kv_heads": 2, "layers": kinds, "n_layers": n_layers, "window": 16}
+    return ModelConfig(**{**shapes, **extras, **changes})
 
 
 def make(config, dtype=torch.float64, policy=None, store=None):
     model = Transformer(config, VOCAB).to(dtype)
     init_weights(model, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".bias", "_norm.weight")):
+                parameter.copy_(torch.linspace(-0.5, 1.5, len(parameter)))
     if policy is not None:
         apply_policy(model, policy, store)
     return model

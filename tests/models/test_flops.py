@@ -12,6 +12,9 @@ from models.transformer import Transformer, init_weights
 CONFIGS = {
     "plain": ModelConfig(d_model=64, n_heads=4, layers=("full",), n_layers=3),
     "gqa_and_wide_heads": ModelConfig(d_model=64, n_heads=4, n_kv_heads=2, head_dim=32, layers=("full", "swa")),
+    "biases_and_normed_heads": ModelConfig(
+        d_model=64, n_heads=4, n_kv_heads=2, head_dim=24, layers=("full", "swa"), qkv_bias=True, qk_norm=True
+    ),
     "tied": ModelConfig(d_model=64, n_heads=2, layers=("swa", "memory"), tie_embeddings=True),
     "memory": ModelConfig(d_model=64, n_heads=4, layers=("memory",), n_layers=2),
     "memory_other_shapes": ModelConfig(

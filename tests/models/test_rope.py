@@ -16,6 +16,11 @@ CONFIGS = {
     "linear": RopeConfig(scaling="linear", factor=4.0),
     "ntk": RopeConfig(scaling="ntk", factor=4.0),
     "yarn": RopeConfig(scaling="yarn", factor=8.0, original_max_positions=4096, theta=500_000.0),
+    "yarn_with_bands": RopeConfig(
+        scaling="yarn", factor=8.0, original_max_positions=4096, beta_fast=20.0, beta_slow=2.0, attention_factor=1.1
+    ),
+    "llama3": RopeConfig(scaling="llama3", factor=8.0, theta=500_000.0, low_freq_factor=1.0, high_freq_factor=4.0),
+    "llama3_with_bands": RopeConfig(scaling="llama3", factor=32.0, original_max_positions=1024, low_freq_factor=2.0, high_freq_factor=8.0),
 }
 
 
@@ -40,14 +45,17 @@ def test_frequencies_agree_with_transformers(name: str, head_dim: int) -> None:
     config = CONFIGS[name]
     original = config.original_max_positions
     # "dynamic" is NTK with a factor that depends on the current length; at this length it is ours.
-    kind = {"none": "default", "ntk": "dynamic"}.get(name, name)
+    kind = {"none": "default", "ntk": "dynamic"}.get(config.scaling, config.scaling)
+    bands = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_fast", "beta_slow", "attention_factor")
+    settings = {} if kind not in ("llama3", "yarn") else {key: getattr(config, key) for key in bands}
     seq_len = round((config.factor + config.factor - 1) * original / config.factor)
     theirs = transformers.LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
         max_position_embeddings=original,
         rope_parameters={
-            "rope_type": kind, "rope_theta": config.theta, "factor": config.factor, "original_max_position_embeddings": original
+            "rope_type": kind, "rope_theta": config.theta, "factor": config.factor, "original_max_position_embeddings": original,
+            **settings,
         },
     )  # fmt: skip
     if kind == "default":

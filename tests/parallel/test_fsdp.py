@@ -23,6 +23,7 @@ SEQ_LEN, VOCAB = 64, 48
 
 def config(cp: int, dp_shard: int, precision: str = "bf16", tied: bool = False, **memory: object) -> RunConfig:
     model = {"d_model": 24, "n_heads": 2, "n_kv_heads": 1, "layers": ["full", "swa", "memory"], "window": 10, "tie_embeddings": tied}
+    model |= {"qkv_bias": True, "qk_norm": True}
     return RunConfig.model_validate(
         {
             "model": {**model, "memory": {"chunk_size": 8}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ from models.errors import UserError
 from trainer import config_file, out_of_memory
 from trainer.commands.places import HOME
 from trainer.config import RunConfig
-from trainer.planning import calibration_path, plan_run, same_step
+from trainer.data.tokenizers import load_tokenizer
+from trainer.planning import calibration_path, model_vocab_size, plan_run, same_step
 from trainer.run_dir import RunDir, write_atomic
 from trainer.settling import open_settings, settled
 
@@ -49,6 +51,20 @@ def open_run(config: RunConfig, run_dir: RunDir | None, name: str, plan: MemoryP
                 write_atomic(run_dir.path / "calibration.json", measured.read_bytes())
         run_dir.snapshot_code(HOME)
     return run_dir
+
+
+def check_init_from(config: RunConfig) -> None:
+    """Refuse weights to begin with that are none or of another model, before anything is planned or made."""
+    if config.train.init_from is not None:
+        vocab_size = model_vocab_size(config, load_tokenizer(config.data.tokenizer).vocab_size)
+        # By name, as verbs are: whoever has no such weights does not wait for torch.
+        importlib.import_module("trainer.initial_weights").check_init_from(config, vocab_size)
+
+
+def refuse_imported(run_dir: RunDir) -> None:
+    """What ``longstride import`` made is no run that could go on."""
+    if run_dir.imported.exists():
+        raise UserError(f"{run_dir.path} is an imported model, not a run; begin one from it: longstride train {run_dir.config} run.name=NAME")
 
 
 def settle(config: RunConfig, device: str | None, ranks: int | None) -> RunConfig:

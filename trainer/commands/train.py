@@ -25,7 +25,7 @@ from parallel.distributed import (
 from parallel.launcher import join_launcher, launch_local
 from trainer import config_file, out_of_memory, resume_rules, trace_workers
 from trainer.commands.guard import guarded
-from trainer.commands.open_run import checked_plan, kept_plan, open_run, refuse_existing, reload, settle, with_values
+from trainer.commands.open_run import check_init_from, checked_plan, kept_plan, open_run, refuse_existing, refuse_imported, reload, settle, with_values
 from trainer.commands.places import HOME, find_run
 from trainer.commands.terminal import progress, tell
 from trainer.config import RunConfig
@@ -52,6 +52,7 @@ def resume(args: argparse.Namespace) -> int:
     if of_a_job:
         raise UserError(f"--{of_a_job[0]}: is of a Slurm job; add --submit, or leave it out to train on this machine")
     run_dir = find_run(args.name, args.root)
+    refuse_imported(run_dir)
     old = config_file.resolve(run_dir.config)
     new = config_file.resolve(run_dir.config, args.overrides)
     resume_rules.check(old, new, args.allow)
@@ -69,6 +70,8 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
         refuse_existing(Path(config.run.root) / config.run.name)
     if env.accelerate is not None and env.accelerate.use_cpu and config.train.device == "auto":  # cuda is refused below
         config = with_values(config, "train", device="cpu")
+    if run_dir is None and env.rank == 0:
+        check_init_from(config)
     config = _settled_by_one(config, started, env)
     ranks = ParallelDims.from_config(config.parallel, started).world_size
     check_launch(env, config.train.precision, config.train.device, config.train.grad_accum, ranks)
