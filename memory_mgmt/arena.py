@@ -1,4 +1,4 @@
-"""Serve the tensors of a training step from one region of memory at planned addresses (CPU).
+"""Serve the tensors of a training step from one region of memory at planned addresses.
 
 A step asks the allocator for the same sizes in the same order every time. ``Arena`` watches a few steps, plans an address for every
 block that dies within the step, and then serves the k-th request at its planned place: the resident set is the height of the plan
@@ -11,9 +11,12 @@ no block lives, everything else goes to the normal allocator and is counted, and
             loss(batch).backward(); optimizer.step(); optimizer.zero_grad()
 
 The thread that takes the first step owns the arena; requests of other threads are never served from it. The normal allocator also
-keeps what outlives the step, and requests below ``smallest_bytes``; so that the steps watched first take little more than what lives
-in them, it is told to give freed blocks back (``host_allocator.py``). A block that is still alive after ``close``, or after the arena
-is gone, keeps its memory.
+keeps what outlives the step, and requests below ``smallest_bytes``. A block that is still alive after ``close``, or after the arena is
+gone, keeps its memory.
+
+CPU: the normal allocator is told to give freed blocks back (``host_allocator.py``), so that the steps watched first take little more than
+what lives in them. CUDA (``arena_cuda.py``): the normal allocator is torch's caching allocator, from which the region comes too; the
+backward pass runs on the arena's thread; a place goes from one stream to another only behind an event.
 
 Try alone: ``python -m memory_mgmt.arena``.
 """
@@ -28,15 +31,15 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from memory_mgmt.allocator_log import record_cpu_allocations
-from memory_mgmt.arena_native import STATS, installed_library, new_plan
-from memory_mgmt.arena_recording import StepPlan, StepRecord, plan_step, step_record
+from memory_mgmt.arena_cuda import CudaBackend
+from memory_mgmt.arena_native import STATS, CpuBackend
+from memory_mgmt.arena_recording import StepPlan, StepRecord, plan_step
 from memory_mgmt.config import MemoryConfig
-from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.native import NoCompiler
 from models.errors import UserError
 
@@ -50,6 +53,8 @@ DIVERGENT_STEPS = 3
 """Divergent steps in a row after which a key is planned anew."""
 MAX_REPLANS = 4
 """Plans made anew for one key before it is left to the normal allocator."""
+NOT_NOW = -2
+"""What the allocator says of a region whose memory was given back and is not to be had again in this step."""
 MAX_KEYS = 16
 """Keys with a plan; the one not used for longest is forgotten first."""
 
@@ -77,6 +82,8 @@ class ArenaStats:
     conflict_bytes: int = 0
     resyncs: int = 0
     """Times the sequence of requests found back into the plan."""
+    waits: int = 0
+    """Times a stream was made to wait for another one before it got a place that the other one had."""
 
     def add(self, counts: dict[str, int]) -> None:
         """Add the counts of one served step."""
@@ -85,24 +92,52 @@ class ArenaStats:
                 setattr(self, field.name, getattr(self, field.name) + counts[field.name])
 
 
-class _Region:
-    """One mapping; unmapped when this object is gone and no block lives in it."""
+class Backend(Protocol):
+    """What differs between devices: ``CpuBackend``, ``CudaBackend``."""
 
-    def __init__(self, lib: ctypes.CDLL, size: int) -> None:
+    lib: ctypes.CDLL
+    alignment: int
+    smallest_bytes: int
+
+    def recording(self) -> contextlib.AbstractContextManager[Callable[[int], StepRecord]]:
+        """Log what is asked for inside."""
+        ...
+
+    def new_plan(self, plan: StepPlan) -> int:
+        """Handle of a native plan."""
+        ...
+
+    def new_region(self, size: int) -> int | None:
+        """Handle of a region; None where there is not so much memory."""
+        ...
+
+    def trim(self) -> None:
+        """Let the normal allocator give back what is free in it."""
+        ...
+
+    def around(self) -> contextlib.AbstractContextManager[object]:
+        """What a step runs in."""
+        ...
+
+
+class _Region:
+    """One region; given back when this object is gone and no block lives in it."""
+
+    def __init__(self, backend: Backend, size: int) -> None:
         self.size = size
-        self.handle: int | None = lib.lsa_region_new(size)
+        self.handle: int | None = backend.new_region(size)
         if self.handle is None:
-            raise MemoryError(f"arena: the system gives no {size / 2**30:.2f} GiB of address space for the planned step")
-        weakref.finalize(self, lib.lsa_region_close, self.handle)
+            raise MemoryError(f"arena: there are no {size / 2**30:.2f} GiB in one piece for the planned step")
+        weakref.finalize(self, backend.lib.lsa_region_close, self.handle)
 
 
 class _Plan:
     """A plan in the form that the allocator reads."""
 
-    def __init__(self, lib: ctypes.CDLL, plan: StepPlan) -> None:
+    def __init__(self, backend: Backend, plan: StepPlan) -> None:
         self.addresses = plan.addresses
-        self.handle: int = new_plan(lib, plan.sizes, plan.offsets)
-        weakref.finalize(self, lib.lsa_plan_delete, self.handle)
+        self.handle: int = backend.new_plan(plan)
+        weakref.finalize(self, backend.lib.lsa_plan_delete, self.handle)
 
 
 @dataclass
@@ -124,25 +159,25 @@ class Arena:
     def __init__(
         self,
         *,
-        smallest_bytes: int = 4096,
+        smallest_bytes: int | None = None,
         plan_seconds: float = 2.0,
-        return_freed: bool = True,
+        backend: Backend | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
-        """``plan_seconds``: time for planning one step, once per plan. ``return_freed``: make the C library give freed blocks back to the
-        system from now on, for the whole process; what the arena does not serve gets slower and smaller.
+        """``smallest_bytes`` None: the backend's. ``plan_seconds``: time for planning one step, once per plan. ``backend`` None: the CPU's,
+        which makes the C library give freed blocks back to the system from now on, for the whole process: what the arena does not serve
+        gets slower and smaller.
 
         Raises NoCompiler or RuntimeError where the allocator cannot be built or installed, ValueError for ``smallest_bytes`` below 1.
         """
-        if smallest_bytes < 1:
+        if smallest_bytes is not None and smallest_bytes < 1:
             raise ValueError(f"smallest_bytes is {smallest_bytes}; it must be at least 1")
         self.stats = ArenaStats()
         self.last_step: dict[str, int] = {}
         """Counts of the last served step, as in ``ArenaStats``."""
-        self._lib = installed_library()
-        if return_freed:
-            return_freed_memory()  # where there is no such setting (not glibc) only the steps that are watched are larger
-        self._smallest_bytes, self._plan_seconds, self._warn = smallest_bytes, plan_seconds, warn
+        self._backend = CpuBackend() if backend is None else backend
+        self._lib = self._backend.lib
+        self._smallest_bytes, self._plan_seconds, self._warn = smallest_bytes or self._backend.smallest_bytes, plan_seconds, warn
         self._region: _Region | None = None
         self._keys: OrderedDict[Hashable, _Key] = OrderedDict()
         self._thread: int | None = None
@@ -161,17 +196,19 @@ class Arena:
         if len(self._keys) > MAX_KEYS:
             self._keys.popitem(last=False)
         self._in_step = True
+        self.last_step = {}
         try:
-            if entry.plan is not None and self._region is not None:
-                with self._serving(key, entry, entry.plan, self._region):
+            with self._backend.around():
+                if entry.plan is not None and self._region is not None:
+                    with self._serving(key, entry, entry.plan, self._region):
+                        yield
+                elif entry.given_up:
+                    self.stats.unplanned_steps += 1
+                    self.give_back()
                     yield
-            elif entry.given_up:
-                self.stats.unplanned_steps += 1
-                self.give_back()
-                yield
-            else:
-                with self._recording(entry):
-                    yield
+                else:
+                    with self._recording(entry):
+                        yield
         finally:
             self._in_step = False
 
@@ -211,10 +248,10 @@ class Arena:
     @contextlib.contextmanager
     def _recording(self, entry: _Key) -> Iterator[None]:
         self.give_back()  # the normal allocator needs the memory during this step
-        with record_cpu_allocations() as log:
+        with self._backend.recording() as record:
             yield  # a step that raises teaches nothing
         self.stats.recorded_steps += 1
-        self._learn(entry, step_record(log.rows_E3, log.thread, self._smallest_bytes))
+        self._learn(entry, record(self._smallest_bytes))
 
     def _learn(self, entry: _Key, record: StepRecord) -> None:
         entry.recorded += 1
@@ -224,26 +261,32 @@ class Arena:
         elif entry.recorded < MAX_RECORDED_STEPS:
             entry.last = record
             return
-        plan = plan_step(record, self._plan_seconds)
+        plan = plan_step(record, self._plan_seconds, self._backend.alignment)
         entry.last, entry.recorded = None, 0
         height = plan.addresses.height
         if height == 0:
             entry.given_up = True
             return
         if self._region is None or self._region.size < height:
-            self._region = None  # unmapped before its successor is mapped, unless a block lives in it
+            self._region = None  # given back before its successor is made, unless a block lives in it
+            self._backend.trim()
             try:
-                self._region = _Region(self._lib, height)
+                self._region = _Region(self._backend, height)
             except MemoryError as error:
                 entry.given_up = True
                 self._warn(f"{error}; the normal allocator serves steps under the present key")
                 return
-        entry.plan = _Plan(self._lib, plan)
-        _trim_heap()
+        entry.plan = _Plan(self._backend, plan)
+        self._backend.trim()
 
     @contextlib.contextmanager
     def _serving(self, key: Hashable, entry: _Key, plan: _Plan, region: _Region) -> Iterator[None]:
-        if self._lib.lsa_begin(plan.handle, region.handle, self._smallest_bytes) != 1:
+        begun = self._lib.lsa_begin(plan.handle, region.handle, self._smallest_bytes)
+        if begun == NOT_NOW:
+            self.stats.unplanned_steps += 1
+            yield
+            return
+        if begun != 1:
             raise ValueError("another arena is inside a step; one at a time can be served")
         counts = np.zeros(len(STATS), dtype=np.int64)
         try:
@@ -286,11 +329,8 @@ def build_arena(config: MemoryConfig, device: torch.device, warn: Callable[[str]
     """The arena that ``memory.arena`` asks for; None where it does not. Raises UserError where there can be none."""
     if not config.arena:
         return None
-    if device.type != "cpu":
-        # Serving autograd's own tensors on CUDA takes an allocator that replaces torch's for the whole process, with its statistics.
-        raise UserError(f"memory.arena: serves training steps on CPU only, not on {device.type}. Remedy: memory.arena=false")
     try:
-        return Arena(warn=warn)
+        return Arena(warn=warn, backend=CudaBackend() if device.type == "cuda" else CpuBackend())
     except (NoCompiler, RuntimeError) as error:
         raise UserError(f"memory.arena: {error}. Remedy: memory.arena=false") from None
 
@@ -298,13 +338,6 @@ def build_arena(config: MemoryConfig, device: torch.device, warn: Callable[[str]
 def arena_step(arena: Arena | None, *key: Hashable) -> contextlib.AbstractContextManager[None]:
     """``arena.step(key)``, or nothing where there is no arena."""
     return contextlib.nullcontext() if arena is None else arena.step(key)
-
-
-def _trim_heap() -> None:
-    """Give the C library's free heap back: the steps that were recorded left the size of a whole step in it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-    if trim is not None:
-        trim(0)
 
 
 def _demonstrate() -> None:

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 
 import numpy as np
 import torch
 
+from memory_mgmt.arena_recording import StepPlan, StepRecord, step_record
+from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.native import build
 
 Address = int | None
 _I64, _PTR = ctypes.c_int64, ctypes.c_void_p
-_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "lsa_installed": (ctypes.c_int, []),
-    "lsa_install": (ctypes.c_int, []),
-    "lsa_uninstall": (ctypes.c_int, []),
+Signatures = Mapping[str, tuple[type | None, list[type]]]
+COMMON: Signatures = {
     "lsa_thread": (_I64, []),
     "lsa_log_start": (None, []),
     "lsa_log_stop": (None, []),
     "lsa_log_size": (_I64, []),
     "lsa_log_read": (None, [_I64, _I64, _PTR]),
-    "lsa_region_new": (_PTR, [_I64]),
     "lsa_region_close": (None, [_PTR]),
     "lsa_region_give_back": (_I64, [_PTR]),
     "lsa_region_blocks": (_I64, [_PTR]),
-    "lsa_region_take": (_PTR, [_PTR, _I64, _I64]),
-    "lsa_region_release": (None, [_PTR]),
-    "lsa_plan_new": (_PTR, [_I64, _PTR, _PTR]),
     "lsa_plan_delete": (None, [_PTR]),
     "lsa_begin": (ctypes.c_int, [_PTR, _PTR, _I64]),
     "lsa_end": (None, [_PTR]),
 }
-STATS = ("served", "served_bytes", "passed", "passed_bytes", "missed", "missed_bytes", "conflicts", "conflict_bytes", "resyncs", "position")
+"""What the libraries of both devices have."""
+_CPU: Signatures = {
+    "lsa_installed": (ctypes.c_int, []),
+    "lsa_install": (ctypes.c_int, []),
+    "lsa_uninstall": (ctypes.c_int, []),
+    "lsa_region_new": (_PTR, [_I64]),
+    "lsa_region_take": (_PTR, [_PTR, _I64, _I64]),
+    "lsa_region_release": (None, [_PTR]),
+    "lsa_plan_new": (_PTR, [_I64, _PTR, _PTR]),
+}
+STATS = ("served", "served_bytes", "passed", "passed_bytes", "missed", "missed_bytes", "conflicts", "conflict_bytes", "resyncs", "waits", "position")
 
 
 @cache
@@ -43,8 +50,12 @@ def library() -> ctypes.CDLL:
     Raises NoCompiler when it has to be compiled and cannot be.
     """
     # torch is imported above, so its libraries, which this one needs, are loaded already.
-    lib = ctypes.CDLL(str(build("arena_cpu.cpp", with_torch=True)))
-    for name, (result, arguments) in _SIGNATURES.items():
+    return declared(ctypes.CDLL(str(build("arena_cpu.cpp", with_torch=True))), {**COMMON, **_CPU})
+
+
+def declared(lib: ctypes.CDLL, signatures: Signatures) -> ctypes.CDLL:
+    """``lib`` with the types of its functions set."""
+    for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib
@@ -64,6 +75,45 @@ def installed_library() -> ctypes.CDLL:
 def uninstall() -> bool:
     """Put back the CPU allocator found at installation; False while blocks of an arena or of a log live (it then stays, switched off)."""
     return bool(library().lsa_uninstall())
+
+
+class CpuBackend:
+    """What ``Arena`` needs of a CPU."""
+
+    alignment = 64
+    """Bytes; that of torch's own CPU allocator."""
+    smallest_bytes = 4096
+
+    def __init__(self) -> None:
+        """Raises NoCompiler or RuntimeError where the allocator cannot be built or installed."""
+        self.lib = installed_library()
+        return_freed_memory()  # where there is no such setting (not glibc) only the steps that are watched are larger
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[Callable[[int], StepRecord]]:
+        """Log the requests inside; what is yielded gives the record, of requests of at least so many bytes, afterwards."""
+        from memory_mgmt.allocator_log import record_cpu_allocations  # it imports this module
+
+        with record_cpu_allocations() as log:
+            yield lambda smallest: step_record(log.rows_E3, log.thread, smallest)
+
+    def new_plan(self, plan: StepPlan) -> int:
+        """Handle of a native plan."""
+        return new_plan(self.lib, plan.sizes, plan.offsets)
+
+    def new_region(self, size: int) -> int | None:
+        """Handle of a region; None where the system gives no such address space."""
+        return self.lib.lsa_region_new(size)
+
+    def trim(self) -> None:
+        """Give the C library's free heap back: the steps that were recorded left the size of a whole step in it."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
+
+    def around(self) -> contextlib.AbstractContextManager[object]:
+        """Around a step: nothing; without a CUDA device the backward pass runs on the thread that calls it."""
+        return contextlib.nullcontext()
 
 
 def new_plan(lib: ctypes.CDLL, sizes: Sequence[int], offsets: Sequence[int]) -> int:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -26,18 +28,19 @@ class NoCompiler(RuntimeError):
     """There is no C++ compiler, or it cannot compile the source. The message is for people."""
 
 
-def build(source: str, *, with_torch: bool) -> Path:
+def build(source: str, *, with_torch: bool, with_cuda: bool = False) -> Path:
     """The shared library compiled from ``memory_mgmt/<source>``; compiles only what is not in the cache.
 
-    Raises NoCompiler with the remedy when there is no compiler or it fails.
+    ``with_cuda``: against the CUDA part of torch too. Raises NoCompiler with the remedy when there is no compiler or it fails, or no
+    headers of CUDA.
     """
     path = HERE / source
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NoCompiler(f"{source} needs a C++ compiler; on Debian or Ubuntu: apt-get install g++")
-    flags = ["-O3", "-std=c++17", "-fPIC", "-shared", *(_torch_flags() if with_torch else [])]
+    flags = ["-O3", "-std=c++17", "-fPIC", "-shared", *(_torch_flags() if with_torch else []), *(_cuda_flags() if with_cuda else [])]
     digest = hashlib.sha256(
-        "\0".join([path.read_text(), *flags, _compiler_version(compiler), _torch_version() if with_torch else ""]).encode()
+        "\0".join([_text(path), *flags, _compiler_version(compiler), _torch_version() if with_torch else ""]).encode()
     )
     library = cache_dir() / f"{path.stem}-{digest.hexdigest()[:16]}.so"
     if not library.exists():
@@ -54,6 +57,12 @@ def cache_dir() -> Path:
         path = Path(tempfile.gettempdir()) / f"longstride-{Path.home().name}"
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _text(path: Path) -> str:
+    """The source with the room's headers that it includes."""
+    text = path.read_text()
+    return "".join([text, *(_text(HERE / name) for name in re.findall(r'^#include "(\w+\.h)"', text, re.MULTILINE))])
 
 
 def _compile(command: list[str], library: Path) -> None:
@@ -77,6 +86,18 @@ def _torch_flags() -> list[str]:
     include, lib = root / "include", root / "lib"
     flags = [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
     return [*flags, "-std=c++20"]  # the headers of torch 2.13 need it; a later -std wins
+
+
+def _cuda_flags() -> list[str]:
+    """Where the headers are that c10/cuda includes: packages that come with a CUDA build of torch bring them, or there is a toolkit."""
+    packages = {name: importlib.util.find_spec(name) for name in ("triton", "nvidia")}
+    roots = [Path(place) for spec in packages.values() if spec is not None for place in spec.submodule_search_locations or []]
+    toolkits = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ] + [Path("/usr/local/cuda")]
+    places = [root / "backends/nvidia/include" for root in roots] + [found for root in roots for found in sorted(root.glob("*/include"))]
+    for place in [*places, *(toolkit / "include" for toolkit in toolkits)]:
+        if (place / "cuda_runtime.h").is_file() and (place / "crt/host_config.h").is_file():
+            return [f"-I{place}", "-lc10_cuda"]
+    raise NoCompiler("there are no headers of CUDA: neither in the packages triton and nvidia nor under CUDA_HOME or /usr/local/cuda")
 
 
 def _torch_version() -> str:

@@ -222,5 +222,5 @@ def test_records_count_time_in_requests() -> None:
     assert record.until_N.tolist() == [2, LIVES_ON, LIVES_ON]
     later = step_record(rows_E3[[0, 2, 5, 3]], thread=1, smallest=64)
     assert record.repeats(later) and record.joined(later).until_N.tolist() == [3, LIVES_ON, LIVES_ON]
-    plan = plan_step(record.joined(later), seconds=0.1)
+    plan = plan_step(record.joined(later), seconds=0.1, alignment=64)
     assert plan.offsets == (0, -1, -1) and plan.addresses.height == 128
