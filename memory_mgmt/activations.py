@@ -16,6 +16,7 @@ from memory_mgmt.op_scratch import flash_cpu_backward_scratch
 from models.attention_plan import TileLimits
 from models.config import LayerKind, ModelConfig
 from models.flops import ffn_parameters, memory_matmul_parameters
+from models.memory.titans_shapes import TitansShapes
 
 ELEMENT = {"bf16": 2, "fp32": 4, "fp64": 8}
 WIDE = {"bf16": 4, "fp32": 4, "fp64": 8}
@@ -118,6 +119,11 @@ class Shapes:
         """The input, and inside: everything (``memory_inside``), or with tiles one state per tile."""
         c = self.config
         halo = self.rows * self._halo * c.d_model * self.e
+        if self._titans is not None:
+            if not self.in_tiles(self.memory_tile):
+                return self.narrow + halo + self.memory_inside()
+            between = self._titans.between_tiles(self.rows, self.tokens, self.w, self.memory_tile)
+            return self.narrow + halo + between + c.memory_heads * self._titans.fast_weights * self.w
         exchanged = (self.cp * self.ranges + 1) * self.rows * c.memory_heads * c.memory_key_dim**2 * self.w if self.split else 0
         if not self.in_tiles(self.memory_tile):
             return self.narrow + halo + exchanged + self.memory_inside()
@@ -131,6 +137,8 @@ class Shapes:
         state before each chunk, the output; seven statistics per head and token (two norms of q and k, beta, g, sigmoid, softplus
         in and out) and the norm of the output; a split sequence adds the read-out of the incoming state."""
         c = self.config
+        if self._titans is not None:
+            return self._titans.inside(self.rows, self.tokens, self.e, self.w)
         heads, key, value, chunk = c.memory_heads, c.memory_key_dim, c.memory_value_dim, c.memory.chunk_size
         projected = heads * (2 * key + 3 * value)
         joined = value + key if self.split else 0
@@ -217,6 +225,8 @@ class Shapes:
             inside = self.tile_inside(self.memory_tile, memory=True)
             return 2 * self.narrow + inside + memory_matmul_parameters(self.config) * self.w
         c = self.config
+        if self._titans is not None:
+            return self._titans.backward_inside(self.rows, self.tokens, self.e, self.w) + self.narrow
         heads, key, value, chunk = c.memory_heads, c.memory_key_dim, c.memory_value_dim, c.memory.chunk_size
         width = self._state_width
         per_token = heads * self.w * (7 * chunk + 4 * key + 3 * width + value + key * width / chunk)
@@ -244,6 +254,8 @@ class Shapes:
             return 0
         c = self.config
         keys = c.kv_heads * c.attention_head_dim
+        if kind == "memory" and self._titans is not None:
+            return 2 * self.n * self._titans.features * self.w
         if kind == "memory":
             return 2 * self.cp * (self.ranges + 1) * self.rows * c.memory_heads * c.memory_key_dim * c.memory_value_dim * self.w
         halo = self._halo_keys(self.w) if kind == "swa" else 0
@@ -251,6 +263,11 @@ class Shapes:
             return 3 * halo
         more = 2 if self.cp > 2 else 1
         return self.n * (more * keys * (2 * self.e + 4 * self.w) + c.n_heads * c.attention_head_dim * self.w)
+
+    @property
+    def _titans(self) -> TitansShapes | None:
+        """The formulas of a memory that is not a Gated DeltaNet."""
+        return TitansShapes.of(self.config, self.cp) if self.config.memory.kind == "titans" else None
 
     @property
     def _halo(self) -> int:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.batch import Bounds
+from models.batch import Bounds, Range
 from parallel.halo import exchange_halo
 from parallel.sequence import Layout, check_ranges, ranges_for
 
@@ -33,6 +33,7 @@ class RingCarry:
     def __init__(self, group: dist.ProcessGroup | None, layout: Layout) -> None:
         self.group = group
         self.layout: Layout = layout
+        self.ranks = dist.get_world_size(group)
 
     def halo(self, x_BTC: Tensor, n: int, bounds: Bounds) -> list[Tensor]:
         """See `Carry.halo`; gradients flow to the rank that holds the token."""
@@ -60,12 +61,31 @@ class RingCarry:
         """See `Carry.tail`; one exchange, gradients flow to the rank that holds the token."""
         return _GatherTail.apply(self.group, self._places(bounds), bounds, x_BTC, n)  # type: ignore[return-value]
 
-    def _places(self, bounds: Bounds) -> list[tuple[int, int]]:
-        """(rank, local range) of every range of the sequence in global order. Raises ValueError if ``bounds`` is not this rank's part."""
+    def holders(self, bounds: Bounds) -> tuple[int, list[tuple[Range, ...]]]:
+        """See `Carry.holders`. Raises ValueError if ``bounds`` is not this rank's part."""
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         check_ranges(bounds, self.layout, rank, size)
-        held = [ranges_for(self.layout, bounds.seq_len, r, size) for r in range(size)]
-        return sorted(((r, i) for r in range(size) for i in range(len(held[r]))), key=lambda place: held[place[0]][place[1]])
+        return rank, [ranges_for(self.layout, bounds.seq_len, r, size) for r in range(size)]
+
+    def swap(self, x_nC: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+        """See `Carry.swap`; one all-to-all."""
+        arriving = x_nC.new_empty(sum(taken), x_nC.shape[1])
+        dist.all_to_all_single(arriving, x_nC.contiguous(), list(taken), list(given), group=self.group)
+        return arriving
+
+    def stacked(self, x: Tensor) -> Tensor:
+        """See `Carry.stacked`; one all-gather, backward one sum over ranks."""
+        return _Stack.apply(self.group, x)  # type: ignore[return-value]
+
+    def total(self, x: Tensor) -> Tensor:
+        """See `Carry.total`; one all-reduce."""
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def _places(self, bounds: Bounds) -> list[tuple[int, int]]:
+        """(rank, local range) of every range of the sequence in global order. Raises ValueError if ``bounds`` is not this rank's part."""
+        _, held = self.holders(bounds)
+        return sorted(((r, i) for r in range(len(held)) for i in range(len(held[r]))), key=lambda place: held[place[0]][place[1]])
 
 
 class _AffineExchange(torch.autograd.Function):
@@ -166,6 +186,19 @@ class _GatherTail(torch.autograd.Function):
                 ranges[:, i, ctx.length - part.shape[1] :] = part
             end -= keep
         return None, None, None, dx, None
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Any, x: Tensor) -> Tensor:
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        total = grads[0].contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return None, total[dist.get_rank(ctx.group)]
 
 
 def _gather(x: Tensor, group: Any) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from models.batch import Bounds
+from models.batch import Bounds, Range
 from models.config import ModelConfig
 
 State = dict[str, Tensor]
@@ -27,6 +27,7 @@ BUILDERS: dict[str, str] = {
     "gated_deltanet": "models.memory.gated_deltanet",
     "gsa": "models.memory.gsa",
     "mamba2": "models.memory.mamba2",
+    "titans": "models.memory.titans",
 }
 """``model.memory.kind`` -> module that defines ``build``; imported only when asked for."""
 
@@ -74,6 +75,8 @@ class Carry(Protocol):
 
     local: bool
     """True when no other rank is involved: a module may then simply carry its state through."""
+    ranks: int
+    """How many share the sequence."""
 
     def halo(self, x_BTC: Tensor, n: int, bounds: Bounds) -> list[Tensor]:
         """For each local range the n tokens [B, n, C] before it in the global sequence, zeros where there are none."""
@@ -100,6 +103,24 @@ class Carry(Protocol):
 
     def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
         """The last n tokens [B, n, C] of the sequence, on every rank, zeros where the sequence is shorter."""
+        ...
+
+    # For updates that are sums over tokens: every rank works on a slice of every chunk (models/memory/chunk_plan.py).
+
+    def holders(self, bounds: Bounds) -> tuple[int, list[tuple[Range, ...]]]:
+        """This rank, and the ranges that each rank holds."""
+        ...
+
+    def swap(self, x_nC: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+        """Give every rank its stretch of rows (``given`` rows to each, in order) and return theirs. No gradient."""
+        ...
+
+    def stacked(self, x: Tensor) -> Tensor:
+        """[ranks, ...]: every rank's ``x``; differentiable."""
+        ...
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of every rank's ``x``, which may be overwritten. No gradient."""
         ...
 
 
@@ -138,6 +159,7 @@ class LocalCarry:
     """One process holds everything there is: adjoining ranges in any local order."""
 
     local = True
+    ranks = 1
 
     def halo(self, x_BTC: Tensor, n: int, bounds: Bounds) -> list[Tensor]:
         """See `Carry.halo`; tokens before the first range are zeros."""
@@ -168,6 +190,22 @@ class LocalCarry:
         for i in ranges_in_order(bounds):
             tail = last_tokens(tail, x_BTC[:, offsets[i] : offsets[i + 1]], n)
         return tail
+
+    def holders(self, bounds: Bounds) -> tuple[int, list[tuple[Range, ...]]]:
+        """See `Carry.holders`."""
+        return 0, [bounds.ranges]
+
+    def swap(self, x_nC: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+        """See `Carry.swap`."""
+        return x_nC
+
+    def stacked(self, x: Tensor) -> Tensor:
+        """See `Carry.stacked`."""
+        return x.unsqueeze(0)
+
+    def total(self, x: Tensor) -> Tensor:
+        """See `Carry.total`."""
+        return x
 
 
 def last_tokens(before_BnC: Tensor, x_BTC: Tensor, n: int) -> Tensor:
@@ -204,7 +242,8 @@ class MemoryModule(nn.Module):
 
     def reset(self, state: State, rows_B: Tensor) -> State:
         """``state`` with the rows where the boolean ``rows_B`` is true as before the first token."""
-        fresh = self.init_state(len(rows_B), rows_B.device, torch.float32)
+        wide = torch.float64 if any(value.dtype == torch.float64 for value in state.values()) else torch.float32
+        fresh = self.init_state(len(rows_B), rows_B.device, wide)
         return {
             name: torch.where(rows_B.view(-1, *[1] * (value.dim() - 1)), fresh[name].to(value.dtype), value)
             for name, value in state.items()

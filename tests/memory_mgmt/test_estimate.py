@@ -16,7 +16,7 @@ from memory_mgmt.optimizer_offload import OffloadedOptimizer
 from memory_mgmt.plan import refusal
 from memory_mgmt.policy_settings import policy_of
 from models.batch import Batch, Bounds
-from models.config import MemoryModuleConfig, ModelConfig
+from models.config import MemoryModuleConfig, ModelConfig, TitansConfig
 from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer
 from optim.clip import clip_grad_norm
@@ -91,8 +91,10 @@ def test_kept_bytes_of_a_block_equal_what_it_leaves_allocated(kind, memory, prec
         config_of("memory", memory=MemoryModuleConfig(n_heads=2, head_dim=16, expand_v=2.0, conv_kernel=1, chunk_size=32)),
         config_of("full", n_kv_heads=1, head_dim=32, d_ff=96),
         config_of("full", qkv_bias=True, qk_norm=True),
+        config_of("memory", memory=MemoryModuleConfig(kind="titans", expand_v=2.0, titans=TitansConfig(chunk_size=32))),
+        config_of("memory", memory=MemoryModuleConfig(kind="titans", titans=TitansConfig(variant="lact", chunk_size=128))),
     ],
-    ids=["memory", "attention", "biases and normed heads"],
+    ids=["memory", "attention", "biases and normed heads", "titans", "lact"],
 )
 def test_kept_bytes_of_other_shapes(config):
     model, batch = model_of(config, "fp32", MemoryConfig()), batch_of(rows=2)

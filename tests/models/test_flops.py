@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.batch import Batch, Bounds
-from models.config import MemoryModuleConfig, ModelConfig
+from models.config import MemoryModuleConfig, ModelConfig, TitansConfig
 from models.flops import mean_window_keys, mixing_flops_per_token, model_flops_per_token, parameter_count
 from models.transformer import Transformer, init_weights
 
@@ -20,6 +20,10 @@ CONFIGS = {
     "memory_other_shapes": ModelConfig(
         d_model=64, n_heads=4, layers=("memory", "swa"), memory=MemoryModuleConfig(n_heads=2, head_dim=16, expand_v=2.0, conv_kernel=1)
     ),
+    "titans": ModelConfig(
+        d_model=64, n_heads=4, layers=("memory", "swa"), memory=MemoryModuleConfig(kind="titans", n_heads=2, expand_v=1.5)
+    ),
+    "lact": ModelConfig(d_model=64, layers=("memory",), memory=MemoryModuleConfig(kind="titans", titans=TitansConfig(variant="lact"))),
 }
 OWNERS = {"embed": "embedding", "head": "head", "norm": "norms", "norm1": "norms", "norm2": "norms", "ffn": "ffn"}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from models.batch import Bounds
-from models.config import MemoryModuleConfig, ModelConfig
+from models.config import MemoryModuleConfig, ModelConfig, TitansConfig
 from models.memory.protocol import MemoryModule, State, build_memory
 
 D, B, T = 12, 2, 41
@@ -47,7 +47,27 @@ def _slow_slots(module: Any) -> None:
     module.gate_temperature = 40.0
 
 
+def _slow_titans(module: Any) -> None:
+    for i, gate in enumerate(module.gates):
+        if gate in ("alpha", "eta"):  # hardly forgets; momentum does not last
+            module.rate_bias[:, i] = -7.0 if gate == "alpha" else -0.5
+    if module.network.kind == "linear":  # begins at 0, and what reads 0 does not show what it sees
+        module.start_in.normal_(generator=torch.Generator().manual_seed(5))
+
+
+def _titans(expand_v: float = 1.5, **settings: Any) -> Case:
+    titans = {"chunk_size": 8, "expansion": 1.5, **settings}
+    return Case(
+        {"kind": "titans", "expand_v": expand_v, "titans": TitansConfig(**titans)},
+        slow=_slow_titans,
+        at_size={"titans": TitansConfig(**{**titans, "chunk_size": 64, **({"reset_every": 256} if "reset_every" in settings else {})})},
+    )
+
+
 CASES: dict[str, Case] = {
+    "titans": _titans(),
+    "titans, linear, reset": _titans(network="linear", reset_every=16),
+    "titans, lact": _titans(variant="lact"),
     "gated_deltanet": Case(
         {"kind": "gated_deltanet", "chunk_size": 8, "expand_v": 1.5},
         slow=_slow_deltanet,
