@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.config import LayerKind, ModelConfig
+from models.config import FeedForwardKind, LayerKind, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class ParameterCount:
     attention: int
     memory: int
     ffn: int
+    """Feed-forwards, dense ones and memory layers with product keys (their keys included, their tables not)."""
+    tables: int
+    """Values of the tables that memory layers with product keys read."""
     norms: int
     """RMSNorm weights of the blocks and the final norm; norms inside a mixer belong to the mixer."""
     matmul: int
@@ -27,7 +30,7 @@ class ParameterCount:
     @property
     def total(self) -> int:
         """All parameters, each counted once."""
-        return self.embedding + self.head + self.attention + self.memory + self.ffn + self.norms
+        return self.embedding + self.head + self.attention + self.memory + self.ffn + self.tables + self.norms
 
 
 def attention_parameters(config: ModelConfig) -> int:
@@ -40,6 +43,25 @@ def attention_parameters(config: ModelConfig) -> int:
 def ffn_parameters(config: ModelConfig) -> int:
     """Parameters of one SwiGLU: w_gate, w_up, w_down without biases."""
     return 3 * config.d_model * config.ff_width
+
+
+def product_key_matmul_parameters(config: ModelConfig) -> int:
+    """Parameters of one memory layer with product keys that meet every token in a product: query, keys, gate and output projection."""
+    keys = config.product_keys
+    gated = 2 * config.d_model * config.value_width if keys.gate == "swish" else 0
+    return (config.d_model + keys.n_keys) * keys.heads * config.query_dim + gated
+
+
+def feed_forward_parameters(config: ModelConfig, kind: FeedForwardKind) -> int:
+    """Parameters of one feed-forward of ``kind``; of one with product keys without the table."""
+    if kind == "dense":
+        return ffn_parameters(config)
+    return product_key_matmul_parameters(config) + (config.query_dim if config.product_keys.qk_norm else 0)
+
+
+def table_parameters(config: ModelConfig) -> int:
+    """Values of all tables."""
+    return config.n_value_tables * config.product_keys.n_keys**2 * config.value_width
 
 
 def memory_matmul_parameters(config: ModelConfig) -> int:
@@ -55,13 +77,13 @@ def memory_other_parameters(config: ModelConfig) -> int:
     return taps * heads * (2 * key_dim + value_dim) + 2 * heads + value_dim
 
 
-def block_parameters(config: ModelConfig, kind: LayerKind) -> int:
-    """Parameters of one block of ``kind``: mixer, feed-forward and its two norms."""
+def block_parameters(config: ModelConfig, kind: LayerKind, feed_forward: FeedForwardKind = "dense") -> int:
+    """Parameters of one block of ``kind``: mixer, feed-forward and its two norms; a table that it reads is the model's."""
     if kind == "memory":
         mixer = memory_matmul_parameters(config) + memory_other_parameters(config)
     else:
         mixer = attention_parameters(config)
-    return mixer + ffn_parameters(config) + 2 * config.d_model
+    return mixer + feed_forward_parameters(config, feed_forward) + 2 * config.d_model
 
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
@@ -71,16 +93,18 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
     n_attention = len(kinds) - n_memory
     attention = n_attention * attention_parameters(config)
     memory_matmul = n_memory * memory_matmul_parameters(config)
-    ffn = len(kinds) * ffn_parameters(config)
+    readers = config.feedforward_kinds.count("product_keys")
+    dense = (len(kinds) - readers) * ffn_parameters(config)
     embedding = vocab_size * config.d_model
     return ParameterCount(
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
         attention=attention,
         memory=memory_matmul + n_memory * memory_other_parameters(config),
-        ffn=ffn,
+        ffn=dense + readers * feed_forward_parameters(config, "product_keys"),
+        tables=table_parameters(config),
         norms=(2 * len(kinds) + 1) * config.d_model,
-        matmul=attention + memory_matmul + ffn + embedding,
+        matmul=attention + memory_matmul + dense + readers * product_key_matmul_parameters(config) + embedding,
     )
 
 
@@ -106,6 +130,7 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
     6 P + sum over layers of
       full attention     6 S Hq D                    (2 products x 2 FLOPs x S/2 causal keys x 3)
       sliding window    12 Hq D mean_t min(t + 1, W)
+      product keys       6 E V                       (E = heads x top_k rows of V values read and summed, x 3)
       Gated DeltaNet    18 H K V + 6 c H (2K + V)    (per head and token: k S, the rank-1 write and q S, 2 K V each, x 3;
                                                       causal convolution of c taps on q, k and v)
     P: parameters of matrix products (output projection included even when tied, embedding lookup excluded), S: seq_len,
@@ -114,4 +139,5 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
     savings of document bounds (a token is counted as if the whole sequence before it were its document).
     """
     mixing = sum(mixing_flops_per_token(config, kind, seq_len) for kind in config.layer_kinds)
-    return 6.0 * parameter_count(config, vocab_size).matmul + mixing
+    read = 6.0 * config.product_keys.heads * config.product_keys.top_k * config.value_width
+    return 6.0 * parameter_count(config, vocab_size).matmul + mixing + read * config.feedforward_kinds.count("product_keys")
