@@ -177,11 +177,10 @@ class _Root(torch.autograd.Function):
             held = add_rows(TouchedRows(before._indices()[0], before._values()), held, touched.n_rows)
             del before
         shape = (touched.n_rows, held.values_UD.shape[1])
-        return (
-            torch.sparse_coo_tensor(held.rows_U[None], held.values_UD, shape, is_coalesced=True, check_invariants=False),
-            None,
-            None,
-        )
+        gradient = torch.sparse_coo_tensor(held.rows_U[None], held.values_UD, shape, is_coalesced=True, check_invariants=False)
+        if isinstance(held.values_UD, FakeTensor):  # on the way through autograd it would be copied, and of a fake one nothing is left then
+            table.weight.grad, gradient = gradient, None
+        return gradient, None, None
 
 
 class _Read(torch.autograd.Function):
