@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 _NO_WORK = frozenset(("aten::_local_scalar_dense", "aten::set_", "aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh"))
+_SPARSE = "aten::_sparse_coo_tensor_with_dims_and_tensors"
+"""Takes its parts as they are."""
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 """Matrix products per score: scores and output; in backward scores again, and the gradients of values, probabilities, keys and queries."""
 
@@ -32,6 +34,9 @@ def op_bytes(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
     """Bytes read and written; 0 for views and for allocation alone."""
     if moves_nothing(func):
         return 0
+    rows = _BY_ROWS.get(func._schema.name)
+    if rows is not None:
+        return rows(inputs, outputs)
     return sum(_extent(x) for x in inputs) + sum(_extent(x) for x in outputs)
 
 
@@ -53,7 +58,7 @@ def written(func: Any, args: Sequence[Any]) -> list[Tensor]:
 def moves_nothing(func: Any) -> bool:
     """Whether an operator only makes a view of its input or an uninitialised tensor."""
     schema = func._schema
-    if schema.name.startswith(("aten::empty", "aten::new_empty")) or schema.name in _NO_WORK:
+    if schema.name.startswith(("aten::empty", "aten::new_empty")) or schema.name in (*_NO_WORK, _SPARSE):
         return True
     aliases = [r.alias_info for r in schema.returns if r.alias_info is not None]
     return bool(aliases) and not any(alias.is_write for alias in aliases)
@@ -65,6 +70,37 @@ def work_dtype(tensors: Sequence[Tensor]) -> str:
         if x.is_floating_point():
             return str(x.dtype).removeprefix("torch.")
     return str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
+
+
+def _rows_read(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+    """Of some rows of the first input: they and the others are read, the result is written."""
+    return 2 * sum(_extent(x) for x in outputs) + sum(_extent(x) for x in inputs[1:])
+
+
+def _rows_written(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+    """Into some rows of the first input, which are read before: as many as the last input has."""
+    return sum(_extent(x) for x in inputs[1:]) + 2 * _extent(inputs[-1])
+
+
+def _bags(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+    """Of a table, the only input with two dims beside a gradient of sums: a row for each index, the longest of the others."""
+    matrices, rest = [x for x in inputs if x.ndim > 1], [x for x in inputs if x.ndim < 2]
+    table = matrices[-1]
+    rows = max(x.numel() for x in rest) * table.shape[1] * table.element_size()
+    return rows + sum(_extent(x) for x in (*matrices[:-1], *rest, *outputs))
+
+
+_BY_ROWS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], int]] = {
+    "aten::index": _rows_read,
+    "aten::index_put_": _rows_written,
+    "aten::_index_put_impl_": _rows_written,
+    "aten::index_add_": _rows_written,
+    "aten::index_copy_": _rows_written,
+    "aten::_embedding_bag": _bags,
+    "aten::_embedding_bag_forward_only": _bags,
+    "aten::_embedding_bag_per_sample_weights_backward": _bags,
+}
+"""Operators that touch some rows of a tensor that may be much larger."""
 
 
 def _extent(x: Tensor) -> int:

@@ -132,17 +132,17 @@ class StepRecorder(TorchDispatchMode):
     def adopt(self, tensors: Iterable[tuple[str, Tensor]], kind: TraceKind) -> None:
         """Note tensors that exist already, by parameter name; those seen before only get the kind and the name."""
         for name, tensor in tensors:
-            local = _local(tensor)
-            buffer = self._live.get(_key(local)) or self._begin(local, "found")
-            if buffer is not None:
-                buffer.kind, buffer.module = kind, name
-                buffer.layer = layer_of(name)
+            for local in _tensors((_local(tensor),)):
+                buffer = self._live.get(_key(local)) or self._begin(local, "found")
+                if buffer is not None:
+                    buffer.kind, buffer.module = kind, name
+                    buffer.layer = layer_of(name)
 
     def tag(self, tensors: Iterable[Any], kind: TraceKind) -> None:
         """Set the kind of live tensors."""
         for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                buffer = self._live.get(_key(_local(tensor)))
+            for local in _tensors((_local(tensor),) if isinstance(tensor, Tensor) else ()):
+                buffer = self._live.get(_key(local))
                 if buffer is not None:
                     buffer.kind = kind
 
@@ -383,10 +383,13 @@ def _key(x: Tensor) -> int:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors in arguments or results, lists and tuples opened; much faster than the general tree walk."""
+    """Tensors in arguments or results, lists and tuples opened, and what a sparse one is made of; much faster than the general tree walk."""
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            if value.layout is torch.sparse_coo:
+                yield from (value._indices(), value._values())
+            else:
+                yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
 

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 LayerKind = Literal["full", "swa", "memory"]
 """full: causal attention over everything before; swa: sliding window; memory: a memory module (``model.memory``)."""
 
+FeedForwardKind = Literal["dense", "product_keys"]
+"""dense: SwiGLU; product_keys: a memory layer that reads a table of values (``model.product_keys``)."""
+
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
@@ -179,6 +182,27 @@ class MemoryModuleConfig(Section):
         return self
 
 
+class ProductKeysConfig(Section):
+    """Memory layers with product keys (arXiv 1907.05242, 2412.09764) in place of feed-forwards."""
+
+    n_keys: PositiveInt = 256
+    """Keys of each half of a query; the table has n_keys squared values."""
+    heads: PositiveInt = 4
+    """Queries per token."""
+    top_k: PositiveInt = 32
+    """Values that each query reads: those with the largest scores of all."""
+    key_dim: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """Size of a query, both halves; null means half of d_model, made even."""
+    value_dim: PositiveInt | None = None
+    """Size of a value; null means d_model."""
+    shared_table: bool = True
+    """All product_keys layers read one table; false gives each its own."""
+    gate: Literal["swish", "none"] = "swish"
+    """swish: what is read times silu of a projection of the input, and an output projection; none: what is read as it is."""
+    qk_norm: bool = False
+    """RMSNorm on the halves of queries and keys, each with a learned scale: steadies large learning rates."""
+
+
 class ModelConfig(Section):
     """Shapes of a Llama-style decoder with a layer pattern."""
 
@@ -198,6 +222,8 @@ class ModelConfig(Section):
     """Hidden width of the SwiGLU feed-forward; null means 8/3 d_model rounded up to a multiple of 32."""
     layers: Annotated[tuple[LayerKind, ...], Field(min_length=1, strict=False)] = ("swa", "memory")
     """Layer kinds from the input up; repeated until n_layers layers exist."""
+    feedforward: Annotated[tuple[FeedForwardKind, ...], Field(min_length=1, strict=False)] = ("dense",)
+    """Kinds of feed-forward from the input up; repeated until every layer has one."""
     n_layers: PositiveInt | None = None
     """Number of layers; null means one per entry of layers."""
     window: PositiveInt = 512
@@ -214,6 +240,8 @@ class ModelConfig(Section):
     """Rotary position embedding."""
     memory: MemoryModuleConfig = MemoryModuleConfig()
     """The memory architecture."""
+    product_keys: ProductKeysConfig = ProductKeysConfig()
+    """The memory layers with product keys (kind product_keys of feedforward)."""
 
     @model_validator(mode="after")
     def _check_shapes(self) -> ModelConfig:
@@ -241,6 +269,24 @@ class ModelConfig(Section):
                 "change one of them"
             )
 
+    @model_validator(mode="after")
+    def _check_product_keys(self) -> ModelConfig:
+        keys = self.product_keys
+        if "product_keys" not in self.feedforward_kinds:
+            if keys != ProductKeysConfig():
+                raise ValueError("product_keys is set, but no layer has feedforward product_keys; name it there or leave product_keys out")
+            return self
+        if keys.top_k > keys.n_keys:
+            raise ValueError(f"product_keys.top_k {keys.top_k} is larger than product_keys.n_keys {keys.n_keys}; lower it")
+        if keys.n_keys**2 >= 2**31:
+            raise ValueError(f"product_keys.n_keys {keys.n_keys} squared values cannot be told apart by 31 bits; lower it to 46340")
+        if keys.gate == "none" and self.value_width != self.d_model:
+            raise ValueError(
+                f"product_keys.value_dim {self.value_width} is not d_model {self.d_model}, and gate none has no output projection; "
+                "leave value_dim null or set gate swish"
+            )
+        return self
+
     @property
     def kv_heads(self) -> int:
         """Key/value heads after defaults."""
@@ -261,6 +307,27 @@ class ModelConfig(Section):
         """One kind per layer, the pattern repeated and cut to n_layers."""
         n_layers = self.n_layers or len(self.layers)
         return tuple(self.layers[i % len(self.layers)] for i in range(n_layers))
+
+    @property
+    def feedforward_kinds(self) -> tuple[FeedForwardKind, ...]:
+        """One kind per layer, the pattern repeated and cut."""
+        return tuple(self.feedforward[i % len(self.feedforward)] for i in range(len(self.layer_kinds)))
+
+    @property
+    def n_value_tables(self) -> int:
+        """Tables of values that the model has."""
+        readers = self.feedforward_kinds.count("product_keys")
+        return min(readers, 1) if self.product_keys.shared_table else readers
+
+    @property
+    def query_dim(self) -> int:
+        """Size of a product-key query after defaults."""
+        return self.product_keys.key_dim or max(2, self.d_model // 4 * 2)
+
+    @property
+    def value_width(self) -> int:
+        """Size of a value of the table after defaults."""
+        return self.product_keys.value_dim or self.d_model
 
     @property
     def memory_heads(self) -> int:

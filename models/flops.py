@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.config import LayerKind, ModelConfig
+from models.config import FeedForwardKind, LayerKind, ModelConfig
 from models.memory.titans_shapes import TitansShapes
 
 
@@ -21,6 +21,9 @@ class ParameterCount:
     attention: int
     memory: int
     ffn: int
+    """Feed-forwards, dense ones and memory layers with product keys (their keys included, their tables not)."""
+    tables: int
+    """Values of the tables that memory layers with product keys read."""
     norms: int
     """RMSNorm weights of the blocks and the final norm; norms inside a mixer belong to the mixer."""
     matmul: int
@@ -28,7 +31,7 @@ class ParameterCount:
     @property
     def total(self) -> int:
         """All parameters, each counted once."""
-        return self.embedding + self.head + self.attention + self.memory + self.ffn + self.norms
+        return self.embedding + self.head + self.attention + self.memory + self.ffn + self.tables + self.norms
 
 
 def attention_matmul_parameters(config: ModelConfig) -> int:
@@ -50,6 +53,25 @@ def ffn_parameters(config: ModelConfig) -> int:
     return 3 * config.d_model * config.ff_width
 
 
+def product_key_matmul_parameters(config: ModelConfig) -> int:
+    """Parameters of one memory layer with product keys that meet every token in a product: query, keys, gate and output projection."""
+    keys = config.product_keys
+    gated = 2 * config.d_model * config.value_width if keys.gate == "swish" else 0
+    return (config.d_model + keys.n_keys) * keys.heads * config.query_dim + gated
+
+
+def feed_forward_parameters(config: ModelConfig, kind: FeedForwardKind) -> int:
+    """Parameters of one feed-forward of ``kind``; of one with product keys without the table."""
+    if kind == "dense":
+        return ffn_parameters(config)
+    return product_key_matmul_parameters(config) + (config.query_dim if config.product_keys.qk_norm else 0)
+
+
+def table_parameters(config: ModelConfig) -> int:
+    """Values of all tables."""
+    return config.n_value_tables * config.product_keys.n_keys**2 * config.value_width
+
+
 def memory_matmul_parameters(config: ModelConfig) -> int:
     """Parameters of one memory layer that are linear projections of every token: of a Gated DeltaNet q, k, v, write strength, decay,
     gate, out."""
@@ -68,13 +90,13 @@ def memory_other_parameters(config: ModelConfig) -> int:
     return taps * heads * (2 * key_dim + value_dim) + 2 * heads + value_dim
 
 
-def block_parameters(config: ModelConfig, kind: LayerKind) -> int:
-    """Parameters of one block of ``kind``: mixer, feed-forward and its two norms."""
+def block_parameters(config: ModelConfig, kind: LayerKind, feed_forward: FeedForwardKind = "dense") -> int:
+    """Parameters of one block of ``kind``: mixer, feed-forward and its two norms; a table that it reads is the model's."""
     if kind == "memory":
         mixer = memory_matmul_parameters(config) + memory_other_parameters(config)
     else:
         mixer = attention_parameters(config)
-    return mixer + ffn_parameters(config) + 2 * config.d_model
+    return mixer + feed_forward_parameters(config, feed_forward) + 2 * config.d_model
 
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
@@ -84,16 +106,18 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
     n_attention = len(kinds) - n_memory
     attention = n_attention * attention_parameters(config)
     memory_matmul = n_memory * memory_matmul_parameters(config)
-    ffn = len(kinds) * ffn_parameters(config)
+    readers = config.feedforward_kinds.count("product_keys")
+    dense = (len(kinds) - readers) * ffn_parameters(config)
     embedding = vocab_size * config.d_model
     return ParameterCount(
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
         attention=attention,
         memory=memory_matmul + n_memory * memory_other_parameters(config),
-        ffn=ffn,
+        ffn=dense + readers * feed_forward_parameters(config, "product_keys"),
+        tables=table_parameters(config),
         norms=(2 * len(kinds) + 1) * config.d_model,
-        matmul=n_attention * attention_matmul_parameters(config) + memory_matmul + ffn + embedding,
+        matmul=n_attention * attention_matmul_parameters(config) + memory_matmul + dense + readers * product_key_matmul_parameters(config) + embedding,
     )
 
 
@@ -121,6 +145,7 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
     6 P + sum over layers of
       full attention     6 S Hq D                    (2 products x 2 FLOPs x S/2 causal keys x 3)
       sliding window    12 Hq D mean_t min(t + 1, W)
+      product keys       6 E V                       (E = heads x top_k rows of V values read and summed, x 3)
       Gated DeltaNet    18 H K V + 6 c H (2K + V)    (per head and token: k S, the rank-1 write and q S, 2 K V each, x 3;
                                                       causal convolution of c taps on q, k and v)
       Titans             6 H ((2 + Z) F + U V) + 6 c H (2K + V)    (F fast weights of a head, U its hidden width, Z 2 with momentum
@@ -131,4 +156,5 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
     savings of document bounds (a token is counted as if the whole sequence before it were its document).
     """
     mixing = sum(mixing_flops_per_token(config, kind, seq_len) for kind in config.layer_kinds)
-    return 6.0 * parameter_count(config, vocab_size).matmul + mixing
+    read = 6.0 * config.product_keys.heads * config.product_keys.top_k * config.value_width
+    return 6.0 * parameter_count(config, vocab_size).matmul + mixing + read * config.feedforward_kinds.count("product_keys")

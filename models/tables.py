@@ -10,7 +10,28 @@ nn.Embedding and nn.EmbeddingBag say so by ``sparse=True``, which also makes the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch.nn as nn
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table this rank holds: ``count`` from ``first`` on, of ``total``."""
+
+    total: int
+    first: int
+    count: int
+    mesh: Any = None
+    """The ``DeviceMesh`` (copies, ranks that share them) over which they are dealt out; None: all are here."""
+
+
+def columns_of(parameter: Tensor) -> Columns | None:
+    """Which columns this rank holds of a table that ranks share by columns (``models/value_table.py``); its sparse gradient holds the rows
+    that were read, each once. None of anything else."""
+    return getattr(parameter, "columns", None)
 
 
 def table_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from models.embedding import Embedding
 from models.feedforward import RMSNorm, SwiGLU
 from models.loss import chunked_cross_entropy
 from models.memory.protocol import MemoryModule, build_memory
+from models.product_keys import ProductKeyMemory, build_tables
+from models.value_table import ValueTable
 
 __all__ = ["Block", "LossHead", "RMSNorm", "SwiGLU", "Transformer", "init_weights"]
 
@@ -51,12 +53,13 @@ class Block(nn.Module):
     """One layer. ``run(body, *args)`` decides how the inside is executed (kept, swapped, recomputed, in tiles); it stays inside
     ``forward`` so that FSDP's hooks are outside of any recomputation."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
+    def __init__(self, config: ModelConfig, kind: LayerKind, table: ValueTable | None = None) -> None:
+        """``table``: what a memory layer in place of the feed-forward reads; None: a dense one."""
         super().__init__()
         self.norm1 = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = _build_mixer(config, kind)
         self.norm2 = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = SwiGLU(config.d_model, config.ff_width)
+        self.ffn = SwiGLU(config.d_model, config.ff_width) if table is None else ProductKeyMemory(config, table)
         self.run: Callable[..., Tensor] = call
 
     def forward(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
@@ -65,7 +68,12 @@ class Block(nn.Module):
 
     def _body(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
         x_BTC = x_BTC + self._mix(self.norm1(x_BTC), positions_BT, bounds)
-        return x_BTC + self.ffn(self.norm2(x_BTC))
+        return self.feed_forward(x_BTC, bounds)
+
+    def feed_forward(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
+        """The stream after the feed-forward, from the one after the mixer."""
+        h_BTC = self.norm2(x_BTC)
+        return x_BTC + (self.ffn(h_BTC) if isinstance(self.ffn, SwiGLU) else self.ffn(h_BTC, bounds))
 
     def _mix(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
         if isinstance(self.mixer, MemoryModule):
@@ -105,13 +113,23 @@ class Transformer(nn.Module):
         self.residual_dtype: torch.dtype | None = None
         """Of the stream between blocks; None: the embedding's. With another one blocks must run under autocast in it."""
         self.embed = Embedding(vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.layer_kinds)
+        self.value_tables = build_tables(config)
+        tables = self._tables_by_layer()
+        self.blocks = nn.ModuleList(Block(config, kind, table) for kind, table in zip(config.layer_kinds, tables, strict=True))
         self.run_blocks: Callable[..., Tensor] = run_in_order
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else LossHead(vocab_size, config.d_model)
 
+    def _tables_by_layer(self) -> list[ValueTable | None]:
+        readers = [i for i, kind in enumerate(self.config.feedforward_kinds) if kind == "product_keys"]
+        tables = list(self.value_tables) * (len(readers) if len(self.value_tables) == 1 else 1)
+        by_layer = dict(zip(readers, tables, strict=True))
+        return [cast("ValueTable | None", by_layer.get(i)) for i in range(len(self.config.layer_kinds))]
+
     def stream(self, batch: Batch) -> Tensor:
         """x_BTC after the last block: what the final norm reads."""
+        for table in self.value_tables:
+            cast(ValueTable, table).begin(batch.bounds)
         x_BTC = self.embed(batch.tokens_BT)
         x_BTC = x_BTC if self.residual_dtype is None else x_BTC.to(self.residual_dtype)
         return self.run_blocks(self.blocks, x_BTC, batch.positions_BT, batch.bounds)
@@ -148,6 +166,9 @@ def init_weights(model: Transformer, seed: int, mup_base_width: int | None = Non
             full_name = f"{module_name}.{name}" if module_name else name
             digest = hashlib.sha256(f"{seed}/{full_name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            if isinstance(module, ValueTable):
+                module.draw(generator)
+                continue
             value = _initial_value(model.config, module, full_name, parameter.shape, generator)
             if module is model.head:
                 value /= wider

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from models.int8_weight import quantise_weights_
+from models.tables import columns_of
 from optim.codecs import LEAST_ELEMENTS
 from optim.config import OptimConfig, Weights
 from optim.driver import ComposedOptimizer, Lane
@@ -81,6 +82,9 @@ def lanes_of(model: nn.Module, config: OptimConfig, seed: int = 0) -> list[Lane]
 
 def _lane(routed: Routed, recipe: Recipe, weights: Weights | None, seed: int) -> Lane:
     if routed.part == "table":
+        if columns_of(routed.parameter) is not None and recipe.rest_storage not in ("fp32", "bf16"):
+            # Blocks of few bits lie along rows, which ranks share; of bf16 every element is by itself.
+            return Lane(routed.name, routed.parameter, RowSparse(recipe.rest), "bf16", weights, seed, recipe.rest_storage)
         return Lane(routed.name, routed.parameter, RowSparse(recipe.rest), recipe.rest_storage, weights, seed)
     if routed.part == "matrix" or (recipe.matrix_everywhere and routed.parameter.ndim == 2):
         return Lane(routed.name, routed.parameter, recipe.matrix, recipe.matrix_storage, weights, seed)

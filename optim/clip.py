@@ -10,6 +10,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
+from models.tables import columns_of
+
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of ``tensor`` this rank holds."""
@@ -24,7 +26,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, s
     the norm does not depend on how the elements are dealt to ranks beyond 1e-15. Returns the norm before scaling, a
     float64 scalar; it is the same on every rank.
     """
-    gradients = [_elements(p) for p in parameters if p.grad is not None]
+    gradients = [elements(p) for p in parameters if p.grad is not None]
     if not gradients:
         raise ValueError("no parameter has a gradient")
     total = torch.stack([square_sum(gradient) for gradient in gradients]).sum()
@@ -37,12 +39,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, s
     return norm
 
 
-def _elements(parameter: nn.Parameter) -> torch.Tensor:
+def elements(parameter: torch.Tensor) -> torch.Tensor:
     """Of its gradient on this rank; of a sparse one those that are stored, each once."""
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:
         return local_part(parameter.grad)
-    parameter.grad = parameter.grad.coalesce()
+    if columns_of(parameter) is None:
+        parameter.grad = parameter.grad.coalesce()
     return parameter.grad._values()
 
 

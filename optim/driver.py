@@ -49,6 +49,8 @@ class Lane:
     """How a parameter of few bits is written (``optim/writers.py``)."""
     seed: int = 0
     """Of the chance by which it is rounded."""
+    asked: Storage | None = None
+    """Where it is not ``storage``: what was asked for and cannot be."""
     key: int = field(init=False)
     """The same on every mesh and in every process."""
     is_method: bool = field(init=False)
@@ -78,10 +80,21 @@ class Lane:
         if self.dtype == torch.float32:
             for name, spec in self.specs.items():
                 storage = "int4_affine" if spec.codec == "basis" else self.storage
-                codec = codec_for(storage, spec.shape, spec.codec != "variance") if spec.codec != "exact" else None
+                codec = codec_for(storage, self._whole(spec.shape), spec.codec != "variance") if spec.codec != "exact" else None
                 if codec is not None and codec.name != "fp32":
                     self.codecs[name] = codec
         self.parts = {name: {part: f"{name}.{part}" for part in codec.parts(self.specs[name].shape)} for name, codec in self.codecs.items()}
+        self.kept = self._kept()
+
+    def _whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a state over all columns of a table that ranks share by columns: what a codec is chosen by."""
+        columns = self.placed.columns
+        return shape if columns is None or len(shape) < 2 else (*shape[:-1], columns.total)
+
+    def lie_as(self, placed: Placed) -> None:
+        """Plan for another rank: its part, and states of that."""
+        self.placed = placed
+        self.specs = dict(self.rule.states(placed.shape))  # pyright: ignore[reportArgumentType]
         self.kept = self._kept()
 
     def take_turn(self, index: int, count: int) -> None:
@@ -324,7 +337,9 @@ class ComposedOptimizer(torch.optim.Optimizer):
             weight.mul_(1 - lr * decay).sub_(change, alpha=lr)  # tables are float32: Lane
 
         gradient = local_part(cast(Tensor, lane.parameter.grad))
-        update_touched(local_part(lane.parameter), self._stored(lane), gradient, update, CHUNK_ELEMENTS)
+        update_touched(
+            local_part(lane.parameter), self._stored(lane), gradient, update, CHUNK_ELEMENTS, by_columns=lane.placed.columns is not None
+        )
 
     def _matrices(self, lanes: Sequence[Lane], group: dist.ProcessGroup | None, lr: float, decay: float) -> None:
         states, steps = [], cast(list[Steps], [])

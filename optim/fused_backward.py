@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from optim.clip import local_part, square_sum
+from optim.clip import elements, square_sum
 from optim.driver import ComposedOptimizer, Lane
 from optim.placement import Placed
 
@@ -55,7 +55,7 @@ class _Member:
         """What the update is computed from: this rank's part of the gradient, or of its summed coordinates."""
         if self.lane is not None and self.lane.summed is not None:
             return self.lane.summed
-        return local_part(cast(Tensor, self.parameter.grad))
+        return elements(self.parameter)
 
     @property
     def has_gradient(self) -> bool:

@@ -11,19 +11,22 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from models.tables import Columns, columns_of
 from optim.clip import local_part
 from optim.methods import Rows, StateSpec
 
 
 @dataclass(frozen=True)
 class Placed:
-    """The lie of one parameter. ``group``: the ranks that share its rows; None where this rank has all of them."""
+    """The lie of one parameter. ``group``: the ranks that share it; None where this rank has all of it. Of a table shared by columns
+    ``shape`` and ``rows`` are this rank's: a table of its own."""
 
     shape: tuple[int, ...]
     rows: Rows
     group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
     placements: tuple[Placement, ...] = ()
+    columns: Columns | None = None
 
     @staticmethod
     def of(parameter: Tensor) -> Placed:
@@ -33,6 +36,9 @@ class Placed:
         """
         shape = tuple(parameter.shape)
         total = shape[0] if shape else 1
+        if (columns := columns_of(parameter)) is not None:
+            group = columns.mesh.get_group(1) if columns.mesh is not None and columns.mesh.size(1) > 1 else None
+            return Placed(shape, Rows.whole(total), group, columns=columns)
         if not isinstance(parameter, DTensor):
             return Placed(shape, Rows.whole(total))
         placed = cast(DTensor, parameter)

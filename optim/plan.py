@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from models.tables import Columns
 from optim.build import lanes_of, parameter_groups
 from optim.composed import Composed, Point
 from optim.config import OptimConfig
@@ -83,8 +84,7 @@ def planned(model: nn.Module, config: OptimConfig, shards: int = 1, rank: int = 
         found = [_of_torch("AdamW", one.name, one.parameter, moments, None, shards, rank) for one in routed]
     else:
         for lane in lanes:
-            total = lane.placed.rows.total
-            lane.placed = Placed(lane.placed.shape, Rows.chunk(total, rank, shards))
+            lane.lie_as(_shared(lane.placed, rank, shards))
         found = [_of_lane(lane, None) for lane in lanes]
     return _strict(found) if strict else found
 
@@ -130,7 +130,18 @@ def _of_torch(
     )
 
 
+def _shared(placed: Placed, rank: int, shards: int) -> Placed:
+    """As one of ``shards`` ranks has it: some rows, or of a table that they share by columns some of those."""
+    if placed.columns is None:
+        return Placed(placed.shape, Rows.chunk(placed.rows.total, rank, shards))
+    chunk = Rows.chunk(placed.columns.total, rank, shards)  # torch deals out every dim alike
+    columns = Columns(placed.columns.total, chunk.first, chunk.count)
+    return Placed((placed.shape[0], chunk.count), placed.rows, columns=columns)
+
+
 def _where(placed: Placed) -> str:
+    if placed.columns is not None and placed.columns.count < placed.columns.total:
+        return f"{placed.columns.count} of {placed.columns.total} columns"
     return "whole" if placed.rows.ranks == 1 else f"{placed.rows.count} of {placed.rows.total} rows"
 
 
@@ -148,6 +159,8 @@ def _fallbacks(lane: Lane, rank: int | None) -> tuple[str, ...]:
     if exact and lane.storage != "fp32":
         why = "too small for few bits" if lane.dtype == torch.float32 else f"computed in {lane.dtype}"
         found.append(f"{', '.join(exact)} not {lane.storage}: {why}")
+    if lane.asked is not None:
+        found.append(f"{lane.storage} not {lane.asked}: ranks share it by columns, and blocks lie along rows")
     rule = lane.rule.composed if isinstance(lane.rule, Point) else lane.rule
     asked = getattr(rule.projector, "rank", None) if isinstance(rule, Composed) else None
     if asked is not None and rank is not None and rank < asked:

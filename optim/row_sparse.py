@@ -1,7 +1,8 @@
 """Tables whose rows are updated only when they are touched (``models/tables.py``): what a step reads and writes is as much as the rows it
 touches.
 
-A row is touched in a step if its gradient has an element that is not zero, whether the gradient came dense or sparse. A touched row is
+A row is touched in a step if its gradient has an element that is not zero, whether the gradient came dense or sparse; of a table that ranks
+share by columns (`models.tables.columns_of`) if a token read it, which all of them know without asking. A touched row is
 updated exactly as its rule would update a tensor of its own that saw the touching steps alone: moments, the correction of their bias
 and weight decay count that row's steps (``touched``), the learning rate is the training step's. An untouched row keeps its value and
 its states bit for bit. torch.optim.SparseAdam differs in the correction, which counts all steps: a row that is first touched late moves by
@@ -19,6 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from models.repeat import turns
 from optim.elementwise import ElementwiseAdam, Rule
 from optim.methods import StateSpec
 from optim.pieces import row_chunks
@@ -55,16 +57,21 @@ Update = Callable[[Tensor, dict[str, Tensor], Tensor], None]
 """(parameter, what is kept, gradient) of some rows, all touched: writes the first two in place."""
 
 
-def update_touched(parameter: Tensor, stored: dict[str, Tensor], gradient: Tensor, update: Update, chunk_elements: int) -> None:
+def update_touched(
+    parameter: Tensor, stored: dict[str, Tensor], gradient: Tensor, update: Update, chunk_elements: int, *, by_columns: bool = False
+) -> None:
     """``update`` on this rank's touched rows of all three. Of a sparse gradient only those rows are read. Of a dense one every row is, in
-    chunks, and untouched ones are put back: which rows are touched then changes no shapes."""
+    chunks, and untouched ones are put back: which rows are touched then changes no shapes. ``by_columns``: of columns of a table, whose
+    sparse gradient has a row for each that is touched."""
     per_row = max(1, parameter[:1].numel())
     if gradient.is_sparse:
-        gradient = gradient.coalesce()
-        rows, values = gradient.indices()[0], gradient.values()
-        touched = values.flatten(1).any(dim=1)
-        rows, values = rows[touched], values[touched]
-        for some in row_chunks(len(rows), per_row, chunk_elements):
+        gradient = gradient if by_columns else gradient.coalesce()
+        rows, values = gradient._indices()[0], gradient._values()
+        if not by_columns:
+            touched = values.flatten(1).any(dim=1)
+            rows, values = rows[touched], values[touched]
+        chunks = list(row_chunks(len(rows), per_row, chunk_elements))
+        for some in turns(chunks, values, lambda chunk: chunk.stop - chunk.start):
             index = rows[some]
             copies = {name: tensor[index] for name, tensor in stored.items()}
             weight = parameter[index]

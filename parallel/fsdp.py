@@ -35,10 +35,17 @@ def shard_parameters(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype |
     narrow = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False)
     # A head of its own is there for the loss only, and its gradient is reduced before the blocks' backward begins.
+    tables = {cast(nn.Parameter, table.weight) for table in model.value_tables}  # shared by columns (parallel/columns.py)
     ends = [] if model.head is None else [model.embed, model.head]
     for unit in [*model.blocks, *ends, model]:
         # The head's backward follows its forward at once.
-        fully_shard(unit, mesh=fsdp_mesh, reshard_after_forward=unit is not model and unit is not model.head, mp_policy=policy)
+        fully_shard(
+            unit,
+            mesh=fsdp_mesh,
+            reshard_after_forward=unit is not model and unit is not model.head,
+            mp_policy=policy,
+            ignored_params=tables,
+        )
         sharded = cast(FSDPModule, unit)
         sharded.set_gradient_divide_factor(1.0)
         # Sum instead of average-with-prescale: gloo knows neither AVG nor PREMUL_SUM for every dtype.
@@ -47,7 +54,7 @@ def shard_parameters(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype |
             _gather_in(sharded, gather_dtype)
     if ends:
         cast(FSDPModule, model.embed).set_unshard_in_backward(False)  # the gradient of a look-up needs no weights
-    plain = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "device_mesh")]
+    plain = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "device_mesh") and parameter not in tables]
     if plain:
         raise RuntimeError(f"FSDP left parameters unsharded: {', '.join(plain[:5])}")
 

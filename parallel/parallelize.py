@@ -10,6 +10,7 @@ from models.attention import Attention
 from models.errors import UserError
 from models.memory.protocol import MemoryModule
 from models.transformer import Transformer
+from parallel.columns import share_tables
 from parallel.config import SequenceScheme
 from parallel.fsdp import shard_parameters
 from parallel.mesh import Mesh
@@ -57,8 +58,9 @@ def parallelize(
     head_chunk: int | None = None,
     gather_dtype: torch.dtype | None = None,
 ) -> None:
-    """Sequence seams first, then FSDP2 around blocks that already hold their recompute and tiling wrappers.
+    """Sequence seams first, then tables by columns, then FSDP2 around blocks that already hold their recompute and tiling wrappers.
 
     ``gather_dtype``: what products read under autocast; None without it."""
     split_sequence(model, mesh, layout, scheme, head_chunk)
+    share_tables(model, mesh)
     shard_parameters(model, mesh, gather_dtype)

@@ -20,9 +20,11 @@ from memory_mgmt.optimizer_offload import OffloadedOptimizer
 from memory_mgmt.parameter_offload import OffloadedParameters
 from models.batch import IGNORE_INDEX, Batch
 from models.int8_weight import stored
+from models.tables import columns_of
 from models.transformer import Transformer
 from optim.clip import clip_grad_norm
 from optim.fused_backward import FusedBackward
+from parallel.columns import as_whole
 from parallel.fsdp import reshard
 from parallel.mesh import Mesh
 from parallel.sequence import shard_batch
@@ -111,6 +113,12 @@ def evaluate(
     if sums is None:
         raise ValueError("evaluate needs at least one batch")
     return sums.total(distributed)
+
+
+def _whole(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """What belongs to ``parameter``; of a table shared by columns as a DTensor where it has columns."""
+    columns = columns_of(parameter)
+    return value if columns is None or value.ndim < 2 else as_whole(value.detach(), columns)
 
 
 class Engine:
@@ -214,9 +222,9 @@ class Engine:
         states = self.optimizer.state
         for name, parameter in self.parameters.items():
             for key, value in states[parameter].items():
-                optim[f"{name}.{key}"] = value
+                optim[f"{name}.{key}"] = _whole(value, parameter)
         model = self.parameters if self.offloaded is None else self.offloaded.tensors
-        return {"model": {name: stored(parameter) for name, parameter in model.items()}, "optim": optim}
+        return {"model": {name: _whole(stored(parameter), parameter) for name, parameter in model.items()}, "optim": optim}
 
     def _shard(self, batch: Batch) -> Batch:
         if self.mesh is None or self.mesh.dims.cp == 1:

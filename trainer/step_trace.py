@@ -25,7 +25,6 @@ from memory_mgmt.trace import Trace
 from memory_mgmt.trace_extend import MARGIN, NotRepeating, Shortening, extend, shorten
 from memory_mgmt.trace_recorder import StepRecorder, layer_of
 from models.batch import Batch, Bounds
-from models.config import LayerKind
 from optim.driver import ComposedOptimizer
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
@@ -57,7 +56,7 @@ def trace_request(request: dict[str, Any]) -> Trace:
 
 def _cuts(config: RunConfig, policy: Policy) -> list[Shortening]:
     """Cuts to try, the one that traces least first. With several passes, with shards or with swapping a layer reaches further."""
-    kinds, swaps = _repeating(config.model.layer_kinds, policy), _swaps(policy)
+    kinds, swaps = _repeating(_kinds(config), policy), _swaps(policy)
     margins = (MARGIN, MARGIN + 1) if swaps else (MARGIN - 1, MARGIN, MARGIN + 1)
     cuts = [shorten(kinds, multiple, margin) for multiple in ((2,) if swaps else (1, 2)) for margin in margins]
     # A reach counts layers: two periods of two are as good as three of one.
@@ -69,14 +68,19 @@ def _swaps(policy: Policy) -> bool:
     return any(layer.of(name).swap > 0 for layer in policy.layers for name in CLASSES)
 
 
-def _repeating(kinds: Sequence[LayerKind], policy: Policy) -> list[Hashable]:
+def _repeating(kinds: Sequence[Hashable], policy: Policy) -> list[Hashable]:
     """What must be equal for two layers to be equal; groups of blocks repeat as a whole."""
     return [(kind, layer, i % policy.group_blocks) for i, (kind, layer) in enumerate(zip(kinds, policy.layers, strict=True))]
 
 
+def _kinds(config: RunConfig) -> list[Hashable]:
+    return list(zip(config.model.layer_kinds, config.model.feedforward_kinds, strict=True))
+
+
 def _shortened(config: RunConfig, policy: Policy, cut: Shortening) -> tuple[RunConfig, Policy]:
     kinds = tuple(config.model.layer_kinds[i] for i in cut.traced)
-    model = config.model.model_copy(update={"layers": kinds, "n_layers": None})
+    wide = tuple(config.model.feedforward_kinds[i] for i in cut.traced)
+    model = config.model.model_copy(update={"layers": kinds, "n_layers": None, "feedforward": wide})
     shorter = replace(policy, layers=tuple(policy.layers[i] for i in cut.traced))
     return config.model_copy(update={"model": model}), shorter
 

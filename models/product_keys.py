@@ -1,0 +1,189 @@
+"""A memory layer in place of a feed-forward: each token reads a few rows of a large table of values, found by product keys.
+
+    q_h = W_q x, two halves per head;  scores s1 = K1_h q_h1, s2 = K2_h q_h2;  value (i, j) has score s1_i + s2_j
+    w = softmax over the top_k largest of all n_keys^2 scores;  y = sum over heads of w times the rows;  out = W_o (y * silu(W_s x))
+
+The top_k of all sums are among the sums of the top_k of each half (arXiv 1907.05242), so they are found exactly without making all of them.
+Gate and output projection are Memory+'s (arXiv 2412.09764). Scores are made tile by tile and never kept: n_keys times more than what a
+token reads. The table is the model's (`models/value_table.py`): many layers may read one.
+
+Legend: B row, T token, n tokens of all rows, t of a tile, C channel, H head, N keys of a
+half, D size of half a query, k rows per head, E = H k.
+Try alone: ``pytest tests/models/test_product_keys.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.batch import Bounds
+from models.config import ModelConfig
+from models.feedforward import RMSNorm, _GatedProduct, compute_dtype
+from models.linear import Linear
+from models.repeat import turns
+from models.value_table import ValueTable
+
+SCORES_AT_ONCE = 1 << 22
+"""Of one half of the queries of a tile."""
+
+
+def best_pairs(scores_1: Tensor, scores_2: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest sums of one score of each half, over all pairs: (sums, first's index, second's index), each [..., k]."""
+    best_1, index_1 = scores_1.topk(k, dim=-1)
+    best_2, index_2 = scores_2.topk(k, dim=-1)
+    sums = (best_1[..., :, None] + best_2[..., None, :]).flatten(-2)
+    best, place = sums.topk(k, dim=-1)
+    return best, index_1.gather(-1, place // k), index_2.gather(-1, place % k)
+
+
+def _tiles(n: int, per_token: int) -> list[tuple[int, int]]:
+    step = max(1, SCORES_AT_ONCE // max(1, per_token))
+    return [(a, min(a + step, n)) for a in range(0, n, step)]
+
+
+class _Select(torch.autograd.Function):
+    """q_nH2D and keys_2HND -> index_nHk (int32, i * N + j) and score_nHk. Scores of all keys live for one tile of tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, q_nH2D: Tensor, keys_2HND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        n, heads, n_keys = len(q_nH2D), keys_2HND.shape[1], keys_2HND.shape[2]
+        index_nHk = torch.empty(n, heads, k, dtype=torch.int32, device=q_nH2D.device)
+        score_nHk = torch.empty(n, heads, k, dtype=_wide(q_nH2D.dtype), device=q_nH2D.device)
+        for a, b in turns(_tiles(n, heads * n_keys), q_nH2D, lambda tile: tile[1] - tile[0]):
+            q_2HtD = q_nH2D[a:b].permute(2, 1, 0, 3)
+            s_2HtN = torch.matmul(q_2HtD, keys_2HND.transpose(2, 3)).to(score_nHk.dtype)
+            score_Htk, i_Htk, j_Htk = best_pairs(s_2HtN[0], s_2HtN[1], k)
+            index_nHk[a:b].copy_(i_Htk.mul_(n_keys).add_(j_Htk).transpose(0, 1))
+            score_nHk[a:b].copy_(score_Htk.transpose(0, 1))
+        ctx.save_for_backward(q_nH2D, keys_2HND, index_nHk)
+        ctx.mark_non_differentiable(index_nHk)
+        return index_nHk, score_nHk
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_nH2D, keys_2HND, index_nHk = ctx.saved_tensors
+        heads, n_keys = keys_2HND.shape[1:3]
+        dq_nH2D = torch.empty_like(q_nH2D)
+        dkeys_2HND = torch.zeros(keys_2HND.shape, dtype=_wide(keys_2HND.dtype), device=q_nH2D.device)
+        for a, b in turns(_tiles(len(q_nH2D), heads * n_keys), q_nH2D, lambda tile: tile[1] - tile[0]):
+            index_tHk = index_nHk[a:b].long()
+            row = torch.arange((b - a) * heads, device=index_tHk.device).view(b - a, heads, 1) * n_keys
+            for half, key_tHk in enumerate((index_tHk // n_keys, index_tHk % n_keys)):
+                # The gradient of all scores of this half, most of them 0: sums in one dim are the ones that are deterministic everywhere.
+                ds = grads[1].new_zeros((b - a) * heads * n_keys)
+                ds.index_add_(0, (row + key_tHk).view(-1), grads[1][a:b].reshape(-1))
+                ds_HtN = ds.view(b - a, heads, n_keys).transpose(0, 1).to(keys_2HND.dtype)
+                dq_nH2D[a:b, :, half].copy_(torch.matmul(ds_HtN, keys_2HND[half]).transpose(0, 1))
+                dkeys_2HND[half].add_(torch.matmul(ds_HtN.transpose(1, 2), q_nH2D[a:b, :, half].transpose(0, 1)))
+        return dq_nH2D, dkeys_2HND.to(keys_2HND.dtype), None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class ProductKeyCost:
+    """What one layer costs for the given tokens of one rank, its table's part included. Flops count 2 per multiply-add."""
+
+    flops_forward: float
+    flops_backward: float
+    saved_bytes: int
+    """Bytes kept from forward to backward, the layer's input included, parameters excluded."""
+    exchange_bytes: int
+    """Bytes one rank sends in one forward pass where ranks share the table."""
+
+
+class ProductKeyMemory(nn.Module):
+    """See the module. ``table`` belongs to the model, not to this layer."""
+
+    def __init__(self, config: ModelConfig, table: ValueTable) -> None:
+        super().__init__()
+        settings, width = config.product_keys, config.value_width
+        self.heads, self.n_keys, self.top_k = settings.heads, settings.n_keys, settings.top_k
+        self.key_dim, self.d_model, self.value_dim = config.query_dim, config.d_model, width
+        self._table = (table,)  # in a tuple: not a submodule
+        self.query = Linear(config.d_model, self.heads * self.key_dim)
+        self.keys = nn.Parameter(torch.empty(2 * self.heads * self.n_keys, self.key_dim // 2))
+        """Rows by half, head and key, so that ranks can share them evenly."""
+        norms = settings.qk_norm
+        self.query_norm = RMSNorm(self.key_dim // 2, config.norm_eps) if norms else None
+        self.key_norm = RMSNorm(self.key_dim // 2, config.norm_eps) if norms else None
+        gated = settings.gate == "swish"
+        self.w_gate = Linear(config.d_model, width) if gated else None
+        self.w_out = Linear(width, config.d_model) if gated else None
+
+    @property
+    def table(self) -> ValueTable:
+        """What it reads."""
+        return self._table[0]
+
+    def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+        """Keys: uniform between +-1 / sqrt(key_dim)."""
+        bound = 1 / math.sqrt(self.key_dim)
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator) if name == "keys" else None
+
+    def select(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        """index_nE (int32) of the rows that each token reads and their weights_nE, float32 (float64)."""
+        dtype = compute_dtype(x_BTC)
+        q_nH2D = self.query(x_BTC).view(-1, self.heads, 2, self.key_dim // 2)
+        keys = self.keys
+        if self.query_norm is not None and self.key_norm is not None:
+            q_nH2D, keys = self.query_norm(q_nH2D), self.key_norm(keys)
+        keys_2HND = keys.to(dtype).view(2, self.heads, self.n_keys, -1)
+        with torch.autocast(x_BTC.device.type, enabled=False):
+            index_nHk, score_nHk = _Select.apply(q_nH2D.to(dtype), keys_2HND, self.top_k)  # type: ignore[misc]
+            return index_nHk.flatten(1), score_nHk.softmax(-1).flatten(1)
+
+    def forward(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
+        """Same shape, in the dtype of products."""
+        index_nE, weight_nE = self.select(x_BTC)
+        y_nD = self.table.read(index_nE, weight_nE, bounds, compute_dtype(x_BTC))
+        y_BTD = y_nD.view(*x_BTC.shape[:-1], self.value_dim)
+        if self.w_gate is None or self.w_out is None:
+            return y_BTD
+        return self.w_out(_GatedProduct.apply(self.w_gate(x_BTC), y_BTD))
+
+    def oracle(self, x_BTC: Tensor, values_VD: Tensor) -> Tensor:
+        """The same from the whole table, with all scores of all values, by plain operations that autograd knows: slow, for tests."""
+        q_nH2D = self.query(x_BTC).view(-1, self.heads, 2, self.key_dim // 2)
+        keys = self.keys
+        if self.query_norm is not None and self.key_norm is not None:
+            q_nH2D, keys = self.query_norm(q_nH2D), self.key_norm(keys)
+        keys_2HND = keys.view(2, self.heads, self.n_keys, -1)
+        first = torch.einsum("nhd,hkd->nhk", q_nH2D[:, :, 0], keys_2HND[0])
+        second = torch.einsum("nhd,hkd->nhk", q_nH2D[:, :, 1], keys_2HND[1])
+        scores_nHV = (first[..., :, None] + second[..., None, :]).flatten(2)
+        lowest = scores_nHV.topk(self.top_k, dim=-1).values[..., -1:]
+        weights_nHV = scores_nHV.masked_fill(scores_nHV < lowest, -torch.inf).softmax(-1)
+        y_BTD = torch.einsum("nhv,vd->nd", weights_nHV, values_VD).view(*x_BTC.shape[:-1], self.value_dim)
+        if self.w_gate is None or self.w_out is None:
+            return y_BTD
+        return self.w_out(nn.functional.silu(self.w_gate(x_BTC)) * y_BTD)
+
+    def cost(self, batch_size: int, tokens: int, itemsize: int, shards: int = 1) -> ProductKeyCost:
+        """Arithmetic and bytes for ``tokens`` per row on one of ``shards`` ranks that share the table. ``itemsize``: of an
+        activation."""
+        n, entries, wide = batch_size * tokens, self.heads * self.top_k, max(4, itemsize)
+        gated = self.w_gate is not None
+        products = self.d_model * self.heads * self.key_dim + self.heads * self.n_keys * self.key_dim
+        products += 2 * self.d_model * self.value_dim if gated else 0
+        forward = 2.0 * n * (products + entries * self.value_dim)
+        norms = 2 * n * self.heads * (self.key_dim * itemsize + 2 * wide) // 2 if self.query_norm is not None else 0
+        saved = n * (self.d_model + self.heads * self.key_dim) * itemsize + norms
+        saved += n * entries * (4 + 2 * wide)  # index, weight, and the softmax's own result, which is the weight
+        saved -= n * entries * wide
+        saved += n * 3 * self.value_dim * itemsize if gated else 0
+        columns = -(-self.value_dim // shards)
+        sent = n * entries * (4 + wide) + n * (shards - 1) * columns * itemsize if shards > 1 else 0
+        return ProductKeyCost(forward, 2 * forward, saved, sent)
+
+
+def build_tables(config: ModelConfig) -> nn.ModuleList:
+    """The value tables of a model, in the order of the layers that read them; empty without such layers."""
+    return nn.ModuleList(ValueTable(config.product_keys.n_keys**2, config.value_width) for _ in range(config.n_value_tables))

@@ -1,0 +1,253 @@
+"""The value table of memory layers: a weighted sum of some rows per token, and a gradient of the rows that were read alone.
+
+    table = ValueTable(rows=65_536, width=256)
+    table.begin(bounds)                                   # once in a forward pass, before its first reading
+    y_nD = table.read(index_nE, weight_nE, bounds, torch.float32)
+
+A table may be read by many layers. None of them makes a gradient of it: each adds to one collection (`Touched`), and when the last one has
+gone backward a single sparse tensor leaves, whose rows are those that were read, in order, each once. Neither forward nor backward makes
+anything as large as the table. A second backward pass before ``zero_grad`` takes what the first one left and adds to it.
+
+`look_up` is the seam that parallel/ fills where ranks share the table by columns (``parallel/columns.py``).
+
+Legend: n tokens of all rows of the batch, E entries that a token reads, V rows of the table, D its columns, U rows that were read.
+Try alone: ``pytest tests/models/test_value_table.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+from models.batch import Bounds
+from models.repeat import turns
+from models.tables import Columns
+
+AT_ONCE = 1 << 20
+"""Elements of entries times columns that are added to a gradient in one go."""
+
+
+@dataclass
+class TouchedRows:
+    """The gradient of rows that were read: ``rows_U`` ascending, ``values_UD``."""
+
+    rows_U: Tensor
+    values_UD: Tensor
+
+
+Add = Callable[[Tensor, Tensor, Tensor], None]
+"""Takes index_nE, weight_nE and dy_nD of some tokens."""
+
+
+class LookUp(Protocol):
+    """How the rows that a token reads are found and summed. ``LocalLookUp`` here; tables split by columns in parallel/."""
+
+    def forward(self, values_VD: Tensor, index_nE: Tensor, weight_nE: Tensor, dtype: torch.dtype) -> Tensor:
+        """y_nD in ``dtype``: for each token the sum of weight times row, over all columns. Not differentiable."""
+        ...
+
+    def backward(self, values_VD: Tensor, index_nE: Tensor, weight_nE: Tensor, dy_nD: Tensor, add: Add | None) -> Tensor:
+        """The gradient of the weights. ``add`` (None: not wanted) takes what belongs to that of the table: index, weight and gradient of y
+        of every token that reads it, in the columns held here, some tokens at a time."""
+        ...
+
+    def over_replicas(self, touched: TouchedRows, n_rows: int) -> TouchedRows:
+        """Summed over the ranks that hold the same columns for other tokens."""
+        ...
+
+
+class LocalLookUp:
+    """One process holds the whole table."""
+
+    def forward(self, values_VD: Tensor, index_nE: Tensor, weight_nE: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `LookUp.forward`."""
+        return weighted_rows(values_VD, index_nE, weight_nE).to(dtype)
+
+    def backward(self, values_VD: Tensor, index_nE: Tensor, weight_nE: Tensor, dy_nD: Tensor, add: Add | None) -> Tensor:
+        """See `LookUp.backward`."""
+        dy_nD = dy_nD.to(values_VD.dtype)
+        if add is not None:
+            add(index_nE, weight_nE, dy_nD)
+        return weight_gradient(values_VD, index_nE, dy_nD)
+
+    def over_replicas(self, touched: TouchedRows, n_rows: int) -> TouchedRows:
+        """See `LookUp.over_replicas`."""
+        return touched
+
+
+def weighted_rows(values_VD: Tensor, index_nE: Tensor, weight_nE: Tensor) -> Tensor:
+    """For each token the sum of weight times row, in the table's dtype; no copy of the rows is made."""
+    if not values_VD.shape[1]:
+        return values_VD.new_zeros(len(index_nE), 0)
+    return F.embedding_bag(index_nE, values_VD, mode="sum", per_sample_weights=weight_nE.to(values_VD.dtype))
+
+
+def weight_gradient(values_VD: Tensor, index_nE: Tensor, dy_nD: Tensor) -> Tensor:
+    """The products of each token's gradient with the rows that it reads, [n, E]."""
+    n, entries = index_nE.shape
+    if not values_VD.shape[1]:
+        return values_VD.new_zeros(n, entries)
+    offsets = torch.arange(0, n * entries, max(1, entries), device=index_nE.device, dtype=index_nE.dtype)
+    bag = torch.arange(n, device=index_nE.device, dtype=index_nE.dtype).repeat_interleave(entries, output_size=n * entries)
+    flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(dy_nD, values_VD, index_nE.reshape(-1), offsets, bag, 0, -1)
+    return flat.view(n, entries)
+
+
+def read_rows(mask_V: Tensor, at_most: int) -> Tensor:
+    """Where ``mask`` is set, ascending. How many that are, only values say: of fake tensors it is as many as there can be."""
+    if isinstance(mask_V, FakeTensor):
+        return torch.arange(min(at_most, len(mask_V)), device=mask_V.device)
+    return mask_V.nonzero().view(-1)
+
+
+def _with_room(held: TouchedRows | None, more: Tensor, n_rows: int, like_D: Tensor) -> tuple[TouchedRows, Tensor]:
+    """What is held with a row for each index in ``more`` too, zero where there was none; and each row's place in it, [V]."""
+    if held is not None and len(held.rows_U) == n_rows:
+        return held, held.rows_U
+    mask_V = torch.zeros(n_rows, dtype=torch.bool, device=more.device)
+    mask_V.index_fill_(0, more.reshape(-1).long(), True)
+    at_most = more.numel()
+    if held is not None:
+        mask_V.index_fill_(0, held.rows_U, True)
+        at_most += len(held.rows_U)
+    rows_U = read_rows(mask_V, at_most)
+    place_V = torch.zeros(n_rows, dtype=torch.long, device=more.device)
+    place_V.index_copy_(0, rows_U, torch.arange(len(rows_U), device=more.device))
+    values_UD = like_D.new_zeros(len(rows_U), like_D.shape[-1])
+    if held is not None:
+        values_UD.index_copy_(0, place_V[held.rows_U], held.values_UD)
+    return TouchedRows(rows_U, values_UD), place_V
+
+
+def add_products(held: TouchedRows | None, n_rows: int, index_nE: Tensor, weight_nE: Tensor, dy_nD: Tensor) -> TouchedRows:
+    """``held`` and, for each entry, weight times the token's gradient, in the row that the entry reads. ``held`` is given up."""
+    total, place_V = _with_room(held, index_nE, n_rows, dy_nD)
+    step = max(1, AT_ONCE // max(1, index_nE.shape[1] * dy_nD.shape[1]))
+    parts = [(a, min(a + step, len(dy_nD))) for a in range(0, len(dy_nD), step)]
+    for a, b in turns(parts, dy_nD, lambda part: part[1] - part[0]):
+        products_tED = weight_nE[a:b, :, None].to(dy_nD.dtype) * dy_nD[a:b, None, :]
+        total.values_UD.index_add_(0, place_V[index_nE[a:b].reshape(-1).long()], products_tED.flatten(0, 1))
+    return total
+
+
+def add_rows(held: TouchedRows | None, more: TouchedRows, n_rows: int) -> TouchedRows:
+    """Both; ``held`` is given up."""
+    if held is None:
+        return more
+    total, place_V = _with_room(held, more.rows_U, n_rows, more.values_UD)
+    total.values_UD.index_add_(0, place_V[more.rows_U], more.values_UD)
+    return total
+
+
+class Touched:
+    """Collects the gradient of a table over the readings of one forward pass."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows = n_rows
+        self.held: TouchedRows | None = None
+
+    def add(self, index_nE: Tensor, weight_nE: Tensor, dy_nD: Tensor) -> None:
+        """One reading's part."""
+        self.held = add_products(self.held, self.n_rows, index_nE, weight_nE, dy_nD)
+
+
+class _Root(torch.autograd.Function):
+    """Stands for the table in the graph of one forward pass: every reading depends on it, so its backward comes after theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, table: ValueTable, touched: Touched) -> Tensor:
+        ctx.table, ctx.touched = table, touched
+        return weight_VD.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        table, touched = ctx.table, ctx.touched
+        held, touched.held = touched.held, None
+        if held is None:  # nothing was read
+            return None, None, None
+        held = table.look_up.over_replicas(held, touched.n_rows)
+        before, table.weight.grad = table.weight.grad, None
+        if before is not None:
+            held = add_rows(TouchedRows(before._indices()[0], before._values()), held, touched.n_rows)
+            del before
+        shape = (touched.n_rows, held.values_UD.shape[1])
+        gradient = torch.sparse_coo_tensor(held.rows_U[None], held.values_UD, shape, is_coalesced=True, check_invariants=False)
+        if isinstance(held.values_UD, FakeTensor):  # on the way through autograd it would be copied, and of a fake one nothing is left then
+            table.weight.grad, gradient = gradient, None
+        return gradient, None, None
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, root: Tensor, index_nE: Tensor, weight_nE: Tensor, table: ValueTable, touched: Touched | None, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.table, ctx.touched = table, touched
+        ctx.save_for_backward(index_nE, weight_nE)
+        return table.look_up.forward(table.weight.detach(), index_nE, weight_nE, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        index_nE, weight_nE = ctx.saved_tensors
+        table: ValueTable = ctx.table
+        wanted = ctx.needs_input_grad[0]
+        add = ctx.touched.add if wanted else None
+        dweight_nE = table.look_up.backward(table.weight.detach(), index_nE, weight_nE, grads[0].contiguous(), add)
+        droot = table.weight.new_zeros(()) if wanted else None
+        return droot, None, dweight_nE.to(weight_nE.dtype), None, None, None
+
+
+class ValueTable(nn.Module):
+    """``rows`` x ``width`` numbers, of which this rank may hold some columns (``keep_columns``). See the module."""
+
+    row_sparse = ("weight",)
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.rows, self.width = rows, width
+        self.look_up: LookUp = LocalLookUp()
+        self.columns = Columns(width, 0, width)
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        self._tag()
+
+    def keep_columns(self, columns: Columns, look_up: LookUp) -> None:
+        """Hold only these columns from now on, with undefined values, and read through ``look_up``."""
+        self.columns, self.look_up = columns, look_up
+        self.weight = nn.Parameter(torch.empty(self.rows, columns.count, dtype=self.weight.dtype, device=self.weight.device))
+        self._tag()
+
+    def _tag(self) -> None:
+        self.weight.columns = self.columns  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ValueTable:
+        super()._apply(fn, recurse)  # may make another parameter
+        self._tag()
+        return self
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Initial values: normal with standard deviation ``width ** -0.5``, the same whatever columns are held; some rows at a time."""
+        step = max(1, AT_ONCE // max(1, self.width))
+        for first in range(0, self.rows, step):
+            drawn = torch.empty(min(step, self.rows - first), self.width).normal_(0, self.width**-0.5, generator=generator)
+            self.weight[first : first + len(drawn)].copy_(drawn[:, self.columns.first : self.columns.first + self.columns.count])
+
+    def begin(self, bounds: Bounds) -> None:
+        """Before the first reading of a forward pass over what ``bounds`` describes."""
+        touched = Touched(self.rows)
+        bounds._cache[self] = (_Root.apply(self.weight, self, touched), touched) if torch.is_grad_enabled() else None
+
+    def read(self, index_nE: Tensor, weight_nE: Tensor, bounds: Bounds, dtype: torch.dtype) -> Tensor:
+        """y_nD in ``dtype``, over all columns: for each token the sum of weight times row. ``index_nE``: int32 or int64.
+
+        Raises RuntimeError where ``begin`` was not called for ``bounds``."""
+        if self not in bounds._cache:
+            raise RuntimeError("a value table was read before ValueTable.begin; the Transformer calls it once in a forward pass")
+        root, touched = bounds._cache[self] or (self.weight.detach().new_zeros(()), None)
+        with torch.autocast(index_nE.device.type, enabled=False):
+            return _Read.apply(root, index_nE, weight_nE, self, touched, dtype)  # type: ignore[return-value]

@@ -1,0 +1,104 @@
+"""Memory layers with product keys: the same training whoever shares the table, from checkpoints of other meshes too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+from tests.distributed import run_distributed
+from tests.end_to_end.test_parallel_equality import documents, experiment  # noqa: F401  (a fixture)
+from trainer.build import build_engine, mesh_for
+from trainer.config import RunConfig
+from trainer.data.build import build_data
+
+STEPS = 4
+MODEL = {
+    "feedforward": ["product_keys", "dense", "product_keys"],
+    "product_keys": {"n_keys": 9, "heads": 2, "top_k": 4, "key_dim": 16, "value_dim": 10, "qk_norm": True},
+}
+MESHES = {
+    # ranks: (dp_replicate, dp_shard, cp, layout); three ranks hold 4, 4 and 2 of 10 columns, four 3, 3, 3 and 1
+    2: [(1, 1, 2, "zigzag"), (2, 1, 1, "auto"), (1, 2, 1, "auto")],
+    3: [(1, 1, 3, "contiguous")],
+    4: [(1, 1, 4, "zigzag"), (2, 1, 2, "contiguous"), (1, 2, 2, "zigzag")],
+}
+
+
+def config_of(documents: tuple[str, str], mesh: tuple[int, int, int, str], precision: str = "fp64", **changes: Any) -> RunConfig:  # noqa: F811
+    replicate, shard, cp, layout = mesh
+    data = experiment(*documents, precision, layout, replicate, shard, cp).model_dump(mode="json")
+    data["model"] |= {**MODEL, **changes}
+    data["optim"] |= {"preset": "adamw_8bit", "groups": [{"match": "value_tables.*", "lr": 3e-2, "weight_decay": 0.1}]}
+    return RunConfig.model_validate(data)
+
+
+def whole(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    flat = {f"{part}.{name}": value for part, values in state.items() for name, value in values.items()}
+    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for name, v in flat.items()}
+
+
+def train(config: RunConfig, start_from: str | None = None, save_to: str | None = None) -> tuple[list[float], list[float], dict, bool]:
+    """Losses and norms of STEPS steps (half of them after loading a checkpoint of the first half), the whole state, and whether the
+    optimizer's bytes were as planned."""
+    mesh = mesh_for(config, torch.device("cpu")) if dist.is_initialized() else None
+    dp_rank, dp_size = (mesh.dp_rank, mesh.dims.dp) if mesh else (0, 1)
+    data = build_data(config, dp_rank, dp_size)
+    engine = build_engine(config, data.vocab_size, mesh, torch.device("cpu"))
+    if start_from is not None:
+        load(engine.state_dict(), checkpoint_id=start_from)
+    losses, norms = [], []
+    for step, (micro_batches, _) in enumerate(data.train(), start=1):
+        if start_from is None or step > STEPS // 2:
+            losses.append(engine.forward_backward(micro_batches).loss)
+            norms.append(engine.step(config.optim.lr))
+        if step == STEPS // 2 and save_to is not None:
+            save(engine.state_dict(), checkpoint_id=save_to)
+        if step == STEPS:
+            break
+    planned = all(row.planned_bytes == row.measured_bytes for row in engine.optimizer.plan())  # pyright: ignore
+    return losses, norms, whole(engine.state_dict()), planned
+
+
+def on_meshes(configs: list[RunConfig], start_from: str) -> list[tuple]:
+    return [(train(config), train(config, start_from)) for config in configs]
+
+
+def same(got: tuple, want: tuple, tolerance: float) -> None:
+    assert got[0] == pytest.approx(want[0], rel=tolerance, abs=0) and got[1] == pytest.approx(want[1], rel=tolerance, abs=0)
+    assert got[2].keys() == want[2].keys() and got[3]
+    for name, value in want[2].items():
+        torch.testing.assert_close(got[2][name], value, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture(scope="module")
+def alone(documents: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple, str]:  # noqa: F811
+    path = str(tmp_path_factory.mktemp("checkpoint") / "half")
+    result = train(config_of(documents, (1, 1, 1, "auto")), save_to=path)
+    assert result[0][-1] < result[0][0]
+    return result, path
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_same_training_on_any_mesh(documents: tuple[str, str], alone: tuple[tuple, str], world: int) -> None:  # noqa: F811
+    """Losses, norms, parameters and states in float64, of whole runs and of runs that go on from one process's checkpoint."""
+    configs = [config_of(documents, mesh) for mesh in MESHES[world]]
+    result, path = alone
+    rest = (result[0][STEPS // 2 :], result[1][STEPS // 2 :], *result[2:])
+    for answers in run_distributed(on_meshes, world, configs, path):
+        for started, resumed in answers:
+            same(started, result, 1e-9)
+            same(resumed, rest, 1e-9)
+
+
+def test_a_table_of_each_layer_and_no_gate_learn_too(documents: tuple[str, str], tmp_path: Path) -> None:  # noqa: F811
+    settings = {**MODEL["product_keys"], "shared_table": False, "gate": "none", "value_dim": None, "qk_norm": False}
+    losses, _, state, planned = train(config_of(documents, (1, 1, 1, "auto"), "fp32", product_keys=settings), save_to=str(tmp_path / "c"))
+    assert losses[-1] < losses[0] and planned
+    assert state["model.value_tables.1.weight"].shape == (81, 32)
