@@ -41,6 +41,7 @@ from trainer.config_file import dump
 from trainer.console import RunConsole
 from trainer.data.build import build_data
 from trainer.engine import Engine
+from trainer.mending import Mender, load_state
 from trainer.metrics import MetricsWriter
 from trainer.planning import model_vocab_size
 from trainer.preemption import StopSignal
@@ -236,8 +237,6 @@ def _build_trainer(
     checkpoints = CheckpointManager(run_dir, config.checkpoint, config_hash=hashlib.sha256(dump(config).encode()).hexdigest())
     cleanup.callback(checkpoints.close)
     state, notes = _starting_state(checkpoints, engine) if resume else (TrainState(), [])
-    if engine.fused is not None:
-        engine.fused.load_state_dict({"norm": state.grad_norm})
     metrics = MetricsWriter(run_dir, state.step, enabled=is_main)
     cleanup.callback(metrics.close)
     console = RunConsole(config.train.steps, state.step, enabled=is_main)
@@ -265,6 +264,7 @@ def _build_trainer(
         console=console,
         monitor=monitor,
         stop=stop,
+        mender=Mender(config, run_dir, checkpoints, engine, state),
         watchdog=Watchdog(config.guards.hang_times_median, config.guards.hang_min_seconds, account),
         plan=plan,
         check=PlanCheck(plan, store, _resident(engine)),
@@ -287,10 +287,8 @@ def _starting_state(checkpoints: CheckpointManager, engine: Engine) -> tuple[Tra
     good = checkpoints.latest_good(set_aside=True)
     if good is None:
         return TrainState(), ["no checkpoint yet: starting from the beginning"]
-    state = {**engine.state_dict(), "train": {}}
-    checkpoints.load(good, state)
     notes = [f"checkpoint {refused} is damaged and set aside" for refused in good.refused]
-    return TrainState.from_json(state["train"]), [*notes, f"resumed from {good.path.name}"]
+    return load_state(checkpoints, good, engine), [*notes, f"resumed from {good.path.name}"]
 
 
 def describe_loss(loss: float, bytes_per_label: float | None) -> str:

@@ -280,6 +280,10 @@ class CheckpointManager:
 
     # ---- load
 
+    def steps(self) -> list[int]:
+        """Steps of the published checkpoints, oldest first, as rank 0 sees them."""
+        return self.ranks.first_does("list checkpoints", self.run_dir.checkpoint_steps)
+
     def latest_good(self, *, set_aside: bool = False) -> GoodCheckpoint | None:
         """The newest checkpoint that verifies; None if there is none at all.
 
@@ -288,7 +292,7 @@ class CheckpointManager:
         never starts from zero by itself.
         """
         refused: list[Refused] = []
-        for step in reversed(self.ranks.first_does("list checkpoints", self.run_dir.checkpoint_steps)):
+        for step in reversed(self.steps()):
             path = self.run_dir.checkpoint(step)
             problems = self.problems(path)
             if not problems:

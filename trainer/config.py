@@ -133,6 +133,19 @@ class GuardsSection(Section):
     0 switches that off."""
     hang_min_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Never sooner than this; the first steps, an evaluation and a save have three times as long."""
+    on_not_finite: Literal["stop", "skip_step", "rollback"] = "stop"
+    """A loss or gradient that is not finite. stop: the run fails, its last checkpoint intact. skip_step: no update; the step is made of the
+    data that follow. rollback: on from the last good checkpoint, past those data. What was passed over is kept in passed_over.jsonl."""
+    on_spike: Literal["report", "stop", "skip_step", "rollback"] = "report"
+    """The same for a loss or gradient norm far above those of the steps before; report: a line in the log."""
+    spike_deviations: Annotated[float, Field(gt=0)] = 6.0
+    """How many standard deviations above the mean make a spike (a deviation counts as 1% of the mean at least)."""
+    spike_steps: Annotated[int, Field(ge=8, le=10_000)] = 128
+    """Of so many steps before; nothing is judged until a quarter of them are known."""
+    rollback_steps: PositiveInt = 1
+    """How many steps' data a rollback passes over, those of the offending step last: what upset a run may have been read before it showed."""
+    max_mends: PositiveInt = 3
+    """After so many skipped steps in a row, or rollbacks to one checkpoint, the run stops."""
 
 
 class RunConfig(Section):
@@ -150,6 +163,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> RunConfig:
+        self._check_guards()
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
         if refused := self.optim.refused_clip():
@@ -203,6 +217,16 @@ class RunConfig(Section):
                 f"(parallel.cp {self.parallel.cp}, {self.layout} layout); the next length that is: {-(-self.data.seq_len // parts) * parts}"
             )
         return self
+
+    def _check_guards(self) -> None:
+        for key, wanted in (("on_not_finite", self.guards.on_not_finite), ("on_spike", self.guards.on_spike)):
+            if wanted == "skip_step" and self.optim.is_fused:
+                raise ValueError(
+                    f"guards.{key} skip_step decides after the backward pass, in which optim.fuse_backward has updated everything already: "
+                    f"set guards.{key} rollback or stop"
+                )
+            if wanted == "rollback" and not self.checkpoint.save_every_steps:
+                raise ValueError(f"guards.{key} rollback goes back to a checkpoint: set checkpoint.save_every_steps")
 
     def _check_scheme(self) -> None:
         """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""

@@ -161,6 +161,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def passed_over(self) -> Path:
+        """Data that guards took out of training."""
+        return self.path / "passed_over.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """Event files."""
         return self.path / "tensorboard"
