@@ -123,6 +123,8 @@ class CheckpointSection(Section):
     """Checkpoints at multiples of this are kept for ever; 0 keeps none beyond keep_last."""
     asynchronous: bool = False
     """Write in the background while training goes on."""
+    verify: bool = True
+    """Read every checkpoint back from the disk once it is written; until it is good, no older one is deleted."""
 
 
 class GuardsSection(Section):
@@ -146,6 +148,9 @@ class GuardsSection(Section):
     """How many steps' data a rollback passes over, those of the offending step last: what upset a run may have been read before it showed."""
     max_mends: PositiveInt = 3
     """After so many skipped steps in a row, or rollbacks to one checkpoint, the run stops."""
+    on_full_disk: Literal["stop", "continue"] = "stop"
+    """No room for a checkpoint (looked for before it is begun). stop: the run fails, its last checkpoint intact. continue: it trains on
+    and tries again after every step; only at its end, or when it is stopped, it fails."""
 
 
 class RunConfig(Section):

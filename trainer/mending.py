@@ -61,7 +61,9 @@ class Mender:
             )
         self._take_out(PassedOver(first, cursor["sequences"], step, "skip_step", None, trouble.text), facts)
         limit = self.settings.max_mends
-        return f"guard: step {step}: {trouble.text}; sequences {first} to {cursor['sequences']} are passed over ({times} of {limit} in a row)"
+        return (
+            f"guard: step {step}: {trouble.text}; sequences {first} to {cursor['sequences']} are passed over ({times} of {limit} in a row)"
+        )
 
     def roll_back(self, trouble: Trouble, step: int, cursor: dict[str, Any], facts: dict[str, float]) -> str:
         """Go back to the newest good checkpoint, past the data of ``step`` that end at ``cursor``; what to tell. Raises RunFailed

@@ -18,6 +18,7 @@ from models.errors import RunFailed
 from optim.schedule import learning_rate
 from trainer import out_of_memory
 from trainer.checkpoint import CheckpointManager
+from trainer.checkpoint_ranks import DiskFull
 from trainer.config import RunConfig
 from trainer.console import RunConsole
 from trainer.data.loader import Step
@@ -70,6 +71,8 @@ class Trainer:
     peak_bytes: int = 0
     """Most memory measured in any training step on this rank."""
     stop_reason: str = ""
+    _owed: bool = False
+    """A checkpoint had no room and is to be saved as soon as there is some."""
 
     def run(self) -> int:
         """Train until ``train.steps``, a signal or an error; everything is saved when this returns.
@@ -104,14 +107,14 @@ class Trainer:
                 self.evaluate()
             stop = self.stop.agreed(failed=self.checkpoints.failure is not None)
             if stop.failed:
-                self.checkpoints.wait()  # raises the background save's error where it happened
-                raise RunFailed(f"another rank could not save a checkpoint; see logs in {self.run_dir.logs}")
-            if last or stop or self._due(self.config.checkpoint.save_every_steps):
+                self._background_save_failed(may_wait=not (last or stop.signal_number))
+            ends = bool(last or stop.signal_number)
+            if ends or self._owed or self._due(self.config.checkpoint.save_every_steps):
                 if not self.engine.is_finite():  # its loss was: the update was what overflowed
                     self._overflowed(cursor)
                     return None
-                self._save(block=bool(last or stop))
-            if stop and not last:
+                self._save(block=ends)
+            if stop.signal_number and not last:
                 self.stop_reason = stop.reason
                 return RESUMABLE
         return DONE
@@ -232,4 +235,31 @@ class Trainer:
         return every > 0 and self.state.step % every == 0
 
     def _save(self, block: bool) -> None:
-        self.checkpoints.save(self.state.step, {**self.engine.state_dict(), "train": self.state.to_json()}, block=block)
+        """Save this step; ``block``: it must be there when this returns. A full disk makes it owed instead, where the settings say so."""
+        try:
+            self.checkpoints.save(self.state.step, {**self.engine.state_dict(), "train": self.state.to_json()}, block=block)
+        except DiskFull as error:
+            self._owe(error, may_wait=not block)
+            return
+        if self._owed:
+            self.console.note(f"guard: step {self.state.step}: there is room for a checkpoint again")
+            self._owed = False
+
+    def _background_save_failed(self, may_wait: bool) -> None:
+        try:
+            self.checkpoints.wait()  # raises the background save's error where it happened
+        except DiskFull as error:
+            self._owe(error, may_wait)
+            return
+        raise RunFailed(f"another rank could not save a checkpoint; see logs in {self.run_dir.logs}")
+
+    def _owe(self, error: DiskFull, may_wait: bool) -> None:
+        """Go on without a checkpoint that has no room, if that is wanted and the run goes on at all. All ranks have the same ``error``."""
+        if not may_wait or self.config.guards.on_full_disk == "stop":
+            raise DiskFull(
+                f"{error}\nstopped at step {self.state.step}; make room, then: longstride resume {self.run_dir.path} "
+                f"(guards.on_full_disk=continue trains on meanwhile)"
+            )
+        if not self._owed:
+            self.console.note(f"guard: step {self.state.step}: {error}; training goes on, saving is tried again after every step")
+        self._owed = True

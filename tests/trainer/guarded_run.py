@@ -20,14 +20,17 @@ from trainer.data.build import build_data, prepare
 from trainer.passed_over import PassedOver
 from trainer.run_dir import RunDir
 
-SMALL = "data.source=jsonl data.seq_len=32 model.d_model=16 model.n_heads=2 model.window=16 model.layers=[full,memory] train.device=cpu".split()
+SMALL = (
+    ["data.source=jsonl", "data.seq_len=32", "model.d_model=16", "model.n_heads=2", "model.window=16", "model.layers=[full,memory]", "train.device=cpu"]
+)
 
 
 def make_run(folder: Path, name: str, *settings: str) -> RunDir:
     """A new run directory in ``folder``, with data and a plan, not started."""
     text = folder / "text.jsonl"
     if not text.exists():
-        text.write_text("".join(json.dumps({"text": f"{n} " + "to be or not to be " * (3 + n % 5)}) + "\n" for n in range(60)))
+        lines = [" ".join(f"to be {n * 7919 + i * 104729} or not" for i in range(3 + n % 5)) for n in range(60)]  # no two sequences alike
+        text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     places = [f"run.root={folder}", f"run.name={name}", f"data.path={text}", f"data.cache_dir={folder / 'tokens'}"]
     fixed = ["train.eval_sequences=0", "memory.plan=estimate", "train.threads_per_rank=1", "data.tokenize_workers=1"]
     config = config_file.resolve(HOME / "configs" / "debug_cpu.yaml", [*SMALL, *places, *fixed, *settings])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +17,9 @@ from tests.distributed import run_distributed
 from tests.trainer.guarded_run import entries, faults, make_run, records, train, trajectory
 from trainer import config_file, passed_over
 from trainer.config import GuardsSection
+from trainer.engine import Engine
 from trainer.guards import History, trouble_of
+from trainer.metrics import MetricsWriter
 from trainer.passed_over import PassedOver, PassedOverList
 from trainer.run_dir import RunDir
 
@@ -62,14 +68,25 @@ def test_the_history_forgets_and_survives_json() -> None:
 def test_the_list_of_what_was_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "passed_over.jsonl"
     assert passed_over.read(path) == []
-    kept = [PassedOver(8, 12, 3, "skip_step", None, "a"), PassedOver(12, 16, 3, "skip_step", None, "b"), PassedOver(40, 44, 11, "rollback", 4, "c")]
+    kept = [
+        PassedOver(8, 12, 3, "skip_step", None, "a"),
+        PassedOver(12, 16, 3, "skip_step", None, "b"),
+        PassedOver(40, 44, 11, "rollback", 4, "c"),
+    ]
     for entry in kept:
         passed_over.write(path, entry, loss="nan")
         with path.open("a") as stream:
             stream.write('{"first": 1, "end"')  # torn by a crash
     assert passed_over.read(path) == kept
     known = PassedOverList(kept)
-    assert [known.covers(*part) for part in ((0, 8), (4, 9), (15, 20), (16, 40), (43, 44), (44, 48))] == [False, True, True, False, True, False]
+    assert [known.covers(*part) for part in ((0, 8), (4, 9), (15, 20), (16, 40), (43, 44), (44, 48))] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
     assert [known.skipped_before(n) for n in (8, 12, 16, 44)] == [0, 1, 2, 0]
     assert known.rollbacks_to(4) == 1 and known.rollbacks_to(3) == 0
 
@@ -159,3 +176,97 @@ def test_without_a_policy_all_stop_and_a_resumed_run_is_whole(two_ranks: tuple[P
     assert told[0]["stop"].startswith("step 6: loss inf") and "guards.on_not_finite=rollback" in told[0]["stop"]
     assert trajectory(RunDir(folder / "stop")) == trajectory(RunDir(folder / "whole"))
     assert entries(RunDir(folder / "stop")) == []
+
+
+# ---- one process, each policy by itself
+
+
+@pytest.mark.parametrize("more", [["optim.preset=galore", "optim.update_gap=5", "optim.rank=4"], ["checkpoint.asynchronous=true"]])
+def test_going_back_leaves_nothing_of_what_was(tmp_path: Path, more: list[str]) -> None:
+    never = make_run(tmp_path, "never", *COMMON, *more)
+    passed_over.write(never.passed_over, PassedOver(8, 10, 0, "skip_step", None, ""))
+    back = make_run(tmp_path, "back", *COMMON, *ROLL, "guards.rollback_steps=2", *more)
+    assert train(never) == ""
+    with faults(back, {9: 40.0}):
+        assert train(back) == ""
+    assert trajectory(back) == trajectory(never)
+    assert [(e.first, e.end, e.back_to) for e in entries(back)] == [(8, 10, 8)]
+
+
+def test_too_many_in_a_row_stop_the_run_and_so_do_rollbacks_that_lead_nowhere(tmp_path: Path) -> None:
+    always = dict.fromkeys(range(5, 30), math.nan)
+    skip = make_run(tmp_path, "skip", *COMMON, *SKIP, "guards.max_mends=2")
+    back = make_run(tmp_path, "back", *COMMON, *ROLL, "guards.max_mends=2")
+    with faults(skip, always):
+        assert "step 6: loss nan" in (told := train(skip)) and "2 sets of data in a row were passed over" in told
+    with faults(back, always):
+        assert "went back to step_00000004 2 times already" in train(back)
+        assert "went back to step_00000004 2 times already" in train(back, resume=True), "a new process knows of those before"
+    assert [(e.first, e.back_to) for e in entries(back)] == [(5, 4), (6, 4)]
+    assert back.checkpoint_steps() == [0, 4] and skip.checkpoint_steps() == [4]
+
+
+def test_spikes_are_reported_when_nothing_else_is_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = make_run(tmp_path, "told", *COMMON)
+    with faults(run_dir, {9: 40.0}):
+        assert train(run_dir) == ""
+    assert "guard: step 10: loss" in capfd.readouterr().out and entries(run_dir) == []
+    assert len(trajectory(run_dir)) == STEPS
+
+
+def test_parameters_that_overflow_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Engine.step
+
+    def overflow(self: Engine, lr: float, accept: Callable[[float], bool]) -> float:
+        norm = step(self, lr, accept)
+        if self.calls == 8 - 1:  # type: ignore[attr-defined]
+            next(iter(self.parameters.values())).data[0] = math.inf
+        self.calls += 1  # type: ignore[attr-defined]
+        return norm
+
+    monkeypatch.setattr(Engine, "step", overflow)
+    monkeypatch.setattr(Engine, "calls", 0, raising=False)
+    run_dir = make_run(tmp_path, "over", *COMMON)
+    assert "step 8: its update made parameters or optimizer states that are not finite" in train(run_dir)
+    assert run_dir.checkpoint_steps() == [4]
+    monkeypatch.setattr(Engine, "calls", 0)
+    back = make_run(tmp_path, "back", *COMMON, *ROLL)
+    assert train(back) == ""
+    assert [(e.first, e.step, e.back_to) for e in entries(back)] == [(7, 8, 4)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("mount is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_disk_without_room_for_a_checkpoint(small_disk: Path, asynchronous: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full from step 4 to step 6; what is due at step 4 is saved as soon as there is room."""
+    settings = [*COMMON, f"checkpoint.asynchronous={asynchronous}"]
+    whole = make_run(small_disk, "whole", *settings)
+    go_on = make_run(small_disk, "on", *settings, "guards.on_full_disk=continue")
+    stops = make_run(small_disk, "stop", *settings)
+    ballast = small_disk / "ballast"
+
+    class Recorded(MetricsWriter):
+        def write(self, record: Mapping[str, Any]) -> None:
+            super().write(record)
+            if record["step"] == 3:
+                free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+                ballast.write_bytes(bytes(free - 65_536))
+            if record["step"] == 6:
+                ballast.unlink()
+
+    assert train(whole) == ""
+    monkeypatch.setattr("trainer.build.MetricsWriter", Recorded)
+    assert train(go_on) == ""
+    assert trajectory(go_on) == trajectory(whole) and go_on.checkpoint_steps() == [8, 12]
+    assert "no room for step_00000004" in (told := train(stops)) and "longstride resume" in told
+    ballast.unlink()
+    assert stops.checkpoint_steps() == []
