@@ -32,6 +32,7 @@ from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer, quantise_matrices_
 from optim.fused_backward import fuse_backward
 from parallel.dims import ParallelDims
+from parallel.log_lines import at_step
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import parallelize
 from trainer.checkpoint import CheckpointManager
@@ -45,6 +46,7 @@ from trainer.mending import Mender, load_state
 from trainer.metrics import MetricsWriter
 from trainer.planning import model_vocab_size
 from trainer.preemption import StopSignal
+from trainer.rank_watch import RankWatch
 from trainer.run_dir import RunDir
 from trainer.state import TrainState
 from trainer.throughput import peak_flops
@@ -239,10 +241,13 @@ def _build_trainer(
     state, notes = _starting_state(checkpoints, engine) if resume else (TrainState(), [])
     metrics = MetricsWriter(run_dir, state.step, enabled=is_main)
     cleanup.callback(metrics.close)
+    at_step(state.step)
     console = RunConsole(config.train.steps, state.step, enabled=is_main)
     cleanup.callback(console.close)
     for note in notes:
         console.note(note)
+    ranks = RankWatch(config.guards, run_dir, monitor, checkpoints.ranks, console.note)
+    cleanup.enter_context(ranks)
     if is_main:
         run_dir.write_state("running", step=state.step, total_steps=config.train.steps)
 
@@ -264,6 +269,7 @@ def _build_trainer(
         console=console,
         monitor=monitor,
         stop=stop,
+        ranks=ranks,
         mender=Mender(config, run_dir, checkpoints, engine, state),
         watchdog=Watchdog(config.guards.hang_times_median, config.guards.hang_min_seconds, account),
         plan=plan,

@@ -145,9 +145,15 @@ class GuardsSection(Section):
     spike_steps: Annotated[int, Field(ge=8, le=10_000)] = 128
     """Of so many steps before; nothing is judged until a quarter of them are known."""
     rollback_steps: PositiveInt = 1
-    """How many steps' data a rollback passes over, those of the offending step last: what upset a run may have been read before it showed."""
+    """How many steps' data a rollback passes over, those of the offending step last: what upset a run may have been read before."""
     max_mends: PositiveInt = 3
     """After so many skipped steps in a row, or rollbacks to one checkpoint, the run stops."""
+    report_every_steps: Annotated[int, Field(ge=0)] = 50
+    """Every so many steps each rank says how long its own work took and how much memory it holds; 0: never. What follows needs it."""
+    straggler_times: Annotated[float, Field(ge=0)] = 1.5
+    """A rank whose own work takes more than so many times the others' median, in two reports in a row, is named; 0: never."""
+    memory_growth: Annotated[float, Field(ge=0)] = 0.1
+    """A rank whose memory keeps growing, by more than this share, is named; 0: never."""
     on_full_disk: Literal["stop", "continue"] = "stop"
     """No room for a checkpoint (looked for before it is begun). stop: the run fails, its last checkpoint intact. continue: it trains on
     and tries again after every step; only at its end, or when it is stopped, it fails."""

@@ -56,8 +56,8 @@ class Mender:
         if times > self.settings.max_mends:
             raise RunFailed(
                 f"step {step}: {trouble.text}; {self.settings.max_mends} sets of data in a row were passed over and did not help; "
-                f"stopped unsaved, the last checkpoint is intact. Lower optim.lr, or go back further with guards.on_{trouble.kind}=rollback: "
-                f"longstride resume {self.run_dir.path}"
+                f"stopped unsaved, the last checkpoint is intact. Lower optim.lr, or go back further with "
+                f"guards.on_{trouble.kind}=rollback: longstride resume {self.run_dir.path}"
             )
         self._take_out(PassedOver(first, cursor["sequences"], step, "skip_step", None, trouble.text), facts)
         limit = self.settings.max_mends

@@ -166,6 +166,11 @@ class RunDir:
         return self.path / "passed_over.jsonl"
 
     @property
+    def ranks(self) -> Path:
+        """Speed and memory of every rank, as last reported."""
+        return self.path / "ranks.json"
+
+    @property
     def tensorboard(self) -> Path:
         """Event files."""
         return self.path / "tensorboard"

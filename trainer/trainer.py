@@ -16,6 +16,7 @@ from memory_mgmt.plan_check import PlanCheck, is_out_of_memory
 from models.batch import Batch
 from models.errors import RunFailed
 from optim.schedule import learning_rate
+from parallel.log_lines import at_step
 from trainer import out_of_memory
 from trainer.checkpoint import CheckpointManager
 from trainer.checkpoint_ranks import DiskFull
@@ -28,6 +29,7 @@ from trainer.guards import Trouble, trouble_of
 from trainer.mending import Mender
 from trainer.metrics import MetricsWriter
 from trainer.preemption import StopSignal
+from trainer.rank_watch import RankWatch
 from trainer.run_dir import RunDir
 from trainer.state import TrainState
 from trainer.watchdog import Watchdog
@@ -57,6 +59,7 @@ class Trainer:
     monitor: MemoryMonitor
     stop: StopSignal
     mender: Mender
+    ranks: RankWatch
     watchdog: Watchdog
     plan: MemoryPlan
     check: PlanCheck
@@ -93,6 +96,7 @@ class Trainer:
         while self.state.step < steps:
             started = time.perf_counter()
             self.watchdog.beat()
+            self.ranks.before_step()
             self.monitor.reset()
             micro_batches, cursor = next(batches)
             if self.mender.passes_over(cursor):
@@ -102,6 +106,7 @@ class Trainer:
                     return None
                 continue
             self.watchdog.beat(step_seconds=time.perf_counter() - started, long=True)  # what follows may be an evaluation or a save
+            self.ranks.after_step(self.state.step, time.perf_counter() - started)
             last = self.state.step == steps
             if self._due(self.config.train.eval_every_steps) or last:
                 self.evaluate()
@@ -128,6 +133,7 @@ class Trainer:
         self.watchdog.beat(long=True)
         note = self.mender.roll_back(trouble, step, cursor, facts)
         self.metrics.rewind(self.state.step)
+        at_step(self.state.step)
         self.console.note(note)
         return True
 
@@ -179,6 +185,7 @@ class Trainer:
         self.state.grad_norm = norm
         self.state.cursor = cursor
         self.state.history.add(sums.loss, norm, guards.spike_steps)
+        at_step(self.state.step)
         seconds = time.perf_counter() - started
         speed = tokens / seconds
         mfu = speed * self.flops_per_token / self.peak_flops

@@ -20,9 +20,15 @@ from trainer.data.build import build_data, prepare
 from trainer.passed_over import PassedOver
 from trainer.run_dir import RunDir
 
-SMALL = (
-    ["data.source=jsonl", "data.seq_len=32", "model.d_model=16", "model.n_heads=2", "model.window=16", "model.layers=[full,memory]", "train.device=cpu"]
-)
+SMALL = [
+    "data.source=jsonl",
+    "data.seq_len=32",
+    "model.d_model=16",
+    "model.n_heads=2",
+    "model.window=16",
+    "model.layers=[full,memory]",
+    "train.device=cpu",
+]
 
 
 def make_run(folder: Path, name: str, *settings: str) -> RunDir:

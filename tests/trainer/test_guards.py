@@ -133,7 +133,7 @@ def _two_ranks(folder: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]]]:
     folder = tmp_path_factory.mktemp("guards")
-    settings = [*COMMON, "parallel.dp_shard=2"]
+    settings = [*COMMON, "parallel.dp_shard=2", "guards.report_every_steps=4"]
     for name, more in {"whole": [], "never": [], "skip": SKIP, "back": ROLL, "stop": []}.items():
         make_run(folder, name, *settings, *more)
     for number in (2, 9):  # as if these data had never been
@@ -160,6 +160,13 @@ def test_a_mended_run_is_the_run_that_never_had_those_data(two_ranks: tuple[Path
     for name in ("skip", "back"):
         assert trajectory(RunDir(folder / name)) == never, name
         assert all(record["tokens"] == 32 * PER_STEP * record["step"] for record in records(RunDir(folder / name)))
+
+
+def test_every_rank_reports(two_ranks: tuple[Path, list[dict[str, str]]]) -> None:
+    folder, _ = two_ranks
+    found = json.loads(RunDir(folder / "whole").ranks.read_text())
+    assert found["step"] == STEPS and [rank["rank"] for rank in found["ranks"]] == [0, 1]
+    assert all(rank["own_seconds"] > 0 and rank["resident_bytes"] > 2**20 and rank["available_bytes"] > 0 for rank in found["ranks"])
 
 
 def test_what_was_passed_over_is_on_record(two_ranks: tuple[Path, list[dict[str, str]]]) -> None:
