@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import statistics
 import time
@@ -126,5 +127,5 @@ def slow_ranks(own_seconds: Sequence[float], times: float) -> dict[int, float]:
 def grows(sizes: Sequence[int], least: int, share: float) -> bool:
     """Whether memory has a trend: it goes up in most of the last reports, and stands a ``share`` and more than noise above ``least``.
     A single step up, such as that of a first evaluation, is none."""
-    ups = sum(after > before for before, after in zip(sizes, sizes[1:], strict=False))
+    ups = sum(after > before for before, after in itertools.pairwise(sizes))
     return len(sizes) == GROWING and ups >= GROWING - 2 and sizes[-1] == max(sizes) and sizes[-1] - least > max(NOISE_BYTES, share * least)

@@ -1,4 +1,4 @@
-"""Measures this rank and gathers what all measured, every ``guards.report_every_steps`` steps: one small collective. See ``rank_reports``."""
+"""Measures this rank and gathers what all measured, every ``guards.report_every_steps`` steps, in one small collective."""
 
 from __future__ import annotations
 
