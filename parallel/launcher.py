@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 from models.errors import RunFailed, UserError
 from parallel.distributed import rank_variables
+from parallel.log_lines import Stamped, without_stamp
 
 STOPPED = 75
 """Exit code of a run that was stopped early and can be resumed (sysexits.h EX_TEMPFAIL)."""
@@ -217,7 +218,7 @@ def _note_signals(received: list[signal.Signals], hangup_ignored: bool) -> None:
 
 def _account(rank: int, code: int | None, nproc: int, log: Path, log_start: int) -> UserError:
     """The error that tells why a run ended: the rank's own message if it left one, else the end of its log."""
-    lines = _read_from(log, log_start).splitlines()
+    lines = [without_stamp(line) for line in _read_from(log, log_start).splitlines()]
     said = next((i for i in reversed(range(len(lines))) if lines[i].startswith("error: ")), None)
     if code == UserError.exit_code and said is not None:
         return UserError("\n".join(lines[said:])[len("error: ") :])
@@ -259,24 +260,28 @@ def _read_from(path: Path, start: int) -> str:
 # --- the rank's half
 
 
-def join_launcher(launcher_pid: int, rank: int, log_path: Path) -> TextIO:
+def join_launcher(launcher_pid: int, rank: int, log_path: Path, *, stamped: bool = False, console_stamped: bool = False) -> TextIO:
     """Bind this process to its launcher: it dies when the launcher dies, and what it prints is appended to its log, which is
     returned.
 
     Rank 0 keeps the terminal: its standard output goes there, and to the log as well when it is no terminal; its Python standard
-    error goes to both. Whatever libraries write to the error stream directly goes to the log only.
+    error goes to both. Whatever libraries write to the error stream directly goes to the log only. ``stamped``: lines that Python writes
+    begin with clock and step in the log, with ``console_stamped`` (where that is a log too) also on the terminal.
     """
     die_with_parent(launcher_pid)
-    log = log_path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    file = log_path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    log: Any = Stamped(file) if stamped else file
     if rank == 0:
-        console = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
-        sys.stderr = _Tee(console, log)
+        console: Any = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+        sys.stderr = _Tee(Stamped(console) if console_stamped else console, log)
         if not sys.stdout.isatty():
-            sys.stdout = _Tee(sys.stdout, log)
+            sys.stdout = _Tee(Stamped(sys.stdout) if console_stamped else sys.stdout, log)
     else:
         sys.stdout.flush()
-        os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
+        os.dup2(file.fileno(), 1)
+        if stamped:
+            sys.stdout = sys.stderr = log
+    os.dup2(file.fileno(), 2)
     _keep_warnings_of_libraries_in(log)
     return log
 
@@ -305,7 +310,7 @@ def die_with_parent(parent_pid: int) -> None:
 class _Tee:
     """A text stream that writes to the console and to a log; for everything else it is the console."""
 
-    def __init__(self, console: TextIO, log: TextIO) -> None:
+    def __init__(self, console: Any, log: Any) -> None:
         self._console, self._log = console, log
 
     def write(self, text: str) -> int:

@@ -6,25 +6,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import UserError
+from slurm.answers import EndedJob, QueuedJob, ended_from_json, ended_from_text, queued_from_json, queued_from_text
 
 TIMEOUT_SECONDS = 30.0
 _FIELDS = "%i|%T|%N|%r|%k"
-
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """One line of squeue."""
-
-    id: str
-    state: str
-    """PENDING, RUNNING, COMPLETING, CANCELLED, ..."""
-    nodes: str
-    reason: str
-    comment: str
+_ENDED_FIELDS = "JobIDRaw,State,ExitCode,NodeList,JobName,Comment"
 
 
 def has_slurm() -> bool:
@@ -43,10 +32,22 @@ def sbatch(script: Path) -> str:
 
 def queue(ids: Sequence[str] | None = None, timeout: float = TIMEOUT_SECONDS) -> list[QueuedJob]:
     """The user's jobs that are queued or running (``ids``: only those of them). Raises UserError when Slurm does not answer."""
-    lines = _call(["squeue", "--me", "--noheader", f"--format={_FIELDS}"], timeout).splitlines()
-    rows = [line.split("|", 4) for line in lines]
-    jobs = [QueuedJob(*(field.strip() for field in row)) for row in rows if len(row) == 5]
+    jobs = queued_from_text(_call(["squeue", "--me", "--noheader", f"--format={_FIELDS}"], timeout))
+    if jobs is None:
+        jobs = queued_from_json(_call(["squeue", "--me", "--json"], timeout))
     return jobs if ids is None else [job for job in jobs if job.id in ids]
+
+
+def ended(ids: Sequence[str], timeout: float = TIMEOUT_SECONDS) -> list[EndedJob]:
+    """What accounting remembers of jobs by number, the latest of each number last. Raises UserError where there is no accounting."""
+    numbers = f"--jobs={','.join(ids)}"
+    jobs = ended_from_text(_call(["sacct", "--allocations", "--parsable2", "--noheader", f"--format={_ENDED_FIELDS}", numbers], timeout))
+    return ended_from_json(_call(["sacct", "--json", numbers], timeout)) if jobs is None else jobs
+
+
+def has_accounting() -> bool:
+    """Whether sacct is on PATH."""
+    return shutil.which("sacct") is not None
 
 
 def cancel(job_id: str) -> None:

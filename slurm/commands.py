@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from models.errors import UserError
 from slurm import attempts, client
-from slurm.submission import has_submission, job_of, read_submission
+from slurm.answers import EndedJob, QueuedJob
+from slurm.submission import Submission, ended_job_of, has_submission, job_of, read_submission
 from trainer import runs_table
 from trainer.commands.guard import guarded
 from trainer.commands.places import find_run
@@ -18,6 +20,7 @@ from trainer.runs_table import RunRow
 
 QUEUE_SECONDS = 5.0
 """How long a table of runs waits for Slurm's controller."""
+GONE = "its job is no longer in the queue; longstride resume RUN --submit goes on"
 UNFINISHED = ("queued", "running", "stopped", "died", "unknown")
 
 
@@ -32,41 +35,67 @@ def list_runs(args: argparse.Namespace) -> int:
 
 
 def with_jobs(rows: list[RunRow]) -> list[RunRow]:
-    """``rows`` with what Slurm says of the jobs of runs that have any. Asked once, and only if some run may be in the queue."""
-    tokens: dict[Path, str] = {}
+    """``rows`` with their jobs and what Slurm says of them. Slurm is asked once, and only if some run may be in the queue; accounting
+    once, and only if some job is not in the queue that should be."""
+    submissions: dict[Path, Submission] = {}
     for row in rows:
-        run_dir = RunDir(row.path)
-        if has_submission(run_dir):
-            try:
-                submission = read_submission(run_dir)
-            except UserError:
-                continue
-            tokens[row.path] = submission.token
-    if not tokens or not client.has_slurm() or not any(row.status in UNFINISHED for row in rows if row.path in tokens):
+        if has_submission(run_dir := RunDir(row.path)):
+            with contextlib.suppress(UserError):
+                submissions[row.path] = read_submission(run_dir)
+    rows = [_with_last_job(row, submissions.get(row.path)) for row in rows]
+    if not client.has_slurm() or not any(row.status in UNFINISHED for row in rows if row.path in submissions):
         return rows
     try:
         jobs = client.queue(timeout=QUEUE_SECONDS)
     except UserError as error:
         print(f"note: {error}; the table shows what run directories say", file=sys.stderr)
         return rows
-    return [_with_job(row, tokens.get(row.path), jobs) for row in rows]
+    rows = [_with_job(row, submissions.get(row.path), jobs) for row in rows]
+    return _with_accounts(rows, submissions)
 
 
-def _with_job(row: RunRow, token: str | None, jobs: list[client.QueuedJob]) -> RunRow:
-    """A run that waits or should be running, compared with the queue. Jobs are told by their token, not by their number."""
-    if token is None or row.status not in UNFINISHED:
+def _with_last_job(row: RunRow, submission: Submission | None) -> RunRow:
+    """The number of the run's last job, and the nodes of its last attempt."""
+    if submission is None:
         return row
-    job = job_of(token, jobs)
+    nodes = [str(record.get("nodes", "")) for record in attempts.read_records(RunDir(row.path)) if "started" in record]
+    return replace(row, job=submission.job_id, nodes=nodes[-1] if nodes else "")
+
+
+def _with_job(row: RunRow, submission: Submission | None, jobs: list[QueuedJob]) -> RunRow:
+    """A run that waits or should be running, compared with the queue. Jobs are told by their token, not by their number."""
+    if submission is None or row.status not in UNFINISHED:
+        return row
+    job = job_of(submission.token, jobs)
     if job is None:
         if row.status in ("stopped", "died"):  # saved or killed, and its job ended: cancelled, or not requeued
             return row
-        return replace(row, status="died", reason="its job is no longer in the queue; longstride resume RUN --submit goes on")
+        return replace(row, status="died", reason=GONE)
+    row = replace(row, job=job.id, nodes=job.nodes or row.nodes)
     where = f"job {job.id} {job.state.lower()}" + (f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason else "")
     if row.status != "running" or job.state == "PENDING":
         status = {"PENDING": "queued", "RUNNING": "starting"}.get(job.state, row.status)
         before = row.reason if row.status == "stopped" else ""
         return replace(row, status=status, reason="; ".join(part for part in (where, before) if part))
     return replace(row, reason=where)
+
+
+def _with_accounts(rows: list[RunRow], submissions: dict[Path, Submission]) -> list[RunRow]:
+    """Why jobs ended whose runs could not say so themselves."""
+    silent = [row for row in rows if row.status == "died" and row.job and row.path in submissions]
+    if not silent or not client.has_accounting():
+        return rows
+    try:
+        jobs = client.ended([row.job for row in silent], timeout=QUEUE_SECONDS)
+    except UserError:  # most often: no accounting on this cluster
+        return rows
+    found = {row.path: ended_job_of(submissions[row.path], row.name, jobs) for row in silent}
+    return [replace(row, reason=f"{_account(job)}; {row.reason}") if (job := found.get(row.path)) else row for row in rows]
+
+
+def _account(job: EndedJob) -> str:
+    code = f" (exit code {job.exit_code})" if job.exit_code not in ("", "0:0") else ""
+    return f"job {job.id} ended {job.state}{code}" + (f" on {job.nodes}" if job.nodes else "")
 
 
 def write_report(args: argparse.Namespace) -> int:

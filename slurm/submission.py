@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.errors import UserError
-from slurm.client import QueuedJob
+from slurm.answers import EndedJob, QueuedJob
 from trainer.run_dir import RunDir, write_atomic
 
 
@@ -35,6 +35,13 @@ def comment_of(token: str) -> str:
 def job_of(token: str, jobs: Iterable[QueuedJob]) -> QueuedJob | None:
     """The submission's job while Slurm knows it: told by its comment, because Slurm gives numbers again."""
     return next((job for job in jobs if job.comment == comment_of(token)), None)
+
+
+def ended_job_of(submission: Submission, name: str, jobs: Iterable[EndedJob]) -> EndedJob | None:
+    """The submission's job in accounting: by its comment where the cluster keeps comments, else by number and name."""
+    own = [job for job in jobs if job.id == submission.job_id]
+    told = [job for job in own if job.comment == comment_of(submission.token)]
+    return next(iter(told or [job for job in own if not job.comment and job.name == name]), None)
 
 
 def write_submission(run_dir: RunDir, submission: Submission) -> None:

@@ -32,6 +32,7 @@ from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer, quantise_matrices_
 from optim.fused_backward import fuse_backward
 from parallel.dims import ParallelDims
+from parallel.log_lines import at_step
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import parallelize
 from trainer.checkpoint import CheckpointManager
@@ -42,9 +43,11 @@ from trainer.console import RunConsole
 from trainer.data.build import build_data
 from trainer.engine import Engine
 from trainer.initial_weights import fill_from
+from trainer.mending import Mender, load_state
 from trainer.metrics import MetricsWriter
 from trainer.planning import model_vocab_size
 from trainer.preemption import StopSignal
+from trainer.rank_watch import RankWatch
 from trainer.run_dir import RunDir
 from trainer.state import TrainState
 from trainer.throughput import peak_flops
@@ -246,14 +249,15 @@ def _build_trainer(
         cleanup.callback(arena.close)
     state, notes = _starting_state(checkpoints, engine) if resume else (TrainState(), [])
     notes += found
-    if engine.fused is not None:
-        engine.fused.load_state_dict({"norm": state.grad_norm})
     metrics = MetricsWriter(run_dir, state.step, enabled=is_main)
     cleanup.callback(metrics.close)
+    at_step(state.step)
     console = RunConsole(config.train.steps, state.step, enabled=is_main)
     cleanup.callback(console.close)
     for note in notes:
         console.note(note)
+    ranks = RankWatch(config.guards, run_dir, monitor, checkpoints.ranks, console.note)
+    cleanup.enter_context(ranks)
     if is_main:
         run_dir.write_state("running", step=state.step, total_steps=config.train.steps)
 
@@ -275,6 +279,8 @@ def _build_trainer(
         console=console,
         monitor=monitor,
         stop=stop,
+        ranks=ranks,
+        mender=Mender(config, run_dir, checkpoints, engine, state),
         watchdog=Watchdog(config.guards.hang_times_median, config.guards.hang_min_seconds, account),
         plan=plan,
         check=PlanCheck(plan, store, _resident(engine)),
@@ -308,10 +314,8 @@ def _starting_state(checkpoints: CheckpointManager, engine: Engine) -> tuple[Tra
     good = checkpoints.latest_good(set_aside=True)
     if good is None:
         return TrainState(), ["no checkpoint yet: starting from the beginning"]
-    state = {**engine.state_dict(), "train": {}}
-    checkpoints.load(good, state)
     notes = [f"checkpoint {refused} is damaged and set aside" for refused in good.refused]
-    return TrainState.from_json(state["train"]), [*notes, f"resumed from {good.path.name}"]
+    return load_state(checkpoints, good, engine), [*notes, f"resumed from {good.path.name}"]
 
 
 def describe_loss(loss: float, bytes_per_label: float | None) -> str:

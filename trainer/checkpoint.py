@@ -26,17 +26,20 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from models.errors import RunFailed, UserError
+from trainer.checkpoint_disk import check_room, checkpoint_bytes
 from trainer.checkpoint_ranks import CheckpointRanks, describe
 from trainer.checkpoint_reader import check_same_tensors, load_tensors, read_checkpoint_metadata
 from trainer.checkpoint_state import (
     STATE_NAME,
     Stateful,
+    json_bytes,
     plain_digests,
     put_back,
     random_state,
     rank_state_name,
     restore_random_state,
     split_leaves,
+    split_state,
     state_dicts,
 )
 from trainer.checkpoint_writer import local_copies, write_tensors
@@ -162,9 +165,10 @@ class CheckpointManager:
         """
         self.wait()
         name = self.run_dir.checkpoint(step).name
-        self.ranks.first_does(f"save {name}", lambda: self._open_temporary(step))
+        tensors, rest = split_state(state)
+        self.ranks.first_does(f"save {name}", lambda: self._open_temporary(step, checkpoint_bytes(tensors)))
         try:
-            content = self._collect(step, state)
+            content = self._collect(step, tensors, rest)
         except BaseException:
             self._discard(step)
             raise
@@ -198,20 +202,19 @@ class CheckpointManager:
         path = self.run_dir.checkpoint(step)
         return path.with_name(f".tmp-{path.name}")
 
-    def _open_temporary(self, step: int) -> None:
+    def _open_temporary(self, step: int, needed: int) -> None:
         path = self.run_dir.checkpoint(step)
         if path.exists():
             raise RunFailed(f"checkpoint {path} exists already and is not overwritten; move it away to save step {step} again")
         shutil.rmtree(self._temporary(step), ignore_errors=True)
-        self._temporary(step).mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_room(path.parent, path.name, needed)
+        self._temporary(step).mkdir()
 
-    def _collect(self, step: int, state: Mapping[str, Stateful | dict[str, Any]]) -> _Content:
-        if any("." in entry for entry in state):
-            raise ValueError(f"names of checkpoint entries hold no '.': {sorted(state)}")
-        tensors, rest = split_leaves(state_dicts(state))
-        documents = {rank_state_name(self.ranks.rank): _json(random_state())}
+    def _collect(self, step: int, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> _Content:
+        documents = {rank_state_name(self.ranks.rank): json_bytes(random_state())}
         if self.ranks.rank == 0:
-            documents[STATE_NAME] = _json(rest)
+            documents[STATE_NAME] = json_bytes(rest)
         return _Content(step, tensors, local_copies(tensors) if self.config.asynchronous else None, documents)
 
     def _write_in_background(self, content: _Content) -> None:
@@ -233,6 +236,8 @@ class CheckpointManager:
         except BaseException:
             self._discard(content.step)
             raise
+        if self.config.verify:
+            self._verify(content.step)
         if self.ranks.rank == 0:
             self._retain(content.step)
 
@@ -274,11 +279,25 @@ class CheckpointManager:
         folder.rename(final)
         fsync_directory(final.parent)
 
+    def _verify(self, step: int) -> None:
+        """Read back what was published; until that is good, no older checkpoint goes."""
+        path = self.run_dir.checkpoint(step)
+        if problems := self.problems(path, from_disk=True):
+            self.ranks.first_does(f"set {path.name} aside", lambda: _set_aside(path))
+            raise RunFailed(
+                f"{Refused(path, problems)}: it does not read back as it was written, and is set aside; older checkpoints are intact. "
+                f"Look at the file system of {path.parent}, then: longstride resume {self.run_dir.path}"
+            )
+
     def _discard(self, step: int) -> None:
         if self.ranks.rank == 0:
             shutil.rmtree(self._temporary(step), ignore_errors=True)
 
     # ---- load
+
+    def steps(self) -> list[int]:
+        """Steps of the published checkpoints, oldest first, as rank 0 sees them."""
+        return self.ranks.first_does("list checkpoints", self.run_dir.checkpoint_steps)
 
     def latest_good(self, *, set_aside: bool = False) -> GoodCheckpoint | None:
         """The newest checkpoint that verifies; None if there is none at all.
@@ -288,7 +307,7 @@ class CheckpointManager:
         never starts from zero by itself.
         """
         refused: list[Refused] = []
-        for step in reversed(self.ranks.first_does("list checkpoints", self.run_dir.checkpoint_steps)):
+        for step in reversed(self.steps()):
             path = self.run_dir.checkpoint(step)
             problems = self.problems(path)
             if not problems:
@@ -303,13 +322,14 @@ class CheckpointManager:
             )
         return None
 
-    def problems(self, path: Path) -> list[str]:
-        """What is wrong with one checkpoint, by file name, checked by all ranks together; empty if it is good."""
+    def problems(self, path: Path, *, from_disk: bool = False) -> list[str]:
+        """What is wrong with one checkpoint, by file name, checked by all ranks together; empty if it is good. ``from_disk``: not as
+        the kernel still remembers it."""
         manifest, problems = self.ranks.first_does(f"verify {path.name}", lambda: _structure(path))
         if manifest is None:
             return problems
         mine = split_by_size(manifest.files, self.ranks.size)[self.ranks.rank]
-        found = self.ranks.together(f"verify {path.name}", lambda: problems_of_files(path, mine))
+        found = self.ranks.together(f"verify {path.name}", lambda: problems_of_files(path, mine, from_disk=from_disk))
         problems = [*problems, *(line for lines in found for line in lines)]
         return problems or self.ranks.first_does(f"verify {path.name}", lambda: _metadata_problems(path))
 
@@ -343,10 +363,6 @@ class CheckpointManager:
         if mine is not None:
             restore_random_state(mine)
         return Loaded(manifest.step, manifest, mine is not None, notes)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, sort_keys=True) + "\n").encode()
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ group hangs).
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,6 +18,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from models.errors import RunFailed, UserError
 
 T = TypeVar("T")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFull(RunFailed):
+    """A checkpoint could not be written because its file system, or the user's share of it, is full; nothing of it is left."""
+
+
+class _DiskFullSomewhere(DiskFull):
+    """The operating system's words on one rank, not yet a sentence."""
 
 
 class CheckpointRanks:
@@ -57,11 +67,12 @@ class CheckpointRanks:
 
     def _raise_first(self, what: str, errors: list[UserError | str | None]) -> None:
         for rank, error in enumerate(errors):
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) and not isinstance(error, _DiskFullSomewhere):
                 raise type(error)(str(error))
             if error is not None:
-                where = f"rank {rank}: " if self.size > 1 and not error.startswith("rank ") else ""
-                raise RunFailed(f"cannot {what}: {where}{error}")
+                text = str(error)
+                where = f"rank {rank}: " if self.size > 1 and not text.startswith("rank ") else ""
+                raise (DiskFull if isinstance(error, _DiskFullSomewhere) else RunFailed)(f"cannot {what}: {where}{text}")
 
     def first_does(self, what: str, action: Callable[[], T]) -> T:
         """Run ``action`` on rank 0 only and give its result to all ranks; errors as in ``together``."""
@@ -74,9 +85,16 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, UserError | str | None]
     except UserError as error:
         return None, error
     except CheckpointException as error:  # derives from BaseException; the reasons are only inside
-        return None, "; ".join(f"rank {rank}: {describe(cause)}" for rank, (cause, _) in sorted(error.failures.items()))
+        causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+        text = "; ".join(f"rank {rank}: {describe(cause)}" for rank, cause in causes.items())
+        return None, _DiskFullSomewhere(text) if any(map(_is_full, causes.values())) else text
     except Exception as error:
-        return None, describe(error)
+        return None, _DiskFullSomewhere(describe(error)) if _is_full(error) else describe(error)
+
+
+def _is_full(error: BaseException) -> bool:
+    # torch's writer of zip files does not pass on what the system said when it could write only a part.
+    return (isinstance(error, OSError) and error.errno in _FULL) or (isinstance(error, RuntimeError) and "unexpected pos" in str(error))
 
 
 def describe(error: BaseException) -> str:

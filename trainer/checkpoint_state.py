@@ -76,6 +76,18 @@ def split_leaves(nested: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], di
     return tensors, rest_of(nested, "")
 
 
+def split_state(state: Mapping[str, Stateful | dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """``split_leaves`` of all entries; raises ValueError also for an entry with a dot in its name."""
+    if any("." in entry for entry in state):
+        raise ValueError(f"names of checkpoint entries hold no '.': {sorted(state)}")
+    return split_leaves(state_dicts(state))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON file, the same for the same values."""
+    return (json.dumps(value, sort_keys=True) + "\n").encode()
+
+
 def _json_value(value: Any, name: str) -> Any:
     try:
         return json.loads(json.dumps(value))

@@ -126,6 +126,8 @@ class CheckpointSection(Section):
     """Checkpoints at multiples of this are kept for ever; 0 keeps none beyond keep_last."""
     asynchronous: bool = False
     """Write in the background while training goes on."""
+    verify: bool = True
+    """Read every checkpoint back from the disk once it is written; until it is good, no older one is deleted."""
 
 
 class GuardsSection(Section):
@@ -136,6 +138,28 @@ class GuardsSection(Section):
     0 switches that off."""
     hang_min_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Never sooner than this; the first steps, an evaluation and a save have three times as long."""
+    on_not_finite: Literal["stop", "skip_step", "rollback"] = "stop"
+    """A loss or gradient that is not finite. stop: the run fails, its last checkpoint intact. skip_step: no update; the step is made of the
+    data that follow. rollback: on from the last good checkpoint, past those data. What was passed over is kept in passed_over.jsonl."""
+    on_spike: Literal["report", "stop", "skip_step", "rollback"] = "report"
+    """The same for a loss or gradient norm far above those of the steps before; report: a line in the log."""
+    spike_deviations: Annotated[float, Field(gt=0)] = 6.0
+    """How many standard deviations above the mean make a spike (a deviation counts as 1% of the mean at least)."""
+    spike_steps: Annotated[int, Field(ge=8, le=10_000)] = 128
+    """Of so many steps before; nothing is judged until a quarter of them are known."""
+    rollback_steps: PositiveInt = 1
+    """How many steps' data a rollback passes over, those of the offending step last: what upset a run may have been read before."""
+    max_mends: PositiveInt = 3
+    """After so many skipped steps in a row, or rollbacks to one checkpoint, the run stops."""
+    report_every_steps: Annotated[int, Field(ge=0)] = 50
+    """Every so many steps each rank says how long its own work took and how much memory it holds; 0: never. What follows needs it."""
+    straggler_times: Annotated[float, Field(ge=0)] = 1.5
+    """A rank whose own work takes more than so many times the others' median, in two reports in a row, is named; 0: never."""
+    memory_growth: Annotated[float, Field(ge=0)] = 0.1
+    """A rank whose memory keeps growing, by more than this share, is named; 0: never."""
+    on_full_disk: Literal["stop", "continue"] = "stop"
+    """No room for a checkpoint (looked for before it is begun). stop: the run fails, its last checkpoint intact. continue: it trains on
+    and tries again after every step; only at its end, or when it is stopped, it fails."""
 
 
 class RunConfig(Section):
@@ -153,6 +177,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across(self) -> RunConfig:
+        self._check_guards()
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
         if refused := self.optim.refused_clip():
@@ -206,6 +231,16 @@ class RunConfig(Section):
                 f"(parallel.cp {self.parallel.cp}, {self.layout} layout); the next length that is: {-(-self.data.seq_len // parts) * parts}"
             )
         return self
+
+    def _check_guards(self) -> None:
+        for key, wanted in (("on_not_finite", self.guards.on_not_finite), ("on_spike", self.guards.on_spike)):
+            if wanted == "skip_step" and self.optim.is_fused:
+                raise ValueError(
+                    f"guards.{key} skip_step decides after the backward pass, in which optim.fuse_backward has updated everything already: "
+                    f"set guards.{key} rollback or stop"
+                )
+            if wanted == "rollback" and not self.checkpoint.save_every_steps:
+                raise ValueError(f"guards.{key} rollback goes back to a checkpoint: set checkpoint.save_every_steps")
 
     def _check_scheme(self) -> None:
         """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from models.batch import IGNORE_INDEX, Batch
 from models.int8_weight import stored
 from models.tables import columns_of
 from models.transformer import Transformer
-from optim.clip import clip_grad_norm
+from optim.clip import clip_grad_norm, local_part
 from optim.fused_backward import FusedBackward
 from parallel.columns import as_whole
 from parallel.fsdp import reshard
@@ -189,18 +189,18 @@ class Engine:
             fused.norm = torch.full((), float("nan"), dtype=torch.float64, device=self.device)
         return total
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, accept: Callable[[float], bool] = math.isfinite) -> float:
         """Clip, update every parameter with learning rate ``lr``, clear gradients. Returns the global norm before clipping.
 
-        A gradient that is not finite changes nothing: the caller decides what to do with the returned nan or inf. In a fused engine
-        everything is updated already, also by what was not finite, unless the loss was not: then nothing is.
+        ``accept`` is asked about that norm, on every rank, and nothing is updated when it says no, which it must of what is not finite.
+        In a fused engine everything is updated already, also by what was not finite, unless the loss was not: then nothing is.
         """
         if self.fused is not None:
             self.fused.discard()
             return float("nan") if self.fused.norm is None else float(self.fused.norm)
         shard_group = self.mesh.shard_group if self.mesh is not None else None
         norm = float(clip_grad_norm(self.parameters.values(), self.clip_norm, shard_group))
-        if norm == norm and norm != float("inf"):
+        if accept(norm):
             self._set_rates(lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -225,6 +225,18 @@ class Engine:
                 optim[f"{name}.{key}"] = _whole(value, parameter)
         model = self.parameters if self.offloaded is None else self.offloaded.tensors
         return {"model": {name: _whole(stored(parameter), parameter) for name, parameter in model.items()}, "optim": optim}
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether every parameter and optimizer state is, on all ranks (collective)."""
+        state = self.state_dict()
+        parts = [local_part(tensor) for entry in state.values() for tensor in entry.values()]
+        largest = [torch.linalg.vector_norm(part, float("inf")) for part in parts if part.is_floating_point() and part.numel()]
+        bad = torch.tensor(float(not all(map(math.isfinite, torch.stack([each.double().cpu() for each in largest]).tolist()))))
+        if self.mesh is not None:
+            bad = bad.to(self.device)
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        return not float(bad)
 
     def _shard(self, batch: Batch) -> Batch:
         if self.mesh is None or self.mesh.dims.cp == 1:

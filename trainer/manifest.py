@@ -9,6 +9,7 @@ Try it: ``python -c "from trainer.manifest import verify; print(verify('runs/x/c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -93,9 +94,15 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..", MANIFEST_NAME) and not set(name) & {"/", "\0", "\\"}
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Size and digest of a regular file; raises OSError if it is none (a link could lead anywhere)."""
+def hash_file(path: Path, *, from_disk: bool = False) -> FileEntry:
+    """Size and digest of a regular file; raises OSError if it is none (a link could lead anywhere).
+
+    ``from_disk``: the kernel drops what it remembers of the file first (it keeps pages that are not yet written), where it can.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if from_disk and hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # advice only; a pipe has none, and is refused below
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     with os.fdopen(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise OSError(f"{path} is not a regular file")
@@ -130,8 +137,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise ManifestError(f"{MANIFEST_NAME}: {error.strerror or error}") from None
 
 
-def problems_of_files(folder: Path, expected: Mapping[str, FileEntry]) -> list[str]:
-    """Compare files with their entries: one line per problem, naming the file. Several ranks may each check a part."""
+def problems_of_files(folder: Path, expected: Mapping[str, FileEntry], *, from_disk: bool = False) -> list[str]:
+    """Compare files with their entries: one line per problem, naming the file. Several ranks may each check a part. ``from_disk`` as
+    for ``hash_file``."""
 
     def problem(item: tuple[str, FileEntry]) -> str | None:
         name, entry = item
@@ -139,7 +147,7 @@ def problems_of_files(folder: Path, expected: Mapping[str, FileEntry]) -> list[s
             size = (folder / name).lstat().st_size
             if size != entry.size:
                 return f"{name}: {size} bytes, the manifest says {entry.size}"
-            if hash_file(folder / name) != entry:
+            if hash_file(folder / name, from_disk=from_disk) != entry:
                 return f"{name}: SHA-256 differs from the manifest"
         except OSError as error:
             return f"{name}: {error.strerror or error}"

@@ -56,20 +56,30 @@ class MetricsWriter:
         ``enabled``: False on every rank but 0.
         """
         self.path = run_dir.metrics
+        self._tensorboard = run_dir.tensorboard if tensorboard else None
+        self._enabled = enabled
         self._stream: Any = None
         self._length = 0
         self._warned = False
         self._board: Any = None
-        if not enabled:
-            return
+        if enabled:
+            self._open(start_step)
+
+    def rewind(self, step: int) -> None:
+        """Go on after ``step``: what was recorded later is removed here and hidden in TensorBoard, as when a run is resumed there."""
+        if self._enabled:
+            self.close()
+            self._open(step)
+
+    def _open(self, start_step: int) -> None:
         try:
             repair(self.path, start_step or -1)
             self._stream = self.path.open("ab", buffering=0)
             self._length = self._stream.seek(0, os.SEEK_END)
         except OSError as error:
             self._warn(error)
-        if tensorboard:
-            self._open_board(run_dir.tensorboard, start_step)
+        if self._tensorboard is not None:
+            self._open_board(self._tensorboard, start_step)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; needs ``step`` and ``split``. Never raises for the disk."""

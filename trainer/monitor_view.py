@@ -5,6 +5,7 @@ Reads only the tails of files, so a run of a million steps is shown as fast as o
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
@@ -19,7 +20,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from trainer.console import duration, memory_fact
+from trainer.console import GIB, duration, memory_fact
 from trainer.metrics_file import decode_record
 from trainer.run_dir import RunDir
 from trainer.runs_table import RunRow
@@ -27,6 +28,7 @@ from trainer.runs_table import RunRow
 TAIL_BYTES = 512 * 1024
 LOG_BYTES = 16 * 1024
 LOG_LINES = 8
+RANKS_SHOWN = 4
 RECENT_STEPS = 50
 """Over which speed is a median."""
 WIDTH = 60
@@ -58,6 +60,7 @@ def view(row: RunRow, *, now: float | None = None) -> View:
             facts.append(("memory", memory_fact(train[-1])))
     if valid and (held_out := number(valid[-1], "loss")) is not None:
         facts.append(("held-out", f"loss {held_out:.4f} at step {valid[-1]['step']}"))
+    facts += [("ranks" if i == 0 else "", line) for i, line in enumerate(rank_lines(run_dir))]
     facts.append(("saved", _saved(run_dir, row, time.time() if now is None else now)))
     log = newest_log(run_dir)
     return View(row.name, facts, str(log.relative_to(run_dir.path)) if log else "", _last_lines(log) if log else [])
@@ -109,6 +112,29 @@ def newest_log(run_dir: RunDir) -> Path | None:
     """Rank 0's log of the latest attempt, or of the run where nobody counts attempts."""
     found = [*sorted(run_dir.logs.glob("attempt_*/rank_0.log"), key=lambda path: (len(path.parent.name), path))[-1:], run_dir.log(0)]
     return next((path for path in found if path.is_file()), None)
+
+
+def rank_lines(run_dir: RunDir) -> list[str]:
+    """The last report of the ranks: each of a few, the slowest of many, and how they compare; nothing where there is none."""
+    try:
+        report = json.loads(run_dir.ranks.read_bytes())
+        ranks = sorted(
+            ((float(r["own_seconds"]), int(r["rank"]), str(r["host"]), r) for r in report["ranks"]), reverse=True, key=lambda r: r[:2]
+        )
+        median = statistics.median(seconds for seconds, *_ in ranks)
+        shown = ranks if len(ranks) <= RANKS_SHOWN else ranks[:RANKS_SHOWN]
+        lines = [
+            f"{rank} on {host}: {seconds:.3g} s of own work"
+            + (f", {seconds / median:.1f}x" if median > 0 and len(ranks) > 1 else "")
+            + f", {int(r['resident_bytes']) / GIB:.2f} GiB resident"
+            + (f", {int(r['device_bytes']) / GIB:.2f} on the device" if r["device_bytes"] else "")
+            + (", slow" if r["slow_reports"] else "")
+            for seconds, rank, host, r in sorted(shown, key=lambda r: r[1])
+        ]
+        more = [f"the slowest {RANKS_SHOWN} of {len(ranks)}, at step {int(report['step'])}"] if len(ranks) > len(shown) else []
+        return [*more, *lines]
+    except (OSError, ValueError, KeyError, TypeError, statistics.StatisticsError):
+        return []
 
 
 def number(record: dict[str, Any], name: str) -> float | None:

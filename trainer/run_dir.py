@@ -161,6 +161,16 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def passed_over(self) -> Path:
+        """Data that guards took out of training."""
+        return self.path / "passed_over.jsonl"
+
+    @property
+    def ranks(self) -> Path:
+        """Speed and memory of every rank, as last reported."""
+        return self.path / "ranks.json"
+
+    @property
     def tensorboard(self) -> Path:
         """Event files."""
         return self.path / "tensorboard"

@@ -37,12 +37,20 @@ class RunRow:
     train_loss: float | None
     valid_loss: float | None
     tokens_per_second: float | None
+    mfu: float | None
     memory_peak_bytes: int | None
+    memory_budget_bytes: int | None
     checkpoint_step: int | None
     """Newest published checkpoint (not verified here)."""
+    checkpoint_time: float | None
+    """Unix time in seconds of its directory."""
     updated: float
     """Unix time in seconds of the last sign of life."""
     reason: str
+    job: str = ""
+    """Number of its last Slurm job."""
+    nodes: str = ""
+    """Where that job runs, or ran last."""
 
 
 def is_run(path: Path) -> bool:
@@ -80,8 +88,11 @@ def read_run(path: Path) -> RunRow:
         train_loss=_number(train.get("loss")),
         valid_loss=_number(valid.get("loss")),
         tokens_per_second=_number(train.get("tokens_per_second")),
-        memory_peak_bytes=train.get("memory_peak_bytes") if isinstance(train.get("memory_peak_bytes"), int) else None,
+        mfu=_number(train.get("mfu")),
+        memory_peak_bytes=_integer(train.get("memory_peak_bytes")),
+        memory_budget_bytes=_integer(train.get("memory_budget_bytes")),
         checkpoint_step=checkpoints[-1] if checkpoints else None,
+        checkpoint_time=(_modified(run.checkpoint(checkpoints[-1])) or None) if checkpoints else None,
         updated=max(state.updated if state else 0.0, _modified(run.metrics)),
         reason="process is gone; resume it" if status == "died" else (state.reason if state else "no readable state.json"),
     )
@@ -119,6 +130,10 @@ def _number(value: Any) -> float | None:
         return None
 
 
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def _modified(path: Path) -> float:
     try:
         return path.stat().st_mtime
@@ -126,7 +141,7 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-COLUMNS = ("run", "status", "step", "loss", "valid", "tokens/s", "mem GiB", "saved", "active", "note")
+COLUMNS = ("run", "status", "step", "loss", "valid", "tokens/s", "MFU", "mem GiB", "saved", "active", "job", "nodes", "note")
 
 
 def _cells(row: RunRow, now: float) -> tuple[str, ...]:
@@ -137,11 +152,25 @@ def _cells(row: RunRow, now: float) -> tuple[str, ...]:
         _text(row.train_loss, ".4f"),
         _text(row.valid_loss, ".4f"),
         _text(row.tokens_per_second, ",.0f"),
-        _text(row.memory_peak_bytes / GIB if row.memory_peak_bytes else None, ".2f"),
-        _text(row.checkpoint_step, "d"),
-        f"{duration(max(0.0, now - row.updated))} ago" if row.updated else "-",
+        _text(row.mfu, ".1%"),
+        _memory(row),
+        _text(row.checkpoint_step, "d") + (f", {_ago(row.checkpoint_time, now)}" if row.checkpoint_time else ""),
+        _ago(row.updated, now) if row.updated else "-",
+        row.job or "-",
+        row.nodes or "-",
         row.reason,
     )
+
+
+def _memory(row: RunRow) -> str:
+    """Measured peak, and what it may be at most: ``70.10/72.00``."""
+    if not row.memory_peak_bytes:
+        return "-"
+    return f"{row.memory_peak_bytes / GIB:.2f}" + (f"/{row.memory_budget_bytes / GIB:.2f}" if row.memory_budget_bytes else "")
+
+
+def _ago(when: float, now: float) -> str:
+    return f"{duration(max(0.0, now - when))} ago"
 
 
 def _text(value: float | None, form: str) -> str:

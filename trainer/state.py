@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from trainer.guards import History
 
 
 @dataclass
@@ -20,6 +22,9 @@ class TrainState:
     grad_norm: float | None = None
     """Global gradient norm of the last step before clipping: what ``optim.fused_clip: previous`` reads in the next one."""
 
+    history: History = field(default_factory=History)
+    """What spikes are told by."""
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
         return asdict(self)
@@ -27,4 +32,10 @@ class TrainState:
     @staticmethod
     def from_json(value: dict[str, Any]) -> TrainState:
         """The state ``to_json`` wrote."""
-        return TrainState(int(value["step"]), int(value["tokens"]), dict(value["cursor"]), value.get("grad_norm"))
+        history = History.from_json(value.get("history", {}))
+        return TrainState(int(value["step"]), int(value["tokens"]), dict(value["cursor"]), value.get("grad_norm"), history)
+
+    def become(self, other: TrainState) -> None:
+        """Stand where ``other`` stands."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(other, each.name))

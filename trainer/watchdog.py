@@ -17,6 +17,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from parallel.launcher import HUNG
+from parallel.log_lines import stamp
 
 LONG = 3.0
 """Times the minimum: what the first steps, an evaluation or a save may take."""
@@ -90,7 +91,7 @@ class Watchdog:
                 self._end(reason)
 
     def _end(self, reason: str) -> None:
-        os.write(2, f"error: hung: {reason}; every thread stands here:\n".encode())
+        os.write(2, f"{stamp()}error: hung: {reason}; every thread stands here:\n".encode())
         faulthandler.dump_traceback(file=2, all_threads=True)
         telling = threading.Thread(target=self._account, args=(f"hung: {reason}",), daemon=True)
         telling.start()

@@ -175,6 +175,40 @@ def test_runs_without_an_answer_shows_what_directories_say(slurm: FakeSlurm, cap
     assert "a\tqueued" in out and "Unable to contact slurm controller" in err
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("41|TIMEOUT|0:0|n[1-2]|a|longstride {}", "job 41 ended TIMEOUT on n[1-2]; its job is no longer in the queue"),
+        ("41|OUT_OF_MEMORY|0:125|n1|a|", "job 41 ended OUT_OF_MEMORY (exit code 0:125) on n1; its job"),
+        ("41|CANCELLED by 0|0:15||a|", "job 41 ended CANCELLED (exit code 0:15); its job"),
+        ("41|COMPLETED|0:0|n1|another|", "its job is no longer in the queue"),
+        ("41|COMPLETED|0:0|n1|a|longstride another", "its job is no longer in the queue"),
+        ("", "its job is no longer in the queue"),
+    ],
+)
+def test_accounting_says_why_a_job_is_gone(slurm: FakeSlurm, line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A number that Slurm gave again is told by the comment, or by the name where comments are not kept."""
+    token = read_submission(submitted(slurm)).token
+    slurm.answer("sacct", line.format(token) + "\n")
+    capsys.readouterr()
+    assert main(["runs"]) == 0
+    shown = capsys.readouterr().out.splitlines()[1].split("\t")
+    assert shown[1] == "died" and shown[-1].startswith(told), shown
+    assert shown[-3:-1] == ["41", "-"] and len(slurm.calls("sacct")) == 1
+    slurm.answer("sacct", "sacct: error: Slurm accounting storage is disabled\n", code=1)
+    assert main(["runs"]) == 0 and "\tits job is no longer in the queue" in capsys.readouterr().out
+
+
+def test_an_answer_of_squeue_that_is_no_text_is_asked_for_as_json(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    token = read_submission(submitted(slurm)).token
+    job = {"job_id": 41, "job_state": ["RUNNING"], "nodes": "n[1-2]", "state_reason": "None", "comment": f"longstride {token}"}
+    slurm.answer("squeue", json.dumps({"jobs": [job]}))
+    capsys.readouterr()
+    assert main(["runs"]) == 0
+    assert "\tstarting\t" in (shown := capsys.readouterr().out) and shown.splitlines()[1].endswith("\t41\tn[1-2]\tjob 41 running on n[1-2]")
+    assert [call.split()[-1] for call in slurm.calls("squeue")] == ["--format=%i|%T|%N|%r|%k", "--json"]
+
+
 def test_cancel(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = submitted(slurm)
     token = read_submission(run_dir).token

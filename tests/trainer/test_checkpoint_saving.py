@@ -18,6 +18,7 @@ from models.errors import RunFailed
 from tests.distributed import run_distributed
 from tests.trainer.small_run import Progress, Run, files, manager, same, saved
 from trainer.checkpoint import CheckpointManager
+from trainer.checkpoint_ranks import DiskFull
 from trainer.config import CheckpointSection
 from trainer.manifest import verify
 from trainer.run_dir import RunDir
@@ -99,10 +100,14 @@ def test_one_ranks_full_disk_fails_the_save_on_all_and_leaves_nothing(tmp_path, 
             assert message.startswith(f"cannot save step_0000000{step}: rank 1: No space left on device")
 
 
-def test_a_really_full_disk_keeps_the_previous_checkpoint(tiny_disk):
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_really_full_disk_keeps_the_previous_checkpoint(tiny_disk, foreseen, monkeypatch):
     run, checkpoints = Run(), manager(tiny_disk)
     checkpoints.save(1, run.state())
-    with pytest.raises(RunFailed, match=r"cannot save step_00000002.*(No space|unexpected pos|write)"):
+    if not foreseen:  # somebody else took the room meanwhile
+        monkeypatch.setattr("trainer.checkpoint.check_room", lambda *_: None)
+    said = "no room for step_00000002: it takes 3.9 MiB" if foreseen else r"cannot save step_00000002.*(No space|unexpected pos)"
+    with pytest.raises(DiskFull, match=said):
         checkpoints.save(2, {"model": {"w": torch.zeros(1_000_000)}})
     assert os.listdir(tiny_disk / "checkpoints") == ["step_00000001"]
     assert (good := checkpoints.latest_good()) is not None
@@ -121,6 +126,32 @@ def tiny_disk(tmp_path):
         pytest.skip("mount is not permitted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_does_not_read_back_is_set_aside_and_nothing_older_goes(tmp_path, verify, monkeypatch):
+    checkpoints, run = saved(tmp_path, 1, 2, verify=verify)
+    publish = checkpoints._publish
+
+    def flip(step, files):
+        publish(step, files)
+        shard = next(checkpoints.run_dir.checkpoint(step).glob("*.distcp"))
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+
+    monkeypatch.setattr(checkpoints, "_publish", flip)
+    if not verify:
+        checkpoints.save(3, run.state())
+        assert RunDir(tmp_path).checkpoint_steps() == [2, 3]
+        return
+    with pytest.raises(RunFailed, match=r"step_00000003: __0_0.distcp: SHA-256 differs.*older checkpoints are intact"):
+        checkpoints.save(3, run.state())
+    assert RunDir(tmp_path).checkpoint_steps() == [1, 2]
+    assert (tmp_path / "checkpoints" / ".damaged-step_00000003").is_dir()
+    monkeypatch.undo()
+    checkpoints.save(3, run.state())
+    assert RunDir(tmp_path).checkpoint_steps() == [2, 3]
 
 
 # ---- in the background

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from longstride import main
 from trainer.metrics_file import encode_record
-from trainer.monitor_view import newest_log, plain, sparkline, view
+from trainer.monitor_view import newest_log, plain, rank_lines, sparkline, view
 from trainer.run_dir import RunDir
 from trainer.runs_table import read_run
 
@@ -133,3 +133,33 @@ def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "100 of 200" in capsys.readouterr().out
     assert main(["monitor", str(run.path), "--every", "nan"]) == 2 and "--every" in capsys.readouterr().err
     assert main(["monitor", str(tmp_path / "absent")]) == 2
+
+
+def test_the_ranks_are_compared(tmp_path):
+    run = RunDir(tmp_path)
+    assert rank_lines(run) == []
+
+    def rank(number: int, own: float, slow: int = 0) -> dict:
+        return {
+            "rank": number,
+            "host": f"n{number // 4}",
+            "own_seconds": own,
+            "resident_bytes": 3 << 29,
+            "device_bytes": 0,
+            "slow_reports": slow,
+        }
+
+    run.ranks.write_text(json.dumps({"step": 50, "ranks": [rank(0, 1.0), rank(1, 3.0, 2), rank(2, 1.0)]}))
+    assert rank_lines(run) == [
+        "0 on n0: 1 s of own work, 1.0x, 1.50 GiB resident",
+        "1 on n0: 3 s of own work, 3.0x, 1.50 GiB resident, slow",
+        "2 on n0: 1 s of own work, 1.0x, 1.50 GiB resident",
+    ]
+    run.ranks.write_text(json.dumps({"step": 50, "ranks": [rank(n, 1.0 + n / 100) for n in range(64)]}))
+    lines = rank_lines(run)
+    assert lines[0] == "the slowest 4 of 64, at step 50" and [line.split(":")[0] for line in lines[1:]] == [
+        f"{n} on n15" for n in (60, 61, 62, 63)
+    ]
+    for text in ("", "{", "[]", '{"step": 1, "ranks": [{"rank": 0}]}', '{"step": 1, "ranks": []}'):
+        run.ranks.write_text(text)
+        assert rank_lines(run) == []

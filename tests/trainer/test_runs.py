@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,12 +19,15 @@ from trainer.runs_table import read_run, read_runs, render
 ROOT = Path(__file__).resolve().parents[2]
 
 
+MEMORY = {"memory_peak_bytes": 3 << 30, "memory_budget_bytes": 4 << 30}
+
+
 def make(root: Path, name: str, status="done", step=10, lines: int = 10) -> RunDir:
     run = RunDir(root / name)
     run.create()
     run.write_state(status, step=step, total_steps=100, reason="because" if status == "failed" else "")
     records = [
-        {"step": i, "split": "train", "loss": 5 / i, "tokens_per_second": 1234.5, "memory_peak_bytes": 3 << 30} for i in range(1, lines + 1)
+        {"step": i, "split": "train", "loss": 5 / i, "tokens_per_second": 1234.5, "mfu": 0.381, **MEMORY} for i in range(1, lines + 1)
     ]
     records.insert(len(records) // 2, {"step": 5, "split": "valid", "loss": 2.5})
     run.metrics.write_bytes(b"".join(map(encode_record, records)))
@@ -93,9 +97,18 @@ def test_in_a_pipe_lines_are_whole_and_separated_by_tabs(tmp_path):
     head, line = stream.getvalue().splitlines()
     assert head.split("\t")[:3] == ["run", "status", "step"]
     cells = line.split("\t")
-    assert cells[:9] == ["a-" + "long" * 20, "failed", "7/100", "0.5000", "2.5000", "1,234", "3.00", "-", cells[8]]
-    assert cells[8].startswith("1:0")
-    assert cells[9] == "because"
+    assert cells[:9] == ["a-" + "long" * 20, "failed", "7/100", "0.5000", "2.5000", "1,234", "38.1%", "3.00/4.00", "-"]
+    assert cells[9].startswith("1:0")
+    assert cells[10:] == ["-", "-", "because"]
+
+
+def test_the_age_of_the_last_checkpoint(tmp_path):
+    run = make(tmp_path, "a")
+    run.checkpoint(8).mkdir()
+    os.utime(run.checkpoint(8), (1000.0, 1000.0))
+    stream = io.StringIO()
+    render(read_runs(tmp_path), stream, now=1061.0)
+    assert stream.getvalue().splitlines()[1].split("\t")[8] == "8, 1:01 ago"
 
 
 class _Terminal(io.StringIO):

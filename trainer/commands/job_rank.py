@@ -27,7 +27,7 @@ def run_job_rank(path: str, attempt: str, flag: str) -> int:
     run_dir = RunDir(path)
     log_path = run_dir.log(env.rank, int(attempt))
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    log = join_launcher(os.getppid(), env.rank, log_path)
+    log = join_launcher(os.getppid(), env.rank, log_path, stamped=True, console_stamped=True)
     code = guarded(lambda: _train(run_dir, env, int(attempt), Path(flag)), log, debug=True)
     return 0 if code == STOPPED else code
 

@@ -150,7 +150,7 @@ def run_rank(path: str, launcher_pid: str, how: str) -> int:
     last lines there."""
     env = environment()
     run_dir = RunDir(path)
-    log = join_launcher(int(launcher_pid), env.rank, run_dir.log(env.rank))
+    log = join_launcher(int(launcher_pid), env.rank, run_dir.log(env.rank), stamped=True)
 
     def train() -> int:
         from trainer import build
