@@ -65,6 +65,8 @@ class Block(NamedTuple):
     kind: MaskKind
     capability: tuple[int, int] | None = None
     """Compute capability of a CUDA device; None: not known, or none."""
+    deterministic: bool = False
+    """Only deterministic kernels (``train.deterministic``)."""
 
 
 def _always(block: Block) -> str | None:

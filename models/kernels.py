@@ -13,6 +13,9 @@ Legend: B batch, H query heads, G key/value heads (H a multiple of G), T queries
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from models.block import CAUSAL, NONE, Block, BlockMask, Gradients, Implementation, MaskKind, additive_mask
@@ -38,6 +41,8 @@ IMPLEMENTATIONS = (FLASH_CPU, CUDNN, FLASH_CUDA, FLASH_ATTN, EFFICIENT_CUDA, PLA
 """Candidates, best first; the first that neither refuses nor yields is used."""
 KERNELS = ("auto", *(implementation.name for implementation in IMPLEMENTATIONS))
 """What a caller may ask for."""
+_planned: tuple[tuple[int, int] | None, bool] | None = None
+"""See ``planned_for``; not a context variable, because autograd's threads must see it."""
 
 
 def block_attention(
@@ -118,9 +123,10 @@ def explain(
     mask: BlockMask = NONE,
     kernel: str = "auto",
     capability: tuple[int, int] | None = None,
+    deterministic: bool = False,
 ) -> str:
     """One line: which implementation a block of this kind uses, and why each earlier candidate was passed over."""
-    implementation, passed_over = _select(Block(device_type, dtype, head_dim, mask.kind, capability), kernel)
+    implementation, passed_over = _select(Block(device_type, dtype, head_dim, mask.kind, capability, deterministic), kernel)
     reasons = "".join(f"; not {name}: {why}" for name, why in passed_over)
     return f"{mask.kind.value} block, {dtype}, head size {head_dim} on {device_type}: {implementation.name}{reasons}"
 
@@ -133,7 +139,21 @@ def has_native_band(block: Block, kernel: str = "auto") -> bool:
 def block_of(q_BHTD: torch.Tensor, mask: BlockMask = NONE) -> Block:
     """What the choice of an implementation for these queries depends on."""
     device = q_BHTD.device
-    return Block(device.type, q_BHTD.dtype, q_BHTD.shape[-1], mask.kind, capability_of(device))
+    if device.type != "cuda":
+        return Block(device.type, q_BHTD.dtype, q_BHTD.shape[-1], mask.kind)
+    capability, deterministic = _planned or (capability_of(device), torch.are_deterministic_algorithms_enabled())
+    return Block(device.type, q_BHTD.dtype, q_BHTD.shape[-1], mask.kind, capability, deterministic)
+
+
+@contextmanager
+def planned_for(capability: tuple[int, int] | None, deterministic: bool) -> Iterator[None]:
+    """Blocks on CUDA are chosen as on such a device and in such a run: for a process that traces steps of another machine."""
+    global _planned
+    before, _planned = _planned, (capability, deterministic)
+    try:
+        yield
+    finally:
+        _planned = before
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:

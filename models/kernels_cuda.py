@@ -34,8 +34,8 @@ def _refuses_cudnn(block: Block) -> str | None:
     largest = 256 if block.capability == (9, 0) and version >= 91_000 else 128
     if block.head_dim % 8 or block.head_dim > largest:
         return f"takes head sizes that are multiples of 8 up to {largest}, not {block.head_dim}"
-    if torch.are_deterministic_algorithms_enabled():
-        return "is not deterministic, which torch.use_deterministic_algorithms asks for"
+    if block.deterministic:
+        return "is not deterministic (train.deterministic, torch.use_deterministic_algorithms)"
     return None if block.kind in (MaskKind.NONE, MaskKind.CAUSAL) else f"is not used for a {block.kind.value} mask"
 
 
