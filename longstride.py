@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train a configuration, on one process or on N local ranks")
     _add_config(train)
     _add_nproc(train)
+    train.add_argument("--explain", action="store_true", help="print which attention kernels would be used and why; start nothing")
     train.set_defaults(run="trainer.commands.train:train")
 
     resume = verbs.add_parser("resume", help="go on with a run from its newest good checkpoint")
@@ -149,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the plan, or the rows of --sweep, as JSON")
     plan.add_argument("--timeline", metavar="DIR", help="write memory_plan.json and the memory timeline (PNG, HTML) into DIR")
     plan.add_argument("--optimizer", action="store_true", help="also show what kinds of parameters get: update, states, bytes, messages")
+    plan.add_argument("--explain", action="store_true", help="show which attention kernels would be used and why, instead of the memory")
     plan.add_argument("--optimizer-rows", action="store_true", help="the same, parameter by parameter")
     plan.add_argument("--calibrate", action="store_true", help="first measure this machine's device (seconds); kept for later plans")
     plan.add_argument(

@@ -96,6 +96,14 @@ class Device:
         """True for a GPU: CUDA allocator semantics, fused CUDA kernels, NCCL buffers."""
         return bool(self.torch_name_parts)
 
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """CUDA compute capability; None: not known, or none."""
+        return _CAPABILITIES.get(self.torch_name_parts[0]) if self.is_cuda else None
+
+
+_CAPABILITIES = {"A100": (8, 0), "A800": (8, 0), "H100": (9, 0), "H200": (9, 0), "B200": (10, 0)}
+
 
 # --- what software reaches --------------------------------------------------------------------------------------------------
 

@@ -178,6 +178,8 @@ _FLOPS: dict[str, Callable[[Sequence[Any], dict[str, Any]], int]] = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_bhtd(BACKWARD_PRODUCTS, 1, 7),
     "_scaled_dot_product_efficient_attention": _attention_bhtd(FORWARD_PRODUCTS, 0, 6),
     "_scaled_dot_product_efficient_attention_backward": _attention_bhtd(BACKWARD_PRODUCTS, 1, 11),
+    "_scaled_dot_product_cudnn_attention": _attention_bhtd(FORWARD_PRODUCTS, 0, 6),
+    "_scaled_dot_product_cudnn_attention_backward": _attention_bhtd(BACKWARD_PRODUCTS, 1, 14),
     "_flash_attention_forward": _attention_bthd(FORWARD_PRODUCTS, 0, 8),
     "_flash_attention_backward": _attention_bthd(BACKWARD_PRODUCTS, 1, 11),
 }

@@ -62,6 +62,13 @@ def _flash_cuda_backward(args: Sequence[Any], kwargs: dict[str, Any], threads: i
     return accumulator + expanded
 
 
+def _cudnn_backward(args: Sequence[Any], kwargs: dict[str, Any], threads: int) -> int:
+    """As FlashAttention's backward, whose algorithm it is: dq in float32, row sums, dk and dv per query head (cudnn-frontend's workspace
+    of the same three). An assumption: it has not been measured."""
+    _, q, k = args[:3]  # [B, H, T, D]
+    return _flash_cuda_backward((None, q.transpose(1, 2), k.transpose(1, 2)), kwargs, threads)
+
+
 _Rule = Callable[[Sequence[Any], dict[str, Any], int], int]
 _CPU: dict[str, _Rule] = {
     "aten::logsumexp": _logsumexp,
@@ -75,4 +82,5 @@ _CUDA: dict[str, _Rule] = {
     "aten::logsumexp": _logsumexp,
     "aten::linalg_vector_norm": _norm_in_other_dtype,
     "aten::_flash_attention_backward": _flash_cuda_backward,
+    "aten::_scaled_dot_product_cudnn_attention_backward": _cudnn_backward,
 }

@@ -1,4 +1,4 @@
-"""Causal attention with documents and an optional sliding window, as a sum over blocks, and the layer around it.
+"""Attention with documents, prefixes and an optional sliding window, as a sum over blocks, and the layer around it.
 
 ``attend`` and ``attend_backward`` run a plan (models/attention_plan.py) over the kernels of models/kernels.py and merge the
 blocks in float32; parallel/ring_attention.py uses them too, block after block as keys arrive. ``LocalAttention`` is the
@@ -9,25 +9,18 @@ Legend: B batch row, H query heads, G key/value heads, T queries, S keys, D head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from models.attention_plan import DEFAULT_LIMITS, NATIVE_BAND_LIMITS, Pair, RowTiles, Tile, TileLimits, plan_rows, plan_tiles
 from models.batch import Bounds
+from models.block import CAUSAL, NONE, BlockMask, Gradients
 from models.config import RopeConfig
 from models.feedforward import RMSNorm
-from models.kernels import (
-    CAUSAL,
-    NONE,
-    BlockMask,
-    Gradients,
-    block_attention,
-    block_attention_backward,
-    block_attention_reference,
-    has_native_band,
-)
+from models.kernels import block_attention, block_attention_backward, block_attention_reference, block_of, has_native_band
 from models.linear import Linear
 from models.rope import Rope, rotate
 
@@ -36,6 +29,18 @@ __all__ = ["Attention", "LocalAttention", "attend", "attend_backward", "attentio
 InnerAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Bounds], torch.Tensor]
 """(q_BHTD after rope, k_BGTD after rope, v_BGTD, bounds) -> out_BHTD"""
 Plan = tuple[RowTiles, ...]
+
+
+class KernelCall(NamedTuple):
+    """What every kernel call of an attention is told."""
+
+    kernel: str = "auto"
+    """A name of ``models.kernels``; ``auto``: the first that takes the block."""
+    scale: float | None = None
+    """Factor of the scores; None: 1/sqrt(head size)."""
+
+
+DEFAULT_CALL = KernelCall()
 
 
 class Attention(nn.Module):
@@ -97,10 +102,13 @@ class Attention(nn.Module):
 
 
 class LocalAttention:
-    """Attention of a whole sequence on one device: ``(q_BHTD, k_BGTD, v_BGTD, bounds) -> out_BHTD``, differentiable."""
+    """Attention of a whole sequence on one device: ``(q_BHTD, k_BGTD, v_BGTD, bounds) -> out_BHTD``, differentiable.
 
-    def __init__(self, window: int | None) -> None:
-        self.window = window
+    ``window``: tokens a query sees, its own included; None for all before it. ``call``: what the kernels are told.
+    """
+
+    def __init__(self, window: int | None, call: KernelCall = DEFAULT_CALL) -> None:
+        self.window, self.call = window, call
 
     def __call__(self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         if bounds.ranges != ((0, bounds.seq_len),):
@@ -108,12 +116,12 @@ class LocalAttention:
                 f"LocalAttention got ranges {bounds.ranges} of {bounds.seq_len} tokens; with parallel.cp > 1 use RingAttention"
             )
         check_shapes(q_BHTD, k_BGTD, bounds)
-        limits = tile_limits(q_BHTD, self.window)
+        limits = tile_limits(q_BHTD, self.window, self.call)
         key = ("local attention", self.window, limits)
         plan = bounds._cache.get(key)
         if plan is None:
             whole = (0, bounds.seq_len)
-            plan = bounds._cache[key] = plan_rows(bounds.documents, [Pair(whole, 0, whole, 0)], self.window, limits)
+            plan = bounds._cache[key] = plan_rows(bounds.documents, [Pair(whole, 0, whole, 0)], self.window, limits, bounds.prefixes)
         return _TiledAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan)  # pyright: ignore[reportReturnType]
 
 
@@ -136,7 +144,7 @@ def attend_all(q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor,
     """``(out_BHTD in q's dtype, lse_BHT)`` of a plan that holds all blocks of these queries; a single block is not copied."""
     only = _only_tile(plan, q_BHTD, k_BGSD)
     if only is not None:
-        return block_attention(q_BHTD, k_BGSD, v_BGSD, tile_mask(only, q_BHTD.device))
+        return block_attention(q_BHTD, k_BGSD, v_BGSD, tile_mask(only, q_BHTD.device), plan[0].scale, plan[0].kernel)
     out_BHTD, lse_BHT = new_accumulators(q_BHTD)
     attend(q_BHTD, k_BGSD, v_BGSD, plan, out_BHTD, lse_BHT)
     return out_BHTD.to(q_BHTD.dtype), lse_BHT
@@ -154,7 +162,8 @@ def attend_all_backward(
     """``(dq, dk, dv)`` for what ``attend_all`` gave: float32 sums (float64 for float64), or q's dtype where one block was all."""
     only = _only_tile(plan, q_BHTD, k_BGSD)
     if only is not None:
-        return block_attention_backward(dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD, lse_BHT, tile_mask(only, q_BHTD.device))
+        mask = tile_mask(only, q_BHTD.device)
+        return block_attention_backward(dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD, lse_BHT, mask, plan[0].scale, plan[0].kernel)
     dq_BHTD, dk_BGSD, dv_BGSD = (new_gradient(x) for x in (q_BHTD, k_BGSD, v_BGSD))
     attend_backward(dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD, lse_BHT, plan, dq_BHTD, dk_BGSD, dv_BGSD)
     return dq_BHTD, dk_BGSD, dv_BGSD
@@ -167,10 +176,10 @@ def attend(
 
     The plan with every query's own token must run first: its blocks overwrite, all others merge.
     """
-    for rows, tile, mask in _calls(plan, q_BHTD.device):
+    for rows, tile, how in _calls(plan, q_BHTD.device):
         q, out_acc, lse_acc = q_BHTD[rows], out_acc_BHTD[rows], lse_acc_BHT[rows]
         q_block, k_block, v_block = _stack_q(q, tile), _stack_k(k_BGSD[rows], tile), _stack_k(v_BGSD[rows], tile)
-        out, lse = block_attention(q_block, k_block, v_block, mask)
+        out, lse = block_attention(q_block, k_block, v_block, *how)
         if tile.own:
             _unstack(out_acc, tile).copy_(out.unflatten(0, (-1, tile.count)))
             _unstack(lse_acc, tile).copy_(lse.unflatten(0, (-1, tile.count)))
@@ -201,10 +210,10 @@ def attend_backward(
 
     ``out`` (in q's dtype) and ``lse`` are the merged ones, over all plans of these queries.
     """
-    for rows, tile, mask in _calls(plan, q_BHTD.device):
+    for rows, tile, how in _calls(plan, q_BHTD.device):
         k_block, v_block = _stack_k(k_BGSD[rows], tile), _stack_k(v_BGSD[rows], tile)
         dout, q, out, lse = (_stack_q(x[rows], tile) for x in (dout_BHTD, q_BHTD, out_BHTD, lse_BHT))
-        dq, dk, dv = block_attention_backward(dout, q, k_block, v_block, out, lse, mask)
+        dq, dk, dv = block_attention_backward(dout, q, k_block, v_block, out, lse, *how)
         _unstack(dq_acc_BHTD[rows], tile).add_(dq.unflatten(0, (-1, tile.count)))
         _add_overlapping(dk_acc_BGSD[rows], dk, tile)
         _add_overlapping(dv_acc_BGSD[rows], dv, tile)
@@ -221,11 +230,10 @@ def new_gradient(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def tile_limits(q_BHTD: torch.Tensor, window: int | None) -> TileLimits:
+def tile_limits(q_BHTD: torch.Tensor, window: int | None, call: KernelCall = DEFAULT_CALL) -> TileLimits:
     """How to cut a window on this device: small masked blocks, or one call where the kernel skips what a band hides."""
-    if window is not None and has_native_band(q_BHTD.device.type, q_BHTD.dtype, q_BHTD.shape[-1]):
-        return NATIVE_BAND_LIMITS
-    return DEFAULT_LIMITS
+    native = window is not None and has_native_band(block_of(q_BHTD), call.kernel)
+    return (NATIVE_BAND_LIMITS if native else DEFAULT_LIMITS)._replace(kernel=call.kernel, scale=call.scale)
 
 
 def tile_mask(tile: Tile, device: torch.device) -> BlockMask:
@@ -239,9 +247,12 @@ def tile_mask(tile: Tile, device: torch.device) -> BlockMask:
     index_T = torch.arange(tile.q_len, device=device)
     document_T = torch.bucketize(index_T, torch.tensor(tile.starts, device=device), right=True)
     distance_TT = index_T[:, None] - index_T
-    visible_TT = (document_T[:, None] == document_T) & (distance_TT >= 0)
+    shown_TT = distance_TT >= 0
+    if tile.prefix_ends:
+        shown_TT |= index_T < torch.tensor(tile.prefix_ends, device=device)[document_T - 1]
+    visible_TT = (document_T[:, None] == document_T) & shown_TT
     if tile.high is not None:
-        visible_TT &= distance_TT <= tile.high
+        visible_TT &= distance_TT.abs() <= tile.high
     return BlockMask.dense(visible_TT, no_empty_rows=True)
 
 
@@ -253,16 +264,24 @@ def check_shapes(q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, bounds: Bounds) -> 
 
 
 def attention_reference(
-    q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, documents: Sequence[Sequence[int]], window: int | None
+    q_BHTD: torch.Tensor,
+    k_BGTD: torch.Tensor,
+    v_BGTD: torch.Tensor,
+    documents: Sequence[Sequence[int]],
+    window: int | None,
+    prefixes: Sequence[Sequence[int]] = (),
+    scale: float | None = None,
 ) -> torch.Tensor:
     """The readable twin of attention on a whole sequence: one explicit mask in global coordinates, float64, differentiable."""
     index_T = torch.arange(q_BHTD.shape[2], device=q_BHTD.device)
     distance_TT = index_T[:, None] - index_T
-    near_TT = (distance_TT >= 0) & (distance_TT < (window or q_BHTD.shape[2]))
-    starts = [torch.tensor(list(row), device=q_BHTD.device) for row in documents]
-    document_BT = torch.stack([(index_T[:, None] >= row).sum(1) for row in starts])
-    visible_B1TT = (near_TT & (document_BT[:, :, None] == document_BT[:, None, :])).unsqueeze(1)
-    return block_attention_reference(q_BHTD, k_BGTD, v_BGTD, BlockMask.dense(visible_B1TT))[0]
+    near_TT = distance_TT.abs() < (window or q_BHTD.shape[2])
+    visible = []
+    for starts, ends in zip(documents, prefixes or documents, strict=True):
+        document_T = (index_T[:, None] >= torch.tensor(list(starts), device=q_BHTD.device)).sum(1)
+        in_prefix_T = index_T < torch.tensor(list(ends), device=q_BHTD.device)[document_T - 1]
+        visible.append(near_TT & (document_T[:, None] == document_T) & ((distance_TT >= 0) | in_prefix_T))
+    return block_attention_reference(q_BHTD, k_BGTD, v_BGTD, BlockMask.dense(torch.stack(visible).unsqueeze(1)), scale)[0]
 
 
 def _only_tile(plan: Plan, q_BHTD: torch.Tensor, k_BGSD: torch.Tensor) -> Tile | None:
@@ -274,11 +293,12 @@ def _only_tile(plan: Plan, q_BHTD: torch.Tensor, k_BGSD: torch.Tensor) -> Tile |
     return tile if covers_all and tile.count == 1 else None
 
 
-def _calls(plan: Plan, device: torch.device):
-    for first, last, tiles in plan:
-        rows = slice(first, last)
-        for tile in tiles:
-            yield rows, tile, tile_mask(tile, device)
+def _calls(plan: Plan, device: torch.device) -> Iterator[tuple[slice, Tile, tuple[BlockMask, float | None, str]]]:
+    """(batch rows, tile, what the kernel is told: mask, scale, kernel) of every call."""
+    for group in plan:
+        rows = slice(group.first, group.last)
+        for tile in group.tiles:
+            yield rows, tile, (tile_mask(tile, device), group.scale, group.kernel)
 
 
 def _stack_q(x: torch.Tensor, tile: Tile) -> torch.Tensor:

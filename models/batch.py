@@ -24,12 +24,15 @@ class Bounds:
     """Which tokens this rank holds and where documents begin; plain integers, identical on CPU and GPU.
 
     ``ranges`` are the global ranges held here, in local order; ``documents`` holds, per batch row, the sorted global
-    start index of every document in the *whole* sequence (the first is 0), identical on every rank.
+    start index of every document in the *whole* sequence (the first is 0), identical on every rank. ``prefixes`` holds where the
+    prefix of each of these documents ends, its start for none; empty when no document of any row has one. Attention lets all tokens
+    of a document see its prefix (a prefix as long as the document: attention in both directions); memory layers stay causal.
     """
 
     seq_len: int
     ranges: tuple[Range, ...]
     documents: tuple[tuple[int, ...], ...]
+    prefixes: tuple[tuple[int, ...], ...] = ()
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
     """Scratch for derived host-side plans (tile lists), shared by all layers of one forward and backward pass."""
 
@@ -40,7 +43,7 @@ class Bounds:
 
     def with_ranges(self, ranges: tuple[Range, ...]) -> Bounds:
         """The same sequence seen by a rank that holds other ranges."""
-        return Bounds(self.seq_len, ranges, self.documents)
+        return Bounds(self.seq_len, ranges, self.documents, self.prefixes)
 
     @staticmethod
     def whole(batch_size: int, seq_len: int) -> Bounds:

@@ -17,12 +17,13 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from models.attention import LocalAttention, Plan, attend_all, attend_all_backward, check_shapes, tile_limits
+from models.attention import DEFAULT_CALL, KernelCall, LocalAttention, Plan, attend_all, attend_all_backward, check_shapes, tile_limits
 from models.attention_plan import Pair, plan_rows
 from models.batch import Bounds
 from models.repeat import in_flight
 from parallel.head_exchange import HeadExchange
 from parallel.sequence import Layout, check_ranges
+from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
 
 
 class AllGatherKVAttention:
@@ -33,16 +34,19 @@ class AllGatherKVAttention:
         layout: how its ranks share the sequence; zigzag gives every rank the same work.
         window: tokens a query sees, its own included; None for all before it.
         head_chunk: key/value heads gathered and attended at a time.
+        call: what the kernels are told.
     Raises (on call):
         ValueError: when tensors or bounds are not this rank's part of the sequence.
     """
 
-    def __init__(self, group: dist.ProcessGroup, layout: Layout, window: int | None, head_chunk: int = 1) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, layout: Layout, window: int | None, head_chunk: int = 1, call: KernelCall = DEFAULT_CALL
+    ) -> None:
         if head_chunk < 1:
             raise ValueError(f"head_chunk is {head_chunk}; at least 1 key/value head is gathered at a time")
-        self.window, self.head_chunk = window, head_chunk
+        self.window, self.head_chunk, self.call = window, head_chunk, call
         self.exchange = HeadExchange(group, layout)
-        self._alone = LocalAttention(window)
+        self._alone = LocalAttention(window, call)
 
     def __call__(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         if self.exchange.size == 1:
@@ -53,7 +57,7 @@ class AllGatherKVAttention:
 
     def _plan(self, q_BHnD: torch.Tensor, bounds: Bounds) -> Plan:
         """This rank's queries against all keys, planned once per micro-step."""
-        limits = tile_limits(q_BHnD, self.window)
+        limits = tile_limits(q_BHnD, self.window, self.call)
         key = ("allgather kv", self.exchange.layout, self.window, self.exchange.size, limits)
         if key not in bounds._cache:
             check_ranges(bounds, self.exchange.layout, self.exchange.rank, self.exchange.size)
@@ -62,7 +66,9 @@ class AllGatherKVAttention:
                 pairs.append(Pair(held, offset, held, held[0]))
                 if held[0]:
                     pairs.append(Pair(held, offset, (0, held[0]), 0))
-            bounds._cache[key] = plan_rows(bounds.documents, pairs, self.window, limits)
+                if held[1] < bounds.seq_len:  # seen only where a prefix is
+                    pairs.append(Pair(held, offset, (held[1], bounds.seq_len), held[1]))
+            bounds._cache[key] = plan_rows(bounds.documents, pairs, self.window, limits, bounds.prefixes)
         return bounds._cache[key]
 
 
@@ -155,3 +161,53 @@ class _Scatter:
         self._work = self._sent = None
         for target_BgnD, own_nBgD in zip(self._targets, self._own_nBgD.chunk(2, dim=2), strict=True):
             target_BgnD.copy_(own_nBgD.permute(1, 2, 0, 3))
+
+
+def allgather_kv_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    causal: bool = True,
+    window: int | None = None,
+    document_ids: torch.Tensor | None = None,
+    layout: Layout = "zigzag",
+    kernel: str = "auto",
+    prefix: torch.Tensor | None = None,
+    scale: float | None = None,
+    head_chunk: int = 1,
+    bounds: Bounds | None = None,
+) -> torch.Tensor:
+    """Attention with keys and values gathered a few heads at a time. All ranks of the group call it together; autograd works.
+
+    Args:
+        q: [B, T/cp, Hq, D], this rank's tokens (``parallel.sequence.shard_sequence``).
+        k, v: [B, T/cp, Hkv, D]; Hq is a multiple of Hkv.
+        group: the ranks that share the sequence; None: all ranks, or this process alone where there are no others.
+        causal: False: every token sees all of its document.
+        window: keys a query sees, its own included, on either side; None for all.
+        document_ids: [B, T/cp] integers that never decrease along the sequence; tokens see their own document only. Padding is a
+            document of its own.
+        layout: which tokens are whose, ``zigzag`` or ``contiguous``.
+        kernel: one of ``models.kernels.KERNELS``.
+        prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
+        scale: of the scores; None: 1/sqrt(D).
+        head_chunk: key/value heads gathered and attended at a time.
+        bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
+            otherwise gathered from all ranks at every call.
+    Returns:
+        [B, T/cp, Hq, D] in q's dtype.
+    Raises:
+        ValueError, UserError: for tensors, masks, heads or kernels that do not go together; see ``sequence_bounds``.
+    """
+    bounds = checked_bounds(
+        (q, k, v), group, bounds, causal=causal, window=window, document_ids=document_ids, prefix=prefix, layout=layout, kernel=kernel
+    )
+    call = KernelCall(kernel, scale)
+    scheme = (
+        LocalAttention(window, call)
+        if bounds.local_len == bounds.seq_len
+        else AllGatherKVAttention(given_or_all(group), layout, window, head_chunk, call)
+    )
+    return attend_public(scheme, q, k, v, bounds)

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from models.attention import check_shapes, tile_limits
+from models.attention import DEFAULT_CALL, KernelCall, check_shapes, tile_limits
 from models.batch import Bounds
-from models.kernels import Gradients
+from models.block import Gradients
 from parallel.head_exchange import HeadExchange
 from parallel.ring_attention import RingPlan, plan_ring, ring_backward, ring_forward
 from parallel.sequence import Layout, check_ranges, ranges_for
+from parallel.sequence_mask import attend_public, checked_bounds
 from parallel.ulysses import by_heads
 
 
@@ -57,6 +58,7 @@ class HybridAttention:
         layout: how all ranks share the sequence.
         window: tokens a query sees, its own included; None for all before it.
         head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
+        call: what the kernels are told.
     Raises (on call):
         UserError: when there are fewer query heads than ranks in a Ulysses group.
         ValueError: when tensors or bounds are not this rank's part of the sequence.
@@ -69,9 +71,10 @@ class HybridAttention:
         layout: Layout,
         window: int | None,
         head_chunk: int | None = None,
+        call: KernelCall = DEFAULT_CALL,
     ) -> None:
         self.layout: Layout = layout
-        self.window, self.head_chunk = window, head_chunk
+        self.window, self.head_chunk, self.call = window, head_chunk, call
         self.exchange, self.ring_group = HeadExchange(ulysses_group, layout), ring_group
         self.ring_rank, self.ring_size = dist.get_rank(ring_group), dist.get_world_size(ring_group)
 
@@ -82,12 +85,69 @@ class HybridAttention:
 
     def _inner(self, q_BHnD: torch.Tensor, bounds: Bounds) -> RingOfGroups:
         """The ring of this rank's group, planned once per micro-step."""
-        limits = tile_limits(q_BHnD, self.window)
+        limits = tile_limits(q_BHnD, self.window, self.call)
         key = ("hybrid", self.layout, self.window, self.ring_size, self.exchange.size, limits)
         if key not in bounds._cache:
             cp_rank, cp_size = self.ring_rank * self.exchange.size + self.exchange.rank, self.ring_size * self.exchange.size
             check_ranges(bounds, self.layout, cp_rank, cp_size)
             held = [ranges_for(self.layout, bounds.seq_len, member, self.ring_size) for member in range(self.ring_size)]
-            plan = plan_ring(held, self.ring_rank, bounds.documents, self.window, limits)
+            plan = plan_ring(held, self.ring_rank, bounds.documents, self.window, limits, bounds.prefixes)
             bounds._cache[key] = RingOfGroups(plan, self.ring_group)
         return bounds._cache[key]
+
+
+def hybrid_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    ring_group: dist.ProcessGroup,
+    ulysses_group: dist.ProcessGroup,
+    causal: bool = True,
+    window: int | None = None,
+    document_ids: torch.Tensor | None = None,
+    layout: Layout = "zigzag",
+    kernel: str = "auto",
+    prefix: torch.Tensor | None = None,
+    scale: float | None = None,
+    head_chunk: int | None = None,
+    bounds: Bounds | None = None,
+) -> torch.Tensor:
+    """Attention with heads exchanged among neighbours and keys passed around a ring of such groups. All ranks call it together.
+
+    Args:
+        q: [B, T/cp, Hq, D], this rank's tokens (``parallel.sequence.shard_sequence``).
+        k, v: [B, T/cp, Hkv, D]; Hq is a multiple of Hkv.
+        ring_group: the ranks with this one's place in the other Ulysses groups.
+        ulysses_group: neighbouring ranks, whose tokens are next to one another in the ring: place in the sequence is
+            (rank in the ring) * (ranks of a Ulysses group) + (rank in the Ulysses group).
+        causal: False: every token sees all of its document.
+        window: keys a query sees, its own included, on either side; None for all.
+        document_ids: [B, T/cp] integers that never decrease along the sequence; tokens see their own document only. Padding is a
+            document of its own.
+        layout: which tokens are whose, ``zigzag`` or ``contiguous``.
+        kernel: one of ``models.kernels.KERNELS``.
+        prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
+        scale: of the scores; None: 1/sqrt(D).
+        head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
+        bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
+            otherwise gathered from all ranks at every call.
+    Returns:
+        [B, T/cp, Hq, D] in q's dtype.
+    Raises:
+        ValueError, UserError: for tensors, masks, heads or kernels that do not go together; see ``sequence_bounds``.
+    """
+    bounds = checked_bounds(
+        (q, k, v),
+        (ulysses_group, ring_group),
+        bounds,
+        causal=causal,
+        window=window,
+        document_ids=document_ids,
+        prefix=prefix,
+        layout=layout,
+        kernel=kernel,
+    )
+    call = KernelCall(kernel, scale)
+    scheme = HybridAttention(ulysses_group, ring_group, layout, window, head_chunk, call)
+    return attend_public(scheme, q, k, v, bounds)

@@ -13,19 +13,31 @@ Legend: B batch row, H query heads, G key/value heads, T local tokens, S receive
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from models.attention import LocalAttention, Plan, attend, attend_backward, check_shapes, new_accumulators, new_gradient, tile_limits
+from models.attention import (
+    DEFAULT_CALL,
+    KernelCall,
+    LocalAttention,
+    Plan,
+    attend,
+    attend_backward,
+    check_shapes,
+    new_accumulators,
+    new_gradient,
+    tile_limits,
+)
 from models.attention_plan import Pair, TileLimits, plan_rows, sees
 from models.batch import Bounds, Range
-from models.kernels import Gradients
+from models.block import Gradients
 from parallel.halo import start_halo, start_return
 from parallel.sequence import Layout, check_ranges, ranges_for
+from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
 
 KEY_TAG, VALUE_TAG, GRADIENT_TAG = 21, 22, 23
 
@@ -51,22 +63,23 @@ class RingAttention:
         group: the sequence-parallel process group.
         layout: how its ranks share the sequence.
         window: tokens a query sees, its own included; None for all before it.
+        call: what the kernels are told.
     Raises (on call):
         ValueError: when tensors or bounds are not this rank's part of the sequence.
     """
 
-    def __init__(self, group: dist.ProcessGroup, layout: Layout, window: int | None) -> None:
+    def __init__(self, group: dist.ProcessGroup, layout: Layout, window: int | None, call: KernelCall = DEFAULT_CALL) -> None:
         self.group = group
         self.layout: Layout = layout
-        self.window = window
+        self.window, self.call = window, call
         self.cp_rank, self.cp_size = dist.get_rank(group), dist.get_world_size(group)
-        self._alone = LocalAttention(window)
+        self._alone = LocalAttention(window, call)
 
     def __call__(self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         if self.cp_size == 1:
             return self._alone(q_BHTD, k_BGTD, v_BGTD, bounds)
         check_shapes(q_BHTD, k_BGTD, bounds)
-        plan = self._plan(bounds, tile_limits(q_BHTD, self.window))
+        plan = self._plan(bounds, tile_limits(q_BHTD, self.window, self.call))
         if isinstance(plan, HaloPlan):
             return _HaloAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, bounds, self.layout, self.group)  # pyright: ignore[reportReturnType]
         return _RingAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, self.group)  # pyright: ignore[reportReturnType]
@@ -81,29 +94,35 @@ class RingAttention:
                 assert self.window is not None
                 bounds._cache[key] = plan_halo(held, self.cp_rank, bounds.documents, self.window, limits)
             else:
-                bounds._cache[key] = plan_ring(held, self.cp_rank, bounds.documents, self.window, limits)
+                bounds._cache[key] = plan_ring(held, self.cp_rank, bounds.documents, self.window, limits, bounds.prefixes)
         return bounds._cache[key]
 
 
 def fits_halo(window: int | None, bounds: Bounds) -> bool:
-    """Whether a window reaches no further back than one shard is long, so that only the window's keys need to travel."""
-    return window is not None and window - 1 <= bounds.local_len
+    """Whether a window reaches back, and no further than one shard is long, so that only the keys before a range need to travel."""
+    return window is not None and window - 1 <= bounds.local_len and not bounds.prefixes
 
 
 def plan_ring(
-    held: Sequence[tuple[Range, ...]], cp_rank: int, documents: Sequence[tuple[int, ...]], window: int | None, limits: TileLimits
+    held: Sequence[tuple[Range, ...]],
+    cp_rank: int,
+    documents: Sequence[tuple[int, ...]],
+    window: int | None,
+    limits: TileLimits,
+    prefixes: Sequence[tuple[int, ...]] = (),
 ) -> RingPlan:
     """The blocks of ``cp_rank`` at each hop, up to the last hop at which any rank has one (the same number on all ranks).
 
     ``held[r]`` are the ranges of rank r. Pure integers.
     """
     size = len(held)
-    n_hops = max(hop for hop in range(size) if any(_any_sees(held[r], held[(r - hop) % size], documents, window) for r in range(size)))
+    masks = set(zip(documents, prefixes or [()] * len(documents), strict=True))
+    n_hops = max(hop for hop in range(size) if any(_any_sees(held[r], held[(r - hop) % size], masks, window) for r in range(size)))
     plans = []
     for hop in range(n_hops + 1):
         q_ranges, k_ranges = held[cp_rank], held[(cp_rank - hop) % size]
         pairs = [Pair(q, q0, k, k0) for q, q0 in _offsets(q_ranges) for k, k0 in _offsets(k_ranges)]
-        plans.append(plan_rows(documents, pairs, window, limits))
+        plans.append(plan_rows(documents, pairs, window, limits, prefixes))
     return RingPlan(tuple(plans))
 
 
@@ -122,8 +141,10 @@ def plan_halo(
     return HaloPlan(n, own, tuple(halos))
 
 
-def _any_sees(q_ranges: Sequence[Range], k_ranges: Sequence[Range], documents: Sequence[tuple[int, ...]], window: int | None) -> bool:
-    return any(sees(q, k, starts, window) for q in q_ranges for k in k_ranges for starts in set(documents))
+def _any_sees(
+    q_ranges: Sequence[Range], k_ranges: Sequence[Range], masks: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], window: int | None
+) -> bool:
+    return any(sees(q, k, starts, window, ends) for q in q_ranges for k in k_ranges for starts, ends in masks)
 
 
 def _offsets(ranges: Sequence[Range]) -> list[tuple[Range, int]]:
@@ -239,3 +260,49 @@ class _HaloAttention(torch.autograd.Function):
         pending[1].add_to(dv_BGTD)
         grads = (dq_BHTD.to(q_BHTD.dtype), dk_BGTD.to(k_BGTD.dtype), dv_BGTD.to(v_BGTD.dtype))
         return *grads, None, None, None, None
+
+
+def ring_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    causal: bool = True,
+    window: int | None = None,
+    document_ids: torch.Tensor | None = None,
+    layout: Layout = "zigzag",
+    kernel: str = "auto",
+    prefix: torch.Tensor | None = None,
+    scale: float | None = None,
+    bounds: Bounds | None = None,
+) -> torch.Tensor:
+    """Attention with keys and values passed around a ring of ranks. All ranks of the group call it together; autograd works.
+
+    Args:
+        q: [B, T/cp, Hq, D], this rank's tokens (``parallel.sequence.shard_sequence``).
+        k, v: [B, T/cp, Hkv, D]; Hq is a multiple of Hkv.
+        group: the ranks that share the sequence; None: all ranks, or this process alone where there are no others.
+        causal: False: every token sees all of its document.
+        window: keys a query sees, its own included, on either side; None for all.
+        document_ids: [B, T/cp] integers that never decrease along the sequence; tokens see their own document only. Padding is a
+            document of its own.
+        layout: which tokens are whose, ``zigzag`` or ``contiguous``.
+        kernel: one of ``models.kernels.KERNELS``.
+        prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
+        scale: of the scores; None: 1/sqrt(D).
+        bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
+            otherwise gathered from all ranks at every call.
+    Returns:
+        [B, T/cp, Hq, D] in q's dtype.
+    Raises:
+        ValueError, UserError: for tensors, masks, heads or kernels that do not go together; see ``sequence_bounds``.
+    """
+    bounds = checked_bounds(
+        (q, k, v), group, bounds, causal=causal, window=window, document_ids=document_ids, prefix=prefix, layout=layout, kernel=kernel
+    )
+    call = KernelCall(kernel, scale)
+    scheme = (
+        LocalAttention(window, call) if bounds.local_len == bounds.seq_len else RingAttention(given_or_all(group), layout, window, call)
+    )
+    return attend_public(scheme, q, k, v, bounds)

@@ -9,6 +9,7 @@ Legend: B batch row, T tokens of the whole sequence or of one rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -46,6 +47,31 @@ def ranges_for(layout: Layout, seq_len: int, cp_rank: int, cp_size: int) -> tupl
         )
     held = [cp_rank] if layout == "contiguous" else zigzag_chunks(cp_rank, cp_size)
     return tuple((i * chunk, (i + 1) * chunk) for i in held)
+
+
+def shard_sequence(x: torch.Tensor, dim: int, cp_rank: int, cp_size: int, layout: Layout) -> torch.Tensor:
+    """The tokens that ``cp_rank`` of ``cp_size`` ranks holds of ``x``, whose dimension ``dim`` is the whole sequence. A copy, unless
+    there is one rank; differentiable. Raises UserError when the length cannot be divided evenly."""
+    ranges = ranges_for(layout, x.shape[dim], cp_rank, cp_size)
+    return torch.cat([x.narrow(dim, start, end - start) for start, end in ranges], dim) if cp_size > 1 else x
+
+
+def unshard_sequence(shards: Sequence[torch.Tensor], dim: int, layout: Layout) -> torch.Tensor:
+    """The whole sequence, from what ``shard_sequence`` gave to all ranks, in the order of the ranks. A copy, differentiable.
+
+    Raises ValueError when the shards are not equally long.
+    """
+    lengths = [shard.shape[dim] for shard in shards]
+    if len(set(lengths)) != 1:
+        raise ValueError(f"shards of one sequence are equally long, not {lengths} tokens")
+    size = len(shards)
+    pieces: list[tuple[int, torch.Tensor]] = []
+    for rank, shard in enumerate(shards):
+        offset = 0
+        for start, end in ranges_for(layout, lengths[0] * size, rank, size):
+            pieces.append((start, shard.narrow(dim, offset, end - start)))
+            offset += end - start
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])], dim)
 
 
 def check_ranges(bounds: Bounds, layout: Layout, cp_rank: int, cp_size: int) -> None:

@@ -24,15 +24,16 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from models.attention import LocalAttention, Plan, attend_all, attend_all_backward, check_shapes, tile_limits
+from models.attention import DEFAULT_CALL, KernelCall, LocalAttention, Plan, attend_all, attend_all_backward, check_shapes, tile_limits
 from models.attention_plan import Pair, plan_rows
 from models.batch import Bounds
+from models.block import Gradients
 from models.errors import UserError
-from models.kernels import Gradients
 from models.repeat import in_flight
 from parallel.head_exchange import HeadExchange, Piece, ToHeads, ToTokens
 from parallel.head_plan import Range, Stage, keys_are_shared, plan_stages, segments
 from parallel.sequence import Layout, check_ranges
+from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
 
 MESSAGES = 2
 """On their way at a time, with stages: the next heads in, and the last ones back."""
@@ -91,15 +92,23 @@ class UlyssesAttention:
         layout: how its ranks share the sequence; contiguous saves a copy of what arrives.
         window: tokens a query sees, its own included; None for all before it.
         head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
+        call: what the kernels are told.
     Raises (on call):
         UserError: when there are fewer query heads than ranks.
         ValueError: when tensors or bounds are not this rank's part of the sequence.
     """
 
-    def __init__(self, group: dist.ProcessGroup, layout: Layout, window: int | None, head_chunk: int | None = None) -> None:
-        self.window, self.head_chunk = window, head_chunk
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        layout: Layout,
+        window: int | None,
+        head_chunk: int | None = None,
+        call: KernelCall = DEFAULT_CALL,
+    ) -> None:
+        self.window, self.head_chunk, self.call = window, head_chunk, call
         self.exchange = HeadExchange(group, layout)
-        self._alone = LocalAttention(window)
+        self._alone = LocalAttention(window, call)
 
     def __call__(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         if self.exchange.size == 1:
@@ -109,12 +118,13 @@ class UlyssesAttention:
 
     def _inner(self, q_BHnD: torch.Tensor, bounds: Bounds) -> WholeSequence:
         """Attention of the whole sequence, planned once per micro-step."""
-        limits = tile_limits(q_BHnD, self.window)
+        limits = tile_limits(q_BHnD, self.window, self.call)
         key = ("ulysses", self.exchange.layout, self.window, self.exchange.size, limits)
         if key not in bounds._cache:
             check_ranges(bounds, self.exchange.layout, self.exchange.rank, self.exchange.size)
             whole = (0, bounds.seq_len)
-            bounds._cache[key] = WholeSequence(plan_rows(bounds.documents, [Pair(whole, 0, whole, 0)], self.window, limits))
+            pairs = [Pair(whole, 0, whole, 0)]
+            bounds._cache[key] = WholeSequence(plan_rows(bounds.documents, pairs, self.window, limits, bounds.prefixes))
         return bounds._cache[key]
 
 
@@ -327,3 +337,53 @@ def _collect(message: ToTokens | None, targets: Sequence[Target]) -> None:
         for (low, high), values_BhnD in parts:
             into_BhnD = target_BHnD[:, low:high]
             into_BhnD.add_(values_BhnD) if add else into_BhnD.copy_(values_BhnD)
+
+
+def ulysses_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None,
+    causal: bool = True,
+    window: int | None = None,
+    document_ids: torch.Tensor | None = None,
+    layout: Layout = "zigzag",
+    kernel: str = "auto",
+    prefix: torch.Tensor | None = None,
+    scale: float | None = None,
+    head_chunk: int | None = None,
+    bounds: Bounds | None = None,
+) -> torch.Tensor:
+    """Attention with heads exchanged for tokens. All ranks of the group call it together; autograd works.
+
+    Args:
+        q: [B, T/cp, Hq, D], this rank's tokens (``parallel.sequence.shard_sequence``).
+        k, v: [B, T/cp, Hkv, D]; Hq is a multiple of Hkv.
+        group: the ranks that share the sequence; None: all ranks, or this process alone where there are no others.
+        causal: False: every token sees all of its document.
+        window: keys a query sees, its own included, on either side; None for all.
+        document_ids: [B, T/cp] integers that never decrease along the sequence; tokens see their own document only. Padding is a
+            document of its own.
+        layout: which tokens are whose, ``zigzag`` or ``contiguous``.
+        kernel: one of ``models.kernels.KERNELS``.
+        prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
+        scale: of the scores; None: 1/sqrt(D).
+        head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
+        bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
+            otherwise gathered from all ranks at every call.
+    Returns:
+        [B, T/cp, Hq, D] in q's dtype.
+    Raises:
+        ValueError, UserError: for tensors, masks, heads or kernels that do not go together; see ``sequence_bounds``.
+    """
+    bounds = checked_bounds(
+        (q, k, v), group, bounds, causal=causal, window=window, document_ids=document_ids, prefix=prefix, layout=layout, kernel=kernel
+    )
+    call = KernelCall(kernel, scale)
+    scheme = (
+        LocalAttention(window, call)
+        if bounds.local_len == bounds.seq_len
+        else UlyssesAttention(given_or_all(group), layout, window, head_chunk, call)
+    )
+    return attend_public(scheme, q, k, v, bounds)

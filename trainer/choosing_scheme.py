@@ -46,7 +46,7 @@ def _fits_halo(config: RunConfig) -> bool:
 
 def _choice(config: RunConfig, device_name: str | None, possible: list[tuple[SequenceScheme, int]]) -> SchemeChoice:
     target = target_for(_settled(config, "ring"), device_name)
-    rates = rates_of(target.device)
+    rates = rates_of(target.device, config.train.deterministic)
     if rates is None:
         raise UserError(
             f"parallel.sequence: auto needs the rates of {target.device.name}; measure them there with longstride plan --calibrate, or "

@@ -85,7 +85,7 @@ class Target:
         """The step to trace."""
         threads = 1 if self.device.is_cuda else self.config.train.threads_per_rank or max(1, (os.cpu_count() or 1) // self.ranks)
         device_type = "cuda" if self.device.is_cuda else "cpu"
-        return TraceRequest(self.config, self.vocab_size, device_type, policy, threads)
+        return TraceRequest(self.config, self.vocab_size, device_type, policy, threads, capability=self.device.capability)
 
 
 def plan_run(config: RunConfig, device_name: str | None = None, correction: float = 1.0, *, with_changes: bool = True) -> MemoryPlan:
@@ -191,7 +191,7 @@ def _chosen(target: Target, with_changes: bool) -> MemoryPlan:
 
 def setting_for(target: Target) -> Setting:
     """The planner's circumstances. Raises UserError where the device's rates are not known."""
-    rates = rates_of(target.device)
+    rates = rates_of(target.device, target.config.train.deterministic)
     if rates is None:
         raise UserError(
             f"memory.recompute: auto needs the rates of {target.device.name}; measure them there with longstride plan --calibrate"
@@ -210,7 +210,7 @@ def setting_for(target: Target) -> Setting:
 
 def predict(target: Target, trace: Trace) -> Prediction | None:
     """Time of the traced step; None where the device's rates are not known."""
-    rates = rates_of(target.device)
+    rates = rates_of(target.device, target.config.train.deterministic)
     if rates is None:
         return None
     config = target.config
@@ -228,13 +228,16 @@ def predict(target: Target, trace: Trace) -> Prediction | None:
     )
 
 
-def rates_of(device: Device) -> Rates | None:
-    """Achieved rates: measured ones where ``longstride plan --calibrate`` ran on this kind of device, else the device table's."""
+def rates_of(device: Device, deterministic: bool = True) -> Rates | None:
+    """Achieved rates: measured ones where ``longstride plan --calibrate`` ran on this kind of device, else the device table's, with the
+    attention kernel that ``models/kernels.py`` chooses (``train.deterministic`` excludes cuDNN)."""
     measured = calibration_path(device.name)
     if measured.exists():
         return Rates.from_calibration(measured)
+    by_cudnn = not deterministic and device.capability in ((9, 0), (10, 0))
+    attention = "cudnn" if by_cudnn else "flash2"
     try:
-        return Rates.from_device(device, cores=os.cpu_count() or 1)
+        return Rates.from_device(device, attention=attention, cores=os.cpu_count() or 1)
     except ValueError:
         return None
 

@@ -25,6 +25,7 @@ from memory_mgmt.trace import Trace
 from memory_mgmt.trace_extend import MARGIN, NotRepeating, Shortening, extend, shorten
 from memory_mgmt.trace_recorder import StepRecorder, layer_of
 from models.batch import Batch, Bounds
+from models.kernels import planned_for
 from optim.driver import ComposedOptimizer
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
@@ -43,7 +44,8 @@ def trace_request(request: dict[str, Any]) -> Trace:
     given = Policy.from_dict(request["policy"]) if request["policy"] is not None else None
     policy = given or policy_of(config.memory, config.model.layer_kinds)
     note = "asked for" if request["whole"] else "too few equal layers"
-    with _process_group(request["world_size"], config):
+    capability = request["capability"] and tuple(request["capability"])
+    with _process_group(request["world_size"], config), planned_for(capability, config.train.deterministic):
         for cut in [] if request["whole"] else _cuts(config, policy):
             try:
                 return extend(_record(*_shortened(config, policy, cut), request), cut)

@@ -25,7 +25,7 @@ HOME = Path(__file__).resolve().parent.parent
 CODE = ("models", "parallel", "optim", "memory_mgmt", "trainer")
 KEPT_TRACES = 200
 _UNRELATED_MEMORY = ("budget_gib", "host_gib", "offload_dir", "plan", "replan_on_oom", "arena")
-_RELATED_TRAIN = ("precision", "residual", "micro_batch_size", "grad_accum")
+_RELATED_TRAIN = ("precision", "residual", "micro_batch_size", "grad_accum", "deterministic")
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -40,6 +40,8 @@ class TraceRequest:
     policy: Policy | None = None
     threads: int = 1
     whole: bool = False
+    capability: tuple[int, int] | None = None
+    """Of a CUDA device, where it is known: kernels are chosen by it."""
 
     @property
     def world_size(self) -> int:
@@ -68,6 +70,7 @@ class TraceRequest:
             "policy": self.policy.to_dict() if self.policy is not None else None,
             "threads": self.threads,
             "whole": self.whole,
+            "capability": self.capability,
         }
 
 

@@ -23,8 +23,11 @@ def _covered(tile: Tile) -> list[tuple[int, int]]:
     for block, a, b in itertools.product(range(tile.count), range(tile.q_len), range(tile.k_len)):
         q, k = tile.q_start + block * tile.step + a, tile.k_start + block * tile.step + b
         if tile.kind == "packed":
-            same = sum(s <= a for s in tile.starts) == sum(s <= b for s in tile.starts)
-            shown = same and b <= a and (tile.high is None or a - b <= tile.high)
+            document = sum(s <= a for s in tile.starts)
+            in_prefix = bool(tile.prefix_ends) and b < tile.prefix_ends[document - 1]
+            shown = (
+                document == sum(s <= b for s in tile.starts) and (b <= a or in_prefix) and (tile.high is None or abs(a - b) <= tile.high)
+            )
         else:
             shown = {
                 "none": True,
@@ -36,13 +39,13 @@ def _covered(tile: Tile) -> list[tuple[int, int]]:
     return pairs
 
 
-def _visible(q_range, k_range, starts, window) -> set[tuple[int, int]]:
+def _visible(q_range, k_range, starts, window, ends=()) -> set[tuple[int, int]]:
     document = [sum(s <= i for s in starts) for i in range(max(q_range[1], k_range[1]))]
     return {
         (i - q_range[0], j - k_range[0])
         for i in range(*q_range)
         for j in range(*k_range)
-        if j <= i and document[i] == document[j] and (window is None or i - j < window)
+        if (j <= i or (ends and j < ends[document[j] - 1])) and document[i] == document[j] and (window is None or abs(i - j) < window)
     }
 
 
@@ -70,6 +73,39 @@ def test_tiles_cover_every_visible_pair_once_and_nothing_else(limits: TileLimits
         if q_range == k_range:
             queries = [t.q_start + b * t.step + a for t in tiles for b in range(t.count) for a in range(t.q_len)]
             assert sorted(queries) == list(range(q_range[1] - q_range[0]))
+
+
+PREFIXES = [
+    ((0,), (24,)),
+    ((0,), (17,)),
+    ((0, 5), (5, 24)),
+    ((0, 12), (9, 20)),
+    ((0, 13, 21), (3, 21, 23)),
+    ((0, 3, 5, 9, 14), (3, 3, 8, 14, 15)),
+]
+
+
+@pytest.mark.parametrize("limits", [TINY, DEFAULT_LIMITS, NATIVE_BAND_LIMITS], ids=["tiny", "default", "native"])
+def test_prefixes_are_covered_once_and_nothing_else(limits: TileLimits) -> None:
+    ranges = [
+        ((0, 24), (0, 24)),
+        ((6, 18), (6, 18)),
+        ((12, 24), (0, 12)),
+        ((0, 12), (12, 24)),
+        ((0, 6), (18, 24)),
+        ((3, 9), (9, 20)),
+        ((4, 5), (5, 6)),
+    ]
+    for (q_range, k_range), (starts, ends), window in itertools.product(ranges, PREFIXES, WINDOWS):
+        tiles = plan_tiles(q_range, k_range, starts, window, limits, ends)
+        pairs = [pair for tile in tiles for pair in _covered(tile)]
+        expected = _visible(q_range, k_range, starts, window, ends)
+        assert len(pairs) == len(set(pairs)) and set(pairs) == expected, (q_range, k_range, starts, ends, window)
+        assert sees(q_range, k_range, starts, window, ends) == bool(tiles) == bool(expected)
+        assert all(_covered(tile) for tile in tiles), "no call without work"
+        if q_range == k_range:
+            queries = [t.q_start + b * t.step + a for t in tiles if t.own for b in range(t.count) for a in range(t.q_len)]
+            assert sorted(queries) == list(range(q_range[1] - q_range[0])), "blocks with a query's own token hold every query once"
 
 
 @pytest.mark.parametrize("limits", [TINY, TileLimits()], ids=["tiny", "default"])
@@ -144,7 +180,7 @@ CASES = [
 @pytest.mark.parametrize("limits", [TINY, DEFAULT_LIMITS, NATIVE_BAND_LIMITS], ids=["tiny", "default", "native"])
 @pytest.mark.parametrize(("window", "documents"), CASES)
 def test_tiled_attention_equals_dense_float64(monkeypatch, window, documents, limits: TileLimits) -> None:
-    monkeypatch.setattr(attention, "tile_limits", lambda q, window: limits)
+    monkeypatch.setattr(attention, "tile_limits", lambda q, window, call: limits)
     assert max(_errors(torch.float64, window, documents, 96)) < 1e-12
     assert max(_errors(torch.float32, window, documents, 96)) < 3e-6
 
@@ -157,7 +193,7 @@ def test_real_block_sizes_equal_dense_float64() -> None:
 
 @pytest.mark.parametrize(("window", "documents"), CASES[1:5])
 def test_bf16_is_as_good_as_one_kernel_call(monkeypatch, window, documents) -> None:
-    monkeypatch.setattr(attention, "tile_limits", lambda q, window: TINY)
+    monkeypatch.setattr(attention, "tile_limits", lambda q, window, call: TINY)
     single = _errors(torch.bfloat16, None, [(0,)], 96)
     tiled = _errors(torch.bfloat16, window, documents, 96)
     assert all(t < 1.3 * s for t, s in zip(tiled, single, strict=True)), (tiled, single)

@@ -78,7 +78,7 @@ def _compare(dtype: torch.dtype, name: str, n_ulysses: int, tiny: bool) -> dict[
     """Largest relative error of this rank for heads, chunks, layouts, windows and documents."""
     if tiny:
         for module in (attention, ulysses, hybrid, allgather_kv):
-            module.tile_limits = lambda q, window: TINY  # type: ignore[attr-defined]
+            module.tile_limits = lambda q, window, call: TINY  # type: ignore[attr-defined]
     groups = _groups(n_ulysses) if name == "ring_x_ulysses" else None
     errors = {}
     for i, (heads, chunk) in enumerate(HEADS[name]):

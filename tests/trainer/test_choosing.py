@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from memory_mgmt.cost_ops import op_class
 from memory_mgmt.cost_rates import cpu_rates
 from memory_mgmt.devices import device_named
 from memory_mgmt.plan_view import policy_lines
@@ -127,6 +128,15 @@ def test_a_pretended_gpu_is_traced_with_its_own_kernels():
     # Token ids come from host memory, and no activation is ever as large as all scores would be.
     assert 0 < trace.peak("host")[0] < 2**23
     assert max(b.size for b in trace.of("device") if b.kind == "skeletal") < 131072 * 4096
+
+
+def test_a_pretended_hopper_is_traced_with_cudnn_unless_it_must_be_deterministic():
+    cfg = config(None)
+    free = {"memory": cfg.memory.model_copy(update={"recompute": "none"}), "train": cfg.train.model_copy(update={"deterministic": False})}
+    trace = trace_step(TraceRequest(cfg.model_copy(update=free), 320, "cuda", capability=(9, 0)))
+    of_cudnn = [op for op in trace.ops if "cudnn_attention" in op.name]
+    assert {op.name.removesuffix("_backward") for op in of_cudnn} == {"aten::_scaled_dot_product_cudnn_attention"}
+    assert all(op.flops > 0 for op in of_cudnn) and {op_class(op) for op in of_cudnn} == {"attention_forward", "attention_backward"}
 
 
 def test_planning_leaves_torch_out_of_the_process(tmp_path):

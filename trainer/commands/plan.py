@@ -29,6 +29,8 @@ def show_plan(args: argparse.Namespace) -> int:
     if args.calibrate:
         _calibrate(config, args.device)
     config = settle(config, args.device, None)
+    if args.explain:
+        return _explain(config, args.device)
     plan = plan_run(config, args.device)
     written = _write_timeline(config, plan, args) if args.timeline else ()
     optimizer = _optimizer_plan(config, args) if args.optimizer or args.optimizer_rows else None
@@ -40,6 +42,13 @@ def show_plan(args: argparse.Namespace) -> int:
         print(f"\noptimizer of one rank: {config.optim.preset}\n{optimizer.by_parameter if args.optimizer_rows else optimizer.by_kind}")
     for file in written:
         print(f"written: {file}", file=sys.stderr)
+    return 0
+
+
+def _explain(config: RunConfig, device: str | None) -> int:
+    from trainer.explain import explain_run  # imports torch
+
+    print("\n".join(explain_run(config, device)))
     return 0
 
 

@@ -43,7 +43,18 @@ def train(args: argparse.Namespace) -> int:
     """``longstride train``."""
     path = config_file.find(args.config, HOME / "configs")
     config = config_file.resolve(path, args.overrides)
+    if args.explain:
+        return _explain(config, args.nproc)
     return _start(config, None, path.stem, args.nproc)
+
+
+def _explain(config: RunConfig, ranks: int | None) -> int:
+    """``longstride train --explain``; of ranks that a launcher started the first one prints."""
+    if environment().rank == 0:
+        from trainer.explain import explain_run
+
+        print("\n".join(explain_run(settle(config, None, ranks))))
+    return 0
 
 
 def resume(args: argparse.Namespace) -> int:
