@@ -170,6 +170,45 @@ class Shapes:
             return self.stream + 2 * self.n * self.config.ff_width * self.e
         return self.narrow + 3 * self.n * self.config.ff_width * self.e
 
+    @property
+    def entries(self) -> int:
+        """Rows of a value table that one memory layer reads for all tokens of this rank."""
+        return self.n * self.config.product_keys.heads * self.config.product_keys.top_k
+
+    def product_keys_kept(self) -> int:
+        """A memory layer with product keys (models/product_keys.py): the stream, its norm's statistic and the normed stream; queries, keys
+        in the computing dtype; index and weight of every row that is read; what was read, its gate and their product."""
+        c = self.config
+        heads, size = c.product_keys.heads, c.query_dim
+        kept = self.stream + self.statistic + self.narrow + self.n * heads * size * self.e + self.entries * (4 + self.w)
+        kept += heads * c.product_keys.n_keys * size * (self.e if self.precision == "bf16" or c.product_keys.qk_norm else 0)
+        if c.product_keys.qk_norm:
+            kept += self.n * heads * (size * self.e + 2 * self.w)
+        return kept + (3 * self.n * c.value_width * self.e if c.product_keys.gate == "swish" else 0)
+
+    def product_keys_backward(self) -> int:
+        """The gradients of what was read, its gate and their product; then of the table one piece of entries times columns, of the weights
+        and, by tiles of tokens, of the scores of one half."""
+        c, keys = self.config, self.config.product_keys
+        tile = min(self.n * keys.heads * keys.n_keys, 1 << 22)
+        entries = 3 * self.entries * self.w + 2 * min(self.entries * c.value_width, 1 << 20) * self.w
+        return 3 * self.n * c.value_width * self.e + max(entries, self.n * keys.heads * c.query_dim * self.e + 4 * tile * self.w)
+
+    def product_keys_exchange(self, shards: int) -> int:
+        """Of ranks that share the table by columns: entries of every rank's tokens, what this rank's columns give for them, and that of
+        all columns for its own, of one tile of tokens (parallel/columns.py)."""
+        if shards == 1:
+            return 0
+        tokens = min(self.n, 16_384)
+        entries = tokens * self.entries // self.n
+        columns = -(-self.config.value_width // shards)
+        return shards * entries * (4 + 2 * self.w) + (shards + 1) * tokens * columns * self.w + tokens * self.config.value_width * self.e
+
+    def table_gradient(self, readers: int, shards: int) -> int:
+        """The most rows that ``readers`` layers can read of one table for the tokens of ``shards`` ranks, in this rank's columns."""
+        rows = min(self.config.product_keys.n_keys**2, readers * shards * self.entries)
+        return rows * -(-self.config.value_width // shards) * self.w
+
     def block_kept(self, kind: LayerKind) -> int:
         """Everything one block keeps without recomputation, its input included."""
         return self.norms_kept(kind) + self.mixer_kept(kind) + self.ffn_kept(kind)

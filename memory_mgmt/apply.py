@@ -15,6 +15,7 @@ from memory_mgmt.execution import BlockExecution
 from memory_mgmt.groups import GroupedBlocks
 from memory_mgmt.pieces import Store
 from memory_mgmt.policy import KEEP, KEEP_ALL, Policy
+from models.feedforward import SwiGLU
 from models.memory.protocol import MemoryModule
 from models.transformer import Block, Transformer, call, run_in_order
 
@@ -54,6 +55,9 @@ def _check(model: Transformer, policy: Policy, store: Store | None) -> None:
         swaps = [name for name, split in splits.items() if split.swap > 0]
         if swaps and store is None:
             raise ValueError(f"layer {i} swaps its {swaps[0]}, but there is no host store")
+        refused = layer.feed_forward.swap > 0 or layer.feed_forward.quantise > 0
+        if refused and not isinstance(cast(Block, model.blocks[i]).ffn, SwiGLU):
+            raise ValueError(f"layer {i} reads a table: its feed-forward is kept or recomputed, not swapped or kept in eight bits")
         if layer.input.recompute > 0 and (policy.group_blocks == 1 or i % policy.group_blocks == 0):
             raise ValueError(f"layer {i} is to recompute its input; only blocks inside a group can (memory.group_blocks)")
 

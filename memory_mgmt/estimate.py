@@ -22,7 +22,7 @@ from memory_mgmt.estimate_terms import summed as _sum
 from memory_mgmt.optimizer_buckets import BUCKET_BYTES, bucket_width
 from memory_mgmt.overheads import CPU_LIBRARIES, CPU_PROCESS, CPU_RANK, CUBLAS_WORKSPACE, NCCL_BUFFERS
 from memory_mgmt.plan import GIB, MemoryPlan, Moment, Term
-from models.config import LayerKind, ModelConfig
+from models.config import ModelConfig
 from models.flops import (
     block_parameters,
     parameter_count,
@@ -229,26 +229,46 @@ class _Step:
             return {}
         live = {"parameters gathered (embedding, head)": self.root_parameters * self.wide}
         if block is not None:
-            whole = block_parameters(self.model, self.model.layer_kinds[block]) * self.shapes.e
+            whole = self.block_parameters(block) * self.shapes.e
             live["parameters gathered (one block)"] = whole * (3 if backward and block > 0 else 2)
         return live
 
     def gradients(self, done_from: int, block: int | None = None) -> _Live:
         """Gradients that exist when blocks from ``done_from`` up are done and ``block`` is being worked on."""
         kinds = self.model.layer_kinds
-        done = sum(block_parameters(self.model, kind) for kind in kinds[done_from:])
+        done = sum(self.block_parameters(i) for i in range(done_from, len(kinds)))
         head = self.vocab_size * self.model.d_model  # tied or not: the loss made it
-        own = block_parameters(self.model, kinds[block]) if block is not None else 0
+        own = self.block_parameters(block) if block is not None else 0
         if self.grad_accum > 1:
-            done = parameter_count(self.model, self.vocab_size).total - (0 if self.shards > 1 else own)
+            count = parameter_count(self.model, self.vocab_size)
+            done = count.total - count.tables - (0 if self.shards > 1 else own)
+        tables = self.table_gradients(0 if self.grad_accum > 1 else done_from if block is None else block)
         if self.ranks == 1:
-            return {"gradients": (done + (head if self.grad_accum == 1 else 0) + own) * self.wide}
+            return _sum({"gradients": (done + (head if self.grad_accum == 1 else 0) + own) * self.wide}, tables)
         if not self.model.tie_embeddings and done_from < len(kinds):  # reduced before the blocks began; of the last one it is in use
             head = 0
-        return {"gradients": self.shard(done), "gradients before reduction": (head + 2 * own) * self.wide}
+        return _sum({"gradients": self.shard(done), "gradients before reduction": (head + 2 * own) * self.wide}, tables)
 
     def all_gradients(self) -> _Live:
-        return {"gradients": self.shard(parameter_count(self.model, self.vocab_size).total)}
+        count = parameter_count(self.model, self.vocab_size)
+        return _sum({"gradients": self.shard(count.total - count.tables)}, self.table_gradients(0))
+
+    def block_parameters(self, block: int) -> int:
+        """Of one block, without a table that it reads."""
+        return block_parameters(self.model, self.model.layer_kinds[block], self.model.feedforward_kinds[block])
+
+    def reads(self, block: int) -> bool:
+        """Whether a block's feed-forward reads a value table."""
+        return self.model.feedforward_kinds[block] == "product_keys"
+
+    def table_gradients(self, first: int) -> _Live:
+        """Of value tables, when blocks from ``first`` up have gone backward: rows that were read, at most."""
+        readers = self.model.feedforward_kinds[first:].count("product_keys")
+        if not readers:
+            return {}
+        each, tables = (readers, 1) if self.model.product_keys.shared_table else (1, readers)
+        passes = min(self.grad_accum, 2) if self.grad_accum > 1 else 1
+        return {"gradients of value tables": tables * self.shapes.table_gradient(each * passes, self.shards)}
 
     # --- activations -----------------------------------------------------------------------------------------------------------
 
@@ -256,14 +276,17 @@ class _Step:
         """Kept by the first ``n_blocks`` blocks once they ran forward."""
         s = self.shapes
         live = {"rotary table": self.shapes.rope_table()} if any(kind != "memory" for kind in self.model.layer_kinds) else {}
-        for kind in self.model.layer_kinds[:n_blocks]:
-            live = _add(live, {"block inputs": s.stream} if self.recompute else self.inside(kind))
+        for i in range(n_blocks):
+            held = s.stream * (2 if self.reads(i) else 1)  # the stream before a memory layer is kept too
+            live = _add(live, {"block inputs": held} if self.recompute else self.inside(i))
         return live
 
-    def inside(self, kind: LayerKind) -> _Live:
+    def inside(self, block: int) -> _Live:
         """Kept by one block without recomputation."""
-        s = self.shapes
+        s, kind = self.shapes, self.model.layer_kinds[block]
         owner = "memory layers" if kind == "memory" else "attention"
+        if self.reads(block):
+            return {"block inputs": s.stream, owner: s.statistic + s.mixer_kept(kind), "feed-forward": s.product_keys_kept()}
         return {"block inputs": s.norms_kept(kind), owner: s.mixer_kept(kind), "feed-forward": s.ffn_kept(kind)}
 
     def loss_inputs(self) -> _Live:
@@ -298,8 +321,8 @@ class _Step:
         return {} if self.offloaded or self.optimizer_bytes is not None else self.update()
 
     def forward(self, block: int) -> _Live:
-        s, kind = self.shapes, self.model.layer_kinds[block]
-        inside = sum(self.inside(kind).values()) if self.recompute else s.stream
+        s = self.shapes
+        inside = sum(self.inside(block).values()) if self.recompute else s.stream
         return _sum(self.kept(block + (not self.recompute)), self.gathered(block, False), {"inside a forward pass": inside + s.stream})
 
     def loss_forward(self) -> _Live:
@@ -321,21 +344,25 @@ class _Step:
         if self.recompute:
             around = _sum(around, {"block inputs": s.stream})
         ffn, mixer, norms = s.ffn_kept(kind), s.mixer_kept(kind), s.norms_kept(kind)
+        ffn_made, ffn_sent = s.ffn_backward(kind), 0
+        if self.reads(block):
+            ffn, norms = s.product_keys_kept(), s.stream + s.statistic
+            ffn_made, ffn_sent = s.product_keys_backward(), s.product_keys_exchange(self.shards)
         first = s.stream if s.by_parts(kind) else s.norm_kept()
         parts = {
-            "feed-forward": (norms + mixer + ffn, s.ffn_backward(kind), 0),
+            "feed-forward": (norms + mixer + ffn, ffn_made, ffn_sent),
             "second norm": (norms + mixer, s.norm_backward(), 0),
             "memory" if kind == "memory" else "attention": (first + mixer, s.mixer_backward(kind), s.exchange(kind)),
             "first norm": (first, s.norm_backward(), 0),
         }
-        return [(name, _sum(around, self._inside_now(kind, held), _working(made, sent))) for name, (held, made, sent) in parts.items()]
+        return [(name, _sum(around, self._inside_now(block, held), _working(made, sent))) for name, (held, made, sent) in parts.items()]
 
-    def _inside_now(self, kind: LayerKind, held: int) -> _Live:
+    def _inside_now(self, block: int, held: int) -> _Live:
         """What is left of a block's inside: under recomputation one term, else the same names as when it was kept."""
         if self.recompute:
             return {"one block recomputed": held - self.shapes.stream}
         left: _Live = {}
-        for name, size in self.inside(kind).items():
+        for name, size in self.inside(block).items():
             left[name] = min(size, held)
             held -= left[name]
         return left
@@ -367,7 +394,7 @@ class _Step:
 
     def bucket_parameters(self) -> int:
         """Parameters, over all shards, whose moments are in the largest bucket."""
-        kinds = {block_parameters(self.model, kind) for kind in self.model.layer_kinds}
+        kinds = {self.block_parameters(i) for i in range(len(self.model.layer_kinds))}
         count = parameter_count(self.model, self.vocab_size)
         most = BUCKET_BYTES // (MOMENTS * self.wide)
         return self.shards * max(bucket_width(-(-section // self.shards), most) for section in {*kinds, count.embedding, count.head})

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from memory_mgmt.mixer_saving import AttentionSaving, MemorySaving, Saving
 from memory_mgmt.pieces import Held, Parked, Parking, Store, alike, assemble, spans
-from memory_mgmt.policy import LayerPolicy
+from memory_mgmt.policy import KEEP, LayerPolicy
 from memory_mgmt.quantised import Quantised, quantised
-from memory_mgmt.tiles import GradientSums, RopeTable, TokenWise, check_known
+from memory_mgmt.tiles import GradientSums, RopeTable, check_known, token_wise_of
 from models.attention import Attention
 from models.batch import Bounds
 from models.feedforward import compute_dtype
@@ -80,7 +81,13 @@ class BlockExecution:
         del mixed, x_BTC
         saving.trim()
         one.x.trim()
-        return y_BTC  # type: ignore[return-value]
+        return self._feed_forward(y_BTC, bounds) if one.parts.ends_with_mixer else y_BTC  # type: ignore[arg-type, return-value]
+
+    def _feed_forward(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
+        """Of a layer that reads a table: kept whole, or all of it run again in the backward pass from the stream after the mixer."""
+        if self.policy.feed_forward.recompute > 0:
+            return checkpoint(self.block.feed_forward, x_BTC, bounds, use_reentrant=False, preserve_rng_state=self.keep_rng)  # type: ignore[return-value]
+        return self.block.feed_forward(x_BTC, bounds)
 
     def _without_gradients(self, one: Pass, x_BTC: Tensor) -> Tensor:
         """The same arithmetic range by range; nothing is saved."""
@@ -94,7 +101,8 @@ class BlockExecution:
             mixed = mixer.inner_attention(*entered, one.bounds)  # type: ignore[operator]
         del entered
         with torch.autocast(x_BTC.device.type, enabled=False):
-            return _leave(one, x_BTC, mixed, one.parts.leave_weights(), None)
+            y_BTC = _leave(one, x_BTC, mixed, one.parts.leave_weights(), None)
+        return self.block.feed_forward(y_BTC, one.bounds) if one.parts.ends_with_mixer else y_BTC
 
     def start_pass(self) -> int:
         """The smallest number that no pass of this block has."""
@@ -113,7 +121,7 @@ class Pass:
     def __init__(self, run: BlockExecution, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> None:
         self.run, self.positions_BT, self.bounds = run, positions_BT, bounds
         self.n_tokens = x_BTC.shape[1]
-        self.parts = TokenWise(run.block, compute_dtype(x_BTC))
+        self.parts = token_wise_of(run.block, compute_dtype(x_BTC))
         self.autocast = _autocast_now(x_BTC)
         self.number: int | None = None
         self.normed_BTC: Tensor | None = None
@@ -126,6 +134,8 @@ class Pass:
         self.split = {
             name: self.run.policy.of(name).tokens(self.n_tokens, self.run.tile_tokens) for name in ("projections", "feed_forward")
         }
+        if self.parts.ends_with_mixer:  # nothing of it is wanted again
+            self.split["feed_forward"] = KEEP.tokens(self.n_tokens, 0)
         split = self.run.policy.input.tokens(self.n_tokens, self.run.tile_tokens)
         self.input_cut = split.swapped
         self.x = Held(x_BTC, 1, split.swapped, split.kept, self.parking, "input")
@@ -259,7 +269,7 @@ class _Leave(torch.autograd.Function):
 
         def make(a: int, b: int) -> tuple[Tensor, Tensor]:
             mixed_now = None if mixed is None else mixed.narrow(dim, a, b - a)
-            middle = middles.pop((a, b), None)
+            middle = [] if parts.ends_with_mixer else middles.pop((a, b), None)
             if middle is None:
                 assert mixed_now is not None
                 with again():
@@ -288,7 +298,7 @@ def _leave(one: Pass, x_BTC: Tensor, mixed: Tensor, weights: Sequence[Tensor], m
     for a, b in turns(one.ranges(() if middles is None else _leave_cuts(one)), x_BTC, alike(lambda a, b: b <= held)):
         middle = parts.middle(x_BTC[:, a:b], mixed.narrow(dim, a, b - a), narrow)
         parts.leave(middle, narrow, y_BTC[:, a:b])
-        if middles is None:
+        if middles is None or parts.ends_with_mixer:
             continue
         split = one.split["feed_forward"]
         if b <= split.swapped:

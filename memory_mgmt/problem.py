@@ -18,7 +18,7 @@ from memory_mgmt.planner_problem import ClassCost, LayerCost, LossTile, Problem,
 from memory_mgmt.policy import KEEP_MIXER, ActivationClass, LayerPolicy, Policy
 from memory_mgmt.quantised_costs import dequantise_seconds, packed_bytes, quantise_seconds
 from memory_mgmt.trace import Trace
-from models.config import LayerKind, ModelConfig
+from models.config import FeedForwardKind, LayerKind, ModelConfig
 from models.flops import ffn_parameters
 
 GROUPS = (1, 2, 4)
@@ -113,6 +113,9 @@ def problem_of_trace(trace: Trace, baseline: Policy, setting: Setting) -> Proble
     )
 
 
+Kinds = tuple[LayerKind, FeedForwardKind]
+
+
 class _Reader:
     """Reads a traced step stage by stage."""
 
@@ -128,10 +131,15 @@ class _Reader:
     # --- which layers --------------------------------------------------------------------------------------------------------
 
     def represented_by(self, i: int) -> int:
-        """A layer of the same kind in the middle of the model."""
-        kinds = self.setting.model.layer_kinds
+        """A layer of the same kinds in the middle of the model."""
+        kinds = self.kinds
         same = [j for j, kind in enumerate(kinds) if kind == kinds[i]]
         return same[len(same) // 2]
+
+    @property
+    def kinds(self) -> list[Kinds]:
+        """Of every layer: mixer, feed-forward."""
+        return list(zip(self.setting.model.layer_kinds, self.setting.model.feedforward_kinds, strict=True))
 
     def representatives(self) -> set[int]:
         return {self.represented_by(i) for i in range(len(self.setting.model.layer_kinds))}
@@ -140,11 +148,11 @@ class _Reader:
 
     def layer(self, i: int) -> LayerCost:
         kind: LayerKind = self.setting.model.layer_kinds[i]
-        classes = self.classes(kind)
+        classes = self.classes(self.kinds[i])
         forward, backward = self.stretch("forward", i), self.stretch("backward", i)
         again = classes["projections"].recompute_seconds + classes["feed_forward"].recompute_seconds
         again += classes["mixer"].recompute_seconds if kind == "memory" else 0.0
-        stages = self.stages(i, kind, classes)
+        stages = self.stages(i, self.kinds[i], classes)
         passes = self.setting.passes
         return LayerCost(
             kind=kind,
@@ -160,8 +168,25 @@ class _Reader:
             gradient_bytes=self.gradients(i),
         )
 
-    def classes(self, kind: LayerKind) -> dict[str, ClassCost]:
+    def classes(self, kinds: Kinds) -> dict[str, ClassCost]:
         """What the execution keeps of each class (memory_mgmt/execution.py), and the time to make it again."""
+        kind, feed_forward = kinds
+        found = self.dense_classes(kind)
+        if feed_forward == "product_keys":
+            # The stream before it is kept anyway, as if it were part of the input, which is not recomputed either.
+            found["input"] = replace(found["input"], bytes=2 * found["input"].bytes)
+            kept = self.setting.shapes.product_keys_kept() - self.setting.shapes.stream
+            seconds = self.setting.passes * self.module_seconds(kinds)
+            found["feed_forward"] = ClassCost(kept, seconds, may_swap=False, whole_recompute=True)
+        return found
+
+    def module_seconds(self, kinds: Kinds) -> float:
+        """Forward of a feed-forward that is a module of its own, with its messages."""
+        i = self.represented_by(self.kinds.index(kinds))
+        return sum(work.seconds for work in self.stretch("forward", i).work if work.op.module.startswith(f"blocks.{i}.ffn"))
+
+    def dense_classes(self, kind: LayerKind) -> dict[str, ClassCost]:
+        """Of a layer whose feed-forward is token-wise."""
         s, c, passes = self.setting.shapes, self.setting.model, self.setting.passes
         queries, keys = c.n_heads * c.attention_head_dim, c.kv_heads * c.attention_head_dim
         leave = self.product_seconds(2 * s.n * ffn_parameters(c) * 2 // 3)
@@ -220,8 +245,11 @@ class _Reader:
     def memory_seconds(self) -> float:
         """Forward of a memory layer's inside."""
         i = self.setting.model.layer_kinds.index("memory")
-        stretch = self.stretch("forward", self.represented_by(i))
+        i = self.represented_by(i)
+        stretch = self.stretch("forward", i)
         token_wise = self.product_seconds(2 * self.setting.shapes.n * ffn_parameters(self.setting.model))
+        if self.kinds[i][1] == "product_keys":
+            token_wise = self.module_seconds(self.kinds[i])
         return self.setting.passes * max(0.0, stretch.end - stretch.start - token_wise)
 
     def stretch(self, phase: str, i: int) -> Stretch:
@@ -247,14 +275,14 @@ class _Reader:
 
     def kept_below(self, i: int) -> int:
         """What the baseline holds of layers 0 to i - 1."""
-        return sum(self.kept(self.setting.model.layer_kinds[j]) for j in range(i))
+        return sum(self.kept(self.kinds[j]) for j in range(i))
 
-    def kept(self, kind: LayerKind) -> int:
-        classes = self.bytes_of(kind)
-        return classes["input"] + (classes["mixer"] if kind != "memory" else 0)
+    def kept(self, kinds: Kinds) -> int:
+        classes = self.bytes_of(kinds)
+        return classes["input"] + (classes["mixer"] if kinds[0] != "memory" else 0)
 
-    def bytes_of(self, kind: LayerKind) -> dict[str, int]:
-        return {name: cost.bytes for name, cost in self.classes(kind).items()}
+    def bytes_of(self, kinds: Kinds) -> dict[str, int]:
+        return {name: cost.bytes for name, cost in self.classes(kinds).items()}
 
     def gradients(self, i: int) -> int:
         """What the layer's backward pass leaves behind: nothing where it updates too and the gradients were made in it."""
@@ -269,7 +297,8 @@ class _Reader:
     def gradients_above(self, i: int) -> int:
         return sum(self.gradients(j) for j in range(i + 1, len(self.setting.model.layer_kinds)))
 
-    def stages(self, i: int, kind: LayerKind, classes: dict[str, ClassCost]) -> dict[str, tuple[Stage, ...]]:
+    def stages(self, i: int, kinds: Kinds, classes: dict[str, ClassCost]) -> dict[str, tuple[Stage, ...]]:
+        kind, feed_forward = kinds
         size = {name: cost.bytes for name, cost in classes.items()}
         forward, backward = self.parts("forward", i, kind), self.parts("backward", i, kind)
         below = self.resident + self.kept_below(i)
@@ -286,6 +315,9 @@ class _Reader:
             base = Stage(max(0, forward[name] - below - in_forward), max(0, backward[name] - above - in_backward))
             if kind == "memory" and name == "mixer":
                 base = Stage(max(0, forward[name] - below - size["input"]), max(0, backward[name] - above - size["input"]))
+            if name == "ffn" and feed_forward == "product_keys":  # it has tiles of its own
+                found["ffn_stages"] = (base,)
+                continue
             found[f"{name}_stages"] = self.other_tiles(base, name, self.baseline.memory_tile_tokens if tiled else tile, tiled)
         return found
 

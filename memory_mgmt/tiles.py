@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from models.feedforward import RMSNorm, SwiGLU, gated_product, gated_product_bac
 from models.int8_weight import in_dtype
 from models.linear import add_bias_, bias_gradient, gradient_dtype
 from models.memory.protocol import MemoryModule
+from models.product_keys import ProductKeyMemory
 from models.repeat import again
 from models.rope import turn
 from models.transformer import Block
@@ -67,6 +69,8 @@ class TokenWise:
 
     block: Block
     dtype: torch.dtype
+    ends_with_mixer: ClassVar[bool] = False
+    """The feed-forward is not a part of ``leave``."""
 
     @property
     def is_attention(self) -> bool:
@@ -215,6 +219,42 @@ class TokenWise:
         return norm.eps
 
 
+class MixerOnly(TokenWise):
+    """Of a block whose feed-forward is not token-wise (``models/product_keys.py``): ``leave`` ends with the stream after the mixer, which the
+    feed-forward then reads as a module. ``middle`` is that stream, and ``leave_backward`` needs none of it."""
+
+    ends_with_mixer = True
+
+    def leave_weights(self) -> list[Tensor]:
+        """Norm, which gets no gradient here; for attention also the output projection."""
+        mixer = self.block.mixer
+        return [self.block.norm2.weight, *([mixer.wo.weight] if isinstance(mixer, Attention) else [])]
+
+    def middle(self, x_BtC: Tensor, mixed: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """See `TokenWise.middle`."""
+        return [x_BtC + (F.linear(tokens_first(mixed), weights[1]) if self.is_attention else mixed)]
+
+    def leave(self, middle: Sequence[Tensor], weights: Sequence[Tensor], out_BtC: Tensor | None = None) -> Tensor:
+        """See `TokenWise.leave`."""
+        return middle[0] if out_BtC is None else out_BtC.copy_(middle[0])
+
+    def leave_backward(
+        self, dy_BtC: Tensor, middle: Sequence[Tensor], mixed: Tensor | None, weights: Sequence[Tensor], sums: GradientSums
+    ) -> tuple[Tensor, Tensor]:
+        """See `TokenWise.leave_backward`."""
+        d_BtC = dy_BtC.to(self.dtype, copy=True)
+        if not self.is_attention:
+            return dy_BtC, d_BtC
+        assert mixed is not None
+        sums.add_product(1, d_BtC, tokens_first(mixed))
+        return dy_BtC, torch.matmul(d_BtC, weights[1]).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+
+
+def token_wise_of(block: Block, dtype: torch.dtype) -> TokenWise:
+    """The token-wise parts of ``block``."""
+    return (TokenWise if isinstance(block.ffn, SwiGLU) else MixerOnly)(block, dtype)
+
+
 def tokens_first(out_BHtD: Tensor) -> Tensor:
     """[B, H, t, D] -> [B, t, H * D]"""
     return out_BHtD.transpose(1, 2).flatten(2)
@@ -224,7 +264,7 @@ def check_known(block: Block) -> None:
     """Raise TypeError unless every part of ``block`` is one whose arithmetic is written here."""
     known = {"norm1": RMSNorm, "norm2": RMSNorm, "ffn": SwiGLU}
     for name, kind in known.items():
-        if type(getattr(block, name)) is not kind:
+        if type(getattr(block, name)) is not kind and type(getattr(block, name)) is not ProductKeyMemory:
             raise TypeError(f"a memory policy knows {kind.__name__} as a block's {name}, not {type(getattr(block, name)).__name__}")
     if type(block.mixer) is not Attention and not isinstance(block.mixer, MemoryModule):
         raise TypeError(f"a memory policy knows Attention and memory modules as a block's mixer, not {type(block.mixer).__name__}")

@@ -122,10 +122,11 @@ class StepRecorder(TorchDispatchMode):
         def leave(module: nn.Module, _args: Any, out: Any) -> None:
             if self._modules and self._modules[-1] == path:
                 self._modules.pop()
-            if isinstance(module, MemoryModule):
+            if isinstance(module, MemoryModule) and out is not None:
                 self.tag(tree_iter(out[1]), "state")
 
-        module.register_forward_hook(leave)
+        # Always: what runs again in the backward pass is broken off where nothing more of it is wanted, and has no result then.
+        module.register_forward_hook(leave, always_call=True)
 
     # --- what is there already ------------------------------------------------------------------------------------------------
 

@@ -205,6 +205,8 @@ class RunConfig(Section):
                 "memory.offload_optimizer host updates bucket after bucket once all gradients are there, optim.fuse_backward frees them in "
                 "the backward pass: set offload_optimizer none or fuse_backward false"
             )
+        if "product_keys" in self.model.feedforward_kinds:
+            self._check_product_keys()
         movable = (self.optim.is_torch_adamw or self.optim.preset == "auto") and not self.optim.is_fused
         if self.memory.offload_parameters == "host" and not movable:
             raise ValueError(
@@ -241,6 +243,29 @@ class RunConfig(Section):
                 )
             if wanted == "rollback" and not self.checkpoint.save_every_steps:
                 raise ValueError(f"guards.{key} rollback goes back to a checkpoint: set checkpoint.save_every_steps")
+
+    def _check_product_keys(self) -> None:
+        """Refuse what memory layers with product keys cannot do."""
+        memory, optim = self.memory, self.optim
+        if memory.quantise == "feed_forward" and memory.recompute != "auto":
+            raise ValueError(
+                "memory.quantise feed_forward keeps dense feed-forwards in eight bits, not memory layers with product keys: "
+                "set quantise none, or recompute auto, which leaves those out"
+            )
+        if memory.offload == "kept" and memory.recompute == "none" and not memory.ffn_tile_tokens:
+            raise ValueError(
+                "memory.offload kept would swap the inside of memory layers with product keys, which are kept or recomputed: "
+                "set recompute block or auto, or offload inputs"
+            )
+        if optim.is_torch_adamw and optim.preset != "auto":
+            raise ValueError(
+                "optim.preset adamw is torch's and updates every row of the value table, of which a step touches few; "
+                "set optim.preset adamw_8bit, or another with optim.rest of your choice"
+            )
+        if optim.kept_weights != "fp32":
+            raise ValueError(
+                f"optim.weights {optim.kept_weights} does not know rows that are updated alone, as those of value tables are: set it fp32"
+            )
 
     def _check_scheme(self) -> None:
         """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""
