@@ -100,6 +100,7 @@ class TokenWise:
     def leave_weights(self) -> list[Tensor]:
         """Norm, gate, up, down; for attention also the output projection."""
         mixer, ffn = self.block.mixer, self.block.ffn
+        assert isinstance(ffn, SwiGLU)
         out = [mixer.wo.weight] if isinstance(mixer, Attention) else []
         return [self.block.norm2.weight, ffn.w_gate.weight, ffn.w_up.weight, ffn.w_down.weight, *out]
 
@@ -220,8 +221,8 @@ class TokenWise:
 
 
 class MixerOnly(TokenWise):
-    """Of a block whose feed-forward is not token-wise (``models/product_keys.py``): ``leave`` ends with the stream after the mixer, which the
-    feed-forward then reads as a module. ``middle`` is that stream, and ``leave_backward`` needs none of it."""
+    """Of a block whose feed-forward is not token-wise (``models/product_keys.py``): ``leave`` ends with the stream after the mixer, which
+    the feed-forward then reads as a module. ``middle`` is that stream, and ``leave_backward`` needs none of it."""
 
     ends_with_mixer = True
 

@@ -125,7 +125,7 @@ class StepRecorder(TorchDispatchMode):
             if isinstance(module, MemoryModule) and out is not None:
                 self.tag(tree_iter(out[1]), "state")
 
-        # Always: what runs again in the backward pass is broken off where nothing more of it is wanted, and has no result then.
+        # Always: what runs again in the backward pass is broken off where no more of it is wanted, without a result.
         module.register_forward_hook(leave, always_call=True)
 
     # --- what is there already ------------------------------------------------------------------------------------------------
@@ -384,13 +384,10 @@ def _key(x: Tensor) -> int:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors in arguments or results, lists and tuples opened, and what a sparse one is made of; much faster than the general tree walk."""
+    """Tensors in arguments or results, lists and tuples opened, sparse ones as their parts; much faster than the general tree walk."""
     for value in values:
         if isinstance(value, Tensor):
-            if value.layout is torch.sparse_coo:
-                yield from (value._indices(), value._values())
-            else:
-                yield value
+            yield from (value._indices(), value._values()) if value.layout is torch.sparse_coo else (value,)
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
 

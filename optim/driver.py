@@ -22,10 +22,10 @@ from optim.codecs import Codec, codec_for
 from optim.elementwise import Rule, Storage
 from optim.exchange import run_together, with_weight
 from optim.methods import Method, Projecting, StateSpec, Steps
-from optim.pieces import piece_elements
+from optim.pieces import piece_elements, row_chunks
 from optim.placement import Placed
 from optim.row_sparse import RowSparse, update_touched
-from optim.stacking import Workspace, deal_rows, rows_together, stacks
+from optim.stacking import Workspace, as_rows, deal_rows, rows_together, stacks
 from optim.writers import EXACT, Chance, Weights, Writer, move_, writer_for
 
 if TYPE_CHECKING:
@@ -80,16 +80,11 @@ class Lane:
         if self.dtype == torch.float32:
             for name, spec in self.specs.items():
                 storage = "int4_affine" if spec.codec == "basis" else self.storage
-                codec = codec_for(storage, self._whole(spec.shape), spec.codec != "variance") if spec.codec != "exact" else None
+                codec = codec_for(storage, self.placed.whole(spec.shape), spec.codec != "variance") if spec.codec != "exact" else None
                 if codec is not None and codec.name != "fp32":
                     self.codecs[name] = codec
         self.parts = {name: {part: f"{name}.{part}" for part in codec.parts(self.specs[name].shape)} for name, codec in self.codecs.items()}
         self.kept = self._kept()
-
-    def _whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a state over all columns of a table that ranks share by columns: what a codec is chosen by."""
-        columns = self.placed.columns
-        return shape if columns is None or len(shape) < 2 else (*shape[:-1], columns.total)
 
     def lie_as(self, placed: Placed) -> None:
         """Plan for another rank: its part, and states of that."""
@@ -163,11 +158,6 @@ class Lane:
         """Of this rank's states, the step counter included."""
         sizes = [_count(self.placed.local_shape(spec)) * spec.dtype.itemsize for spec in self.stored().values()]
         return sum(sizes) + torch.float32.itemsize
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """A number as a row of one."""
-    return tensor if tensor.ndim else tensor.view(1)
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -321,7 +311,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         """Of one lane, some rows at a time."""
         gradient = as_rows(local_part(cast(Tensor, lane.parameter.grad)))
         stored = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}
-        for rows in _chunks(gradient.shape[0], max(1, work.elements // max(1, gradient[:1].numel()))):
+        for rows in row_chunks(gradient.shape[0], gradient[:1].numel(), work.elements):
             # The rule may overwrite its gradient; the parameter's own stays as it is.
             part = work.take("gradient", gradient[rows].shape, gradient, lane.dtype).copy_(gradient[rows])
             kept = {name: tensor[rows] for name, tensor in stored.items()}
@@ -378,11 +368,6 @@ def _together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None,
             size += largest
         if some:
             yield group, some
-
-
-def _chunks(rows: int, size: int) -> Iterator[slice]:
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
 
 
 def _updated(lane: Lane, stored: dict[str, Tensor], gradient: Tensor, step: int, work: Workspace) -> Tensor:

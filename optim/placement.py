@@ -51,6 +51,10 @@ class Placed:
         rows = Rows.chunk(total, mesh.get_local_rank(axes[0]), mesh.size(axes[0]))
         return Placed(shape, rows, mesh.get_group(axes[0]), mesh, placements)
 
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a state over all columns: what its codec is chosen by, so that every mesh chooses alike."""
+        return shape if self.columns is None or len(shape) < 2 else (*shape[:-1], self.columns.total)
+
     def zeros(self, spec: StateSpec, device: torch.device) -> Tensor:
         """A state as ``spec`` says: plain where the parameter is whole, else a DTensor of its global shape."""
         shape = torch.Size(spec.shape)

@@ -15,6 +15,11 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """A number as a row of one."""
+    return tensor if tensor.ndim else tensor.view(1)
+
+
 def stacks(items: Sequence[Item], alike: Callable[[Item], Hashable], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
     """``items`` that are ``alike``, in their order, in lists whose sizes come to ``most`` or that have one member."""
     open_lists: dict[Hashable, tuple[list[Item], int]] = {}

@@ -84,9 +84,10 @@ def test_two_ranks_that_share_the_table() -> None:
 def test_formulas_know_tables(cp: int) -> None:
     cfg = config_of({}, cp=cp)
     trace = trace_request({**request(cfg), "world_size": cp})
+    states = sum(b.size for b in trace.of("device") if b.kind == "optimizer" and not b.lower)
     plan = estimate(
         cfg.model, cfg.parallel, cfg.memory, cfg.optim, seq_len=1024, micro_batch_size=1, grad_accum=2, precision="fp32",
-        vocab_size=VOCAB, layout=cfg.layout, optimizer_bytes=sum(b.size for b in trace.of("device") if b.kind == "optimizer" and not b.lower),
+        vocab_size=VOCAB, layout=cfg.layout, optimizer_bytes=states,
     )  # fmt: skip
     overheads = sum(term.bytes for term in plan.terms if term.kind in ("overhead", "outside"))
     assert plan.peak_bytes - overheads == pytest.approx(trace.peak()[0], rel=0.15)
