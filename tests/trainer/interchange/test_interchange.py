@@ -82,9 +82,7 @@ def test_training_goes_on_as_it_does_in_transformers(name, tmp_path):
     engine = build_engine(
         config, config.model.vocab_size, None, torch.device("cpu"), fill=lambda model: fill_from(str(tmp_path / "in"), model, checkpoints)
     )
-    optimizer = torch.optim.AdamW(
-        theirs.parameters(), lr=1e-2, betas=config.optim.betas, eps=1e-6, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=config.optim.betas, eps=1e-6, weight_decay=0.0)
     ids = tokens()
     for _ in range(3):
         loss = theirs(ids, labels=ids).loss
