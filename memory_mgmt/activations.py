@@ -96,8 +96,8 @@ class Shapes:
         return self.stream + self.statistic
 
     def attention_kept(self, kind: LayerKind) -> int:
-        """Input; q and k after rope, v, out; log-sum-exp; keys and values of the window before each range of a split sequence; where q and k
-        are normalised, they before it and a statistic per head. The rope table is shared by all layers (``rope_table``)."""
+        """Input; q and k after rope, v, out; log-sum-exp; keys and values of the window before each range of a split sequence; where q
+        and k are normalised, those before it and a statistic per head. The rope table is shared by all layers (``rope_table``)."""
         c = self.config
         values = c.d_model + 2 * (c.n_heads + c.kv_heads) * c.attention_head_dim
         halo = self._halo_keys(self.e) if kind == "swa" else 0

@@ -2,8 +2,9 @@
 
 ``enter``: norm and, for attention, projections and rotation. ``leave``: output projection, residual, norm, feed-forward, residual.
 Neither saves anything: the caller decides what to keep, and gives it back. The backward of ``enter`` needs the block's input only
-(the norm again, no product again but those of queries and keys that are normalised); that of ``leave`` the stream after the mixer, gate and up. Every step is the one that autograd
-would take on the modules, so that on a single range results are the same bits; sums over ranges are float32 (float64).
+(the norm again, no product again but those of queries and keys that are normalised); that of ``leave`` the stream after the mixer, gate
+and up. Every step is the one that autograd would take on the modules, so that on a single range results are the same bits; sums over
+ranges are float32 (float64).
 
 Legend: B row, t tokens of the range, C channel, H heads (query or key/value), D head size, F feed-forward width, O and I of a weight.
 """

@@ -44,7 +44,7 @@ def frequencies(config: RopeConfig, head_dim: int) -> list[float]:
 
 
 def attention_temperature(config: RopeConfig) -> float:
-    """Factor on the rotated q and k: YaRN's ``0.1 ln(factor) + 1`` (its equation 22; scores grow by the square) or the one given, else 1."""
+    """Factor on the rotated q and k: YaRN's ``0.1 ln(factor) + 1`` (equation 22; scores grow by the square) or the one given, else 1."""
     if config.scaling != "yarn":
         return 1.0
     return 0.1 * math.log(config.factor) + 1.0 if config.attention_factor is None else config.attention_factor

@@ -293,7 +293,7 @@ def _build_trainer(
 def _beginning(
     config: RunConfig, run_dir: RunDir, checkpoints: CheckpointManager
 ) -> tuple[Callable[[Transformer], object] | None, list[str]]:
-    """What gives a run without checkpoints of its own its first weights, and notes that it fills in; None: chance, or a checkpoint later."""
+    """What gives a run without checkpoints of its own its first weights, and notes that it fills in; None: chance, or a checkpoint."""
     init_from = config.train.init_from
     if init_from is None or checkpoints.ranks.first_does("list checkpoints", run_dir.checkpoint_steps):
         return None, []

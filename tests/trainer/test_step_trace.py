@@ -132,6 +132,11 @@ CASES = {
         ),
         None,
     ),
+    "biases and normed heads": (config(model={"layers": ["full", "swa"], "qkv_bias": True, "qk_norm": True}), None),
+    "the same but the mixer recomputed": (
+        config(model={"layers": ["swa", "full"], "qkv_bias": True, "qk_norm": True}, memory={"recompute": "mixer", "ffn_tile_tokens": 256}),
+        None,
+    ),
     "double precision": (config(train={"precision": "fp64"}), None),
     "two sequences, three passes": (config(train={"micro_batch_size": 2, "grad_accum": 2}), None),
     "tied embeddings": (config(model={"tie_embeddings": True, "layers": ["full"]}), None),

@@ -64,7 +64,9 @@ def check_init_from(config: RunConfig) -> None:
 def refuse_imported(run_dir: RunDir) -> None:
     """What ``longstride import`` made is no run that could go on."""
     if run_dir.imported.exists():
-        raise UserError(f"{run_dir.path} is an imported model, not a run; begin one from it: longstride train {run_dir.config} run.name=NAME")
+        raise UserError(
+            f"{run_dir.path} is an imported model, not a run; begin one from it: longstride train {run_dir.config} run.name=NAME"
+        )
 
 
 def settle(config: RunConfig, device: str | None, ranks: int | None) -> RunConfig:

@@ -25,7 +25,17 @@ from parallel.distributed import (
 from parallel.launcher import join_launcher, launch_local
 from trainer import config_file, out_of_memory, resume_rules, trace_workers
 from trainer.commands.guard import guarded
-from trainer.commands.open_run import check_init_from, checked_plan, kept_plan, open_run, refuse_existing, refuse_imported, reload, settle, with_values
+from trainer.commands.open_run import (
+    check_init_from,
+    checked_plan,
+    kept_plan,
+    open_run,
+    refuse_existing,
+    refuse_imported,
+    reload,
+    settle,
+    with_values,
+)
 from trainer.commands.places import HOME, find_run
 from trainer.commands.terminal import progress, tell
 from trainer.config import RunConfig

@@ -117,7 +117,7 @@ class ArrowSource:
                     return
                 for batch in _reading(path, batches):
                     if row + batch.num_rows > position:
-                        yield from _rows(batch.column(self.text_field), self.text_field, str(path), row, 0, position)
+                        yield from _rows(_checked(path, batch.column(self.text_field)), self.text_field, str(path), row, 0, position)
                     row += batch.num_rows
                 if row == 0:
                     yield 0, BadDocument("empty", str(path), "the file has no rows")
@@ -267,6 +267,19 @@ def _reading(path: Path, batches: Iterator[Any]) -> Iterator[Any]:
         yield from batches
     except (pa.ArrowException, OSError) as error:
         raise _Unreadable(path, error) from error
+
+
+def _checked(path: Path, column: Any) -> Any:
+    """``column``, of which no cell reaches outside of the file: Arrow takes offsets as they stand there, and ends the process."""
+    import pyarrow as pa
+
+    try:
+        # As bytes: text that is not UTF-8 is a bad document, not a bad file.
+        kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+        (column.view(kinds[column.type]) if column.type in kinds else column).validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise _Unreadable(path, error) from error
+    return column
 
 
 def _rows(column: Any, field: str, path: str, row: int, first: int, position: int) -> Iterator[tuple[int, Item]]:

@@ -16,6 +16,7 @@ from trainer.checkpoint import CheckpointManager
 from trainer.config import RunConfig
 from trainer.data.build import build_data
 from trainer.engine import LossSums, evaluate
+from trainer.initial_weights import fill_from
 from trainer.run_dir import RunDir
 
 
@@ -47,12 +48,18 @@ def perplexity(run_dir: RunDir, step: int | None = None, data_path: str | None =
     source = checkpoints.latest_good() if step is None else _named(run_dir, step)
     if source is None:
         raise UserError(f"{run_dir.checkpoints} holds no checkpoint; train until one is saved (checkpoint.save_every_steps)")
-    loaded = checkpoints.load(source, {"model": {name: stored(parameter) for name, parameter in model.named_parameters()}})
+    if run_dir.imported.exists():  # in the dtype that it came in
+        path = source if isinstance(source, Path) else source.path
+        fill_from(str(path), model, checkpoints)
+        found_step = int(path.name.removeprefix("step_"))
+    else:
+        state = {"model": {name: stored(parameter) for name, parameter in model.named_parameters()}}
+        found_step = checkpoints.load(source, state).step
     count = config.train.eval_sequences if sequences is None else sequences
     batches = list(data.valid(count))
     if not batches:
         raise UserError(f"{run_dir.config}: the run has no held-out data; give --data PATH, or set data.valid_path or data.valid_fraction")
-    return Perplexity(loaded.step, evaluate(model, batches, device, config.train.precision), data.valid_bytes_per_label)
+    return Perplexity(found_step, evaluate(model, batches, device, config.train.precision), data.valid_bytes_per_label)
 
 
 def _alone(config: RunConfig, data_path: str | None) -> RunConfig:

@@ -57,11 +57,20 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def model_config(hf: Mapping[str, Any], file: Path) -> ModelConfig:
-    """The model that ``config.json`` (``file``, for messages) describes. Raises UserError naming the key that this product cannot follow."""
+    """The model that ``config.json`` (``file``, for messages) describes. Raises UserError naming a key that this product cannot follow."""
+    try:
+        return _model_config(hf, file)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{file}: a value is not of the kind that transformers writes there: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _model_config(hf: Mapping[str, Any], file: Path) -> ModelConfig:
     family = hf.get("model_type")
     if family == OWN:
         return _validated(dict(hf.get("longstride") or {}) | {"vocab_size": hf.get("vocab_size")}, file)
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{file}: model_type {family!r} cannot be imported; these can: {', '.join(FAMILIES)}")
     _refuse(hf, file)
     read = _Reader(hf, file)
@@ -93,7 +102,9 @@ def _validated(values: dict[str, Any], file: Path) -> ModelConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: as model.{place}: {first['msg'].removeprefix('Value error, ')}".replace("model.:", "the model:")) from None
+        raise UserError(
+            f"{file}: as model.{place}: {first['msg'].removeprefix('Value error, ')}".replace("model.:", "the model:")
+        ) from None
 
 
 def _refuse(hf: Mapping[str, Any], file: Path) -> None:
@@ -207,7 +218,10 @@ def hf_config(config: ModelConfig, vocab_size: int, dtype: str, max_positions: i
     }
     if family == OWN:
         own = config.model_dump(mode="json", exclude={"vocab_size"})
-        auto_map = {"AutoConfig": "configuration_longstride.LongstrideConfig", "AutoModelForCausalLM": "modeling_longstride.LongstrideForCausalLM"}
+        auto_map = {
+            "AutoConfig": "configuration_longstride.LongstrideConfig",
+            "AutoModelForCausalLM": "modeling_longstride.LongstrideForCausalLM",
+        }
         return {"architectures": ["LongstrideForCausalLM"], "auto_map": auto_map, **common, "longstride": own}
     values = {
         "architectures": [FAMILIES[family]],

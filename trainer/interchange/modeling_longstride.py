@@ -52,8 +52,8 @@ class LongstrideForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput | tuple[Tensor, ...]:
-        """logits [B, T, V]. ``attention_mask`` [B, T] may hide the beginning and the end of a row (padding); ``labels`` are shifted here, as
-        in every model of transformers, and -100 does not count. Raises ValueError for inputs that this model does not take."""
+        """logits [B, T, V]. ``attention_mask`` [B, T] may hide the beginning and the end of a row (padding); ``labels`` are shifted here,
+        as in every model of transformers, and -100 does not count. Raises ValueError for inputs that this model does not take."""
         foreign = [name for name in ("inputs_embeds", "past_key_values", "position_ids") if kwargs.get(name) is not None]
         if foreign:
             raise ValueError(f"{foreign[0]} is not supported by longstride models")

@@ -74,7 +74,7 @@ class Weights:
 
 
 def open_weights(folder: Path | str) -> Weights:
-    """The weights of a model directory. Raises UserError naming the file: pickles only, none at all, damaged, or names out of the folder."""
+    """The weights of a model directory. Raises UserError naming the file: pickles only, none, damaged, or out of the folder."""
     path = Path(folder)
     if (path / INDEX).is_file():
         return Weights(_indexed(path))
@@ -129,14 +129,16 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def _entry(file: Path, name: str, value: Any, data: int) -> Entry:
+    bad = UserError(f"{file}: its header says nothing sensible about {name[:80]!r}; the file is damaged")
     try:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = [*shape, begin, end]
-        good = isinstance(dtype, str) and all(type(n) is int and 0 <= n < 1 << 48 for n in numbers) and begin <= end
     except (TypeError, KeyError, ValueError):
-        good = False
-    if not good or (dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize):
-        raise UserError(f"{file}: its header says nothing sensible about {name[:80]!r}; the file is damaged")
+        raise bad from None
+    if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers) or begin > end:
+        raise bad
+    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise bad
     return Entry(file, dtype, tuple(shape), data + begin, end - begin)
 
 
@@ -201,7 +203,7 @@ def _write_file(file: Path, tensors: Sequence[Planned], read: Callable[[Planned]
             values = read(tensor)
             if values.dtype != tensor.dtype or tuple(values.shape) != tensor.shape:
                 raise ValueError(f"{tensor.name}: {values.dtype} {tuple(values.shape)} given, {tensor.dtype} {tensor.shape} planned")
-            stream.write(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+            stream.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -311,3 +312,17 @@ def test_running_standard_library_is_long_text() -> None:
     assert sizes["modules"] > 2**20 + 1, "one document of a million tokens"
     assert {"email", "asyncio", "json"} <= sizes.keys()
     assert "site-packages" not in sizes
+
+
+@pytest.mark.parametrize("offsets", [(0, 3, -100), (0, 1 << 30, 6), (5, 3, 6), (0, 3, 7000)])
+def test_arrow_cells_that_reach_outside_of_the_file_are_a_damaged_file(tmp_path, offsets):
+    """Arrow itself would end the process."""
+    table, sink = pa.table({"text": ["one", "two"]}), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    raw, there = sink.getvalue().to_pybytes(), struct.pack("<3i", 0, 3, 6)
+    assert raw.count(there) == 1
+    (tmp_path / "data.arrow").write_bytes(raw.replace(there, struct.pack("<3i", *offsets)))
+    source = open_source("arrow", str(tmp_path / "data.arrow"))
+    items = [item for unit in source.units() for _, item in source.read(unit)]
+    assert [item.reason for item in items] == ["unreadable"] and "damaged" in items[0].detail

@@ -27,7 +27,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_hidden_layers": 1, "head_dim": 16, "rope_parameters": {**YARN, "beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.2}},
     ),
     "mistral": ("Mistral", {"num_hidden_layers": 2, "sliding_window": 11, "head_dim": 12}),
-    "mistral_full": ("Mistral", {"num_hidden_layers": 2, "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "mistral_full": (
+        "Mistral",
+        {"num_hidden_layers": 2, "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
     "qwen2": ("Qwen2", {"num_hidden_layers": 2}),
     "qwen2_windows": (
         "Qwen2",
@@ -41,12 +44,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The model in evaluation mode; every parameter is random, biases and norms too."""
+def make(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """The model in evaluation mode; every parameter is random, biases and norms too. ``changes``: of its settings."""
     import transformers
 
     family, settings = FAMILIES[name]
-    config = getattr(transformers, f"{family}Config")(**{**SHAPES, **settings})
+    config = getattr(transformers, f"{family}Config")(**{**SHAPES, **settings, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
