@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.config import FeedForwardKind, LayerKind, ModelConfig
-from models.memory.titans_shapes import TitansShapes
+from models.memory.counts import memory_counts
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,13 @@ def table_parameters(config: ModelConfig) -> int:
 
 
 def memory_matmul_parameters(config: ModelConfig) -> int:
-    """Parameters of one memory layer that are linear projections of every token: of a Gated DeltaNet q, k, v, write strength, decay,
-    gate, out."""
-    if config.memory.kind == "titans":
-        return TitansShapes.of(config).matmul_parameters()
-    heads, key_dim, value_dim = config.memory_heads, config.memory_key_dim, config.memory_value_dim
-    return config.d_model * heads * (2 * key_dim + 2 * value_dim + 2) + heads * value_dim * config.d_model
+    """Parameters of one memory layer that are linear projections of every token."""
+    return memory_counts(config).matmul
 
 
 def memory_other_parameters(config: ModelConfig) -> int:
-    """Parameters of one memory layer outside projections: of a Gated DeltaNet convolutions, decay scale and bias per head, output norm."""
-    if config.memory.kind == "titans":
-        return TitansShapes.of(config).other_parameters()
-    heads, key_dim, value_dim = config.memory_heads, config.memory_key_dim, config.memory_value_dim
-    taps = config.memory.conv_kernel if config.memory.conv_kernel > 1 else 0
-    return taps * heads * (2 * key_dim + value_dim) + 2 * heads + value_dim
+    """Parameters of one memory layer outside projections: convolutions, gates' scales and biases, norms."""
+    return memory_counts(config).other
 
 
 def block_parameters(config: ModelConfig, kind: LayerKind, feed_forward: FeedForwardKind = "dense") -> int:
@@ -130,11 +122,7 @@ def mean_window_keys(seq_len: int, window: int) -> float:
 def mixing_flops_per_token(config: ModelConfig, kind: LayerKind, seq_len: int) -> float:
     """Forward and backward FLOPs per token of one layer's token mixing, projections not included. See ``model_flops_per_token``."""
     if kind == "memory":
-        heads, key_dim, value_dim = config.memory_heads, config.memory_key_dim, config.memory_value_dim
-        taps = config.memory.conv_kernel if config.memory.conv_kernel > 1 else 0
-        if config.memory.kind == "titans":
-            return 3.0 * TitansShapes.of(config).scan_flops() + 6.0 * taps * heads * (2 * key_dim + value_dim)
-        return 18.0 * heads * key_dim * value_dim + 6.0 * taps * heads * (2 * key_dim + value_dim)
+        return memory_counts(config).mixing
     width = config.n_heads * config.attention_head_dim
     return 6.0 * seq_len * width if kind == "full" else 12.0 * width * mean_window_keys(seq_len, config.window)
 
@@ -148,8 +136,7 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
       product keys       6 E V                       (E = heads x top_k rows of V values read and summed, x 3)
       Gated DeltaNet    18 H K V + 6 c H (2K + V)    (per head and token: k S, the rank-1 write and q S, 2 K V each, x 3;
                                                       causal convolution of c taps on q, k and v)
-      Titans             6 H ((2 + Z) F + U V) + 6 c H (2K + V)    (F fast weights of a head, U its hidden width, Z 2 with momentum
-                                                      else 1: read, prediction, the error taken back, the outer products; x 3)
+      other memories    ``models/memory/counts.py``
     P: parameters of matrix products (output projection included even when tied, embedding lookup excluded), S: seq_len,
     Hq, D: query heads and their size, W: window, H, K, V: memory heads, key and value size, c: conv_kernel.
     Not counted: recomputation, norms, activations, softmax, the optimizer, the extra products of chunked forms, and the

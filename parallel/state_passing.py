@@ -48,9 +48,7 @@ class RingCarry:
             *incoming, final = _AffineExchange.apply(self.group, order, torch.stack(list(transitions)), torch.stack(list(updates)), initial)
         return incoming, final
 
-    def diagonal(
-        self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
-    ) -> tuple[list[Tensor], Tensor]:
+    def diagonal(self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
         """See `Carry.diagonal`. ``initial`` as for `affine`."""
         order = self._places(bounds)
         with torch.autocast(initial.device.type, enabled=False):

@@ -128,6 +128,9 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
         if target.config.parallel.cp > 1 and target.config.parallel.sequence != "ring":
             scheme = target.config.parallel.sequence
             raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
+        kind = target.config.model.memory.kind
+        if kind != "gated_deltanet" and "memory" in target.config.model.layer_kinds:
+            raise UserError(f"model.memory.kind: {kind} needs a traced step (formulas know gated_deltanet); leave memory.plan at trace")
         if target.config.optim.is_fused:
             raise UserError("optim.fuse_backward: an update in the backward pass needs a traced step; leave memory.plan at trace")
         if target.config.optim.bfloat16_weights:

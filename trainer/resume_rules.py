@@ -26,6 +26,7 @@ LAWFUL_KEYS = (
     "data.tokenize_workers",
     "data.prefetch_batches",
     "model.memory.chunk_size",
+    "model.memory.gsa.chunk_size",
 )
 
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from memory_mgmt.planner import solve
 from memory_mgmt.problem import baseline_policy, problem_of_trace
+from models.config import MemoryModuleConfig
 from models.errors import UserError
 from optim.config import Preset
 from trainer.choosing_offload import places
@@ -222,7 +223,11 @@ def _may_fit(target: Target) -> bool:
     # Other presets ask a process of their own, an update in the backward pass is traced or not known, and formulas know the ring.
     optim = target.config.optim.model_copy(update={"preset": "adamw", "fuse_backward": False})
     ring = target.config.parallel.model_copy(update={"sequence": "ring", "ulysses": None, "head_chunk": None})
-    return plan_target(target.with_config(target.config.model_copy(update={"memory": leanest, "optim": optim, "parallel": ring}))).fits
+    model = target.config.model
+    if model.memory.kind != "gated_deltanet":  # the one architecture of memory that they know
+        model = model.model_copy(update={"memory": MemoryModuleConfig()})
+    known = {"model": model, "memory": leanest, "optim": optim, "parallel": ring}
+    return plan_target(target.with_config(target.config.model_copy(update=known))).fits
 
 
 def _first_request(target: Target) -> TraceRequest:

@@ -1,6 +1,6 @@
 """RMSNorm of an activation, in one autograd function that keeps its inputs and one statistic per token.
 
-Legend: B row, T token, C channel.
+Legend: B row, T token, C channel; groups of channels may stand in a dim of their own before C.
 """
 
 from __future__ import annotations
@@ -43,6 +43,6 @@ def _active(o_BTC: Tensor, gate_BTC: Tensor | None) -> Tensor:
 
 
 def active_norm(o_BTC: Tensor, gate_BTC: Tensor | None, weight_C: Tensor, eps: float) -> Tensor:
-    """RMSNorm over all channels of o * silu(gate), or of silu(o) without a gate; in the dtype of ``o``, which is ``weight``'s."""
+    """RMSNorm over the last dim of o * silu(gate), or of silu(o) without a gate; in the dtype of ``o``, which is ``weight``'s."""
     with torch.autocast(o_BTC.device.type, enabled=False):
         return _ActiveNorm.apply(o_BTC, gate_BTC, weight_C, eps)  # type: ignore[return-value]

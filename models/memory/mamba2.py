@@ -2,10 +2,10 @@
 
     x, B, C = silu(conv4(W u))      dt = softplus(W_dt u + dt_bias)      log a = -exp(A_log) dt
     S_t = a_t S_{t-1} + dt_t B_t x_t^T       o_t = S_t^T C_t + D x_t
-    y = W_o RMSNorm(o * silu(W_z u))
+    y = W_o RMSNorm(o * silu(W_z u)), one norm per group of heads
 
 Left unspecified by the paper and chosen here as in its reference code: A ~ U(1, 16), dt log-uniform in [1e-3, 0.1], the norm after the
-gate and over the whole inner width, D one number per head. The convolutions have no bias.
+gate and over each group's width, D one number per head. The convolutions have no bias.
 
 Layer-local and affine with one number per head as transition: see `models.memory.recurrent.DiagonalMixer`.
 
@@ -139,8 +139,10 @@ class Mamba2(DiagonalMixer):
         o_NGcV, after = decayed_sum(*streams, state_GKW, segment)
         assert o_NGcV is not None
         o_NGcV = torch.addcmul(o_NGcV, streams[2], weights.D.repeat(B).view(-1, 1, 1))
-        o_BTC = from_chunks(o_NGcV, B, T).flatten(2)
-        normed = active_norm(o_BTC, linear(x_BTC, weights.w_gate), weights.norm, self.norm_eps)
+        by_groups = (self.n_groups, -1)
+        o_BTgC = from_chunks(o_NGcV, B, T).flatten(2).unflatten(-1, by_groups)
+        gate_BTgC = linear(x_BTC, weights.w_gate).unflatten(-1, by_groups)
+        normed = active_norm(o_BTgC, gate_BTgC, weights.norm.unflatten(0, by_groups), self.norm_eps).flatten(2)
         return linear(normed.to(x_BTC.dtype), weights.w_out), after
 
     # --- twin and arithmetic ------------------------------------------------------------------------------------------------------
@@ -161,18 +163,16 @@ class Mamba2(DiagonalMixer):
             for b in range(B):
                 window[b, : max(0, begins[b] - (t - n))] = 0
             projections = (self.w_x, self.w_B, self.w_C)
-            x, k, q = (
-                F.silu((linear(window) * conv.t()).sum(1)) for linear, conv in zip(projections, self._convolutions(), strict=True)
-            )
+            x, k, q = (F.silu((linear(window) * conv.t()).sum(1)) for linear, conv in zip(projections, self._convolutions(), strict=True))
             x = x.view(B, H, V)
             k, q = (z.view(B, self.n_groups, -1).repeat_interleave(H // self.n_groups, 1) for z in (k, q))
             dt = F.softplus(self.w_dt(x_BTC[:, t]) + self.dt_bias)
             a = torch.exp(-self.A_log.exp() * dt)
             S = a[..., None, None] * S + dt[..., None, None] * k.unsqueeze(-1) * x.unsqueeze(-2)
             o = torch.einsum("bhkv,bhk->bhv", S, q) + self.D.unsqueeze(-1) * x
-            gated = o.flatten(1) * F.silu(self.w_gate(x_BTC[:, t]))
-            gated = gated * (gated.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt() * self.norm_weight
-            outputs.append(self.w_out(gated))
+            gated = (o.flatten(1) * F.silu(self.w_gate(x_BTC[:, t]))).view(B, self.n_groups, -1)
+            gated = gated * (gated.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt()
+            outputs.append(self.w_out(gated.flatten(1) * self.norm_weight))
         return torch.stack(outputs, 1), {"state": S, "conv": inputs[:, inputs.shape[1] - n :]}
 
     def cost(self, batch_size: int, tokens: int, itemsize: int) -> MemoryCost:

@@ -92,9 +92,7 @@ class Carry(Protocol):
         """
         ...
 
-    def diagonal(
-        self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
-    ) -> tuple[list[Tensor], Tensor]:
+    def diagonal(self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
         """Compose ``S_out = a S_in + E`` over all ranges of the sequence, elementwise.
 
         As `affine`, with decays a_BH?? per local range that broadcast to E (one number per head, one per row of the state ...).
@@ -177,9 +175,7 @@ class LocalCarry:
         """See `Carry.affine`."""
         return _folded([lambda state, m=m: m @ state for m in transitions], updates, initial, bounds)
 
-    def diagonal(
-        self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
-    ) -> tuple[list[Tensor], Tensor]:
+    def diagonal(self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
         """See `Carry.diagonal`."""
         return _folded([lambda state, a=a: a * state for a in decays], updates, initial, bounds)
 

@@ -152,9 +152,7 @@ class DiagonalMixer(RecurrentMixer):
         """(decay of the whole tile [G, K or 1, 1], state after it), without reading."""
         raise NotImplementedError
 
-    def mix(
-        self, bounds: Bounds, span: Range, weights: Any, x_BTC: Tensor, state_GKW: Tensor, streams: Streams
-    ) -> tuple[Tensor, Tensor]:
+    def mix(self, bounds: Bounds, span: Range, weights: Any, x_BTC: Tensor, state_GKW: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
         """(y_BTC, state after the tile) of a tile's streams, from the state before it."""
         raise NotImplementedError
 
@@ -172,9 +170,7 @@ class DiagonalMixer(RecurrentMixer):
         for i, piece in enumerate(pieces):
             decay, state_GKW, before, of_tiles = None, nothing_GKW, halos[i], []
             for span, x in self.tiles(piece, bounds.ranges[i]):
-                one, state_GKW, *streams = self.run(
-                    bounds, span, partial(self._summed_up, bounds, span), weights, x, before, state_GKW
-                )
+                one, state_GKW, *streams = self.run(bounds, span, partial(self._summed_up, bounds, span), weights, x, before, state_GKW)
                 decay = one if decay is None else decay * one
                 of_tiles.append(streams)
                 before = last_tokens(before, x, self.halo)

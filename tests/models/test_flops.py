@@ -24,6 +24,14 @@ CONFIGS = {
         d_model=64, n_heads=4, layers=("memory", "swa"), memory=MemoryModuleConfig(kind="titans", n_heads=2, expand_v=1.5)
     ),
     "lact": ModelConfig(d_model=64, layers=("memory",), memory=MemoryModuleConfig(kind="titans", titans=TitansConfig(variant="lact"))),
+    "gsa": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "gsa", "expand_v": 2.0, "gsa": {"n_slots": 24}}),
+    "mamba2": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "mamba2", "mamba2": {"n_groups": 2}}),
+    "mamba2_no_convolution": ModelConfig(
+        d_model=64,
+        n_heads=2,
+        layers=("memory", "swa"),
+        memory={"kind": "mamba2", "conv_kernel": 1, "mamba2": {"state_dim": 16, "expand": 1.0}},
+    ),
 }
 OWNERS = {"embed": "embedding", "head": "head", "norm": "norms", "norm1": "norms", "norm2": "norms", "ffn": "ffn"}
 
@@ -56,7 +64,7 @@ def test_a_known_model():
     assert parameter_count(llama_8b, 128256).total == 8_030_261_248  # the published count of Llama-3.1-8B
 
 
-@pytest.mark.parametrize("name", ["plain", "gqa_and_wide_heads", "memory_other_shapes"])
+@pytest.mark.parametrize("name", ["plain", "gqa_and_wide_heads", "memory_other_shapes", "mamba2_no_convolution"])
 def test_projections_cost_six_flops_per_parameter_and_token(name):
     """torch counts the matrix products of forward and backward below the loss head: projections are plain ``mm``, the recurrence
     of a memory layer is batched ``bmm``, flash attention on CPU is not counted. No convolution: its halo is projected too."""

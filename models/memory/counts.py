@@ -1,0 +1,87 @@
+"""Parameters and model FLOPs of each memory architecture, from its settings alone. Imports no torch.
+
+A new kind of ``model.memory.kind`` needs one function in ``_COUNTS``; ``tests/models/test_flops.py`` holds it to the real module.
+
+Legend: H heads, K key size, V value size, M slots, c taps of the convolution (0: none), d d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from models.config import ModelConfig
+from models.memory.titans_shapes import TitansShapes
+
+
+@dataclass(frozen=True)
+class MemoryCounts:
+    """One memory layer."""
+
+    matmul: int
+    """Parameters that are linear projections of every token."""
+    other: int
+    """Parameters outside projections: convolutions, gates' scales and biases, norms."""
+    mixing: float
+    """Forward and backward FLOPs per token outside projections, backward counted as twice forward (see ``models/flops.py``)."""
+
+
+def _sizes(config: ModelConfig) -> tuple[int, int, int, int]:
+    taps = config.memory.conv_kernel if config.memory.conv_kernel > 1 else 0
+    return config.memory_heads, config.memory_key_dim, config.memory_value_dim, taps
+
+
+def _gated_deltanet(config: ModelConfig) -> MemoryCounts:
+    """Projections q, k, v, write strength, decay, gate, out. Mixing per head: k S, the rank-1 write and q S, 2 K V each, x 3."""
+    H, K, V, c = _sizes(config)
+    channels = H * (2 * K + V)
+    return MemoryCounts(
+        config.d_model * H * (2 * K + 3 * V + 2),
+        c * channels + 2 * H + V,
+        18.0 * H * K * V + 6.0 * c * channels,
+    )
+
+
+def _gsa(config: ModelConfig) -> MemoryCounts:
+    """Projections q, k, v, decays, out. Mixing per head: writing and reading M slots of K + V numbers, 2 each, x 3."""
+    H, K, V, c = _sizes(config)
+    M, channels = config.memory.gsa.n_slots, H * (2 * K + V)
+    return MemoryCounts(
+        config.d_model * H * (2 * K + 2 * V + M),
+        c * channels + H * V,
+        12.0 * H * M * (K + V) + 6.0 * c * channels,
+    )
+
+
+def _mamba2(config: ModelConfig) -> MemoryCounts:
+    """Projections x, gate, B, C, dt, out. Mixing per head: the rank-1 write and q S, 2 K V each, x 3, and the skip."""
+    H, K, V, c = _sizes(config)
+    shared = config.memory.mamba2.n_groups * K
+    channels = H * V + 2 * shared
+    return MemoryCounts(
+        config.d_model * (3 * H * V + 2 * shared + H),
+        c * channels + 3 * H + H * V,
+        12.0 * H * K * V + 6.0 * H * V + 6.0 * c * channels,
+    )
+
+
+def _titans(config: ModelConfig) -> MemoryCounts:
+    """See `TitansShapes`: reads, predictions, the error taken back, the outer products; x 3."""
+    shapes = TitansShapes.of(config)
+    H, K, V, c = _sizes(config)
+    return MemoryCounts(
+        shapes.matmul_parameters(), shapes.other_parameters(), 3.0 * shapes.scan_flops() + 6.0 * c * H * (2 * K + V)
+    )
+
+
+_COUNTS: dict[str, Callable[[ModelConfig], MemoryCounts]] = {
+    "gated_deltanet": _gated_deltanet,
+    "gsa": _gsa,
+    "mamba2": _mamba2,
+    "titans": _titans,
+}
+
+
+def memory_counts(config: ModelConfig) -> MemoryCounts:
+    """Of one layer of kind ``memory``. Raises KeyError for a kind that is not counted."""
+    return _COUNTS[config.memory.kind](config)
