@@ -96,7 +96,7 @@ class BlockExecution:
             entered = _enter(one, x_BTC, one.parts.enter_weights())
         if isinstance(mixer, MemoryModule):
             mixer.tile_tokens = self.memory_tile_tokens
-            mixed = mixer(entered[0], None, one.bounds)[0]
+            mixed = mixer.remember(entered[0], one.bounds)
         else:
             mixed = mixer.inner_attention(*entered, one.bounds)  # type: ignore[operator]
         del entered

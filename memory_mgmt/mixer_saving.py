@@ -226,7 +226,7 @@ class MemorySaving:
         mixer = self._mixer
         mixer.tile_tokens, mixer.run_tile = self._tile_tokens, self._run_tile
         try:
-            return mixer(h_BTC, None, self._pass.bounds)[0]
+            return mixer.remember(h_BTC, self._pass.bounds)
         finally:
             mixer.run_tile = None
 

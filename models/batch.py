@@ -60,6 +60,8 @@ class Batch:
     labels_BT: torch.Tensor
     positions_BT: torch.Tensor
     bounds: Bounds
+    continued: tuple[bool, ...] = ()
+    """Per row, whether its first token follows the last one of the same row of the step before in one document; empty: no row's does."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``."""

@@ -77,7 +77,7 @@ class Block(nn.Module):
 
     def _mix(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
         if isinstance(self.mixer, MemoryModule):
-            return self.mixer(x_BTC, None, bounds)[0]
+            return self.mixer.remember(x_BTC, bounds)
         return self.mixer(x_BTC, positions_BT, bounds)
 
 

@@ -35,6 +35,7 @@ from parallel.dims import ParallelDims
 from parallel.log_lines import at_step
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import parallelize
+from trainer.carried_states import CarriedStates
 from trainer.checkpoint import CheckpointManager
 from trainer.choosing_offload import as_planned
 from trainer.config import RunConfig
@@ -164,7 +165,11 @@ def engine_for(
     if settings.is_fused:
         assert isinstance(optimizer, torch.optim.Optimizer), "offloaded states are refused by RunConfig"
         fused = fuse_backward(model, optimizer, clip_norm=settings.clip_norm, clip=settings.fused_clip)
-    return Engine(model, optimizer, mesh, device, config.train.precision, config.layout, settings.clip_norm, fused, offloaded)
+    carried = None
+    if config.train.carry_state == "document":
+        wide = torch.float64 if config.train.precision == "fp64" else torch.float32
+        carried = CarriedStates(model, config.train.micro_batch_size, config.train.grad_accum, device, wide, mesh)
+    return Engine(model, optimizer, mesh, device, config.train.precision, config.layout, settings.clip_norm, fused, offloaded, carried)
 
 
 def current_device(config: RunConfig) -> torch.device:

@@ -95,6 +95,9 @@ class TrainSection(Section):
     residual: Literal["fp32", "bf16"] = "fp32"
     """What the residual stream between blocks is kept in. fp32: as the parameters are (fp64 under precision fp64). bf16, with precision
     bf16: half the memory of every block's input, as most systems train; each of the stream's sums is rounded to 8 bits."""
+    carry_state: Literal["none", "document"] = "none"
+    """document: a memory goes on from the state in which the sequence before left it where a document runs through several sequences
+    (gradients do not); every row of a step reads on where it stood in the step before. Needs data.shuffle documents or none."""
     micro_batch_size: PositiveInt = 1
     """Sequences per data-parallel rank in one forward and backward pass."""
     grad_accum: PositiveInt = 1
@@ -180,6 +183,8 @@ class RunConfig(Section):
         self._check_guards()
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
+        if refused := self._refused_carrying():
+            raise ValueError(refused)
         if refused := self.optim.refused_clip():
             raise ValueError(refused)
         weights = self.optim.kept_weights
@@ -266,6 +271,24 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.weights {optim.kept_weights} does not know rows that are updated alone, as those of value tables are: set it fp32"
             )
+    def _refused_carrying(self) -> str | None:
+        """Why states cannot be carried from sequence to sequence with these settings; None if they can, or are not to be."""
+        if self.train.carry_state == "none":
+            return None
+        wrong = [
+            remedy
+            for held, remedy in (
+                ("memory" in self.model.layer_kinds, "a layer of kind memory in model.layers"),
+                (self.data.shuffle != "sequences", "data.shuffle documents or none (shuffled sequences do not follow one another)"),
+                (not self.data.streaming, "data.streaming false (the rows of a step are neighbours in a stream)"),
+                (self.data.document_mask, "data.document_mask true (without it no document begins or ends)"),
+                (self.memory.plan != "estimate", "memory.plan trace (formulas know no carried states)"),
+                (self.guards.on_not_finite == "stop", "guards.on_not_finite stop (what passes over data leaves a gap in documents)"),
+                (self.guards.on_spike in ("report", "stop"), "guards.on_spike report or stop (likewise)"),
+            )
+            if not held
+        ]
+        return f"train.carry_state {self.train.carry_state} needs " + " and ".join(wrong) if wrong else None
 
     def _check_scheme(self) -> None:
         """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""

@@ -28,6 +28,7 @@ from parallel.columns import as_whole
 from parallel.fsdp import reshard
 from parallel.mesh import Mesh
 from parallel.sequence import shard_batch
+from trainer.carried_states import CarriedStates
 
 Precision = Literal["bf16", "fp32", "fp64"]
 POSITION_BUCKET_TOKENS = 65_536
@@ -136,6 +137,7 @@ class Engine:
         clip_norm: float | None,
         fused: FusedBackward | None = None,
         offloaded: OffloadedParameters | None = None,
+        carried: CarriedStates | None = None,
     ) -> None:
         self.model = model
         self.fused = fused
@@ -150,6 +152,8 @@ class Engine:
         self.clip_norm = clip_norm
         self.offloaded = offloaded
         """Where the parameters' values are, if that is host memory."""
+        self.carried = carried
+        """Memory states that go from sequence to sequence, if they do."""
 
     @property
     def rank(self) -> int:
@@ -164,17 +168,22 @@ class Engine:
         shards = [self._shard(batch) for batch in micro_batches]
         valid_tokens = self._count_valid(shards)
         sums = _RunningSums(micro_batches[0].bounds.seq_len, self.device)
-        for shard in shards if self.fused is None else shards[:-1]:
-            nll_BT = forward(self.model, shard, self.device, self.precision)
-            # Dividing before the backward pass keeps gradients in range; the sum over ranks then is the gradient of the mean.
-            (nll_BT.sum() / max(valid_tokens, 1)).backward()
+        for number, shard in enumerate(shards if self.fused is None else shards[:-1]):
+            with self._handed_on(number, shard):
+                nll_BT = forward(self.model, shard, self.device, self.precision)
+                # Dividing before the backward pass keeps gradients in range; the sum over ranks then is the gradient of the mean.
+                (nll_BT.sum() / max(valid_tokens, 1)).backward()
             sums.add(nll_BT, shard)
         if self.fused is None:
             return sums.total(self.mesh is not None)
         if lr is None:
             raise ValueError("a fused engine updates in the backward pass: give forward_backward the learning rate")
         self._set_rates(lr)
-        return self._last_pass(self.fused, shards[-1], valid_tokens, sums)
+        with self._handed_on(len(shards) - 1, shards[-1]):
+            return self._last_pass(self.fused, shards[-1], valid_tokens, sums)
+
+    def _handed_on(self, number: int, shard: Batch) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.carried is None else self.carried.handed_on(number, shard)
 
     def _last_pass(self, fused: FusedBackward, shard: Batch, valid_tokens: int, sums: _RunningSums) -> LossSums:
         """The last micro-batch of a fused step. The loss of the step is summed over ranks before its backward pass instead of after it: one
@@ -237,6 +246,11 @@ class Engine:
             bad = bad.to(self.device)
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         return not float(bad)
+
+    def memory_states(self) -> dict[str, Any]:
+        """What memories carry to the next step, to be saved beside `state_dict`: copies, put back by ``carried.take_over``. All ranks must
+        call it. Empty where nothing is carried."""
+        return {} if self.carried is None else {"memory": self.carried.gathered()}
 
     def _shard(self, batch: Batch) -> Batch:
         if self.mesh is None or self.mesh.dims.cp == 1:

@@ -22,8 +22,10 @@ from trainer.state import TrainState
 
 def load_state(checkpoints: CheckpointManager, good: GoodCheckpoint, engine: Engine) -> TrainState:
     """Put a checkpoint's values into ``engine``; where the run stood when it was saved."""
-    state = {**engine.state_dict(), "train": {}}
+    state = {**engine.state_dict(), **engine.memory_states(), "train": {}}
     checkpoints.load(good, state)
+    if engine.carried is not None:
+        engine.carried.take_over(state["memory"])
     start = TrainState.from_json(state["train"])
     if engine.fused is not None:
         engine.fused.load_state_dict({"norm": start.grad_norm})

@@ -144,6 +144,10 @@ def _adopt(recorder: StepRecorder, engine: Engine) -> None:
     state = engine.state_dict()
     recorder.adopt(state["model"].items(), "parameter")
     recorder.adopt(state["optim"].items(), "optimizer")
+    if engine.carried is not None:
+        for number, states in enumerate(engine.carried.kept):
+            for name, state in states.items():
+                recorder.adopt(((f"{name}.{key} of pass {number}", value) for key, value in state.items()), "state")
 
 
 def _warm_up_tokens(config: RunConfig) -> int:
@@ -155,7 +159,9 @@ def _batch(config: RunConfig, tokens: int) -> Batch:
     rows = config.train.micro_batch_size
     bounds = Bounds(tokens, ((0, tokens),), ((0,),) * rows)
     positions_BT = torch.arange(tokens).expand(rows, tokens).contiguous()
-    return Batch(torch.zeros(rows, tokens, dtype=torch.long), torch.zeros(rows, tokens, dtype=torch.long), positions_BT, bounds)
+    return Batch(
+        torch.zeros(rows, tokens, dtype=torch.long), torch.zeros(rows, tokens, dtype=torch.long), positions_BT, bounds, (True,) * rows
+    )
 
 
 @contextlib.contextmanager

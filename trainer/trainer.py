@@ -244,7 +244,8 @@ class Trainer:
     def _save(self, block: bool) -> None:
         """Save this step; ``block``: it must be there when this returns. A full disk makes it owed instead, where the settings say so."""
         try:
-            self.checkpoints.save(self.state.step, {**self.engine.state_dict(), "train": self.state.to_json()}, block=block)
+            run = {**self.engine.state_dict(), **self.engine.memory_states(), "train": self.state.to_json()}
+            self.checkpoints.save(self.state.step, run, block=block)
         except DiskFull as error:
             self._owe(error, may_wait=not block)
             return

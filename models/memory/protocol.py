@@ -216,9 +216,18 @@ def detached(state: State) -> State:
     return {name: value.detach() for name, value in state.items()}
 
 
+@dataclass
+class Carried:
+    """A memory's state between two sequences: ``given`` to the present one, ``left`` by it, cut off from what made it."""
+
+    given: State
+    left: State | None = None
+
+
 class MemoryModule(nn.Module):
     """Base of all memory architectures.
 
+    ``carried`` is where a trainer that carries states from sequence to sequence hands them in; None: every sequence begins afresh.
     ``carry`` is the seam that parallel/ fills; ``tile_tokens`` and ``run_tile`` those memory_mgmt/ fills. ``tile_tokens`` 0: whole
     shard at once, otherwise tiles of that many tokens with the state carried. ``run_tile(first, n_tokens, body, *args)`` runs a tile
     whose first token is the shard's ``first``; without it each tile is recomputed in backward.
@@ -228,6 +237,7 @@ class MemoryModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.carried: Carried | None = None
         self.carry: Carry = LocalCarry()
         self.tile_tokens: int = 0
         self.run_tile: Callable[..., Any] | None = None
@@ -253,6 +263,14 @@ class MemoryModule(nn.Module):
         begins afresh, and when other ranks are involved the returned state is empty (no extra exchange).
         """
         raise NotImplementedError
+
+    def remember(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
+        """``y_BTC`` of `forward`, from the state that is ``carried``, if one is, and leaving one there."""
+        if self.carried is None:
+            return self(x_BTC, None, bounds)[0]
+        y_BTC, after = self(x_BTC, self.carried.given, bounds)
+        self.carried.left = detached(after)
+        return y_BTC
 
     def oracle(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
         """The same by the plain token recurrence, slow, for tests; one process, the whole sequence from its first range on."""

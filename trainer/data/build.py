@@ -164,9 +164,12 @@ def _stored(
     else:
         valid_store = store
         chosen, held = split_documents(store.documents, data.valid_fraction)
-    plan = _plan(data, config.train.seed) | {_CONTENT: _hash(store.content_hash.encode(), chosen.tobytes())}
+    lanes = config.global_batch_sequences if config.train.carry_state == "document" else 0
+    follow = {"sequences per step (with train.carry_state)": lanes} if lanes else {}
+    plan = _plan(data, config.train.seed) | follow | {_CONTENT: _hash(store.content_hash.encode(), chosen.tobytes())}
     held_out = sequences(valid_store, held, shuffle="none") if len(held) else None
-    return Data(tokenizer, share, data.prefetch_batches, sequences(store, chosen, shuffle=data.shuffle), held_out, plan, copies)
+    training = sequences(store, chosen, shuffle=data.shuffle, lanes=lanes)
+    return Data(tokenizer, share, data.prefetch_batches, training, held_out, plan, copies)
 
 
 def _streamed(

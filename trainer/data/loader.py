@@ -64,12 +64,13 @@ class StoredSequences:
         shuffle: Shuffle,
         document_mask: bool,
         pad_id: int,
+        lanes: int = 0,
     ) -> None:
         self.store = store
         self.documents = documents
         self.document_mask = document_mask
         self.pad_id = pad_id
-        self.packing = Packing(store.documents["tokens"][documents], seq_len, seed, shuffle)
+        self.packing = Packing(store.documents["tokens"][documents], seq_len, seed, shuffle, lanes)
 
     def __len__(self) -> int:
         """Sequences of one epoch."""
@@ -79,7 +80,8 @@ class StoredSequences:
         """Sequence ``n`` of the run."""
         pieces = self.packing.pieces(n)
         fragments = [self.store.read(int(self.documents[piece.document]), piece.start, piece.stop) for piece in pieces]
-        return pack(fragments, self.packing.seq_len, self.document_mask, self.pad_id)
+        packed = pack(fragments, self.packing.seq_len, self.document_mask, self.pad_id)
+        return packed._replace(continued=True) if self.packing.continues(n) else packed
 
 
 def make_batch(rows: Sequence[PackedSequence]) -> Batch:
@@ -89,7 +91,8 @@ def make_batch(rows: Sequence[PackedSequence]) -> Batch:
         torch.from_numpy(np.stack(arrays))
         for arrays in ([row.tokens_T for row in rows], [row.labels_T for row in rows], [row.positions_T for row in rows])
     )
-    return Batch(tokens_BT, labels_BT, positions_BT, Bounds(seq_len, ((0, seq_len),), tuple(row.documents for row in rows)))
+    bounds = Bounds(seq_len, ((0, seq_len),), tuple(row.documents for row in rows))
+    return Batch(tokens_BT, labels_BT, positions_BT, bounds, tuple(row.continued for row in rows))
 
 
 def stored_steps(sequences: StoredSequences, share: Share, consumed: int, plan: dict[str, Any]) -> Iterator[Step]:

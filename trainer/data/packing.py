@@ -34,6 +34,8 @@ class PackedSequence(NamedTuple):
     labels_T: np.ndarray
     positions_T: np.ndarray
     documents: tuple[int, ...]
+    continued: bool = False
+    """Whether the first token follows the last one of the sequence one step earlier in this one's lane."""
 
 
 class Packing:
@@ -41,15 +43,22 @@ class Packing:
 
     ``lengths`` are the documents' tokens, end token included. ``shuffle``: ``sequences`` draws the order of documents and then of
     sequences anew each epoch, ``documents`` only that of documents, ``none`` keeps both.
+
+    ``lanes`` above 0: the stream of an epoch is cut into so many runs of consecutive sequences, and sequence n is the next one of run
+    n % lanes: with as many lanes as a step has rows, a row reads on where it stood in the step before. Order among sequences is then
+    not drawn.
     """
 
-    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, shuffle: Shuffle) -> None:
+    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int, shuffle: Shuffle, lanes: int = 0) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         if len(self.lengths) == 0 or self.lengths.min() < 1:
             raise ValueError("packing needs at least one document, and no empty ones")
         self.seq_len = seq_len
         self.seed = seed
         self.shuffle = shuffle
+        self.lanes = lanes
+        if lanes and shuffle == "sequences":
+            raise ValueError("sequences that follow one another in lanes cannot be shuffled")
         self.n_tokens = int(self.lengths.sum())
         self.n_sequences = -(-self.n_tokens // seq_len)
         self._order = lru_cache(maxsize=2)(self._draw_order)  # two: a step may reach into the next epoch
@@ -62,7 +71,20 @@ class Packing:
         epoch, i = divmod(n, self.n_sequences)
         if self.shuffle == "sequences":
             i = permuted(i, self.n_sequences, make_key("sequences", self.seed, epoch))
+        elif self.lanes:
+            i = self._in_lane(i)
         return self._stream_pieces(epoch, i * self.seq_len, min((i + 1) * self.seq_len + 1, self.n_tokens))
+
+    def _in_lane(self, i: int) -> int:
+        """Where the ``i``-th sequence of an epoch stands in its stream; the first lanes are longer by one where they do not divide it."""
+        turn, lane = divmod(i, self.lanes)
+        each, longer = divmod(self.n_sequences, self.lanes)
+        return lane * each + min(lane, longer) + turn
+
+    def continues(self, n: int) -> bool:
+        """Whether sequence ``n`` goes on with the document in which sequence ``n - lanes`` ended."""
+        in_lane = self.lanes > 0 and n % self.n_sequences >= self.lanes
+        return in_lane and self.pieces(n)[0].start > 0
 
     def _stream_pieces(self, epoch: int, begin: int, end: int) -> list[Piece]:
         """The pieces that make up tokens [begin, end) of an epoch's stream."""
