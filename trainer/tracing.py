@@ -25,7 +25,10 @@ HOME = Path(__file__).resolve().parent.parent
 CODE = ("models", "parallel", "optim", "memory_mgmt", "trainer")
 KEPT_TRACES = 200
 _UNRELATED_MEMORY = ("budget_gib", "host_gib", "offload_dir", "plan", "replan_on_oom", "arena")
-_RELATED_TRAIN = ("precision", "residual", "micro_batch_size", "grad_accum", "deterministic")
+_RELATED_TRAIN = ("carry_state", "precision", "residual", "micro_batch_size", "grad_accum", "deterministic")
+
+_ORDER_TO_CARRY: dict[str, dict[str, str]] = {"none": {}, "document": {"shuffle": "documents"}}
+"""An order that carrying states allows; which one it is, changes no trace."""
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -58,7 +61,7 @@ class TraceRequest:
         return {
             "config": {
                 "model": config["model"],
-                "data": {"seq_len": config["data"]["seq_len"]},
+                "data": {"seq_len": config["data"]["seq_len"]} | _ORDER_TO_CARRY[config["train"]["carry_state"]],
                 "train": {key: config["train"][key] for key in _RELATED_TRAIN},
                 "optim": config["optim"],
                 "parallel": config["parallel"],

@@ -164,6 +164,15 @@ CASES = {
         ),
         None,
     ),
+    "gated slots in tiles, states carried": (
+        config(
+            model={"layers": ["memory"], "memory": {"kind": "gsa", "gsa": {"n_slots": 16}}},
+            data={"seq_len": 512, "shuffle": "documents"},
+            train={"carry_state": "document", "grad_accum": 2},
+            memory={"recompute": "block", "memory_tile_tokens": 256},
+        ),
+        None,
+    ),
     "a policy by token range": (config(model={"layers": ["full", "full"]}), MIXED),
 }
 
@@ -192,6 +201,11 @@ def test_traced_peak_is_the_allocators(name):
             "optim": {"preset": "q_galore", "rank": 16},
         },
         {"memory": {"recompute": "block", "memory_tile_tokens": 128}, "train": {"precision": "bf16"}},
+        {
+            "model": {"layers": ["memory", "swa"], "memory": {"kind": "mamba2"}},
+            "data": {"shuffle": "documents"},
+            "train": {"carry_state": "document"},
+        },
         {"model": {"layers": ["full"] * 3}, "memory": {"offload_optimizer": "host", "offload_parameters": "host"}},
     ],
 )
