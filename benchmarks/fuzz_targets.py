@@ -42,7 +42,7 @@ SHELL = [
 ]  # fmt: skip
 YAML = [
     f"!!python/object/apply:os.system ['touch {CANARY}']", f"!!python/object/new:os.system [touch {CANARY}]", "&a [*a]", "<<: *a", "? ",
-    "- ", "{", "}", "[", "]", ": ", "\n", "  ", "|", ">", "null", "true", ".nan", ".inf", "1e999", "1_000", "0x1F", "2001-01-01", "'", '"', 
+    "- ", "{", "}", "[", "]", ": ", "\n", "  ", "|", ">", "null", "true", ".nan", ".inf", "1e999", "1_000", "0x1F", "2001-01-01", "'", '"',
     "#", "%YAML 1.1", "---", "...", "!!binary", "!!set", "\t", "\ufeff", "9" * 5000, "train:", "steps", "run:", "name:", "model:", "layers:",
 ]  # fmt: skip
 

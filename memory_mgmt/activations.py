@@ -16,9 +16,13 @@ from memory_mgmt.op_scratch import flash_cpu_backward_scratch
 from models.attention_plan import TileLimits
 from models.config import LayerKind, ModelConfig
 from models.flops import ffn_parameters, memory_matmul_parameters
+from models.memory.attached_shapes import AttachedShapes
+from models.memory.context_shapes import ContextShapes
 from models.memory.titans_shapes import TitansShapes
 
 ELEMENT = {"bf16": 2, "fp32": 4, "fp64": 8}
+KNOWN_MEMORIES = ("gated_deltanet", "titans")
+"""Kinds of ``model.memory.kind`` whose bytes are written here."""
 WIDE = {"bf16": 4, "fp32": 4, "fp64": 8}
 
 
@@ -118,7 +122,12 @@ class Shapes:
     def memory_kept(self) -> int:
         """The input, and inside: everything (``memory_inside``), or with tiles one state per tile."""
         c = self.config
+        if c.memory.attach == "mac":
+            tiled = 0 < self.memory_tile < self.tokens
+            return ContextShapes.of(c).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled)
         halo = self.rows * self._halo * c.d_model * self.e
+        if self.in_tiles(self.memory_tile):
+            halo += self._beside(tiled=True)
         if self._titans is not None:
             if not self.in_tiles(self.memory_tile):
                 return self.narrow + halo + self.memory_inside()
@@ -137,15 +146,17 @@ class Shapes:
         state before each chunk, the output; seven statistics per head and token (two norms of q and k, beta, g, sigmoid, softplus
         in and out) and the norm of the output; a split sequence adds the read-out of the incoming state."""
         c = self.config
+        if c.memory.attach == "mac":
+            return ContextShapes.of(c).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled=False) - self.narrow
         if self._titans is not None:
-            return self._titans.inside(self.rows, self.tokens, self.e, self.w)
+            return self._titans.inside(self.rows, self.tokens, self.e, self.w) + self._beside()
         heads, key, value, chunk = c.memory_heads, c.memory_key_dim, c.memory_value_dim, c.memory.chunk_size
         projected = heads * (2 * key + 3 * value)
         joined = value + key if self.split else 0
         wide = 2 * key + value + chunk + key + self._state_width + value + 8 + joined
         states = (-(-self.tokens // chunk) + 1) * self.rows * heads * key * self._state_width * self.w
         halo = self.rows * self._halo * heads * (2 * key + value) * self.e
-        return self.n * (projected * self.e + heads * wide * self.w) + states + halo
+        return self.n * (projected * self.e + heads * wide * self.w) + states + halo + self._beside()
 
     def by_parts(self, kind: LayerKind) -> bool:
         """Whether memory_mgmt/execution.py runs a layer because of its tiles: then neither normed stream is kept."""
@@ -302,6 +313,18 @@ class Shapes:
             return 3 * halo
         more = 2 if self.cp > 2 else 1
         return self.n * (more * keys * (2 * self.e + 4 * self.w) + c.n_heads * c.attention_head_dim * self.w)
+
+    def _beside(self, tiled: bool = False) -> int:
+        """Attention beside a memory, with the keys of the window before each range of a split sequence."""
+        if self.config.memory.attach not in ("mag", "mal"):
+            return 0
+        halo = 0 if tiled else self._halo_keys(self.e)
+        return AttachedShapes.of(self.config).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled) + halo
+
+    @property
+    def _titans(self) -> TitansShapes | None:
+        """The formulas of a memory that is not a Gated DeltaNet."""
+        return TitansShapes.of(self.config, self.cp) if self.config.memory.kind == "titans" else None
 
     @property
     def _titans(self) -> TitansShapes | None:

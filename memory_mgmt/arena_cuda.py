@@ -88,7 +88,9 @@ def installed_library() -> ctypes.CDLL:
     Raises NoCompiler or RuntimeError where that cannot be.
     """
     if torch.__version__.rsplit(".", 1)[0] not in SUPPORTED:
-        raise RuntimeError(f"it stands in front of the CUDA allocator of torch {SUPPORTED[0]} to {SUPPORTED[-1]}, this is {torch.__version__}")
+        raise RuntimeError(
+            f"it stands in front of the CUDA allocator of torch {SUPPORTED[0]} to {SUPPORTED[-1]}, this is {torch.__version__}"
+        )
     glue = ctypes.CDLL(str(build("arena_cuda_torch.cpp", with_torch=True, with_cuda=True)))
     lib = library()
     if not lib.lsa_runtime(None) and not lib.lsa_runtime(_runtime_name()):

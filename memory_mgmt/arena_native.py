@@ -40,7 +40,19 @@ _CPU: Signatures = {
     "lsa_region_release": (None, [_PTR]),
     "lsa_plan_new": (_PTR, [_I64, _PTR, _PTR]),
 }
-STATS = ("served", "served_bytes", "passed", "passed_bytes", "missed", "missed_bytes", "conflicts", "conflict_bytes", "resyncs", "waits", "position")
+STATS = (
+    "served",
+    "served_bytes",
+    "passed",
+    "passed_bytes",
+    "missed",
+    "missed_bytes",
+    "conflicts",
+    "conflict_bytes",
+    "resyncs",
+    "waits",
+    "position",
+)
 
 
 @cache

@@ -109,7 +109,11 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
         ffn=dense + readers * feed_forward_parameters(config, "product_keys"),
         tables=table_parameters(config),
         norms=(2 * len(kinds) + 1) * config.d_model,
-        matmul=n_attention * attention_matmul_parameters(config) + memory_matmul + dense + readers * product_key_matmul_parameters(config) + embedding,
+        matmul=n_attention * attention_matmul_parameters(config)
+        + memory_matmul
+        + dense
+        + readers * product_key_matmul_parameters(config)
+        + embedding,
     )
 
 
@@ -122,7 +126,7 @@ def mean_window_keys(seq_len: int, window: int) -> float:
 def mixing_flops_per_token(config: ModelConfig, kind: LayerKind, seq_len: int) -> float:
     """Forward and backward FLOPs per token of one layer's token mixing, projections not included. See ``model_flops_per_token``."""
     if kind == "memory":
-        return memory_counts(config).mixing
+        return memory_counts(config, seq_len).mixing
     width = config.n_heads * config.attention_head_dim
     return 6.0 * seq_len * width if kind == "full" else 12.0 * width * mean_window_keys(seq_len, config.window)
 

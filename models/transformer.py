@@ -27,6 +27,9 @@ from models.config import LayerKind, ModelConfig
 from models.embedding import Embedding
 from models.feedforward import RMSNorm, SwiGLU
 from models.loss import chunked_cross_entropy
+from models.memory.attached import MemoryAsGate, MemoryAsLayer
+from models.memory.attached_shapes import AttachedShapes
+from models.memory.context import MemoryAsContext
 from models.memory.protocol import MemoryModule, build_memory
 from models.product_keys import ProductKeyMemory, build_tables
 from models.value_table import ValueTable
@@ -82,9 +85,18 @@ class Block(nn.Module):
 
 
 def _build_mixer(config: ModelConfig, kind: LayerKind) -> nn.Module:
-    if kind == "memory":
-        return build_memory(config)
-    window = config.window if kind == "swa" else None
+    if kind != "memory":
+        return _build_attention(config, config.window if kind == "swa" else None)
+    if config.memory.attach == "mac":
+        return MemoryAsContext(config)
+    memory = build_memory(config)
+    if config.memory.attach == "mixer":
+        return memory
+    pair = MemoryAsGate if config.memory.attach == "mag" else MemoryAsLayer
+    return pair(memory, _build_attention(config, config.window), AttachedShapes.of(config), config.d_model, config.norm_eps)
+
+
+def _build_attention(config: ModelConfig, window: int | None) -> Attention:
     heads = (config.n_heads, config.kv_heads, config.attention_head_dim)
     qk_norm_eps = config.norm_eps if config.qk_norm else None
     return Attention(config.d_model, *heads, window, config.rope, config.qkv_bias, qk_norm_eps)

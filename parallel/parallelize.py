@@ -30,14 +30,14 @@ def split_sequence(
     if mesh.dims.cp == 1:
         return
     for block in model.blocks:
-        mixer = block.mixer
-        if isinstance(mixer, Attention):
-            mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk)
-        elif isinstance(mixer, MemoryModule):
-            check_layout(mixer, layout, mesh.dims.cp)
-            mixer.carry = RingCarry(mesh.cp_group, layout)
-        else:
-            raise TypeError(f"no way to split a sequence over ranks is known for {type(mixer).__name__}")
+        if not isinstance(block.mixer, (Attention, MemoryModule)):
+            raise TypeError(f"no way to split a sequence over ranks is known for {type(block.mixer).__name__}")
+        for mixer in block.mixer.modules():  # attention and memory may be parts of one mixer
+            if isinstance(mixer, Attention):
+                mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk)
+            elif isinstance(mixer, MemoryModule):
+                check_layout(mixer, layout, mesh.dims.cp)
+                mixer.carry = RingCarry(mesh.cp_group, layout)
 
 
 def check_layout(memory: MemoryModule, layout: str, cp: int) -> None:

@@ -271,6 +271,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.weights {optim.kept_weights} does not know rows that are updated alone, as those of value tables are: set it fp32"
             )
+
     def _refused_carrying(self) -> str | None:
         """Why states cannot be carried from sequence to sequence with these settings; None if they can, or are not to be."""
         if self.train.carry_state == "none":
@@ -282,6 +283,10 @@ class RunConfig(Section):
                 (self.data.shuffle != "sequences", "data.shuffle documents or none (shuffled sequences do not follow one another)"),
                 (not self.data.streaming, "data.streaming false (the rows of a step are neighbours in a stream)"),
                 (self.data.document_mask, "data.document_mask true (without it no document begins or ends)"),
+                (
+                    self.model.memory.attach in ("mixer", "mac"),
+                    "model.memory.attach mixer (attention beside a memory sees one sequence)",
+                ),
                 (self.memory.plan != "estimate", "memory.plan trace (formulas know no carried states)"),
                 (self.guards.on_not_finite == "stop", "guards.on_not_finite stop (what passes over data leaves a gap in documents)"),
                 (self.guards.on_spike in ("report", "stop"), "guards.on_spike report or stop (likewise)"),
@@ -293,7 +298,12 @@ class RunConfig(Section):
     def _check_scheme(self) -> None:
         """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""
         cp, sequence, ulysses, heads = self.parallel.cp, self.parallel.sequence, self.parallel.ulysses, self.model.n_heads
-        if cp == 1 or all(kind == "memory" for kind in self.model.layer_kinds):
+        if cp > 1 and "memory" in self.model.layer_kinds and self.model.memory.attach == "mac":
+            raise ValueError(
+                f"parallel.cp {cp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: "
+                f"ranks cannot share a sequence; set parallel.cp=1 parallel.dp_shard={cp}, or model.memory.attach=mag"
+            )
+        if cp == 1 or not self.model.has_attention:
             return
         possible = [n for n in range(2, min(heads, cp - 1) + 1) if cp % n == 0]
         degrees = f"parallel.sequence=ring_x_ulysses with parallel.ulysses one of {', '.join(map(str, possible))}, " if possible else ""

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 
+from memory_mgmt.activations import KNOWN_MEMORIES
 from memory_mgmt.changes import memory_options, offload_options, parameter_options
 from memory_mgmt.cost_model import Rates, Topology, predict_step
 from memory_mgmt.devices import DEVICES, GIB, Device, device_from_torch_name, device_named
@@ -129,8 +130,9 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
             scheme = target.config.parallel.sequence
             raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
         kind = target.config.model.memory.kind
-        if kind != "gated_deltanet" and "memory" in target.config.model.layer_kinds:
-            raise UserError(f"model.memory.kind: {kind} needs a traced step (formulas know gated_deltanet); leave memory.plan at trace")
+        if kind not in KNOWN_MEMORIES and "memory" in target.config.model.layer_kinds:
+            known = " and ".join(KNOWN_MEMORIES)
+            raise UserError(f"model.memory.kind: {kind} needs a traced step (formulas know {known}); leave memory.plan at trace")
         if target.config.optim.is_fused:
             raise UserError("optim.fuse_backward: an update in the backward pass needs a traced step; leave memory.plan at trace")
         if target.config.optim.bfloat16_weights:

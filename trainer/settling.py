@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
+from memory_mgmt.activations import KNOWN_MEMORIES
 from memory_mgmt.planner import solve
 from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.config import MemoryModuleConfig
@@ -224,7 +225,7 @@ def _may_fit(target: Target) -> bool:
     optim = target.config.optim.model_copy(update={"preset": "adamw", "fuse_backward": False})
     ring = target.config.parallel.model_copy(update={"sequence": "ring", "ulysses": None, "head_chunk": None})
     model = target.config.model
-    if model.memory.kind != "gated_deltanet":  # the one architecture of memory that they know
+    if model.memory.kind not in KNOWN_MEMORIES:
         model = model.model_copy(update={"memory": MemoryModuleConfig()})
     known = {"model": model, "memory": leanest, "optim": optim, "parallel": ring}
     return plan_target(target.with_config(target.config.model_copy(update=known))).fits

@@ -72,7 +72,7 @@ class Turns:
 
 def turns_of(chunks: Chunks, n_heads: int, device: torch.device) -> Turns:
     """The flags of all chunks, one per memory."""
-    last_NS = chunks.last_S[None] == np.arange(chunks.n_steps)[:, None]
+    last_NS = np.equal(chunks.last_S[None], np.arange(chunks.n_steps)[:, None])
 
     def flags(values: np.ndarray) -> Tensor:
         return torch.tensor(values).to(device).repeat_interleave(n_heads, dim=-1)
@@ -82,13 +82,29 @@ def turns_of(chunks: Chunks, n_heads: int, device: torch.device) -> Turns:
         begins_NG=flags(chunks.begins_NS),
         open_G=flags(chunks.open_S),
         last_NG=flags(last_NS),
-        any_fresh=tuple(chunks.fresh_NS.any(1).tolist()),
+        any_fresh=tuple(bool(row.any()) for row in chunks.fresh_NS),
         any_open=bool(chunks.open_S.any()),
-        any_last=tuple(last_NS.any(1).tolist()),
+        any_last=tuple(bool(row.any()) for row in last_NS),
     )
 
 
 Total = Callable[[Tensor], Tensor]
+
+
+def begun(rule: Rule, turns: Turns, n: int, state_ZGF: Tensor, initial_GF: Tensor, anchor_GF: Tensor) -> tuple[Tensor, Tensor]:
+    """The state that chunk n begins with, and the weights that it reads and takes gradients at."""
+    M_GF = state_ZGF[0]
+    if turns.any_fresh[n]:
+        fresh_G1 = turns.fresh_NG[n].unsqueeze(-1)
+        M_GF = torch.where(fresh_G1, initial_GF, M_GF)
+        state_ZGF = torch.cat([M_GF.unsqueeze(0), state_ZGF[1:].masked_fill(fresh_G1, 0)])
+    if rule.at_initial_norms:
+        M_GF = torch.where(turns.begins_NG[n].unsqueeze(-1), at_initial_norms(rule.network, M_GF, initial_GF), M_GF)
+        state_ZGF = torch.cat([M_GF.unsqueeze(0), state_ZGF[1:]])
+    A_GF = at_norm(rule.network, M_GF) if rule.at_norm else M_GF
+    if n == 0 and turns.any_open:
+        A_GF = torch.where(turns.open_G.unsqueeze(-1), anchor_GF, A_GF)
+    return state_ZGF, A_GF
 
 
 def _turn(
@@ -105,17 +121,7 @@ def _turn(
     delta_Gp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(outputs, this rank's sums [Z, G, F], the state that chunk n begins with, its anchor)"""
-    M_GF, begins_G1 = state_ZGF[0], turns.begins_NG[n].unsqueeze(-1)
-    if turns.any_fresh[n]:
-        fresh_G1 = turns.fresh_NG[n].unsqueeze(-1)
-        M_GF = torch.where(fresh_G1, initial_GF, M_GF)
-        state_ZGF = torch.cat([M_GF.unsqueeze(0), state_ZGF[1:].masked_fill(fresh_G1, 0)])
-    if rule.at_initial_norms:
-        M_GF = torch.where(begins_G1, at_initial_norms(rule.network, M_GF, initial_GF), M_GF)
-        state_ZGF = torch.cat([M_GF.unsqueeze(0), state_ZGF[1:]])
-    A_GF = at_norm(rule.network, M_GF) if rule.at_norm else M_GF
-    if n == 0 and turns.any_open:
-        A_GF = torch.where(turns.open_G.unsqueeze(-1), anchor_GF, A_GF)
+    state_ZGF, A_GF = begun(rule, turns, n, state_ZGF, initial_GF, anchor_GF)
     factors = rule.network.gradient(A_GF, k_GpK, error_of(rule.loss, v_GpV, None if delta_Gp is None else delta_Gp.unsqueeze(-1)))
     sums_ZGF = torch.stack([outer_sums(factors, weight_Gp) for weight_Gp in write_ZGp])
     return rule.network(A_GF, q_GpK), sums_ZGF, state_ZGF, A_GF
@@ -229,7 +235,7 @@ def scan_chunks(
     k_NGpK: Tensor,
     v_NGpV: Tensor,
     write_NZGp: Tensor,
-    delta_NGp: Tensor | None,
+    delta_NGp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs [N, G, p, V], state [Z, G, F] after the last chunk, and the weights [G, F] at which its last chunk reads.
 

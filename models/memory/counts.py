@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models.config import ModelConfig
+from models.memory.attached_shapes import AttachedShapes
+from models.memory.context_shapes import ContextShapes
 from models.memory.titans_shapes import TitansShapes
+
+if TYPE_CHECKING:
+    from models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,16 @@ def _mamba2(config: ModelConfig) -> MemoryCounts:
 
 
 def _titans(config: ModelConfig) -> MemoryCounts:
-    """See `TitansShapes`: reads, predictions, the error taken back, the outer products; x 3."""
-    shapes = TitansShapes.of(config)
-    H, K, V, c = _sizes(config)
-    return MemoryCounts(
-        shapes.matmul_parameters(), shapes.other_parameters(), 3.0 * shapes.scan_flops() + 6.0 * c * H * (2 * K + V)
-    )
+    """See `models.memory.titans_shapes`: read, prediction, the error taken back and the outer products of every token, x 3."""
+    shapes, (H, K, V, c) = TitansShapes.of(config), _sizes(config)
+    return MemoryCounts(shapes.matmul_parameters(), shapes.other_parameters(), 3.0 * shapes.scan_flops() + 6.0 * c * H * (2 * K + V))
+
+
+def _as_context(config: ModelConfig, seq_len: int) -> MemoryCounts:
+    """See `models.memory.context_shapes`: attention inside a segment, and the memory's own."""
+    shapes, (H, K, V, c) = ContextShapes.of(config), _sizes(config)
+    mixing = 3.0 * shapes.mixing_flops(seq_len) + 6.0 * c * H * (2 * K + V)
+    return MemoryCounts(shapes.matmul_parameters(), shapes.other_parameters(), mixing)
 
 
 _COUNTS: dict[str, Callable[[ModelConfig], MemoryCounts]] = {
@@ -82,6 +90,17 @@ _COUNTS: dict[str, Callable[[ModelConfig], MemoryCounts]] = {
 }
 
 
-def memory_counts(config: ModelConfig) -> MemoryCounts:
-    """Of one layer of kind ``memory``. Raises KeyError for a kind that is not counted."""
-    return _COUNTS[config.memory.kind](config)
+def memory_counts(config: ModelConfig, seq_len: int = 1) -> MemoryCounts:
+    """Of one layer of kind ``memory``, attention beside the memory included; ``seq_len`` matters to that attention's ``mixing`` only.
+    Raises KeyError for a kind that is not counted."""
+    if config.memory.attach == "mac":
+        return _as_context(config, seq_len)
+    memory = _COUNTS[config.memory.kind](config)
+    if config.memory.attach == "mixer":
+        return memory
+    beside = AttachedShapes.of(config)
+    return MemoryCounts(
+        memory.matmul + beside.matmul_parameters(),
+        memory.other + beside.other_parameters(),
+        memory.mixing + beside.mixing_flops(seq_len),
+    )

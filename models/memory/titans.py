@@ -11,39 +11,28 @@ so a token never sees later ones, and a chunk's update is a sum over its tokens,
 Arithmetic of the memory is float32 (float64 in float64).
 
 Legend: B row, T token, C channel, H head, K key, V value, E features of a token and head, N chunk, S stream, p slot, G = S*H, F fast
-weights of a head, Z 2 with momentum else 1, R gates of a head.
+weights of a head, Y weights, momentum if there is one, and the weights read at; R gates of a head.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.batch import Bounds, Range
 from models.config import ModelConfig, TitansConfig
-from models.int8_weight import Int8Weight, in_dtype
-from models.linear import Linear, linear, widened
+from models.linear import Linear, linear
 from models.memory.chunk_plan import Chunks, Share, plan_chunks
-from models.memory.chunk_scan import Rule, scan_chunks, turns_of
+from models.memory.chunk_scan import Rule, Total, Turns, scan_chunks, turns_of
 from models.memory.dealing import collect, deal, share_in
 from models.memory.documents import plan_documents
 from models.memory.fast_weights import FastNetwork
-from models.memory.protocol import (
-    Carry,
-    LocalCarry,
-    MemoryCost,
-    MemoryModule,
-    MemoryTraits,
-    State,
-    last_tokens,
-    local_offsets,
-    ranges_in_order,
-)
+from models.memory.protocol import Carry, LocalCarry, MemoryCost, MemoryTraits, State, last_tokens
+from models.memory.recurrent import RecurrentMixer, state_dtype
 from models.memory.short_conv import conv_silu_chunks, gated_norm
 from models.memory.titans_gates import write_weights
 from models.memory.titans_oracle import titans_oracle
@@ -67,9 +56,11 @@ class _Weights(NamedTuple):
     conv_v: Tensor
     rate_bias: Tensor
     norm: Tensor
+    initial: Tensor
+    """[H, F]"""
 
 
-class Titans(MemoryModule):
+class Titans(RecurrentMixer):
     """One Titans mixer. Parameters: projections, convolutions, gates, output norm, and the initial weights of every head's network."""
 
     def __init__(
@@ -81,8 +72,12 @@ class Titans(MemoryModule):
         settings: TitansConfig,
         conv_kernel: int = 4,
         norm_eps: float = 1e-5,
+        as_mixer: bool = True,
     ) -> None:
-        super().__init__()
+        """``as_mixer``: False leaves out gate and output projection, for a layer that reads and writes the memory by itself."""
+        network = FastNetwork(settings.architecture, key_dim, value_dim, settings.hidden(key_dim), settings.residual_norm)
+        rows = 3 if settings.has_momentum else 2
+        super().__init__(d_model, (n_heads, rows, network.size), conv_kernel, settings.chunk_size)
         self.traits = MemoryTraits(
             carry="layer",
             transition="token_sum",
@@ -94,17 +89,17 @@ class Titans(MemoryModule):
         )
         self.settings = settings
         self.n_heads, self.key_dim, self.value_dim = n_heads, key_dim, value_dim
-        self.halo, self.norm_eps = conv_kernel - 1, norm_eps
-        self.network = FastNetwork(settings.architecture, key_dim, value_dim, settings.hidden(key_dim), settings.residual_norm)
-        self.rule = rule_of(settings, self.network)
+        self.network, self.norm_eps = network, norm_eps
+        self.rule = rule_of(settings, network)
         self.gates = gates_of(settings)
         keys, values = n_heads * key_dim, n_heads * value_dim
         self.w_q = Linear(d_model, keys)
         self.w_k = Linear(d_model, keys)
         self.w_v = Linear(d_model, values)
-        self.w_gate = Linear(d_model, values)
         self.w_rates = Linear(d_model, n_heads * len(self.gates))
-        self.w_out = Linear(values, d_model)
+        if as_mixer:
+            self.w_gate = Linear(d_model, values)
+            self.w_out = Linear(values, d_model)
         if self.halo:
             self.conv_q = nn.Parameter(torch.empty(keys, conv_kernel))
             self.conv_k = nn.Parameter(torch.empty(keys, conv_kernel))
@@ -146,131 +141,82 @@ class Titans(MemoryModule):
         return torch.cat([m.to(dtype).flatten(1) for m in matrices], 1)
 
     def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> State:
-        """``state`` [B, H, Z, F], weights and momentum; ``anchor`` [B, H, F], the weights at which the current chunk reads; ``conv``
+        """``state`` [B, H, Y, F]: weights, momentum if there is one, and the weights at which the current chunk reads; ``conv``
         [B, kernel - 1, d_model], the last inputs of the layer."""
-        start_BHF = self.initial_HF(dtype).to(device).expand(batch_size, -1, -1)
-        state = start_BHF.unsqueeze(2)
-        if self.rule.momentum:
-            state = torch.cat([state, torch.zeros_like(state)], 2)
-        conv = torch.zeros(batch_size, self.halo, self.w_q.in_features, device=device, dtype=dtype)
-        return {"state": state, "anchor": start_BHF, "conv": conv}
+        state = super().init_state(batch_size, device, dtype)
+        start_HF = self.initial_HF(dtype).to(device)
+        rows = [start_HF, torch.zeros_like(start_HF), start_HF] if self.rule.momentum else [start_HF, start_HF]
+        return {**state, "state": torch.stack(rows, 1).expand(batch_size, -1, -1, -1)}
 
-    # ------------------------------------------------------------------------------------------------ forward
+    # ------------------------------------------------------------------------------------------------ the walk
 
-    def forward(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
-        """See `MemoryModule.forward`."""
-        dtype = _wide(x_BTC)
-        start = self.init_state(len(x_BTC), x_BTC.device, dtype) if state is None else state
-        halos = self._halos(x_BTC, start["conv"], bounds)
-        offsets = local_offsets(bounds)
-        pieces = [x_BTC[:, offsets[i] : offsets[i + 1]] for i in range(len(bounds.ranges))]
-        carried = (start["state"].to(dtype), start["anchor"].to(dtype))
-        run = self._carried_through if self.carry.local else self._dealt
-        outputs, carried = run(pieces, halos, carried, bounds)
-        y_BTC = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return y_BTC, self._state_after(x_BTC, state, carried, pieces, halos, bounds)
-
-    def _carried_through(
-        self, pieces: list[Tensor], halos: list[Tensor], carried: tuple[Tensor, Tensor], bounds: Bounds
-    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-        """One process: the state goes from tile to tile and from range to range."""
-        outputs = list(pieces)
-        weights, initial_HF = self._weights(), self.initial_HF(carried[0].dtype)
-        for i in ranges_in_order(bounds):
-            tiles, before = [], halos[i]
-            for span, x in self._tiles(pieces[i], bounds.ranges[i]):
-                body = partial(self._whole_tile, bounds, span)
-                y, *moved = self._run(_local_start(bounds, span), span[1] - span[0], body, weights, initial_HF, x, before, *carried)
-                carried = (moved[0], moved[1])
-                tiles.append(y)
-                before = last_tokens(before, x, self.halo)
-            outputs[i] = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
-        return outputs, carried
-
-    def _whole_tile(
-        self, bounds: Bounds, span: Range, weights: _Weights, initial_HF: Tensor, x_BTC: Tensor, before_BnC: Tensor, *carried: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        chunks = plan_chunks(bounds, span, self.settings.chunk_size, self.settings.reset_every)
+    def whole_tile(
+        self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, before_BnC: Tensor, state_GYF: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `RecurrentMixer.whole_tile`."""
         here = LocalCarry()
+        chunks = plan_chunks(bounds, span, self.settings.chunk_size, self.settings.reset_every)
         share = share_in(here, bounds.with_ranges((span,)), chunks, x_BTC.device)
-        features = deal(self._features(bounds, span, weights, x_BTC, before_BnC), share, here)
-        q, k, v, gates = self._by_memory(features)
-        write, whole, delta = write_weights(self.settings, self.largest_rate, gates, share, here)
-        turns = turns_of(chunks, self.n_heads, x_BTC.device)
-        streams = self._to_streams(chunks, *carried)
-        initial_GF = initial_HF.repeat(chunks.n_streams, 1)
-        o_NGpV, state, anchor = scan_chunks(self.rule, turns, here.total, streams[0], initial_GF, streams[1], whole, q, k, v, write, delta)
+        features_BTE = self._features(bounds, span, weights, x_BTC, before_BnC)
+        turns, tokens = self._dealt(chunks, share, here, features_BTE)
+        initial_GF = weights.initial.repeat(chunks.n_streams, 1)
+        o_NGpV, state_YGF = self._scan(turns, here.total, self.to_streams(chunks, state_GYF), initial_GF, *tokens)
         o_BTD = self._to_tokens(o_NGpV, share, here, x_BTC.shape[1])
-        return self._write_out(weights, x_BTC, o_BTD), *self._to_rows(chunks, state, anchor)
+        return self._write_out(weights, x_BTC, o_BTD), self.to_rows(chunks, state_YGF)
 
-    def _dealt(
-        self, pieces: list[Tensor], halos: list[Tensor], carried: tuple[Tensor, Tensor], bounds: Bounds
-    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    def exchanged(self, pieces: list[Tensor], halos: list[Tensor], initial_BHKW: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
         """Several ranks: tokens are projected where they are, dealt so that every rank has a slice of every chunk, and brought back."""
-        weights = self._weights()
-        features, cuts = [], []
+        weights, features, tiles = self.weights(), [], []
         for i, piece in enumerate(pieces):
             before = halos[i]
-            for span, x in self._tiles(piece, bounds.ranges[i]):
-                first = _local_start(bounds, span)
-                features.append(self._run(first, x.shape[1], partial(self._features, bounds, span), weights, x, before))
+            for span, x in self.tiles(piece, bounds.ranges[i]):
+                features.append(self.run(bounds, span, partial(self._features, bounds, span), weights, x, before))
                 before = last_tokens(before, x, self.halo)
-                cuts.append((first, x))
-        tokens = sum(piece.shape[1] for piece in pieces)
+                tiles.append((span, x))
         chunks = plan_chunks(bounds, (0, bounds.seq_len), self.settings.chunk_size, self.settings.reset_every)
         share = share_in(self.carry, bounds, chunks, pieces[0].device)
         joined = features[0] if len(features) == 1 else torch.cat(features, dim=1)
-        q, k, v, gates = self._by_memory(deal(joined, share, self.carry))
-        write, whole, delta = write_weights(self.settings, self.largest_rate, gates, share, self.carry)
-        turns = turns_of(chunks, self.n_heads, pieces[0].device)
-        state, anchor = self._to_streams(chunks, *carried)
-        initial_GF = self.initial_HF(state.dtype).repeat(chunks.n_streams, 1)
-        # As many groups of chunks as tiles, each made again in backward like a tile.
-        ends = [-(-len(q) * (j + 1) // len(cuts)) for j in range(len(cuts))]
-        read = []
-        for (first, x), a, b in zip(cuts, [0, *ends[:-1]], ends, strict=True):
-            if a == b:
-                continue
-            body = partial(scan_chunks, self.rule, turns.part(a, b), self.carry.total)
-            given = (whole[a:b], q[a:b], k[a:b], v[a:b], write[a:b], None if delta is None else delta[a:b])
-            o_NGpV, state, anchor = self._run(first, x.shape[1], body, state, initial_GF, anchor, *given)
-            read.append(o_NGpV)
-        o_BTD = self._to_tokens(read[0] if len(read) == 1 else torch.cat(read), share, self.carry, tokens)
-        tiles = [self._run(first, x.shape[1], self._write_out, weights, x, o_BTD[:, first : first + x.shape[1]]) for first, x in cuts]
-        return tiles, self._to_rows(chunks, state, anchor)
+        turns, tokens = self._dealt(chunks, share, self.carry, joined)
+        initial_GF = weights.initial.repeat(chunks.n_streams, 1)
+        state_YGF, read = self.to_streams(chunks, initial_BHKW.flatten(0, 1)), []
+        ends = [-(-chunks.n_steps * (j + 1) // len(tiles)) for j in range(len(tiles))]
+        for (span, _), a, b in zip(tiles, [0, *ends[:-1]], ends, strict=True):  # as many groups of chunks as tiles, made again like them
+            if a < b:
+                group = (x[a:b] for x in tokens)
+                body = partial(self._scan, turns.part(a, b), self.carry.total)
+                o_NGpV, state_YGF = self.run(bounds, span, body, state_YGF, initial_GF, *group)
+                read.append(o_NGpV)
+        o_BTD = self._to_tokens(read[0] if len(read) == 1 else torch.cat(read), share, self.carry, joined.shape[1])
+        outputs, o_tiles = [], iter(o_BTD.split([x.shape[1] for _, x in tiles], dim=1))
+        for i in range(len(pieces)):
+            own = [(span, x, next(o_tiles)) for span, x in self.tiles(pieces[i], bounds.ranges[i])]
+            written = [self.run(bounds, span, self._write_out, weights, x, o) for span, x, o in own]
+            outputs.append(written[0] if len(written) == 1 else torch.cat(written, dim=1))
+        return outputs, self.to_rows(chunks, state_YGF).unflatten(0, initial_BHKW.shape[:2])
 
-    def _run(self, first: int, n_tokens: int, body: Any, *args: Any) -> Any:
-        """One tile; with tiles its inside is recomputed in the backward pass unless ``run_tile`` decides."""
-        if self.run_tile is not None:
-            return self.run_tile(first, n_tokens, body, *args)
-        if not self.tile_tokens or not torch.is_grad_enabled():
-            return body(*args)
-        return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=False)
-
-    def _tiles(self, x_BTC: Tensor, span: Range) -> list[tuple[Range, Tensor]]:
-        """Global spans and their tokens."""
-        start, end = span
-        size = self.tile_tokens or end - start
-        return [((a, min(a + size, end)), x_BTC[:, a - start : a - start + size]) for a in range(start, end, size)]
-
-    def _weights(self) -> _Weights:
-        """The parameters; with tiles, low-precision ones are widened once so that tile gradients add up in float32."""
-
-        def wide(weight: Tensor) -> Tensor:
-            if not self.tile_tokens:
-                return weight
-            dtype = _wide(weight)
-            return in_dtype(weight, dtype) if isinstance(weight, Int8Weight) else widened(weight, dtype)
-
+    def weights(self) -> _Weights:
+        """See `RecurrentMixer.weights`."""
         linears = (self.w_q, self.w_k, self.w_v, self.w_gate, self.w_rates, self.w_out)
-        small = (p.to(_wide(p)) for p in (*self._convolutions(), self.rate_bias, self.norm_weight))
-        return _Weights(*(wide(one.weight) for one in linears), *small)
+        small = [p.to(state_dtype(p)) for p in (*self.convolutions(), self.rate_bias, self.norm_weight)]
+        return _Weights(*(*self.wide(one.weight for one in linears), *small, self.initial_HF(small[0].dtype)))
 
-    def _convolutions(self) -> tuple[Tensor, Tensor, Tensor]:
+    def convolutions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Taps of q, k and v; one of weight 1 where there is no convolution."""
         if self.halo:
             return self.conv_q, self.conv_k, self.conv_v
         q, k, v = (self.norm_weight.new_ones(one.out_features, 1) for one in (self.w_q, self.w_k, self.w_v))
         return q, k, v
+
+    def _dealt(self, chunks: Chunks, share: Share, carry: Carry, features_BTE: Tensor) -> tuple[Turns, tuple[Tensor, ...]]:
+        """What `_scan` needs of this rank's share of all chunks: flags, and tensors with one entry per chunk."""
+        q, k, v, gates = self._by_memory(deal(features_BTE, share, carry))
+        write, whole, delta = write_weights(self.settings, self.largest_rate, gates, share, carry)
+        return turns_of(chunks, self.n_heads, q.device), (whole, q, k, v, write, *(() if delta is None else (delta,)))
+
+    def _scan(self, turns: Turns, total: Total, state_YGF: Tensor, initial_GF: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [N, G, p, V] of some chunks and the state after them."""
+        o_NGpV, state_ZGF, anchor_GF = scan_chunks(self.rule, turns, total, state_YGF[:-1], initial_GF, state_YGF[-1], *tokens)
+        return o_NGpV, torch.cat([state_ZGF, anchor_GF.unsqueeze(0)])
 
     # ------------------------------------------------------------------------------------------------ token-wise parts
 
@@ -307,47 +253,20 @@ class Titans(MemoryModule):
 
     # ------------------------------------------------------------------------------------------------ states
 
-    def _to_streams(self, chunks: Chunks, state_BHZF: Tensor, anchor_BHF: Tensor) -> tuple[Tensor, Tensor]:
-        """State [Z, G, F] and anchor [G, F] of every stream; only a row's first one has something to continue."""
-        if chunks.n_streams != len(state_BHZF):
-            rows = torch.tensor(chunks.row_S).to(state_BHZF.device)
-            state_BHZF, anchor_BHF = state_BHZF[rows], anchor_BHF[rows]
-        return state_BHZF.flatten(0, 1).transpose(0, 1).contiguous(), anchor_BHF.flatten(0, 1)
-
-    def _to_rows(self, chunks: Chunks, state_ZGF: Tensor, anchor_GF: Tensor) -> tuple[Tensor, Tensor]:
-        """State [B, H, Z, F] and anchor [B, H, F] after the last token of every row."""
-        state, anchor = (x.unflatten(0, (-1, self.n_heads)) for x in (state_ZGF.transpose(0, 1), anchor_GF))
+    def to_streams(self, chunks: Chunks, state_GYF: Tensor) -> Tensor:
+        """State [Y, G, F] of every stream; only a row's first one has something to continue."""
         if chunks.n_streams != chunks.n_rows:
-            rows = torch.tensor(chunks.last_stream_B).to(state.device)
-            state, anchor = state[rows], anchor[rows]
-        return state, anchor
+            rows = torch.tensor(chunks.row_S).to(state_GYF.device)
+            state_GYF = state_GYF.unflatten(0, (chunks.n_rows, -1))[rows].flatten(0, 1)
+        return state_GYF.transpose(0, 1).contiguous()
 
-    def _halos(self, x_BTC: Tensor, conv_BnC: Tensor, bounds: Bounds) -> list[Tensor]:
-        """Inputs before every range; what lies before the sequence comes from the state."""
-        if not self.halo:
-            return [x_BTC[:, :0] for _ in bounds.ranges]
-        origin = min(start for start, _ in bounds.ranges) if self.carry.local else 0
-        halos = self.carry.halo(x_BTC, self.halo, bounds)
-        for i, (start, _) in enumerate(bounds.ranges):
-            inside = start - origin
-            if inside < self.halo:
-                halos[i] = torch.cat([conv_BnC[:, inside:].to(x_BTC.dtype), halos[i][:, self.halo - inside :]], dim=1)
-        return halos
-
-    def _state_after(
-        self, x_BTC: Tensor, given: State | None, carried: tuple[Tensor, Tensor], pieces: list[Tensor], halos: list[Tensor], bounds: Bounds
-    ) -> State:
-        """The state to hand to the next sequence; over several ranks only for a caller that carries states at all."""
-        if self.carry.local:
-            last = ranges_in_order(bounds)[-1]
-            conv = last_tokens(halos[last], pieces[last], self.halo)
-        elif given is None:
-            return {}
-        else:
-            tail = self.carry.tail(x_BTC, self.halo, bounds)
-            short = self.halo - min(self.halo, bounds.seq_len)
-            conv = torch.cat([given["conv"].to(x_BTC.dtype)[:, self.halo - short :], tail[:, short:]], dim=1)
-        return {"state": carried[0], "anchor": carried[1], "conv": conv}
+    def to_rows(self, chunks: Chunks, state_YGF: Tensor) -> Tensor:
+        """State [B*H, Y, F] after the last token of every row."""
+        state_GYF = state_YGF.transpose(0, 1)
+        if chunks.n_streams != chunks.n_rows:
+            rows = torch.tensor(chunks.last_stream_B).to(state_YGF.device)
+            state_GYF = state_GYF.unflatten(0, (chunks.n_streams, -1))[rows].flatten(0, 1)
+        return state_GYF
 
     # ------------------------------------------------------------------------------------------------ twin and arithmetic
 
@@ -379,19 +298,6 @@ def rule_of(settings: TitansConfig, network: FastNetwork) -> Rule:
         at_norm=settings.variant == "moneta",
         at_initial_norms=settings.variant == "lact",
     )
-
-
-def _local_start(bounds: Bounds, span: Range) -> int:
-    """Local index of a span's first token."""
-    for offset, (start, end) in zip(local_offsets(bounds), bounds.ranges, strict=False):
-        if start <= span[0] < end:
-            return offset + span[0] - start
-    raise ValueError(f"tokens {span} are not in ranges {bounds.ranges}")
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def build(config: ModelConfig) -> Titans:

@@ -35,7 +35,7 @@ def titans_oracle(module: Titans, x_BTC: Tensor, state: State | None, bounds: Bo
     inputs, first = torch.cat([state["conv"], x_BTC], dim=1), bounds.ranges[0][0]
     M = matrices(state["state"][:, :, 0])
     S = matrices(state["state"][:, :, 1]) if module.rule.momentum else [torch.zeros_like(m) for m in M]
-    A = matrices(state["anchor"])
+    A = matrices(state["state"][:, :, -1])
     outputs = []
     for t in range(first, first + T):
         q, k, v, gates = _features(module, inputs, x_BTC, t, bounds)
@@ -56,8 +56,8 @@ def titans_oracle(module: Titans, x_BTC: Tensor, state: State | None, bounds: Bo
         outputs.append(_write_out(module, _network(module, A, q), x_BTC[:, t - first]))
         M, S = _learn(module, M, S, u, gates)
     flat = [torch.cat([m.flatten(2) for m in each], -1) for each in (M, S, A)]
-    learnt = torch.stack(flat[:2] if module.rule.momentum else flat[:1], 2)
-    return torch.stack(outputs, 1), {"state": learnt, "anchor": flat[2], "conv": inputs[:, inputs.shape[1] - module.halo :]}
+    learnt = torch.stack(flat if module.rule.momentum else [flat[0], flat[2]], 2)
+    return torch.stack(outputs, 1), {"state": learnt, "conv": inputs[:, inputs.shape[1] - module.halo :]}
 
 
 def _learn(
@@ -90,7 +90,7 @@ def _features(module: Titans, inputs: Tensor, x_BTC: Tensor, t: int, bounds: Bou
         window[b, : max(0, start - (t - n))] = 0
     q, k, v = (
         F.silu((linear(window) * conv.t()).sum(1)).view(len(x_BTC), module.n_heads, 1, -1)
-        for linear, conv in zip((module.w_q, module.w_k, module.w_v), module._convolutions(), strict=True)
+        for linear, conv in zip((module.w_q, module.w_k, module.w_v), module.convolutions(), strict=True)
     )
     q, k = (z * (z.square().sum(-1, keepdim=True) + _EPS).rsqrt() for z in (q, k))
     raw = module.w_rates(x_BTC[:, i]).view(len(x_BTC), module.n_heads, -1) + module.rate_bias

@@ -128,10 +128,10 @@ class TitansShapes:
     def saved_bytes(self, rows: int, tokens: int, itemsize: int, tile: int) -> int:
         """Everything kept from forward to backward, the input included; with tiles one state per tile, and where tokens are dealt what is
         dealt and what comes back."""
-        w, n, H = max(itemsize, 4), rows * tokens, self.heads
+        w, n = max(itemsize, 4), rows * tokens
         if not 0 < tile < tokens:
             return n * self.d_model * itemsize + self.inside(rows, tokens, itemsize, w)
-        return n * self.d_model * itemsize + self.between_tiles(rows, tokens, w, tile) + H * self.fast_weights * w
+        return n * self.d_model * itemsize + self.between_tiles(rows, tokens, w, tile)
 
     def between_tiles(self, rows: int, tokens: int, w: int, tile: int) -> int:
         """Kept outside of tiles besides the input."""

@@ -32,6 +32,10 @@ CONFIGS = {
         layers=("memory", "swa"),
         memory={"kind": "mamba2", "conv_kernel": 1, "mamba2": {"state_dim": 16, "expand": 1.0}},
     ),
+    "titans": ModelConfig(
+        d_model=64, n_heads=4, layers=("memory", "swa"), memory=MemoryModuleConfig(kind="titans", n_heads=2, expand_v=1.5)
+    ),
+    "lact": ModelConfig(d_model=64, layers=("memory",), memory=MemoryModuleConfig(kind="titans", titans=TitansConfig(variant="lact"))),
 }
 OWNERS = {"embed": "embedding", "head": "head", "norm": "norms", "norm1": "norms", "norm2": "norms", "ffn": "ffn"}
 
