@@ -92,7 +92,7 @@ class CodedAdamW:
         size1, size2 = LR / (1 - BETA1**self.step_number), (1 - BETA2**self.step_number) ** 0.5
         elements = piece_elements(weight.device)
         scratch = [torch.empty(min(elements, weight.numel())) for _ in range(2)]
-        for rows in row_chunks(weight.shape[0], weight.shape[1], elements):
+        for rows in row_chunks(weight.shape[0], weight.shape[1], elements, weight):
             w, g = weight[rows], gradient[rows]
             m, v = (work[: w.numel()].view(w.shape) for work in scratch)
             here_m, here_v = ({name: part[rows] for name, part in parts.items()} for parts in (m_parts, v_parts))

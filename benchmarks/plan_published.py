@@ -4,10 +4,12 @@ For every recipe whose settings are public: fits or runs out of memory, peak, an
 ``published_methods.py``, the traces of ``published_times.py`` and the rates of ``memory_mgmt/devices.py``. One set of rates and
 assumptions serves all cases and nothing is fitted to one; but the closed forms were worked out with these figures in sight, so this is
 agreement, not prediction. Goals: every outcome right, peaks within 10 percent, step times within 20 percent. ``--own`` also plans what
-longstride would do with the same model, length and devices (``published_own.py``; half an hour); without it the earlier answer stays.
+longstride would do with the same model, length and devices (``published_own.py``; hours, each answer is kept as it comes and not asked
+for again while its settings are the same); without it the earlier answers stay.
 
-  python benchmarks/plan_published.py            # prints; writes plan_published.json and plan_published.md beside it
-  python benchmarks/plan_published.py --quick    # prints only
+  python benchmarks/plan_published.py             # prints; writes plan_published.json and plan_published.md beside it
+  python benchmarks/plan_published.py --quick     # prints only
+  python benchmarks/plan_published.py --own       # goes on with longstride's answers; --own --again begins anew
 
 Sources are named per case; lengths in K are thousands (ALST) or 1024s (the others), as published. ALST's sizes are what nvidia-smi
 showed, TRL's what torch's allocator counted as live; both are GiB though written GB (TRL's peak falls by 7.1 when tensors of 7.0 GiB =
@@ -19,17 +21,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # run as a script, not as a module
 
 from common import write_results  # noqa: E402
 from published_methods import RESERVED, Estimate, estimate, fits  # noqa: E402
-from published_own import Own, own_choice, own_lines  # noqa: E402
+from published_own import Own, own_choice, own_lines, own_overrides  # noqa: E402
 from published_recipes import Recipe, Shape  # noqa: E402
 
 from memory_mgmt.devices import GIB  # noqa: E402
@@ -284,16 +286,30 @@ def markdown(rows: list[Row], own: Sequence[Own] = ()) -> str:
     return "\n".join(lines)
 
 
-def own_answers() -> list[Own]:
-    """longstride's plan for every model, length and set of devices that a published run fits on, told as they come."""
-    found: dict[tuple[Shape, str, int, int, int], Own] = {}
+def own_cases() -> list[Case]:
+    """One for every model, length and set of devices that a published run fits on."""
+    found: dict[tuple[Shape, str, int, int, int], Case] = {}
     for case in CASES:
         recipe = case.recipe
-        key = (recipe.shape, recipe.device, recipe.gpus, recipe.sp, recipe.tokens)
-        if case.fits and key not in found:
-            found[key] = own_choice(case.name, recipe, case.peak_gib, case.seconds)
-            print(found[key], file=sys.stderr, flush=True)
+        if case.fits:
+            found.setdefault((recipe.shape, recipe.device, recipe.gpus, recipe.sp, recipe.tokens), case)
     return list(found.values())
+
+
+def own_answers(known: Sequence[Own]) -> Iterator[list[Own]]:
+    """longstride's plans for ``own_cases``, again after each that is new; ``known`` ones with the same settings are not made again."""
+    answers = {one.case: one for one in known}
+    cases = own_cases()
+    # What did not fit before is of most interest.
+    for case in sorted(cases, key=lambda case: case.name in answers and bool(answers[case.name].fits)):
+        if case.name not in answers or answers[case.name].settings != own_overrides(case.recipe):
+            answers[case.name] = own_choice(case.name, case.recipe, case.peak_gib, case.seconds)
+            yield [answers[one.name] for one in cases if one.name in answers]
+
+
+def own_progress(answers: Sequence[Own]) -> str:
+    """How far ``own_answers`` is."""
+    return f"{sum(bool(one.settings) for one in answers)} of {len(own_cases())} answers with the present settings"
 
 
 def main() -> None:
@@ -301,13 +317,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="print only")
     parser.add_argument("--own", action="store_true", help="also plan the runs that fit with longstride")
+    parser.add_argument("--again", action="store_true", help="with --own: forget earlier answers")
     options = parser.parse_args()
     rows, results = compare(), Path(__file__).resolve().with_suffix(".json")
-    own = own_answers() if options.own else [Own(**entry) for entry in json.loads(results.read_text())["own"]]
+    entries = json.loads(results.read_text())["own"] if results.exists() and not options.again else []
+    own = [Own(**{**entry, "settings": tuple(entry.get("settings", ()))}) for entry in entries]
+    if options.own:
+        for answers in own_answers(own):
+            own = answers
+            write_results(__file__, _report(rows, own), markdown(rows, own))
+            print(own_progress(own), file=sys.stderr, flush=True)
     text = markdown(rows, own)
     print(text)
     if not options.quick:
-        write_results(__file__, {"rows": [asdict(row) for row in rows], "own": [asdict(entry) for entry in own]}, text)
+        write_results(__file__, _report(rows, own), text)
+
+
+def _report(rows: Sequence[Row], own: Sequence[Own]) -> dict[str, Any]:
+    return {"rows": [asdict(row) for row in rows], "own": [asdict(entry) for entry in own]}
 
 
 if __name__ == "__main__":

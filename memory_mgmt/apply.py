@@ -14,7 +14,8 @@ from torch import nn
 from memory_mgmt.execution import BlockExecution
 from memory_mgmt.groups import GroupedBlocks
 from memory_mgmt.pieces import Store
-from memory_mgmt.policy import KEEP, KEEP_ALL, Policy
+from memory_mgmt.policy import KEEP, KEEP_ALL, RECOMPUTE, Policy
+from models.attention import Attention
 from models.feedforward import SwiGLU
 from models.memory.protocol import MemoryModule
 from models.transformer import Block, Transformer, call, run_in_order
@@ -37,8 +38,12 @@ def apply_policy(model: Transformer, policy: Policy, store: Store | None = None)
     plain = not policy.ffn_tile_tokens and all(layer == KEEP_ALL for layer in policy.layers)
     for i, (module, layer) in enumerate(zip(model.blocks, policy.layers, strict=True)):
         block = cast(Block, module)
-        # A group holds its own input, and while it runs again the blocks' inputs stay where they are.
-        layer = replace(layer, input=KEEP) if grouped else layer
+        if grouped:
+            # A group holds its own input, and while it runs again the blocks' inputs stay where they are. The last block's backward follows
+            # its second run at once: attention need not run a third time.
+            last = i % policy.group_blocks == policy.group_blocks - 1 or i == len(policy.layers) - 1
+            stays = last and layer.mixer == RECOMPUTE and isinstance(block.mixer, Attention)
+            layer = replace(layer, input=KEEP, mixer=KEEP if stays else layer.mixer)
         if isinstance(block.mixer, MemoryModule):
             block.mixer.tile_tokens = 0
         if plain:

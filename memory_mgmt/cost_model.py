@@ -25,8 +25,9 @@ Imports no torch. Try alone: ``longstride plan quickstart``.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import get_args
 
 from memory_mgmt.cost_ops import COMMUNICATION, COPIES, OpClass, copy_seconds, moved_bytes, op_class, op_seconds
@@ -155,6 +156,21 @@ def _is_of_parameters(kind: OpClass, previous: str) -> bool:
     return kind == "all_reduce" and "reduce_scatter" in previous
 
 
+def _turn_by_turn(works: Sequence[_Work]) -> Iterator[_Work]:
+    """``works`` in the order in which they are done: where the turns of a loop send messages (the hops of a ring), a turn's messages run
+    beside that turn's computation and not beside that of all."""
+    for repeats, group in groupby(works, lambda work: work.op.repeats > 1):
+        some = list(group)
+        turns = [work.op.repeats for work in some if work.kind in COMMUNICATION] if repeats else []
+        n = min(turns, default=1)
+        if n == 1 or any(work.op.repeats % n for work in some):
+            yield from some
+            continue
+        one = [replace(work, seconds=work.seconds / n) for work in some]
+        for _ in range(n):
+            yield from one
+
+
 class _Schedule:
     """The clocks while the step is walked."""
 
@@ -175,7 +191,7 @@ class _Schedule:
         stretch = self.stretches[i]
         stretch.start = self.now
         self._begin(i)
-        for work in stretch.work:
+        for work in _turn_by_turn(stretch.work):
             if work.kind in COMMUNICATION:
                 stretch.communication += work.seconds
                 self._communicate(i, work)

@@ -17,6 +17,7 @@ from torch import Tensor
 from memory_mgmt.pieces import Held, Parking, Store
 from memory_mgmt.policy import Split
 from models.batch import Bounds
+from models.repeat import again
 from models.transformer import Block, run_in_order
 
 _LAST_GROUP = "last group of blocks"
@@ -78,7 +79,7 @@ class _Group(torch.autograd.Function):
             below.prefetch()
         x_BTC, ctx.x = ctx.x.whole().detach().requires_grad_(), None
         now = None if ctx.rng is None else _rng_states(x_BTC.device.type)
-        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+        with torch.enable_grad(), torch.autocast(**ctx.autocast), again():
             if ctx.rng is not None:
                 _restore_rng(x_BTC.device.type, ctx.rng)
             y_BTC = run_in_order(ctx.blocks, x_BTC, ctx.positions_BT, ctx.bounds)

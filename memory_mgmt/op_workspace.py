@@ -53,8 +53,14 @@ def _flash_cpu_backward(args: Sequence[Any], kwargs: dict[str, Any], threads: in
 
 
 def _flash_cuda_backward(args: Sequence[Any], kwargs: dict[str, Any], threads: int) -> int:
-    """dq in float32, the row sums of dout * out; dk and dv per query head before they are summed over groups."""
-    _, q, k = args[:3]  # [B, T, H, D]
+    """dq in float32, the row sums of dout * out; dk and dv per query head before they are summed over groups; dout and out, where they
+    are not contiguous (at::_flash_attention_backward)."""
+    dout, q, k, _, out = args[:5]  # [B, T, H, D]
+    return _attention_backward(q, k) + sum(_size(x) for x in (dout, out) if not x.is_contiguous())
+
+
+def _attention_backward(q: Tensor, k: Tensor) -> int:
+    """[B, T, H, D] each."""
     head = -(-q.shape[3] // 32) * 32
     rows = -(-q.shape[1] // 128) * 128
     accumulator = q.shape[0] * rows * q.shape[2] * (head + 1) * 4
@@ -66,7 +72,7 @@ def _cudnn_backward(args: Sequence[Any], kwargs: dict[str, Any], threads: int) -
     """As FlashAttention's backward, whose algorithm it is: dq in float32, row sums, dk and dv per query head (cudnn-frontend's workspace
     of the same three). An assumption: it has not been measured."""
     _, q, k = args[:3]  # [B, H, T, D]
-    return _flash_cuda_backward((None, q.transpose(1, 2), k.transpose(1, 2)), kwargs, threads)
+    return _attention_backward(q.transpose(1, 2), k.transpose(1, 2))
 
 
 _Rule = Callable[[Sequence[Any], dict[str, Any], int], int]

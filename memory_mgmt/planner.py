@@ -155,13 +155,31 @@ def _checked(problem: Problem, policy: Policy, method: str) -> _Candidate | None
 
 
 def _greedy(problem: Problem, case: Case) -> _Candidate | None:
-    found = solve_greedy(case.units())
-    if found is None:
+    limits: Problem | None = case.problem
+    first: Policy | None = None
+    for _ in range(3):
+        found = solve_greedy(grouped(limits, case.k)) if limits is not None else None
+        if found is None:
+            break
+        layers = found.layers if case.k == 1 else spread(found.layers, len(problem.layers), case.k)
+        policy = replace(found, layers=layers, group_blocks=case.k)
+        first = first or policy
+        whole = replace(policy, layers=rounded(policy.layers, case.problem))
+        evaluation = evaluate(problem, whole)
+        if not evaluation.violations:
+            return _Candidate(whole, evaluation, "greedy")
+        limits = _lowered(limits, problem, evaluation)
+    return None if first is None else _checked(problem, first, "greedy")
+
+
+def _lowered(limits: Problem, problem: Problem, found: Evaluation) -> Problem | None:
+    """``limits`` lowered by what whole tiles exceed of ``problem``'s; None where it is neither."""
+    over_device = max(0, found.peak_bytes - problem.budget_bytes)
+    over_host = max(0, found.host_bytes - problem.host_bytes)
+    if not (over_device or over_host):
         return None
-    layers = found.layers if case.k == 1 else spread(found.layers, len(problem.layers), case.k)
-    policy = replace(found, layers=layers, group_blocks=case.k)
-    whole = _checked(problem, replace(policy, layers=rounded(policy.layers, case.problem)), "greedy")
-    return whole or _checked(problem, policy, "greedy")
+    host = max(0, limits.host_bytes - math.ceil(over_host * 1.01))
+    return replace(limits, budget_bytes=limits.budget_bytes - math.ceil(over_device * 1.01), host_bytes=host)
 
 
 def _memo(problem: Problem) -> list[_Candidate]:
@@ -201,12 +219,10 @@ def _rounded_candidate(problem: Problem, case: Case, solution: Solution, deadlin
         found = evaluate(problem, whole)
         if not found.violations:
             return _Candidate(whole, found, "lp")
-        over_device = max(0, found.peak_bytes - problem.budget_bytes)
-        over_host = max(0, found.host_bytes - problem.host_bytes)
-        if not (over_device or over_host) or time.monotonic() > deadline:
+        lower = _lowered(limits, problem, found)
+        if lower is None or time.monotonic() > deadline:
             break
-        host = max(0, limits.host_bytes - math.ceil(over_host * 1.01))
-        limits = replace(limits, budget_bytes=limits.budget_bytes - math.ceil(over_device * 1.01), host_bytes=host)
+        limits = lower
         again = Program(grouped(limits, case.k), uniform=uniform).solve(max(0.2, deadline - time.monotonic()))
         if again is None:
             break
@@ -262,7 +278,8 @@ def _binding(problem: Problem, best: _Candidate, extra: float, prices: tuple[Cas
     if host:
         names.append(f"host memory ({problem.host_bytes / GIB:.1f} GiB)")
     if link:
-        names.append(f"copy bandwidth ({problem.bandwidth_out / 1e9:.0f} GB/s out, {problem.bandwidth_in / 1e9:.0f} GB/s in)")
+        out, back = (problem.passes * bandwidth / 1e9 for bandwidth in (problem.bandwidth_out, problem.bandwidth_in))
+        names.append(f"copy bandwidth ({out:.0f} GB/s out, {back:.0f} GB/s in)")
     return ", ".join(names) or f"device memory at {best.evaluation.peak_moment} (whole layers, tiles or groups decide)"
 
 
@@ -275,7 +292,8 @@ def _scarce(solution: Solution) -> tuple[bool, bool, bool]:
 def _worth(case: Case, solution: Solution, deadline: float) -> tuple[str, ...]:
     """What more of each scarce resource buys: the duals say what is scarce, solving again says how much one more unit saves."""
     units = case.units()
-    faster = {"bandwidth_out": units.bandwidth_out + 1e9, "bandwidth_in": units.bandwidth_in + 1e9}
+    more_per_second = 1e9 / units.passes
+    faster = {"bandwidth_out": units.bandwidth_out + more_per_second, "bandwidth_in": units.bandwidth_in + more_per_second}
     more = (
         ("1 GiB more device memory", replace(units, budget_bytes=units.budget_bytes + GIB)),
         ("1 GiB more host memory for this rank", replace(units, host_bytes=units.host_bytes + GIB)),

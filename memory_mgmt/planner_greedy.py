@@ -106,7 +106,8 @@ def _hidden(problem: Problem, i: int) -> float:
     if i + 1 == len(problem.layers) or not problem.overlap:
         return 0.0
     after = problem.layers[i + 1]
-    return min(after.forward_seconds * problem.bandwidth_out, after.backward_seconds * problem.bandwidth_in) / problem.swap_ratio
+    free = max(0.0, after.backward_seconds - problem.layers[i].fetch_seconds)
+    return min(after.forward_seconds * problem.bandwidth_out, free * problem.bandwidth_in) / problem.swap_ratio
 
 
 def _items(runs: list[_Run]) -> list[_Item]:

@@ -76,5 +76,6 @@ def _merged(members: tuple[LayerCost, ...], inside: str) -> LayerCost:
         forward_seconds=sum(layer.forward_seconds for layer in members),
         backward_seconds=sum(layer.backward_seconds for layer in members) + recompute + tiles,
         ffn_stages=(Stage(forward, backward),),
+        fetch_seconds=(2 - 1 / len(members)) * sum(layer.fetch_seconds for layer in members),
         gradient_bytes=all_gradients,
     )

@@ -221,9 +221,12 @@ class Program:
         before: list[Term] = [] if earlier is None else [(-1.0, earlier)]
         self._row(name, [(1.0, later), *before, *((-factor, variable) for factor, variable in terms)], ">=", fixed)
 
-    def _copy(self, name: str, i: int, later: pulp.LpVariable, earlier: pulp.LpVariable, bandwidth: float) -> None:
+    def _copy(
+        self, name: str, i: int, later: pulp.LpVariable, earlier: pulp.LpVariable | None, bandwidth: float, beside: float = 0.0
+    ) -> None:
+        """``beside``: seconds of other copies that come with it."""
         self.copy_rows[name] = (i, bandwidth)
-        self._after(name, later, earlier, self._copy_terms(i, bandwidth), 0.0)
+        self._after(name, later, earlier, self._copy_terms(i, bandwidth), beside / self.second)
 
     def _copy_terms(self, i: int, bandwidth: float) -> list[Term]:
         """Time of a layer's copies in one direction."""
@@ -262,21 +265,26 @@ class Program:
             work = [(layer.of(name).recompute_seconds / second, r) for name, r in self.shares[i].recompute.items()]  # type: ignore[arg-type]
             work += self._quantise_terms(i, "dequantise")
             duration = (layer.backward_seconds + layer.tile_seconds) / second
-            before = end[i + 1] if i + 1 < n else loss
+            before, bandwidth, fetch = end[i + 1] if i + 1 < n else loss, self.problem.bandwidth_in, layer.fetch_seconds
             if not self.problem.overlap:
-                self.copy_rows[f"b_{i}_after"] = (i, self.problem.bandwidth_in)
-                self._after(f"b_{i}_after", end[i], before, [*work, *self._copy_terms(i, self.problem.bandwidth_in)], duration)
+                self.copy_rows[f"b_{i}_after"] = (i, bandwidth)
+                self._after(f"b_{i}_after", end[i], before, [*work, *self._copy_terms(i, bandwidth)], duration + fetch / second)
                 continue
             self._after(f"b_{i}_after", end[i], before, work, duration)
-            if not self.shares[i].swap:
+            if not self._comes_in(i):
                 continue
             self._after(f"b_{i}_data", end[i], back[i], work, duration)
             issued = end[i + 2] if i + 2 < n else loss
-            self._copy(f"h_{i}_issued", i, back[i], issued, self.problem.bandwidth_in)
-            self._copy(f"h_{i}_parked", i, back[i], out[i], self.problem.bandwidth_in)
-            if i + 1 < n and self.shares[i + 1].swap:
-                self._copy(f"h_{i}_queue", i, back[i], back[i + 1], self.problem.bandwidth_in)
+            self._copy(f"h_{i}_issued", i, back[i], issued, bandwidth, fetch)
+            if self.shares[i].swap:
+                self._copy(f"h_{i}_parked", i, back[i], out[i], bandwidth, fetch)
+            if i + 1 < n and self._comes_in(i + 1):
+                self._copy(f"h_{i}_queue", i, back[i], back[i + 1], bandwidth, fetch)
         return end[0]
+
+    def _comes_in(self, i: int) -> bool:
+        """Whether a layer's backward may wait for copies to the device."""
+        return bool(self.shares[i].swap) or self.problem.layers[i].fetch_seconds > 0
 
     def _objective(self) -> None:
         per = self.problem.bandwidth_out * self.second / _TIE_BREAK

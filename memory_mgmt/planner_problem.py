@@ -9,7 +9,9 @@ The step that is modelled (the execution follows it, ``planner_simulate.py`` wal
   It waits for its own swapped shares, recomputes what is missing (the whole block in order, so that every class finds what it
   is made of) and makes the quantised shares wide again, then goes through feed-forward, mixer and entrance (norm and
   projections), each dropping its class.
-- Copies out, copies in and computation are three queues; each is served in order.
+- Copies out, copies in and computation are three queues; each is served in order. Parameters that live in host memory
+  (``fetch_seconds``) come in with the layer's swapped shares. In the forward pass nothing else comes in: what is waited for there is
+  in the layer's seconds.
 """
 
 from __future__ import annotations
@@ -84,6 +86,9 @@ class LayerCost:
     """Attention or memory: beside input, projections and mixer. One per entry of ``Problem.memory_tiles``, or a single one."""
     ffn_stages: tuple[Stage, ...] = (Stage(),)
     """Output projection, norm and feed-forward: beside all classes. One per entry of ``Problem.ffn_tiles``, or a single one."""
+    fetch_seconds: float = 0.0
+    """Of the copies to the device that its backward pass waits for whatever is chosen: parameters that live in host memory. They come
+    by the same queue as what was swapped, one layer ahead."""
     gradient_bytes: int = 0
     """Gradients of parameters that appear in this layer's backward and stay until the update (0 where they are resident)."""
 
@@ -127,7 +132,10 @@ class Problem:
     """Host memory this rank may take: the node's, divided by its ranks. 0 forbids swapping."""
     bandwidth_out: float = 1.0
     bandwidth_in: float = 1.0
-    """Of this rank's copies to and from host memory while its neighbours copy too."""
+    """Of this rank's copies to and from host memory while its neighbours copy too. Where seconds are those of several passes, which
+    copy the same bytes each, a second of all passes moves so much of one."""
+    passes: int = 1
+    """What the real bandwidth was divided by."""
     overlap: bool = True
     """Copies run beside computation. False (a CPU): each is waited for where it starts, and nothing is fetched ahead."""
     swap_ratio: float = 1.0

@@ -163,12 +163,17 @@ class _Walk:
 
     # --- backward --------------------------------------------------------------------------------------------------------------
 
+    def fetch_seconds(self, g: int) -> float:
+        """Of a group's parameters; of a group of several layers they come once for all that is recomputed, again for each backward."""
+        group = self.groups[g]
+        return (2 - 1 / len(group)) * sum(self.layers[i].fetch_seconds for i in group)
+
     def fetch(self, g: int) -> None:
         """Start the copies back of a group; room is taken at once."""
         if g < 0 or g in self.back_at:
             return
-        seconds = self.waiting_bytes[g] * self.problem.swap_ratio / self.problem.bandwidth_in
-        start = max(self.now, self.in_free, self.parked_at[g])
+        seconds = self.waiting_bytes[g] * self.problem.swap_ratio / self.problem.bandwidth_in + self.fetch_seconds(g)
+        start = max(self.now, self.in_free, self.parked_at[g] if self.waiting_bytes[g] else 0.0)
         self.in_free = self.back_at[g] = start + seconds
         for i in self.groups[g]:
             for name in CLASSES:
@@ -179,7 +184,7 @@ class _Walk:
             self.fetch(g)
             if self.problem.overlap:
                 self.fetch(g - 1)
-            if self.waiting_bytes[g]:
+            if self.waiting_bytes[g] or self.fetch_seconds(g):
                 self.wait(self.back_at[g])
             group = self.groups[g]
             for i in group:

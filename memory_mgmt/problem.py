@@ -40,6 +40,8 @@ class Setting:
     """For what the trace counts: the limit less what a process holds beside its tensors."""
     host_bytes: int
     """Host memory this rank may take for offload; 0 forbids it."""
+    host_limit_bytes: int
+    """What a traced step may take of it: ``host_bytes`` and a margin for rounding."""
     step_tokens: int
     passes: int
     """Forward and backward passes in the trace."""
@@ -87,7 +89,9 @@ def problem_of_trace(trace: Trace, baseline: Policy, setting: Setting) -> Proble
     reader = _Reader(trace, baseline, setting)
     costs = {i: reader.layer(i) for i in reader.representatives()}
     layers = tuple(costs[reader.represented_by(i)] for i in range(len(setting.model.layer_kinds)))
-    chosen = sum(layer.forward_seconds + layer.backward_seconds for layer in layers)
+    # Waiting for parameters in backward is not part of a layer's seconds: what is chosen decides how long it is.
+    waits = sum(reader.waited_in_backward(reader.represented_by(i)) for i in range(len(layers)))
+    chosen = sum(layer.forward_seconds + layer.backward_seconds for layer in layers) + waits
     loss = reader.loss_seconds()
     recomputed = sum(layer.projections.recompute_seconds + layer.feed_forward.recompute_seconds for layer in layers)
     recomputed += sum(layer.mixer.recompute_seconds for layer in layers if layer.kind == "memory")
@@ -100,8 +104,9 @@ def problem_of_trace(trace: Trace, baseline: Policy, setting: Setting) -> Proble
         other_peak_bytes=reader.other_peak(),
         budget_bytes=setting.budget_bytes,
         host_bytes=max(0, setting.host_bytes - reader.states_on_host),
-        bandwidth_out=one_way,
-        bandwidth_in=other_way,
+        bandwidth_out=one_way / setting.passes,
+        bandwidth_in=other_way / setting.passes,
+        passes=setting.passes,
         overlap=setting.rates.overlap,
         fixed_seconds=max(0.0, reader.total_seconds - chosen - loss - recomputed),
         step_tokens=setting.step_tokens,
@@ -110,6 +115,7 @@ def problem_of_trace(trace: Trace, baseline: Policy, setting: Setting) -> Proble
         ffn_tiles=setting.ffn_tiles,
         memory_tiles=setting.memory_tiles,
         group_blocks=tuple(k for k in GROUPS if k == 1 or 4 * k <= len(layers)),
+        group_inside="one",  # memory_mgmt/groups.py
     )
 
 
@@ -154,6 +160,7 @@ class _Reader:
         again += classes["mixer"].recompute_seconds if kind == "memory" else 0.0
         stages = self.stages(i, self.kinds[i], classes)
         passes = self.setting.passes
+        backward_seconds = passes * (backward.end - backward.start) - self.waited_in_backward(i) - again
         return LayerCost(
             kind=kind,
             input=classes["input"],
@@ -161,12 +168,17 @@ class _Reader:
             mixer=classes["mixer"],
             feed_forward=classes["feed_forward"],
             forward_seconds=passes * (forward.end - forward.start),
-            backward_seconds=max(passes * (backward.end - backward.start) - again, 0.0),
+            backward_seconds=max(backward_seconds, 0.0),
+            fetch_seconds=passes * backward.copy_in,
             entrance_stages=stages["entrance_stages"],
             mixer_stages=stages["mixer_stages"],
             ffn_stages=stages["ffn_stages"],
             gradient_bytes=self.gradients(i),
         )
+
+    def waited_in_backward(self, i: int) -> float:
+        """For copies of parameters out of host memory: the baseline has no others."""
+        return self.setting.passes * self.stretch("backward", i).waited_copy
 
     def classes(self, kinds: Kinds) -> dict[str, ClassCost]:
         """What the execution keeps of each class (memory_mgmt/execution.py), and the time to make it again."""
@@ -190,11 +202,12 @@ class _Reader:
         s, c, passes = self.setting.shapes, self.setting.model, self.setting.passes
         queries, keys = c.n_heads * c.attention_head_dim, c.kv_heads * c.attention_head_dim
         leave = self.product_seconds(2 * s.n * ffn_parameters(c) * 2 // 3)
+        block_input = ClassCost(s.stream, passes * leave / 2, may_recompute=False)  # inside a group: the product that ends the block below
         if kind == "memory":
             inside = s.memory_inside()
             tokens_seconds = self.memory_seconds()
             return {
-                "input": ClassCost(s.stream, may_recompute=False),
+                "input": block_input,
                 "projections": ClassCost(),
                 "mixer": ClassCost(inside, tokens_seconds, tiled_bytes=0),
                 "feed_forward": self.packable(ClassCost(s.stream + 2 * s.n * c.ff_width * s.e, passes * leave, tiled_bytes=0)),
@@ -202,7 +215,7 @@ class _Reader:
         project = self.product_seconds(2 * s.n * c.d_model * (queries + 2 * keys))
         output = self.product_seconds(2 * s.n * c.d_model * queries)
         return {
-            "input": ClassCost(s.stream, may_recompute=False),
+            "input": block_input,
             "projections": ClassCost(s.n * (queries + 2 * keys) * s.e, passes * project),
             "mixer": ClassCost(s.n * (queries * s.e + c.n_heads * s.w), passes * self.attention_seconds(), whole_recompute=True),
             "feed_forward": self.packable(

@@ -10,7 +10,8 @@ import gzip
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -148,7 +149,7 @@ class Trace:
         }
         # Two processes may write one trace: each its own file, the rename is atomic.
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(gzip.compress(json.dumps(data).encode(), compresslevel=3))
+        temporary.write_bytes(gzip.compress(json.dumps(data).encode(), compresslevel=1))
         temporary.replace(path)
 
     @staticmethod
@@ -167,7 +168,8 @@ class Trace:
 
 def _columns(kind: type, records: Iterable[Any]) -> dict[str, list[Any]]:
     names = [f.name for f in fields(kind)]
-    columns = list(zip(*(astuple(record) for record in records), strict=True)) or [[] for _ in names]
+    values = attrgetter(*names)  # astuple copies every value
+    columns = list(zip(*(values(record) for record in records), strict=True)) or [[] for _ in names]
     return {name: list(column) for name, column in zip(names, columns, strict=True)}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -33,6 +34,8 @@ from models.transformer import Transformer
 CUDA_BLOCK = 512
 """Smallest unit of torch's CUDA caching allocator (kMinBlockSize)."""
 _ITEM = "aten::_local_scalar_dense"
+_OF_LISTS = ("aten::_foreach_", "aten::_fused_")
+_DEVICE = torch.ops.prim.device.default
 _COLLECTIVE_SPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 _COMMUNICATION_SPACES = (*_COLLECTIVE_SPACES, "fsdp")
 
@@ -77,6 +80,11 @@ class StepRecorder(TorchDispatchMode):
         self._resize: Any = None
         self.regions_of: dict[int, tuple[Region, Region | None]] = {}
         """Buffer id -> region in which it was made and freed."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: torch's guard around every call costs as much as recording does."""
+        return False
 
     # --- where we are -------------------------------------------------------------------------------------------------------
 
@@ -194,6 +202,8 @@ class StepRecorder(TorchDispatchMode):
         super().__exit__(*args)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # C++ asks about as often as it does everything else together
         if any(issubclass(t, (DTensor, Int8Weight)) for t in types):
             return NotImplemented  # let it become operations on local shards, or on the bytes of weights, first
         kwargs = kwargs or {}
@@ -295,7 +305,12 @@ class StepRecorder(TorchDispatchMode):
     def _operation(
         self, func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any, out: Any, layer: int | None
     ) -> None:
-        moved = op_bytes(func, inputs, outputs or written(func, args))
+        outputs = outputs or written(func, args)
+        if self._region.layer is None and name.startswith(_OF_LISTS):
+            for one, read, made in self._by_layer(inputs, outputs):
+                self._ops.append(self._op(name, one, 0, op_bytes(func, read, made), work_dtype(inputs), "compute"))
+            return
+        moved = op_bytes(func, inputs, outputs)
         if not moved:
             return
         flops = op_flops(func, args, kwargs, out)
@@ -306,6 +321,15 @@ class StepRecorder(TorchDispatchMode):
         if stream != "compute":  # a copy names its target among its inputs too
             op.message_bytes = sum(x.numel() * x.element_size() for x in outputs) * op.repeats
         self._ops.append(op)
+
+    def _by_layer(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Iterator[tuple[int | None, list[Tensor], list[Tensor]]]:
+        """What one operation on the tensors of many layers reads and writes of each, so that layers that are not traced can be added."""
+        found: dict[int | None, tuple[list[Tensor], list[Tensor]]] = {}
+        for side, tensors in enumerate((inputs, outputs)):
+            for x in tensors:
+                found.setdefault(self._inherited([x]), ([], []))[side].append(x)
+        for layer, (read, made) in found.items():
+            yield layer, read, made
 
     def _collective(self, name: str, inputs: list[Tensor], args: Any, layer: int | None) -> None:
         # Each list or tensor among the arguments is one side of the message; the larger one is the whole.

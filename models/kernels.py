@@ -20,6 +20,7 @@ import torch
 
 from models.block import CAUSAL, NONE, Block, BlockMask, Gradients, Implementation, MaskKind, additive_mask
 from models.errors import UserError
+from models.head_runs import by_heads, head_runs
 from models.kernels_cuda import CUDNN, EFFICIENT_CUDA
 from models.kernels_flash import FLASH_ATTN, FLASH_CPU, FLASH_CUDA
 from models.kernels_plain import FLOAT64, PLAIN
@@ -95,7 +96,8 @@ def block_attention_backward(
         # exp(-inf - 0) = 0: hidden rows give nothing; exp(-inf + inf) would be NaN.
         lse_BHT = lse_BHT.masked_fill(empty_BHT, 0.0)
     tensors = [_rows_contiguous(x) for x in (dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD)]
-    return implementation.backward(*tensors, lse_BHT.contiguous(), mask, scale)
+    runs = head_runs(q_BHTD, k_BGSD.shape[1]) if q_BHTD.device.type == "cuda" and mask.tensor is None else 1
+    return by_heads(implementation.backward, (*tensors, lse_BHT.contiguous()), mask, scale, runs)
 
 
 def block_attention_reference(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
+from models.repeat import turns
 from models.tables import columns_of
 
 
@@ -56,7 +57,10 @@ _AT_ONCE = 1 << 20
 def square_sum(gradient: torch.Tensor) -> torch.Tensor:
     """Sum of squares in float64, a float64 scalar."""
     flat = gradient.reshape(-1)  # gradients are contiguous: a view
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in flat.split(_AT_ONCE)] or [
-        flat.new_zeros((), dtype=torch.float64)
-    ]
-    return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum()
+    parts = flat.split(_AT_ONCE)
+    if len(parts) < 2:
+        return torch.linalg.vector_norm(flat, dtype=torch.float64).square()
+    norms = flat.new_empty(len(parts), dtype=torch.float64)
+    for i in turns(range(len(parts)), flat, lambda i: len(parts[i])):
+        torch.linalg.vector_norm(parts[i], dtype=torch.float64, out=norms[i])
+    return norms.square_().sum()

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.repeat import repeated
 from optim.pieces import piece_elements, row_chunks
 
 TINY = torch.finfo(torch.float32).tiny
@@ -95,7 +96,7 @@ class BlockCodec:
             given = torch.empty((2, size), dtype=torch.float32, device=matrix_RC.device)
         scratch = given.unbind()
         for blocks in self._in_blocks(matrix_RC, [parts[name] for name in ("codes", *self.format.scales)]):
-            for some in _runs(blocks[0].shape, limit):
+            for some in _runs(blocks[0], limit):
                 value_NB, codes, *scales = blocks if some is None else [tensor[some] for tensor in blocks]
                 yield value_NB, codes, scales, [work[: value_NB.numel()].view(value_NB.shape) for work in scratch]
 
@@ -117,15 +118,16 @@ class BlockCodec:
             yield [matrix_RC[:, whole:], codes[:, whole // per_byte :], *(scale[:, whole // self.block] for scale in scales)]
 
 
-def _runs(shape: torch.Size, limit: int) -> Iterator[slice | tuple[slice, slice] | None]:
-    """Cuts of the dims before the last, of at most ``limit`` elements or one block; None where all fits."""
+def _runs(x: Tensor, limit: int) -> Iterator[slice | tuple[slice, slice] | None]:
+    """Cuts of the dims of ``x`` before the last, of at most ``limit`` elements or one block; None where all fits."""
+    shape = x.shape
     if shape.numel() <= limit:
         yield None
     elif len(shape) == 2 or shape[1:].numel() <= limit:
-        yield from row_chunks(shape[0], shape[1:].numel(), limit)
+        yield from row_chunks(shape[0], shape[1:].numel(), limit, x)
     else:
-        for row in range(shape[0]):
-            for blocks in row_chunks(shape[1], shape[2], limit):
+        for row in repeated(shape[0], x):
+            for blocks in row_chunks(shape[1], shape[2], limit, x):
                 yield slice(row, row + 1), blocks
 
 

@@ -311,7 +311,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         """Of one lane, some rows at a time."""
         gradient = as_rows(local_part(cast(Tensor, lane.parameter.grad)))
         stored = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}
-        for rows in row_chunks(gradient.shape[0], gradient[:1].numel(), work.elements):
+        for rows in row_chunks(gradient.shape[0], gradient[:1].numel(), work.elements, gradient):
             # The rule may overwrite its gradient; the parameter's own stays as it is.
             part = work.take("gradient", gradient[rows].shape, gradient, lane.dtype).copy_(gradient[rows])
             kept = {name: tensor[rows] for name, tensor in stored.items()}

@@ -49,7 +49,7 @@ def stochastic_bf16_(value: Tensor, out: Tensor, *, seed: int, key: int, step: i
     bfloat16 and infinity may become infinite, as in rounding to nearest.
     """
     bits, rounded = value.view(-1).view(torch.int32), out.view(-1)
-    for here in row_chunks(bits.numel(), 1, piece_elements(value.device)):
+    for here in row_chunks(bits.numel(), 1, piece_elements(value.device), value):
         chance = random_bits(first + here.start, here.stop - here.start, seed=seed, key=key, step=step, device=value.device)
         _keep_high(chance.int().bitwise_and_(0xFFFF).add_(bits[here]), 16, bits[here], rounded[here])
 
@@ -91,7 +91,7 @@ def join_24bit(high: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _pieces(tensor: Tensor) -> Iterator[slice]:
-    return row_chunks(tensor.shape[0], tensor[:1].numel(), piece_elements(tensor.device))
+    return row_chunks(tensor.shape[0], tensor[:1].numel(), piece_elements(tensor.device), tensor)
 
 
 def _keep_high(rounded: Tensor, shift: int, bits: Tensor, out: Tensor) -> None:

@@ -20,7 +20,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from models.repeat import turns
 from optim.elementwise import ElementwiseAdam, Rule
 from optim.methods import StateSpec
 from optim.pieces import row_chunks
@@ -70,8 +69,7 @@ def update_touched(
         if not by_columns:
             touched = values.flatten(1).any(dim=1)
             rows, values = rows[touched], values[touched]
-        chunks = list(row_chunks(len(rows), per_row, chunk_elements))
-        for some in turns(chunks, values, lambda chunk: chunk.stop - chunk.start):
+        for some in row_chunks(len(rows), per_row, chunk_elements, values):
             index = rows[some]
             copies = {name: tensor[index] for name, tensor in stored.items()}
             weight = parameter[index]
@@ -80,7 +78,7 @@ def update_touched(
             for name, copy in copies.items():
                 stored[name][index] = copy
         return
-    for some in row_chunks(len(parameter), per_row, chunk_elements):
+    for some in row_chunks(len(parameter), per_row, chunk_elements, gradient):
         mask = gradient[some].flatten(1).any(dim=1)
         copies = {name: tensor[some].clone() for name, tensor in stored.items()}
         weight = parameter[some].clone()

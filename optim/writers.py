@@ -87,7 +87,7 @@ class Bfloat16:
         return weight.float()
 
     def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
-        for rows, first in _pieces(weight, chance.first):
+        for rows, first in _pieces(update, chance.first):
             value = move_(weight[rows].float(), update[rows], lr, decay)
             if self.stochastic:
                 stochastic_bf16_(value, weight[rows], seed=chance.seed, key=chance.key, step=chance.step, first=first)
@@ -107,7 +107,7 @@ class TwentyFourBits:
 
     def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
         low = states["correction"]
-        for rows, _ in _pieces(weight, 0):
+        for rows, _ in _pieces(update, 0):
             split_24bit_(move_(join_24bit(weight[rows], low[rows]), update[rows], lr, decay), weight[rows], low[rows])
 
 
@@ -124,7 +124,7 @@ class EightBits:
 
     def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
         assert isinstance(weight, Int8Weight)
-        for rows, first in _pieces(weight, chance.first):
+        for rows, first in _pieces(update, chance.first):
             part = weight.rows(rows)
             value = move_(part.dequantised(torch.float32), update[rows], lr, decay)
             bits = random_bits(first, value.numel(), seed=chance.seed, key=chance.key, step=chance.step, device=value.device)
@@ -177,8 +177,8 @@ def move_(value: Tensor, update: Tensor, lr: float, decay: float) -> Tensor:
     return value.sub_(update, alpha=lr)
 
 
-def _pieces(weight: Tensor, first: int) -> Iterator[tuple[slice, int]]:
+def _pieces(update: Tensor, first: int) -> Iterator[tuple[slice, int]]:
     """Rows whose float copies fit, with the index of their first element."""
-    columns = weight[:1].numel()
-    for rows in row_chunks(weight.shape[0], columns, piece_elements(weight.device)):
+    columns = update[:1].numel()
+    for rows in row_chunks(update.shape[0], columns, piece_elements(update.device), update):
         yield rows, first + rows.start * columns

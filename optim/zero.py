@@ -108,7 +108,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     state[f"{name}.{part}"] = torch.zeros(part_shape, dtype=dtype, device=flat.device)
         state["step"] += 1
         step, values = int(state["step"]), flat.view(-1)
-        for rows in row_chunks(shape[0], ROW, piece_elements(flat.device)):
+        for rows in row_chunks(shape[0], ROW, piece_elements(flat.device), flat):
             inside = slice(rows.start * ROW, min(rows.stop * ROW, flat.numel()))
             some = gradient[inside].float()
             padded = torch.zeros(rows.stop - rows.start, ROW, device=flat.device)

@@ -13,7 +13,7 @@ Legend: B batch row, H query heads, G key/value heads, T local tokens, S receive
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from models.attention import (
 from models.attention_plan import Pair, TileLimits, plan_rows, sees
 from models.batch import Bounds, Range
 from models.block import Gradients
+from models.repeat import turns
 from parallel.halo import start_halo, start_return
 from parallel.sequence import Layout, check_ranges, ranges_for
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
@@ -168,6 +169,13 @@ class _Transfer:
         return self._arriving
 
 
+def _hops(plan: RingPlan, x: torch.Tensor, alone: int) -> Iterator[int]:
+    """All hops; of equal ones in a row only some where ``x`` has no values (``models/repeat.py``). The last and the first ``alone`` are
+    like no other."""
+    last = len(plan.hops) - 1
+    return turns(range(last + 1), x, lambda hop: (plan.hops[hop], min(hop, alone), hop == last))
+
+
 def ring_forward(
     q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, plan: RingPlan, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +183,8 @@ def ring_forward(
     out_BHTD, lse_BHT = new_accumulators(q_BHTD)
     last_hop = len(plan.hops) - 1
     kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
-    for hop, blocks in enumerate(plan.hops):
+    for hop in _hops(plan, q_BHTD, alone=1):
+        blocks = plan.hops[hop]
         transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
         attend(q_BHTD, kv_2BGSD[0], kv_2BGSD[1], blocks, out_BHTD, lse_BHT)
         if transfer is not None:
@@ -194,14 +203,14 @@ def ring_backward(
     group: dist.ProcessGroup,
 ) -> Gradients:
     """``(dq_BHTD, dk_BGTD, dv_BGTD)`` in float32 (float64 for float64), for what ``ring_forward`` gave."""
-    hops = plan.hops
-    last_hop = len(hops) - 1
+    last_hop = len(plan.hops) - 1
     dq_BHTD = new_gradient(q_BHTD)
     # The keys in hand are an argument of each step, never what was saved: those are this rank's own, at every hop.
     kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
     own_2BGTD = new_gradient(kv_2BGSD)
     followers = None  # gradients of the keys in hand, from the ranks that had them before; one hop behind the keys
-    for hop, blocks in enumerate(hops):
+    for hop in _hops(plan, q_BHTD, alone=2):  # gradients follow from the second hop on
+        blocks = plan.hops[hop]
         transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
         dkv_2BGSD = own_2BGTD if hop == 0 else new_gradient(kv_2BGSD)
         attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, blocks, dq_BHTD, dkv_2BGSD[0], dkv_2BGSD[1])

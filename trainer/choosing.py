@@ -20,12 +20,16 @@ from parallel.dims import ParallelDims
 from trainer.config import RunConfig
 
 TRIES = 4
+HOST_MARGIN = 0.98
+"""Of a rank's host memory that the planner may fill: parked tensors are rounded up to pages and slabs."""
 _CLOSE = 0.01
 """A traced peak within this share below the budget is good enough."""
 _SOLVE_SECONDS = 10.0
 _LITTLE, _NEAR = 5e-3, 0.05
 """Where a policy takes at most this share of the step longer than one that keeps everything, this much below the budget is good enough:
 another trace takes as long as all the rest of a plan. Not more: by the trace other tiles can be worth more than the planner knows."""
+_WORTH_A_TRACE = 1e-3
+"""Share of the step that other shares in the same tiles and groups must save before they are traced."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,19 @@ def setting_of(
         rates=rates,
         topology=Topology.of(dims, ranks_per_node),
         budget_bytes=budget,
-        host_bytes=host,
+        host_bytes=int(HOST_MARGIN * host),
+        host_limit_bytes=host,
         step_tokens=config.global_batch_sequences * config.data.seq_len,
         passes=min(config.train.grad_accum, 2),
         quantise=() if config.memory.quantise == "none" else (config.memory.quantise,),
     )
+
+
+def _much_the_same(choice: Choice, known: Choice) -> bool:
+    """Whether a choice differs from one that is known to fit in shares alone, and they save next to nothing."""
+    one, other = choice.policy, known.policy
+    tiles = [(p.group_blocks, p.loss_tile_tokens, p.ffn_tile_tokens, p.memory_tile_tokens) for p in (one, other)]
+    return tiles[0] == tiles[1] and choice.seconds > (1 - _WORTH_A_TRACE) * known.seconds
 
 
 def choose_policy(setting: Setting, trace_policy: Callable[[Policy], Trace], counted: Callable[[Trace], int]) -> Chosen:
@@ -80,8 +92,13 @@ def choose_policy(setting: Setting, trace_policy: Callable[[Policy], Trace], cou
             if best is not None:
                 break
             choice = smallest_budget(problem).choice
+        if best is not None and best.choice is not None and _much_the_same(choice, best.choice):
+            break
         found = Chosen(choice.policy, trace_policy(choice.policy), choice)
-        peak = counted(found.trace)
+        peak, over_host = counted(found.trace), found.trace.peak("host")[0] - setting.host_limit_bytes
+        if over_host > 0 and problem.host_bytes:
+            problem = replace(problem, host_bytes=max(0, problem.host_bytes - over_host))
+            continue
         if peak <= setting.budget_bytes:
             if best is None or best.choice is None or choice.seconds < best.choice.seconds:
                 best = found

@@ -14,14 +14,16 @@ FASTER = 0.99
 """Something goes to host memory for speed only where the step takes less than this share of the time."""
 
 
-def resolve_offload(config: RunConfig, plan: Callable[[RunConfig], MemoryPlan]) -> tuple[RunConfig, MemoryPlan]:
+def resolve_offload(
+    config: RunConfig, plan: Callable[[RunConfig], MemoryPlan], room: int | None = None, parameters: int = 0
+) -> tuple[RunConfig, MemoryPlan]:
     """``config`` with the optimizer's states and the parameters where they fit best, as far as it leaves that open, and ``plan`` of it.
 
     Host memory is taken where the step does not fit without it but does with it, where neither fits and it lowers the peak, or where both
     fit and less recomputation makes the step faster; the states first, then the parameters as well. A CPU's host memory is the very
-    memory that it would save: none.
+    memory that it would save: none. ``room`` and ``parameters``: as of ``places``.
     """
-    best, *others = places(config)
+    best, *others = places(config, room, parameters)
     found = plan(best)
     for other in others:
         if found.device == "cpu" or (found.fits and not _may_be_faster(config, found)):
@@ -32,14 +34,26 @@ def resolve_offload(config: RunConfig, plan: Callable[[RunConfig], MemoryPlan]) 
     return best, found
 
 
-def places(config: RunConfig) -> list[RunConfig]:
+def places(config: RunConfig, room: int | None = None, parameters: int = 0) -> list[RunConfig]:
     """``config`` with each place that its settings may mean; the device first. Only the states of torch's AdamW can be moved, and not in
-    a fused update; parameters are where the states are."""
+    a fused update; parameters are where the states are. Those that leave more of the model's ``parameters`` and what belongs to them on a
+    device than its ``room`` in bytes are left out, while there is another: no policy makes them fit, and to find that takes traces."""
     memory, movable = config.memory, config.optim.is_torch_adamw and not config.optim.is_fused
     states = ["none", *(["host"] if movable else [])] if memory.offload_optimizer == "auto" else [memory.offload_optimizer]
-    parameters = ["none", "host"] if memory.offload_parameters == "auto" else [memory.offload_parameters]
-    pairs = [(s, p) for p in parameters for s in states if p == "none" or s == "host"]
-    return [_with(config, *pair) for pair in pairs]
+    where = ["none", "host"] if memory.offload_parameters == "auto" else [memory.offload_parameters]
+    pairs = [(s, p) for p in where for s in states if p == "none" or s == "host"]
+    found = [_with(config, *pair) for pair in pairs]
+    if room is not None and movable:
+        ranks = config.parallel.dp_shard * config.parallel.cp
+        while len(found) > 1 and _least_bytes(found[0]) * parameters > room * ranks:
+            del found[0]
+    return found
+
+
+def _least_bytes(config: RunConfig) -> int:
+    """Of torch's AdamW and float32 weights, per parameter that a rank holds: gradients, and what is not in host memory."""
+    memory = config.memory
+    return 4 + 4 * (memory.offload_parameters != "host") + 8 * (memory.offload_optimizer != "host")
 
 
 def as_planned(config: RunConfig, plan: MemoryPlan) -> RunConfig:

@@ -214,10 +214,15 @@ class RunConfig(Section):
             self._check_product_keys()
         movable = (self.optim.is_torch_adamw or self.optim.preset == "auto") and not self.optim.is_fused
         if self.memory.offload_parameters == "host" and not movable:
+            if self.optim.is_fused:
+                reason = "optim.fuse_backward updates them inside it, where they are"
+            elif self.optim.bfloat16_weights:
+                reason = f"optim.weights {weights} rounds them where their states are, on the device"
+            else:
+                reason = f"optim.preset {self.optim.preset} keeps its states on the device, and updates parameters there"
             raise ValueError(
-                "memory.offload_parameters host takes parameters where adamw's states are moved (memory.offload_optimizer), which "
-                f"optim.preset {self.optim.preset}{' with fuse_backward' if self.optim.is_fused else ''} refuses: "
-                "set offload_parameters none"
+                "memory.offload_parameters host moves parameters with adamw's states, bucket by bucket after the backward pass; "
+                f"{reason}: set offload_parameters none"
             )
         parallel = self.parallel
         if parallel.chosen_by_plan:

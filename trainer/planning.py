@@ -27,7 +27,7 @@ from memory_mgmt.problem import Setting
 from memory_mgmt.trace import Trace
 from memory_mgmt.traced_plan import Limits, plan_of_trace, step_addresses
 from models.errors import UserError
-from models.flops import model_flops_per_token
+from models.flops import model_flops_per_token, parameter_count
 from parallel.dims import ParallelDims
 from trainer.choosing import choose_policy, setting_of
 from trainer.choosing_offload import resolve_offload
@@ -41,8 +41,6 @@ VOCAB_MULTIPLE = 64
 CHANGES_SHOWN = 3
 HOST_SHARE = 0.8
 """Of a node's memory that offload may take where memory.host_gib does not say."""
-HOST_MARGIN = 0.98
-"""Of a rank's host memory that the planner may fill: parked tensors are rounded up to pages and slabs."""
 ADDRESS_SECONDS = 2.0
 """Spent on addresses in a plan; a step of thousands of buffers takes a fraction of it."""
 _DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -77,6 +75,12 @@ class Target:
         node = self.device.node.host_bytes if self.device.is_cuda and self.device.node is not None else host_bytes()
         configured = self.config.memory.host_gib
         return int(configured * GIB if configured is not None else HOST_SHARE * node) // self.ranks_per_node
+
+    @property
+    def room(self) -> tuple[int | None, int]:
+        """Bytes that a rank may take of a GPU (None: a CPU's memory is the host's), and the model's parameters: for ``places``."""
+        bytes_ = (self.limits.bytes or self.device.memory_bytes) if self.device.is_cuda else None
+        return bytes_, parameter_count(self.config.model, self.vocab_size).total
 
     def with_config(self, config: RunConfig) -> Target:
         """The same device for other settings."""
@@ -119,7 +123,7 @@ def same_step(one: RunConfig, other: RunConfig) -> bool:
 def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
     """``plan_run`` of a target."""
     if "auto" in (target.config.memory.offload_optimizer, target.config.memory.offload_parameters):
-        config, plan = resolve_offload(target.config, lambda each: plan_target(target.with_config(each)))
+        config, plan = resolve_offload(target.config, lambda each: plan_target(target.with_config(each)), *target.room)
         if plan.fits or not with_changes:
             return plan
         target = target.with_config(config)
@@ -208,7 +212,7 @@ def setting_for(target: Target) -> Setting:
         ParallelDims.from_config(target.config.parallel, target.ranks),
         target.ranks_per_node,
         budget=target.limits.bytes or target.device.memory_bytes or host_bytes() // target.ranks,
-        host=0 if target.config.memory.offload == "none" else int(HOST_MARGIN * target.host_budget),
+        host=0 if target.config.memory.offload == "none" else target.host_budget,
         cuda=target.device.is_cuda,
     )
 

@@ -240,7 +240,7 @@ def _first_request(target: Target) -> TraceRequest:
 
 def _placed(target: Target) -> list[Target]:
     """The target with each place that its optimizer's states and parameters may be in."""
-    return [target.with_config(config) for config in places(target.config)[: None if target.device.is_cuda else 1]]
+    return [target.with_config(config) for config in places(target.config, *target.room)[: None if target.device.is_cuda else 1]]
 
 
 def _try(target: Target, words: str) -> Tried:

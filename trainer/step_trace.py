@@ -102,7 +102,7 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
             offloaded = OffloadedParameters(model, store, device) if config.memory.offload_parameters == "host" else None
             engine = engine_for(config, model, mesh, device, store, offloaded)
             _adopt(recorder, engine)
-            _step(recorder, engine, [_batch(config, _warm_up_tokens(config))])
+            _step(recorder, engine, [_warm_up_batch(config)])
             batches = [_batch(config, config.data.seq_len) for _ in range(min(config.train.grad_accum, 2))]
             recorder.tag((x for b in batches for x in (b.tokens_BT, b.labels_BT, b.positions_BT)), "batch")
             if isinstance(engine.optimizer, ComposedOptimizer):
@@ -150,14 +150,17 @@ def _adopt(recorder: StepRecorder, engine: Engine) -> None:
                 recorder.adopt(((f"{name}.{key} of pass {number}", value) for key, value in state.items()), "state")
 
 
-def _warm_up_tokens(config: RunConfig) -> int:
-    return min(config.data.seq_len, WARM_UP_TOKENS * config.parallel.cp * (2 if config.layout == "zigzag" else 1))
+def _warm_up_batch(config: RunConfig) -> Batch:
+    """A short one. Every range of a rank is a document of its own, so that no keys travel: only parameters matter here."""
+    ranges = config.parallel.cp * (2 if config.layout == "zigzag" else 1)
+    tokens = min(config.data.seq_len, WARM_UP_TOKENS * ranges)
+    return _batch(config, tokens, tuple(range(0, tokens, max(1, tokens // ranges))))
 
 
-def _batch(config: RunConfig, tokens: int) -> Batch:
-    """One micro-batch of one document per row; on fake tensors only the shape counts."""
+def _batch(config: RunConfig, tokens: int, documents: tuple[int, ...] = (0,)) -> Batch:
+    """One micro-batch; on fake tensors only the shape counts. ``documents``: where they begin."""
     rows = config.train.micro_batch_size
-    bounds = Bounds(tokens, ((0, tokens),), ((0,),) * rows)
+    bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows)
     positions_BT = torch.arange(tokens).expand(rows, tokens).contiguous()
     return Batch(
         torch.zeros(rows, tokens, dtype=torch.long), torch.zeros(rows, tokens, dtype=torch.long), positions_BT, bounds, (True,) * rows

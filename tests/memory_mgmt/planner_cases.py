@@ -105,6 +105,7 @@ def problems(draw: st.DrawFn, max_layers: int = 5, tiles: bool = True, groups: b
                 entrance_stages=stages(),
                 mixer_stages=stages(),
                 ffn_stages=stages(len(ffn_tiles)),
+                fetch_seconds=st.sampled_from([0.0, 0.0, 0.3, 2.0]),
                 gradient_bytes=st.sampled_from([0, GIB // 2]),
             ),
             min_size=1,

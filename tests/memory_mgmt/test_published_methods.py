@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from plan_published import CASES, GPT_7B, LLAMA_8B, PEAK_GOAL, QWEN3_8B, TIME_GOAL, Row, compare, markdown
+from plan_published import CASES, GPT_7B, LLAMA_8B, PEAK_GOAL, QWEN3_8B, TIME_GOAL, Row, compare, markdown, own_answers, own_cases
 from published_methods import estimate, fits
 from published_own import Own, own_choice, own_overrides
 from published_recipes import Recipe
@@ -90,21 +90,43 @@ def test_the_result_file_shows_errors_and_misses(rows: list[Row]) -> None:
 
 @pytest.mark.parametrize("case", [CASES[5], CASES[11], CASES[24], CASES[33]], ids=lambda case: case.name)
 def test_own_settings_are_valid(case) -> None:
-    config = resolve(None, own_overrides(case.recipe))
+    config = resolve(None, list(own_overrides(case.recipe)))
     count = parameter_count(config.model, config.model.vocab_size or 0)
     assert count.total == pytest.approx(case.recipe.shape.parameters, rel=0.01)
-    assert config.parallel.cp == case.recipe.sp and config.parallel.cp * config.parallel.dp_shard == case.recipe.gpus
+    assert config.parallel.ranks == case.recipe.gpus and config.train.grad_accum == case.recipe.gpus // case.recipe.sp
+    assert config.parallel.chosen_by_plan and config.parallel.scheme_is_auto and config.memory.offload_parameters == "auto"
 
 
 def test_own_choices_stand_beside_what_was_published(rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise UserError("data.seq_len: 7 is odd\nmake it even")
 
-    fits_ = Own("case 1", True, 70.04, 12.5, 366.4, 0.402, "0-31 input keep", 69.5, 380.0)
-    monkeypatch.setattr("published_own.plan_run", refuse)
+    fits_ = Own("case 1", True, 70.04, 12.5, 366.4, 0.402, "0-31 input keep", 69.5, 380.0, 390.2, 501.0, ("a=b",))
+    earlier = replace(fits_, case="case 0", seconds=390.3, settings=())
+    monkeypatch.setattr("published_own.plan_target", refuse)
     refused = own_choice("case 2", CASES[5].recipe, None, 12.0)
-    assert refused.fits is None and refused.words == "data.seq_len: 7 is odd"
-    text = markdown(rows, [fits_, refused])
-    assert "| case 1 | fits | 70.0 | 69.5 | 12.5 | 366 | 380 | 40.2% | 0-31 input keep |" in text
-    assert "| case 2 | refused |  |  |  |  | 12 |  | data.seq_len: 7 is odd |" in text
+    assert refused.fits is None and refused.words == "data.seq_len: 7 is odd" and refused.settings == own_overrides(CASES[5].recipe)
+    text = markdown(rows, [earlier, fits_, refused])
+    assert "| case 1 | fits | 70.0 | 69.5 | 12.5 | 366 | 390 | 380 | 40.2% | 501 | 0-31 input keep |" in text
+    assert "| case 0 | fits (planned with earlier settings) | 70.0 |" in text
+    assert "| case 2 | refused |  |  |  |  |" in text and "| 12 |  |  | data.seq_len: 7 is odd |" in text
+    assert "2 of 3 fit" in text and "Slower than the published method: case 0." in text
     assert markdown(rows) in text  # the comparison itself does not change
+
+
+def test_what_was_answered_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that did not fit come first; an answer to other settings is made anew."""
+    cases, asked = own_cases(), []
+
+    def choose(name: str, recipe: Recipe, *_: object) -> Own:
+        asked.append(name)
+        return Own(name, True, 1.0, 0.0, 1.0, 0.5, "", settings=own_overrides(recipe))
+
+    monkeypatch.setattr("plan_published.own_choice", choose)
+    known = [choose(case.name, case.recipe) for case in cases]
+    known[0], known[1] = replace(known[0], settings=()), replace(known[1], settings=(), fits=False)
+    asked.clear()
+    answers = list(own_answers([one for i, one in enumerate(known) if i != 2]))
+    assert asked == [cases[1].name, cases[2].name, cases[0].name]
+    assert [one.case for one in answers[-1]] == [case.name for case in cases]
+    assert not list(own_answers(answers[-1]))

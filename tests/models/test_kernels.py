@@ -12,6 +12,7 @@ import torch
 from models import kernels, kernels_cuda, kernels_flash, kernels_plain
 from models.block import CAUSAL, NONE, BlockMask, Implementation, additive_mask
 from models.errors import UserError
+from models.head_runs import by_heads, head_runs
 from models.kernels import block_attention, block_attention_backward, block_attention_reference, explain
 
 INF = float("inf")
@@ -238,3 +239,21 @@ def test_flash_window_is_the_same_band() -> None:
                 assert (-left <= aligned <= right) == (low <= b - a and (high is None or b - a <= high))
     with pytest.raises(ValueError, match="cannot express"):
         kernels_flash._flash_window(BlockMask.band(3, None), 4, 4)
+
+
+@pytest.mark.parametrize("runs", [2, 4])
+def test_heads_one_run_after_the_other_give_the_same_bits(runs: int) -> None:
+    """Grouped heads, two rows, laid out as a model's: one token's heads beside one another."""
+    torch.manual_seed(0)
+    q, dout = (torch.randn(2, 24, 8, 16).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(2, 24, 4, 16).transpose(1, 2) for _ in range(2))
+    out, lse = block_attention(q, k, v, CAUSAL)
+    whole = kernels_plain.PLAIN.backward(dout, q, k, v, out, lse, CAUSAL, 0.25)
+    parts = by_heads(kernels_plain.PLAIN.backward, (dout, q, k, v, out, lse), CAUSAL, 0.25, runs)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_how_many_runs_of_heads() -> None:
+    q = torch.empty(1, 32, 1000, 128, device="meta")
+    assert [head_runs(q, 8, elements) for elements in (q.numel(), q.numel() - 1, q.numel() // 8, 1)] == [1, 2, 8, 8]
+    assert head_runs(q, 4, q.numel() // 3) == 4

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,11 +12,13 @@ from memory_mgmt.cost_ops import op_class
 from memory_mgmt.cost_rates import cpu_rates
 from memory_mgmt.devices import device_named
 from memory_mgmt.plan_view import policy_lines
+from memory_mgmt.planner_problem import Problem
 from memory_mgmt.policy import KEEP_ALL, Policy
 from models.config import ModelConfig
 from models.errors import UserError
 from parallel.dims import ParallelDims
-from trainer import planning
+from tests.memory_mgmt.planner_cases import gpt
+from trainer import choosing, planning
 from trainer.choosing import choose_policy, setting_of
 from trainer.config import DataSection, RunConfig, TrainSection
 from trainer.step_trace import trace_request
@@ -120,7 +124,7 @@ def test_a_pretended_gpu_is_traced_with_its_own_kernels():
     assert {"aten::_flash_attention_forward", "aten::_flash_attention_backward", "aten::silu_backward"} <= names
     # The update takes a group's parameters at once, in place: it reads four numbers for each, and the counts of steps, and writes three.
     updates = [op for op in trace.ops if op.name == "aten::_fused_adamw_"]
-    assert len(updates) == 2 and "aten::_foreach_sqrt" not in names
+    assert {op.layer for op in updates} == {None, 0, 1, 2, 3} and "aten::_foreach_sqrt" not in names
     parameters = [b.requested for b in trace.of("device") if b.kind == "parameter"]
     assert sum(op.bytes for op in updates) == 7 * sum(parameters) + 4 * len(parameters)
     assert not any("scaled_dot_product_flash_attention_for_cpu" in name or name == "aten::bmm" for name in names)
@@ -160,3 +164,31 @@ def test_devices_without_rates_can_be_planned_but_not_chosen_for():
     unknown = planning.Device("Some GPU", 2**36, {}, ("SOME",))
     with pytest.raises(UserError, match="--calibrate"):
         planning._chosen(planning.target_of(config(None), unknown), with_changes=False)
+
+
+def test_host_memory_that_a_traced_step_takes_too_much_of_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles may round shares up: the policy whose traced step takes more than is allowed is not taken, though the device has room."""
+    asked, traces = [], {"a": 130, "b": 119}
+    dims = ParallelDims.from_config(config().parallel, 1)
+    setting = replace(setting_of(config(), 320, cpu_rates(1), dims, 1, budget=1000, host=120, cuda=True), host_bytes=117)
+    monkeypatch.setattr(choosing, "problem_of_trace", lambda *_: gpt(65536, budget=1000, host=117 * 8))
+
+    def solved(problem: Problem, *_: object) -> SimpleNamespace:
+        asked.append(problem.host_bytes)
+        policy = "a" if len(asked) == 1 else "b"
+        return SimpleNamespace(policy=policy, seconds=10.0, extra_seconds=1.0, peak_bytes=995)
+
+    def traced(policy: object) -> SimpleNamespace:
+        return SimpleNamespace(peak=lambda place: (traces.get(str(policy), 0), 0))
+
+    monkeypatch.setattr(choosing, "solve", solved)
+    chosen = choose_policy(setting, traced, lambda trace: 995)
+    assert chosen.policy == "b" and asked == [117, 107]
+
+
+def test_a_choice_that_saves_next_to_nothing_is_not_traced() -> None:
+    def choice(seconds: float, tile: int) -> SimpleNamespace:
+        return SimpleNamespace(policy=Policy((KEEP_ALL,), ffn_tile_tokens=tile), seconds=seconds)
+
+    known = choice(10.0, 512)
+    assert [choosing._much_the_same(choice(*one), known) for one in ((9.995, 512), (9.98, 512), (9.995, 1024))] == [True, False, False]

@@ -208,13 +208,21 @@ def test_what_cannot_be_is_refused_by_name(where: str, memory: dict, words: str)
 
 
 @pytest.mark.parametrize("states", ["host", "auto"])
-@pytest.mark.parametrize("optim", [{"preset": "galore"}, {"fuse_backward": True, "clip_norm": None}])
-def test_optimizers_whose_states_stay_keep_the_parameters(states: str, optim: dict) -> None:
-    with pytest.raises(ValueError, match="memory.offload_"):
-        RunConfig.model_validate({"memory": {"offload_parameters": "host", "offload_optimizer": states}, "optim": optim})
+@pytest.mark.parametrize(
+    ("optim", "reason"),
+    [
+        ({"preset": "galore"}, "preset galore keeps its states"),
+        ({"fuse_backward": True, "clip_norm": None}, "updates them inside it"),
+        ({"weights": "bf16_stochastic"}, "rounds them where their states are"),
+    ],
+)
+def test_optimizers_whose_states_stay_keep_the_parameters(states: str, optim: dict, reason: str) -> None:
+    train = {"precision": "bf16"}
+    with pytest.raises(ValueError, match="memory.offload_optimizer host" if states == "host" else reason):
+        RunConfig.model_validate({"memory": {"offload_parameters": "host", "offload_optimizer": states}, "optim": optim, "train": train})
     if states == "auto":
         memory = {"offload_parameters": "auto", "offload_optimizer": "auto"}
-        (place,) = places(RunConfig.model_validate({"memory": memory, "optim": optim}))
+        (place,) = places(RunConfig.model_validate({"memory": memory, "optim": optim, "train": train}))
         assert place.memory.offload_parameters == place.memory.offload_optimizer == "none"
 
 
@@ -226,6 +234,19 @@ def test_auto_tries_the_states_first() -> None:
     assert tried(offload_optimizer="auto", offload_parameters="auto") == [("none", "none"), ("host", "none"), ("host", "host")]
     assert tried(offload_optimizer="host", offload_parameters="auto") == [("host", "none"), ("host", "host")]
     assert tried(offload_optimizer="auto", offload_parameters="host") == [("host", "host")]
+
+
+def test_places_that_no_policy_makes_fit_are_not_planned() -> None:
+    """Of a thousand parameters on two ranks: 16, 8 and 4 bytes of each must be on the devices."""
+    auto = {"offload_optimizer": "auto", "offload_parameters": "auto"}
+    config = RunConfig.model_validate({"memory": auto, "parallel": {"dp_shard": 2}})
+
+    def left(room: int | None) -> int:
+        return len(places(config, room, 1000))
+
+    assert [left(room) for room in (None, 8000, 7999, 4000, 3999, 1)] == [3, 3, 2, 2, 1, 1]
+    fused = {"optim": {"fuse_backward": True, "clip_norm": None}, "memory": auto}
+    assert len(places(RunConfig.model_validate(fused), 1, 1000)) == 1
 
 
 def test_a_plan_for_a_gpu_counts_host_memory_and_the_copies() -> None:
