@@ -15,6 +15,7 @@ import pytest
 from slurm.attempts import read_records
 from slurm.script import Job, render
 from slurm.site import Site
+from slurm.submission import read_submission
 from tests.slurm.cluster import CannotStart, Cluster
 from trainer.run_dir import RunDir, RunState
 
@@ -47,9 +48,15 @@ class Place:
         )
         self.env = {**cluster.env, "XDG_CONFIG_HOME": str(folder / "config"), "HF_TOKEN": SECRET}
 
-    def longstride(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def longstride(self, *arguments: str, more_of_site: str = "") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "longstride.py"), *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=200)
+        env = self.env
+        if more_of_site:
+            path = self.folder / "other" / "longstride" / "site.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text((self.folder / "config" / "longstride" / "site.yaml").read_text() + more_of_site)
+            env = {**env, "XDG_CONFIG_HOME": str(self.folder / "other")}
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=200)
 
     def submit(self, name: str, *more: str, nodes: int = 2) -> tuple[RunDir, str]:
         """The run and its job id."""
@@ -223,3 +230,22 @@ def test_cancelled_stays_cancelled_and_a_loop_without_progress_ends(place: Place
     state = state_of(run_dir)
     assert state.status == "failed" and f"2 attempts in a row brought no new checkpoint after step {second}" in state.reason
     assert "no new checkpoint" in (run_dir.slurm / f"job_{job}.log").read_text()
+
+
+def test_the_tasks_of_a_sweep_leave_a_node_that_is_not_fit(place: Place) -> None:
+    cluster = place.cluster
+    settings = [*SETTINGS, "parallel.cp=1", "train.steps=3", "--nodes", "1", "--time", "1:00:00"]
+    unfit = "health: ['test $SLURMD_NODENAME != n1']\n"
+    done = place.longstride("submit", "debug_cpu", "run.name=grid", *settings, "--sweep", "train.seed=0,1", more_of_site=unfit)
+    assert done.returncode == 0 and "2 runs" in done.stdout, done.stderr
+    runs = [RunDir(place.folder / "runs" / f"grid-{i}") for i in range(2)]
+    first = [read_submission(run_dir).job_id for run_dir in runs]
+    for run_dir, job in zip(runs, first, strict=True):
+        place.wait(run_dir, job, lambda run_dir=run_dir: state_of(run_dir).status == "done", "end on the other node")
+        found = read_records(run_dir)
+        assert [record.get("nodes") for record in found if "started" in record] == ["n1", "n2"]
+        assert [record["decision"] for record in found if "decision" in record] == ["moved", "done"]
+        assert "node n1 is not fit: site.health: test $SLURMD_NODENAME != n1" in found[1]["reason"]
+        assert steps(run_dir) == [1, 2, 3] and cluster.state(job) == "FAILED"
+        assert place.wait_state(run_dir, read_submission(run_dir).job_id, "COMPLETED")
+    assert losses(runs[0]) != losses(runs[1]), "they differ in the seed"
