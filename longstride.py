@@ -22,6 +22,7 @@ HIDDEN = {
     "_rank": "trainer.commands.train:run_rank",
     "_job_rank": "trainer.commands.job_rank:run_job_rank",
     "_job_start": "slurm.commands:job_start",
+    "_node_run": "slurm.health:node_run",
     "_job_end": "slurm.commands:job_end",
 }
 """What longstride starts for itself: the name of a function that is given the remaining words."""
@@ -136,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     submit = verbs.add_parser("submit", help="plan a configuration and queue it as a Slurm job that resumes by itself")
     _add_config(submit)
     _add_job(submit)
+    submit.add_argument(
+        "--sweep",
+        metavar="key=value,value,...",
+        nargs="+",
+        help="one run for every combination, as the tasks of one job array; 64k is 65536 (optim.lr=1e-3,3e-4 train.seed=0,1)",
+    )
+    submit.add_argument("--at-once", type=int, metavar="N", help="tasks of a sweep that run at the same time at most")
     submit.add_argument("--dry-run", action="store_true", help="print the job script; write and queue nothing")
     submit.set_defaults(run="slurm.submit:submit")
 

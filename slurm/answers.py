@@ -47,7 +47,7 @@ def queued_from_text(text: str) -> list[QueuedJob] | None:
 
 
 def ended_from_text(text: str) -> list[EndedJob] | None:
-    """``sacct --parsable2 --format=JobIDRaw,State,ExitCode,NodeList,JobName,Comment``, without lines that are not that; None when none is.
+    """``sacct --parsable2 --format=JobID,State,ExitCode,NodeList,JobName,Comment``, without lines that are not that; None when none is.
 
     A name may hold the separator: it is read between the fields that may not."""
     rows = [line.split("|") for line in text.splitlines() if line.strip()]

@@ -10,17 +10,20 @@ import json
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from models.errors import RunFailed
-from slurm.submission import read_submission
+from models.errors import RunFailed, UserError
+from slurm import client, health
+from slurm.submission import read_submission, write_submission
 from trainer import config_file
 from trainer.rank_notes import RankNote, read_notes
 from trainer.run_dir import RunDir
 
 DONE = "done"
+MOST_EXCLUDED = 8
+"""So many nodes may be left out of one run's jobs before something else is suspected."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Decision:
     """What the batch script does when the ranks have ended."""
 
     word: str
-    """done: exit 0; requeue: start again; wait: be ended by Slurm; cancel: end this job; fail: exit 1."""
+    """done: exit 0; requeue: start again; wait: be ended by Slurm; cancel: end this job; moved: exit 1, and another job goes on;
+    fail: exit 1."""
     reason: str
 
     def __str__(self) -> str:
@@ -61,6 +65,9 @@ def start(run_dir: RunDir, job_id: str, nodes: str) -> str:
 def end(run_dir: RunDir, job_id: str, attempt: int, exit_code: int) -> Decision:
     """Note the end of an attempt and decide what its job does now. ``exit_code``: of the ranks' launcher."""
     decision = decide(read_notes(run_dir, attempt), exit_code, cancelled=cancel_marker(run_dir, job_id).exists())
+    unfit = health.unfit_nodes(run_dir, attempt)
+    if unfit and decision.word in ("requeue", "fail"):
+        decision = _move(run_dir, unfit)
     saved = _saved_step(run_dir)
     _append(run_dir, {"attempt": attempt, "job": job_id, "ended": time.time(), "saved_step": saved, **_as_dict(decision)})
     if decision.word == "requeue" and exit_code:
@@ -68,6 +75,24 @@ def end(run_dir: RunDir, job_id: str, attempt: int, exit_code: int) -> Decision:
         reason = state.reason if state is not None and state.status == "failed" else decision.reason  # else they could not write why
         run_dir.write_state("stopped", step=saved, reason=f"{reason}; requeued")
     return decision
+
+
+def _move(run_dir: RunDir, unfit: dict[str, str]) -> Decision:
+    """Give the run to another job, without the nodes that are not fit: a job that has begun cannot change what it asks for."""
+    why = "; ".join(f"node {node} is not fit: {problem}" for node, problem in unfit.items())
+    submission = read_submission(run_dir)
+    excluded = tuple(dict.fromkeys([*submission.excluded, *unfit]))
+    if len(excluded) > MOST_EXCLUDED:
+        return Decision("fail", f"{why}; {len(excluded)} nodes were not fit, so what they have in common is to blame")
+    task = [f"--array={submission.task}"] if submission.task else []
+    try:
+        number = client.sbatch(run_dir.slurm / "job.sbatch", f"--exclude={','.join(excluded)}", *task)
+    except UserError as error:
+        return Decision("fail", f"{why}; it could not be submitted again without it: {error}")
+    job = f"{number}_{submission.task}" if submission.task else number
+    write_submission(run_dir, replace(submission, job_id=job, excluded=excluded))
+    run_dir.write_state("queued", step=_saved_step(run_dir), reason=f"job {job}; {why}")
+    return Decision("moved", f"{why}; job {job} goes on without it")
 
 
 def decide(notes: dict[int, RankNote], exit_code: int, *, cancelled: bool = False) -> Decision:

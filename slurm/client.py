@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from slurm.answers import EndedJob, QueuedJob, ended_from_json, ended_from_text,
 
 TIMEOUT_SECONDS = 30.0
 _FIELDS = "%i|%T|%N|%r|%k"
-_ENDED_FIELDS = "JobIDRaw,State,ExitCode,NodeList,JobName,Comment"
+_ENDED_FIELDS = "JobID,State,ExitCode,NodeList,JobName,Comment"
 
 
 def has_slurm() -> bool:
@@ -21,9 +22,9 @@ def has_slurm() -> bool:
     return shutil.which("squeue") is not None
 
 
-def sbatch(script: Path) -> str:
-    """Submit ``script``; the job id. Raises UserError with Slurm's own words."""
-    answer = _call(["sbatch", "--parsable", "--", str(script)])
+def sbatch(script: Path, *options: str) -> str:
+    """Submit ``script``; the job id. ``options`` win over those in it. Raises UserError with Slurm's own words."""
+    answer = _call(["sbatch", "--parsable", *options, "--", str(script)])
     match = re.match(r"(\d+)(;|$)", answer.strip())
     if match is None:
         raise UserError(f"sbatch: cannot read the job id in its answer: {answer.strip()[:200]!r}; see squeue --me")
@@ -32,7 +33,7 @@ def sbatch(script: Path) -> str:
 
 def queue(ids: Sequence[str] | None = None, timeout: float = TIMEOUT_SECONDS) -> list[QueuedJob]:
     """The user's jobs that are queued or running (``ids``: only those of them). Raises UserError when Slurm does not answer."""
-    jobs = queued_from_text(_call(["squeue", "--me", "--noheader", f"--format={_FIELDS}"], timeout))
+    jobs = queued_from_text(_call(["squeue", "--me", "--array", "--noheader", f"--format={_FIELDS}"], timeout))
     if jobs is None:
         jobs = queued_from_json(_call(["squeue", "--me", "--json"], timeout))
     return jobs if ids is None else [job for job in jobs if job.id in ids]
@@ -62,7 +63,12 @@ def warn(job_id: str) -> None:
 
 def _call(command: list[str], timeout: float = TIMEOUT_SECONDS) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace", stdin=subprocess.DEVNULL)
+        # What a job's own environment says of it is not meant for another job that it submits.
+        env = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_"))}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, errors="replace", stdin=subprocess.DEVNULL,
+            env=env if command[0] == "sbatch" and "SLURM_JOB_ID" in os.environ else None,
+        )  # fmt: skip
     except FileNotFoundError:
         raise UserError(f"{command[0]}: not found; is this a machine with Slurm? longstride train runs without it") from None
     except subprocess.TimeoutExpired:

@@ -66,7 +66,7 @@ def _with_job(row: RunRow, submission: Submission | None, jobs: list[QueuedJob])
     """A run that waits or should be running, compared with the queue. Jobs are told by their token, not by their number."""
     if submission is None or row.status not in UNFINISHED:
         return row
-    job = job_of(submission.token, jobs)
+    job = job_of(submission, jobs)
     if job is None:
         if row.status in ("stopped", "died"):  # saved or killed, and its job ended: cancelled, or not requeued
             return row
@@ -117,7 +117,7 @@ def cancel(args: argparse.Namespace) -> int:
     """``longstride cancel``: a running job saves first, unless ``--now``."""
     run_dir = find_run(args.name, args.root)
     submission = read_submission(run_dir)
-    job = job_of(submission.token, client.queue())
+    job = job_of(submission, client.queue())
     if job is None:
         raise UserError(f"run {run_dir.name} has no job in the queue; longstride runs shows how it stands")
     if job.state == "RUNNING" and not args.now:

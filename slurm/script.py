@@ -39,14 +39,19 @@ class Job:
     dependency: str | None = None
     cpus_per_node: int | None = None
     mem: str | None = None
+    tasks: int = 0
+    """Of a job array; task i runs the run in ``run``-i with the code in it. 0: no array."""
+    at_once: int | None = None
+    """Tasks of the array that run at the same time at most."""
 
 
 def render(job: Job, site: Site) -> str:
     """The script. Raises UserError for a value with control characters."""
     values = {
         "DIRECTIVES": "\n".join(f"#SBATCH {line}" for line in _directives(job, site)),
-        "RUN": _word("run directory", str(job.run)),
-        "LONGSTRIDE": _word("code", str(job.longstride)),
+        "RUN": _word("run directory", f"{job.run}-") + '"$SLURM_ARRAY_TASK_ID"' if job.tasks else _word("run directory", str(job.run)),
+        "LONGSTRIDE": '"$run/code/longstride.py"' if job.tasks else _word("code", str(job.longstride)),
+        "GPUS": str(job.ranks_per_node if job.gpus else 0),
         "PYTHON": _word("python", job.python),
         "SUBMIT_DIR": _word("working directory", str(job.submit_dir)),
         "RANKS_PER_NODE": str(job.ranks_per_node),
@@ -82,24 +87,27 @@ def _directives(job: Job, site: Site) -> list[str]:
         "--dependency": job.dependency,
     }
     lines += [directive(option, value) for option, value in asked.items() if value is not None]
+    if job.tasks:
+        lines.append(f"--array=0-{job.tasks - 1}" + (f"%{job.at_once}" if job.at_once is not None else ""))
     lines += [directive(*option.split("=", 1)) if "=" in option else option for option in site.sbatch]
     lines += [
         f"--signal=B:USR1@{site.warn_seconds}",
         "--requeue",
         "--open-mode=append",
-        directive("--chdir", str(job.run)),
-        directive("--output", _output(job.run)),
+        directive("--chdir", str(job.run.parent if job.tasks else job.run)),
+        directive("--output", _output(job.run, array=bool(job.tasks))),
         directive("--export", ",".join(site.export) or "NONE"),
     ]
     return lines
 
 
-def _output(run: Path) -> str:
+def _output(run: Path, array: bool) -> str:
     """The pattern of the script's log. Slurm fills %x and the like wherever they stand in the path; the job's name is not in it: there
     a name would be a path."""
     if "\\" in str(run):
         raise UserError(f"run directory {run}: Slurm cannot write its log below a name with a backslash; choose another run.root")
-    return f"{str(run).replace('%', '%%')}/slurm/job_%j.log"
+    place = str(run).replace("%", "%%")
+    return f"{place}-%a/slurm/job_%A_%a.log" if array else f"{place}/slurm/job_%j.log"
 
 
 def _setup(site: Site) -> list[str]:

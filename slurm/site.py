@@ -51,6 +51,10 @@ class Site(Section):
     """Names of the variables that sbatch takes along from where longstride submit is called; nothing else is."""
     setup: tuple[str, ...] = ()
     """Lines of bash, run as they are on the first node before training; "source ~/.secrets" is the place for tokens."""
+    node_check: bool = True
+    """Look at every node before training: devices, free memory, disk, bandwidth, clock. A node that is not fit is left out."""
+    health: tuple[str, ...] = ()
+    """Lines of bash that have to succeed on every node too, such as "dcgmi diag -r 1"."""
     rendezvous_host: str | None = None
     """Name by which all nodes reach the first one; null: its own host name."""
     warn_seconds: PositiveInt = 120

@@ -25,6 +25,14 @@ class Submission:
     """Attempts in a row without a new checkpoint after which it is no longer requeued."""
     options: dict[str, Any] = field(default_factory=dict)
     """Command-line options by name; a resubmission repeats them."""
+    task: str = ""
+    """Of a job array: which of its tasks runs this run; its jobs share a token."""
+    node_check: bool = True
+    """Every node is looked at before training."""
+    health: tuple[str, ...] = ()
+    """Commands of the site that have to succeed on every node."""
+    excluded: tuple[str, ...] = ()
+    """Nodes that were found unfit and are not asked for again."""
 
 
 def comment_of(token: str) -> str:
@@ -32,9 +40,12 @@ def comment_of(token: str) -> str:
     return f"longstride {token}"
 
 
-def job_of(token: str, jobs: Iterable[QueuedJob]) -> QueuedJob | None:
-    """The submission's job while Slurm knows it: told by its comment, because Slurm gives numbers again."""
-    return next((job for job in jobs if job.comment == comment_of(token)), None)
+def job_of(submission: Submission, jobs: Iterable[QueuedJob]) -> QueuedJob | None:
+    """The submission's job while Slurm knows it: told by its comment, because Slurm gives numbers again. One that runs goes before one
+    that waits: a job that gave up a node is still there for a moment when the next one is queued."""
+    task = f"_{submission.task}" if submission.task else ""
+    own = [job for job in jobs if job.comment == comment_of(submission.token) and job.id.endswith(task)]
+    return next(iter(sorted(own, key=lambda job: job.state != "RUNNING")), None)
 
 
 def ended_job_of(submission: Submission, name: str, jobs: Iterable[EndedJob]) -> EndedJob | None:
@@ -63,7 +74,9 @@ def read_submission(run_dir: RunDir) -> Submission:
         options = record["options"]
         if not isinstance(options, dict):
             raise TypeError
-        return Submission(str(record["token"]), str(record["job_id"]), int(record["idle_attempts"]), options)
+        health, excluded = (tuple(str(word) for word in record.get(name, ())) for name in ("health", "excluded"))
+        task, check = str(record.get("task", "")), bool(record.get("node_check", True))
+        return Submission(str(record["token"]), str(record["job_id"]), int(record["idle_attempts"]), options, task, check, health, excluded)
     except FileNotFoundError:
         raise UserError(f"run {run_dir.path} was not given to Slurm: longstride submit CONFIG, or longstride resume RUN --submit") from None
     except (OSError, ValueError, TypeError, KeyError):

@@ -37,10 +37,16 @@ def submit(args: argparse.Namespace) -> int:
         refuse_existing(Path(config.run.root) / config.run.name)
     check_init_from(config)
     site = read_site()
-    options = _options(args, {})
-    config, plan = _planned(config, options, site, args.force)
+    options = options_of(args, {})
+    if args.sweep:
+        from slurm.array import submit_sweep
+
+        return submit_sweep(path, args, options, site)
+    if args.at_once is not None:
+        raise UserError("--at-once: is of a sweep; add --sweep key=value,value,...")
+    config, plan = planned(config, options, site, args.force)
     run_dir, config = new_run(config, path.stem)
-    script = render(_job(config, options, site, run_dir, "dry-run"), site)  # refuses what cannot be, before anything is written
+    script = render(job_for(config, options, site, run_dir, "dry-run"), site)  # refuses what cannot be, before anything is written
     if args.dry_run:
         print(script, end="")
         return 0
@@ -59,22 +65,22 @@ def resubmit(args: argparse.Namespace) -> int:
     resume_rules.check(old, new, args.allow)
     site = read_site()
     before = read_submission(run_dir) if has_submission(run_dir) else None
-    options = _options(args, before.options if before else {})
+    options = options_of(args, before.options if before else {})
     if before and (job := _live_job(before)):
         raise UserError(f"run {run_dir.name} has a job: {job.id} is {job.state}; end it first with longstride cancel {run_dir.name}")
-    config, plan = _planned(new, options, site, args.force, run_dir)
-    render(_job(config, options, site, run_dir, before.token if before else ""), site)
+    config, plan = planned(new, options, site, args.force, run_dir)
+    render(job_for(config, options, site, run_dir, before.token if before else ""), site)
     open_run(config, run_dir, run_dir.name, plan)
     return _give_to_slurm(run_dir, config, options, site)
 
 
-def _options(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
+def options_of(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in (*REPEATED, "dependency")}
     kept = {name: before.get(name) for name in REPEATED}
     return {**kept, **{name: value for name, value in given.items() if value is not None}}
 
 
-def _planned(
+def planned(
     config: RunConfig, options: dict[str, Any], site: Site, force: bool, run_dir: RunDir | None = None
 ) -> tuple[RunConfig, MemoryPlan | None]:
     """The settings with every ``auto`` chosen and the plan for the nodes' device; plan None: the run's own holds on.
@@ -97,7 +103,7 @@ def _planned(
     return config, plan
 
 
-def _job(config: RunConfig, options: dict[str, Any], site: Site, run_dir: RunDir, token: str) -> Job:
+def job_for(config: RunConfig, options: dict[str, Any], site: Site, run_dir: RunDir, token: str) -> Job:
     ranks = ParallelDims.from_config(config.parallel).world_size
     nodes = options.get("nodes")
     nodes = -(-ranks // (site.ranks_per_node or ranks)) if nodes is None else nodes
@@ -126,9 +132,9 @@ def _give_to_slurm(run_dir: RunDir, config: RunConfig, options: dict[str, Any], 
     token = secrets.token_hex(8)
     script = run_dir.slurm / "job.sbatch"
     run_dir.slurm.mkdir(exist_ok=True)
-    write_atomic(script, render(_job(config, options, site, run_dir, token), site).encode())
+    write_atomic(script, render(job_for(config, options, site, run_dir, token), site).encode())
     kept = {name: options[name] for name in REPEATED if options.get(name) is not None}
-    submission = Submission(token, "", site.idle_attempts, kept)
+    submission = Submission(token, "", site.idle_attempts, kept, node_check=site.node_check, health=site.health)
     write_submission(run_dir, submission)
     state = run_dir.read_state()
     step, total = (state.step if state else 0), config.train.steps
@@ -145,7 +151,7 @@ def _give_to_slurm(run_dir: RunDir, config: RunConfig, options: dict[str, Any], 
 
 
 def _live_job(submission: Submission) -> client.QueuedJob | None:
-    return job_of(submission.token, client.queue()) if client.has_slurm() else None
+    return job_of(submission, client.queue()) if client.has_slurm() else None
 
 
 def _tell(run_dir: RunDir, job_id: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from slurm.attempts import read_records
 from slurm.script import Job, render
 from slurm.site import Site
+from slurm.submission import read_submission
 from tests.slurm.cluster import CannotStart, Cluster
 from trainer.run_dir import RunDir, RunState
 
@@ -47,9 +48,15 @@ class Place:
         )
         self.env = {**cluster.env, "XDG_CONFIG_HOME": str(folder / "config"), "HF_TOKEN": SECRET}
 
-    def longstride(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def longstride(self, *arguments: str, more_of_site: str = "") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "longstride.py"), *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=200)
+        env = self.env
+        if more_of_site:
+            path = self.folder / "other" / "longstride" / "site.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text((self.folder / "config" / "longstride" / "site.yaml").read_text() + more_of_site)
+            env = {**env, "XDG_CONFIG_HOME": str(self.folder / "other")}
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=200)
 
     def submit(self, name: str, *more: str, nodes: int = 2) -> tuple[RunDir, str]:
         """The run and its job id."""
@@ -191,7 +198,19 @@ def test_warned_killed_damaged_and_preempted_it_ends_equal(place: Place, uninter
     assert not [path for path in written if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
-def test_cancelled_stays_cancelled_and_a_loop_without_progress_ends(place: Place) -> None:
+@pytest.fixture(scope="module")
+def sweep(place: Place) -> list[tuple[RunDir, str]]:
+    """Two runs as tasks of an array, which goes on beside other tests, and their first jobs. Node n1 fails the site's own check."""
+    settings = [*SETTINGS, "parallel.cp=1", "train.steps=3", "--nodes", "1", "--time", "1:00:00"]
+    unfit = "health: ['test $SLURMD_NODENAME != n1']\n"
+    done = place.longstride("submit", "debug_cpu", "run.name=grid", *settings, "--sweep", "train.seed=0,1", more_of_site=unfit)
+    assert done.returncode == 0 and "2 runs" in done.stdout, done.stderr
+    runs = [RunDir(place.folder / "runs" / f"grid-{i}") for i in range(2)]
+    number = done.stdout.split()[2]
+    return [(run_dir, f"{number}_{i}") for i, run_dir in enumerate(runs)]
+
+
+def test_cancelled_stays_cancelled_and_a_loop_without_progress_ends(place: Place, sweep: list[tuple[RunDir, str]]) -> None:
     cluster = place.cluster
     run_dir, job = place.submit("ended", "train.steps=1000000", "parallel.cp=1", nodes=1)
     place.wait_step(run_dir, job, 1)
@@ -223,3 +242,16 @@ def test_cancelled_stays_cancelled_and_a_loop_without_progress_ends(place: Place
     state = state_of(run_dir)
     assert state.status == "failed" and f"2 attempts in a row brought no new checkpoint after step {second}" in state.reason
     assert "no new checkpoint" in (run_dir.slurm / f"job_{job}.log").read_text()
+
+
+def test_the_tasks_of_a_sweep_leave_a_node_that_is_not_fit(place: Place, sweep: list[tuple[RunDir, str]]) -> None:
+    for run_dir, job in sweep:
+        place.wait(run_dir, job, lambda run_dir=run_dir: read_records(run_dir)[-1].get("decision") == "done", "end on the other node")
+        found = read_records(run_dir)
+        assert [record["nodes"] for record in found if "started" in record] == ["n1", "n2"]
+        assert [record["decision"] for record in found if "decision" in record] == ["moved", "done"]
+        assert "node n1 is not fit: site.health: test $SLURMD_NODENAME != n1" in found[1]["reason"]
+        assert steps(run_dir) == [1, 2, 3] and place.cluster.state(job) == "FAILED"
+        assert place.wait_state(run_dir, read_submission(run_dir).job_id, "COMPLETED")
+        assert state_of(run_dir).status == "done"
+    assert losses(sweep[0][0]) != losses(sweep[1][0]), "they differ in the seed"

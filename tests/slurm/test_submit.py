@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from longstride import main
+from slurm import attempts, health
 from slurm.submission import read_submission
 from trainer.run_dir import RunDir
 
@@ -207,6 +208,86 @@ def test_an_answer_of_squeue_that_is_no_text_is_asked_for_as_json(slurm: FakeSlu
     assert main(["runs"]) == 0
     assert "\tstarting\t" in (shown := capsys.readouterr().out) and shown.splitlines()[1].endswith("\t41\tn[1-2]\tjob 41 running on n[1-2]")
     assert [call.split()[-1] for call in slurm.calls("squeue")] == ["--format=%i|%T|%N|%r|%k", "--json"]
+
+
+SWEEP = ["--sweep", "optim.lr=1e-3,3e-4", "train.seed=0,1"]
+
+
+def test_a_sweep_is_one_array_of_planned_runs(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SUBMIT, "run.name=grid", "--nodes", "2", "--at-once", "3", *SWEEP]) == 0
+    out = capsys.readouterr()
+    assert "job array 41 queued: 4 runs" in out.out and "41_2  runs/grid-2  optim.lr=3e-4 train.seed=0" in out.out
+    assert out.err.count("planned peak") == 4 and slurm.calls("sbatch") == ["sbatch --parsable -- runs/grid.sweep/job.sbatch"]
+    script = Path("runs/grid.sweep/job.sbatch").read_text()
+    prefix = Path.cwd() / "runs" / "grid"
+    for line in ("--array=0-3%3", f'--chdir="{prefix.parent}"', f'--output="{prefix}-%a/slurm/job_%A_%a.log"', "--nodes=2"):
+        assert f"#SBATCH {line}\n" in script
+    assert f'run={prefix}-"$SLURM_ARRAY_TASK_ID"\n' in script and 'longstride="$run/code/longstride.py"\n' in script
+    listed = json.loads(Path("runs/grid.sweep/sweep.json").read_text())["runs"]
+    assert [run["settings"] for run in listed][3] == {"optim.lr": "3e-4", "train.seed": "1"}
+    for i in range(4):
+        run_dir = RunDir(f"runs/grid-{i}")
+        assert (run_dir.slurm / "job.sbatch").read_text() == script and (run_dir.code / "longstride.py").is_file()
+        submission = read_submission(run_dir)
+        assert (submission.job_id, submission.task) == (f"41_{i}", str(i)) and submission.token in script
+        assert f"lr: {['0.001', '0.001', '0.0003', '0.0003'][i]}" in run_dir.config.read_text()
+        assert run_dir.memory_plan.is_file() and f"name: grid-{i}\n" in run_dir.config.read_text()
+    token = read_submission(RunDir("runs/grid-0")).token
+    slurm.queue(
+        *(
+            (f"41_{i}", "RUNNING" if i == 2 else "PENDING", "n1" if i == 2 else "", "JobArrayTaskLimit", f"longstride {token}")
+            for i in range(4)
+        )
+    )
+    assert main(["runs"]) == 0
+    shown = {line.split("\t")[0]: line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]}
+    assert {name: (row[1], row[-3]) for name, row in shown.items()} == {
+        f"grid-{i}": ("starting" if i == 2 else "queued", f"41_{i}") for i in range(4)
+    }
+    assert main(["cancel", "grid-3"]) == 0 and slurm.calls("scancel") == ["scancel -- 41_3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--sweep", "optim.lrr=1,2"], ["--sweep", "optim.lr"]),
+        (["--sweep", "optim.lr=1e-3,fast"], ["optim.lr=fast", "optim.lr"]),
+        (["--sweep", "gpus=1,2"], ["--sweep", "gpus"]),
+        (["--sweep", "parallel.cp=1,4"], ["equally many nodes", "4 ranks"]),
+        (["--sweep", "memory.budget_gib=4,0.0001"], ["memory.budget_gib=0.0001", "nothing was queued"]),
+        (["--sweep", "train.seed=0,1", "--at-once", "0"], ["--at-once"]),
+        (["--at-once", "2"], ["--at-once", "--sweep"]),
+    ],
+)
+def test_a_sweep_that_cannot_be_writes_nothing(
+    slurm: FakeSlurm, arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SUBMIT, "run.name=grid", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert all(part in error for part in parts), error
+    assert slurm.calls("sbatch") == [] and list(Path.cwd().iterdir()) == []
+
+
+def test_a_node_that_is_not_fit_is_left_out_by_a_new_job(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = submitted(slurm)
+    monkeypatch.setattr("slurm.attempts.MOST_EXCLUDED", 2)
+    for number, (node, new) in enumerate((("n1", "42"), ("n2", "43"), ("n3", "")), 1):
+        attempt = int(attempts.start(run_dir, str(40 + number), node))
+        folder = health.folder_of(run_dir, attempt)
+        folder.mkdir(parents=True)
+        (folder / f"{node}.json").write_text(json.dumps({"node": node, "problems": ["it crawls"], "measured": {}}))
+        (folder / "n9.json").write_text(json.dumps({"node": "n9", "problems": [], "measured": {}}))
+        slurm.answer("sbatch", f"{new}\n")
+        decision = attempts.end(run_dir, str(40 + number), attempt, health.UNFIT)
+        if new:
+            assert str(decision) == f"moved: node {node} is not fit: it crawls; job {new} goes on without it"
+            assert read_submission(run_dir).job_id == new
+            state = run_dir.read_state()
+            assert state is not None and state.status == "queued" and state.reason.startswith(f"job {new}; node {node} is not fit")
+        else:
+            assert decision.word == "fail" and "3 nodes were not fit" in decision.reason
+    job = Path("runs/a/slurm/job.sbatch")
+    assert slurm.calls("sbatch")[1:] == [f"sbatch --parsable --exclude=n1 -- {job}", f"sbatch --parsable --exclude=n1,n2 -- {job}"]
 
 
 def test_cancel(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
