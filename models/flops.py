@@ -109,6 +109,7 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
     readers = config.feedforward_kinds.count("product_keys")
     dense = (len(kinds) - readers) * ffn_parameters(config)
     embedding = vocab_size * config.d_model
+    ffn_matmul = dense + readers * product_key_matmul_parameters(config)
     return ParameterCount(
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
@@ -117,7 +118,7 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
         ffn=dense + readers * feed_forward_parameters(config, "product_keys"),
         tables=table_parameters(config),
         norms=(2 * len(kinds) + 1) * config.d_model,
-        matmul=n_attention * attention_matmul_parameters(config) + memory_matmul + dense + readers * product_key_matmul_parameters(config) + embedding,
+        matmul=n_attention * attention_matmul_parameters(config) + memory_matmul + ffn_matmul + embedding,
     )
 
 
