@@ -196,8 +196,8 @@ class ProductKeysConfig(Section):
     value_dim: PositiveInt | None = None
     """Size of a value; null means d_model."""
     expansion: PositiveInt = 1
-    """UltraMem's implicit value expansion (arXiv 2411.12364): the table has so many times fewer rows, and each of so many blocks of values is
-    the same rows under a linear map of its own; 1: none."""
+    """UltraMem's implicit value expansion (arXiv 2411.12364): the table has so many times fewer rows, and each of so many blocks of values
+    is the same rows under a linear map of its own; 1: none."""
     shared_table: bool = True
     """All product_keys layers read one table; false gives each its own."""
     gate: Literal["swish", "none"] = "swish"
