@@ -192,6 +192,8 @@ class Shapes:
         c = self.config
         heads, size = c.product_keys.heads, c.query_dim
         kept = self.stream + self.statistic + self.narrow + self.n * heads * size * self.e + self.entries * (4 + self.w)
+        maps = c.product_keys.expansion if c.product_keys.expansion > 1 else 0
+        kept += maps * (self.entries * (1 + self.w) + self.n * c.value_width * self.e)
         kept += heads * c.product_keys.n_keys * size * (self.e if self.precision == "bf16" or c.product_keys.qk_norm else 0)
         if c.product_keys.qk_norm:
             kept += self.n * heads * (size * self.e + 2 * self.w)
@@ -217,7 +219,7 @@ class Shapes:
 
     def table_gradient(self, readers: int, shards: int) -> int:
         """The most rows that ``readers`` layers can read of one table for the tokens of ``shards`` ranks, in this rank's columns."""
-        rows = min(self.config.product_keys.n_keys**2, readers * shards * self.entries)
+        rows = min(self.config.table_rows, readers * shards * self.entries)
         return rows * -(-self.config.value_width // shards) * self.w
 
     def block_kept(self, kind: LayerKind) -> int:

@@ -275,6 +275,9 @@ class ProductKeysConfig(Section):
     """Size of a query, both halves; null means half of d_model, made even."""
     value_dim: PositiveInt | None = None
     """Size of a value; null means d_model."""
+    expansion: PositiveInt = 1
+    """UltraMem's implicit value expansion (arXiv 2411.12364): the table has so many times fewer rows, and each of so many blocks of values
+    is the same rows under a linear map of its own; 1: none."""
     shared_table: bool = True
     """All product_keys layers read one table; false gives each its own."""
     gate: Literal["swish", "none"] = "swish"
@@ -360,6 +363,10 @@ class ModelConfig(Section):
             raise ValueError(f"product_keys.top_k {keys.top_k} is larger than product_keys.n_keys {keys.n_keys}; lower it")
         if keys.n_keys**2 >= 2**31:
             raise ValueError(f"product_keys.n_keys {keys.n_keys} squared values cannot be told apart by 31 bits; lower it to 46340")
+        if keys.n_keys**2 % keys.expansion:
+            raise ValueError(
+                f"product_keys.expansion {keys.expansion} does not divide the {keys.n_keys**2} values of n_keys {keys.n_keys}; change it"
+            )
         if keys.gate == "none" and self.value_width != self.d_model:
             raise ValueError(
                 f"product_keys.value_dim {self.value_width} is not d_model {self.d_model}, and gate none has no output projection; "
@@ -403,6 +410,11 @@ class ModelConfig(Section):
     def query_dim(self) -> int:
         """Size of a product-key query after defaults."""
         return self.product_keys.key_dim or max(2, self.d_model // 4 * 2)
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of a value table."""
+        return self.product_keys.n_keys**2 // self.product_keys.expansion
 
     @property
     def value_width(self) -> int:

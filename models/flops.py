@@ -57,7 +57,8 @@ def product_key_matmul_parameters(config: ModelConfig) -> int:
     """Parameters of one memory layer with product keys that meet every token in a product: query, keys, gate and output projection."""
     keys = config.product_keys
     gated = 2 * config.d_model * config.value_width if keys.gate == "swish" else 0
-    return (config.d_model + keys.n_keys) * keys.heads * config.query_dim + gated
+    expanded = keys.expansion * config.value_width**2 if keys.expansion > 1 else 0
+    return (config.d_model + keys.n_keys) * keys.heads * config.query_dim + gated + expanded
 
 
 def feed_forward_parameters(config: ModelConfig, kind: FeedForwardKind) -> int:
@@ -69,7 +70,7 @@ def feed_forward_parameters(config: ModelConfig, kind: FeedForwardKind) -> int:
 
 def table_parameters(config: ModelConfig) -> int:
     """Values of all tables."""
-    return config.n_value_tables * config.product_keys.n_keys**2 * config.value_width
+    return config.n_value_tables * config.table_rows * config.value_width
 
 
 def memory_matmul_parameters(config: ModelConfig) -> int:
@@ -101,6 +102,7 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
     readers = config.feedforward_kinds.count("product_keys")
     dense = (len(kinds) - readers) * ffn_parameters(config)
     embedding = vocab_size * config.d_model
+    ffn_matmul = dense + readers * product_key_matmul_parameters(config)
     return ParameterCount(
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
@@ -109,11 +111,7 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
         ffn=dense + readers * feed_forward_parameters(config, "product_keys"),
         tables=table_parameters(config),
         norms=(2 * len(kinds) + 1) * config.d_model,
-        matmul=n_attention * attention_matmul_parameters(config)
-        + memory_matmul
-        + dense
-        + readers * product_key_matmul_parameters(config)
-        + embedding,
+        matmul=n_attention * attention_matmul_parameters(config) + memory_matmul + ffn_matmul + embedding,
     )
 
 
@@ -137,7 +135,7 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
     6 P + sum over layers of
       full attention     6 S Hq D                    (2 products x 2 FLOPs x S/2 causal keys x 3)
       sliding window    12 Hq D mean_t min(t + 1, W)
-      product keys       6 E V                       (E = heads x top_k rows of V values read and summed, x 3)
+      product keys       6 E V                       (E = heads x top_k rows of V values read and summed, once for each expansion, x 3)
       Gated DeltaNet    18 H K V + 6 c H (2K + V)    (per head and token: k S, the rank-1 write and q S, 2 K V each, x 3;
                                                       causal convolution of c taps on q, k and v)
       other memories    ``models/memory/counts.py``
@@ -147,5 +145,5 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
     savings of document bounds (a token is counted as if the whole sequence before it were its document).
     """
     mixing = sum(mixing_flops_per_token(config, kind, seq_len) for kind in config.layer_kinds)
-    read = 6.0 * config.product_keys.heads * config.product_keys.top_k * config.value_width
+    read = 6.0 * config.product_keys.expansion * config.product_keys.heads * config.product_keys.top_k * config.value_width
     return 6.0 * parameter_count(config, vocab_size).matmul + mixing + read * config.feedforward_kinds.count("product_keys")

@@ -114,6 +114,9 @@ class ProductKeyMemory(nn.Module):
         norms = settings.qk_norm
         self.query_norm = RMSNorm(self.key_dim // 2, config.norm_eps) if norms else None
         self.key_norm = RMSNorm(self.key_dim // 2, config.norm_eps) if norms else None
+        self.expansion, self.rows = settings.expansion, config.table_rows
+        maps = self.expansion if self.expansion > 1 else 0
+        self.expand = nn.ModuleList(Linear(width, width) for _ in range(maps))
         gated = settings.gate == "swish"
         self.w_gate = Linear(config.d_model, width) if gated else None
         self.w_out = Linear(width, config.d_model) if gated else None
@@ -143,11 +146,23 @@ class ProductKeyMemory(nn.Module):
     def forward(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
         """Same shape, in the dtype of products."""
         index_nE, weight_nE = self.select(x_BTC)
-        y_nD = self.table.read(index_nE, weight_nE, bounds, compute_dtype(x_BTC))
+        y_nD = self._read(index_nE, weight_nE, bounds, compute_dtype(x_BTC))
         y_BTD = y_nD.view(*x_BTC.shape[:-1], self.value_dim)
         if self.w_gate is None or self.w_out is None:
             return y_BTD
         return self.w_out(_GatedProduct.apply(self.w_gate(x_BTC), y_BTD))
+
+    def _read(self, index_nE: Tensor, weight_nE: Tensor, bounds: Bounds, dtype: torch.dtype) -> Tensor:
+        """y_nD. With expansion value v is row v % rows under map v // rows: each map is applied to the sum of what it is for."""
+        if not self.expand:
+            return self.table.read(index_nE, weight_nE, bounds, dtype)
+        row_nE, block_nE = index_nE % self.rows, index_nE // self.rows
+        y_nD = None
+        for i, linear in enumerate(self.expand):
+            own_nD = linear(self.table.read(row_nE, weight_nE.masked_fill(block_nE != i, 0), bounds, dtype))
+            y_nD = own_nD if y_nD is None else y_nD + own_nD
+        assert y_nD is not None
+        return y_nD
 
     def oracle(self, x_BTC: Tensor, values_VD: Tensor) -> Tensor:
         """The same from the whole table, with all scores of all values, by plain operations that autograd knows: slow, for tests."""
@@ -161,6 +176,8 @@ class ProductKeyMemory(nn.Module):
         scores_nHV = (first[..., :, None] + second[..., None, :]).flatten(2)
         lowest = scores_nHV.topk(self.top_k, dim=-1).values[..., -1:]
         weights_nHV = scores_nHV.masked_fill(scores_nHV < lowest, -torch.inf).softmax(-1)
+        if self.expand:
+            values_VD = torch.cat([linear(values_VD) for linear in self.expand])
         y_BTD = torch.einsum("nhv,vd->nd", weights_nHV, values_VD).view(*x_BTC.shape[:-1], self.value_dim)
         if self.w_gate is None or self.w_out is None:
             return y_BTD
@@ -173,17 +190,20 @@ class ProductKeyMemory(nn.Module):
         gated = self.w_gate is not None
         products = self.d_model * self.heads * self.key_dim + self.heads * self.n_keys * self.key_dim
         products += 2 * self.d_model * self.value_dim if gated else 0
-        forward = 2.0 * n * (products + entries * self.value_dim)
+        maps = len(self.expand)
+        products += maps * self.value_dim**2
+        forward = 2.0 * n * (products + max(1, maps) * entries * self.value_dim)
         norms = 2 * n * self.heads * (self.key_dim * itemsize + 2 * wide) // 2 if self.query_norm is not None else 0
         saved = n * (self.d_model + self.heads * self.key_dim) * itemsize + norms
         saved += n * entries * (4 + 2 * wide)  # index, weight, and the softmax's own result, which is the weight
         saved -= n * entries * wide
+        saved += maps * n * (entries * (1 + wide) + self.value_dim * itemsize)
         saved += n * 3 * self.value_dim * itemsize if gated else 0
         columns = -(-self.value_dim // shards)
         sent = n * entries * (4 + wide) + n * (shards - 1) * columns * itemsize if shards > 1 else 0
-        return ProductKeyCost(forward, 2 * forward, saved, sent)
+        return ProductKeyCost(forward, 2 * forward, saved, max(1, maps) * sent)
 
 
 def build_tables(config: ModelConfig) -> nn.ModuleList:
     """The value tables of a model, in the order of the layers that read them; empty without such layers."""
-    return nn.ModuleList(ValueTable(config.product_keys.n_keys**2, config.value_width) for _ in range(config.n_value_tables))
+    return nn.ModuleList(ValueTable(config.table_rows, config.value_width) for _ in range(config.n_value_tables))

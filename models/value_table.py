@@ -16,6 +16,7 @@ Try alone: ``pytest tests/models/test_value_table.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,6 +40,24 @@ class TouchedRows:
 
     rows_U: Tensor
     values_UD: Tensor
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How evenly a table is used."""
+
+    touched: float
+    """Share of its rows that were read."""
+    kl: float
+    """Kullback-Leibler divergence of the weights with which rows were read from equal ones, in nats: 0 where all are used alike, the
+    logarithm of the number of rows where one is read alone (arXiv 1907.05242)."""
+
+    @staticmethod
+    def of(usage_V: Tensor) -> Usage:
+        """Of sums of weights, not all 0."""
+        share_V = usage_V.double() / usage_V.double().sum()
+        kl = math.log(len(usage_V)) + float(torch.xlogy(share_V, share_V).sum())
+        return Usage(float((usage_V > 0).double().mean()), kl)
 
 
 Add = Callable[[Tensor, Tensor, Tensor], None]
@@ -148,12 +167,14 @@ def add_rows(held: TouchedRows | None, more: TouchedRows, n_rows: int) -> Touche
 class Touched:
     """Collects the gradient of a table over the readings of one forward pass."""
 
-    def __init__(self, n_rows: int) -> None:
+    def __init__(self, n_rows: int, table: ValueTable) -> None:
         self.n_rows = n_rows
+        self.table = table
         self.held: TouchedRows | None = None
 
     def add(self, index_nE: Tensor, weight_nE: Tensor, dy_nD: Tensor) -> None:
         """One reading's part."""
+        self.table.count(index_nE, weight_nE)
         self.held = add_products(self.held, self.n_rows, index_nE, weight_nE, dy_nD)
 
 
@@ -213,6 +234,8 @@ class ValueTable(nn.Module):
         self.rows, self.width = rows, width
         self.look_up: LookUp = LocalLookUp()
         self.columns = Columns(width, 0, width)
+        self.usage_V: Tensor | None = None
+        """Sum of the weights with which each row was read since somebody asked (``take_usage``), by all ranks that share it."""
         self.weight = nn.Parameter(torch.empty(rows, width))
         self._tag()
 
@@ -230,6 +253,17 @@ class ValueTable(nn.Module):
         self._tag()
         return self
 
+    def count(self, index_nE: Tensor, weight_nE: Tensor) -> None:
+        """Note what was read."""
+        if self.usage_V is None:
+            self.usage_V = torch.zeros(self.rows, dtype=torch.float32, device=index_nE.device)
+        self.usage_V.index_add_(0, index_nE.reshape(-1).long(), weight_nE.reshape(-1).float())
+
+    def take_usage(self) -> Tensor | None:
+        """``usage_V``, which begins anew; None if nothing was read."""
+        usage_V, self.usage_V = self.usage_V, None
+        return usage_V
+
     def draw(self, generator: torch.Generator) -> None:
         """Initial values: normal with standard deviation ``width ** -0.5``, the same whatever columns are held; some rows at a time."""
         step = max(1, AT_ONCE // max(1, self.width))
@@ -239,7 +273,7 @@ class ValueTable(nn.Module):
 
     def begin(self, bounds: Bounds) -> None:
         """Before the first reading of a forward pass over what ``bounds`` describes."""
-        touched = Touched(self.rows)
+        touched = Touched(self.rows, self)
         bounds._cache[self] = (_Root.apply(self.weight, self, touched), touched) if torch.is_grad_enabled() else None
 
     def read(self, index_nE: Tensor, weight_nE: Tensor, bounds: Bounds, dtype: torch.dtype) -> Tensor:

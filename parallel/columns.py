@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.tables import Columns
 from models.transformer import Transformer
-from models.value_table import Add, LocalLookUp, TouchedRows, ValueTable, read_rows, weight_gradient, weighted_rows
+from models.value_table import Add, LocalLookUp, TouchedRows, Usage, ValueTable, read_rows, weight_gradient, weighted_rows
 from parallel.mesh import Mesh
 
 TILE_TOKENS = 16_384
@@ -64,6 +64,19 @@ def as_whole(tensor: Tensor, columns: Columns) -> Tensor:
     shape = torch.Size((len(tensor), columns.total))
     stride = (columns.total, 1)
     return DTensor.from_local(tensor, columns.mesh, (Replicate(), Shard(1)), run_check=False, shape=shape, stride=stride)
+
+
+def usage_of(model: Transformer) -> list[Usage]:
+    """Of every value table since this was asked before, over all ranks, which must ask together; tables that nothing read are left out."""
+    found = []
+    for module in model.value_tables:
+        table = cast(ValueTable, module)
+        usage_V = table.take_usage()
+        if usage_V is not None:
+            if table.columns.mesh is not None and table.columns.mesh.size(0) > 1:
+                dist.all_reduce(usage_V, group=table.columns.mesh.get_group(0))
+            found.append(Usage.of(usage_V))
+    return found
 
 
 class CopiedLookUp(LocalLookUp):

@@ -16,6 +16,7 @@ from memory_mgmt.plan_check import PlanCheck, is_out_of_memory
 from models.batch import Batch
 from models.errors import RunFailed
 from optim.schedule import learning_rate
+from parallel.columns import usage_of
 from parallel.log_lines import at_step
 from trainer import out_of_memory
 from trainer.checkpoint import CheckpointManager
@@ -189,9 +190,19 @@ class Trainer:
         seconds = time.perf_counter() - started
         speed = tokens / seconds
         mfu = speed * self.flops_per_token / self.peak_flops
-        measured = self.check.measurements()
+        measured = self.check.measurements() | self._table_usage()
         self._record("train", sums, tokens_per_second=speed, mfu=mfu, lr=rate, grad_norm=norm, step_seconds=seconds, **measured)
         return None
+
+    def _table_usage(self) -> dict[str, float]:
+        """How evenly value tables were read in this step, the mean over tables; nothing without them."""
+        usage = usage_of(self.engine.model)
+        if not usage:
+            return {}
+        return {
+            "table_touched_share": sum(one.touched for one in usage) / len(usage),
+            "table_usage_kl": sum(one.kl for one in usage) / len(usage),
+        }
 
     def _out_of_memory(self) -> RunFailed:
         """Print plan beside state, leave a note for the next plan, and say what to do."""

@@ -26,6 +26,8 @@ POLICIES = {
     "feed-forward only": all_layers(CONFIG, LayerPolicy(KEEP, KEEP, KEEP, RECOMPUTE)),
     "kept, in tiles": all_layers(CONFIG, LayerPolicy(), ffn_tile_tokens=32),
 }
+WHOLE = ("block", "mixer", "swap", "feed-forward only")
+"""Nothing is cut: the same bits. (A group of blocks adds what it read to the table before the others do: another order of sums.)"""
 
 
 def results(model: Transformer, bf16: bool) -> list[torch.Tensor]:
@@ -39,7 +41,8 @@ def test_same_losses_and_gradients(name: str, precision: str) -> None:
     with HostStore("cpu") as store:
         got = results(make(CONFIG, dtype, POLICIES[name], store), bf16)
         assert store.used_bytes == 0
-    assert_same(got, results(make(CONFIG, dtype), bf16), 1e-12 if precision == "64" else 2e-2)
+    tolerance = 0 if name in WHOLE else 1e-12 if precision == "64" else 5e-2  # a bias of keys: a sum that nearly cancels
+    assert_same(got, results(make(CONFIG, dtype), bf16), tolerance)
 
 
 def test_recomputing_the_feed_forward_keeps_only_the_stream() -> None:

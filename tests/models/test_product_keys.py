@@ -18,6 +18,7 @@ from models.transformer import Transformer, init_weights
 SETTINGS = [
     {"n_keys": 6, "heads": 2, "top_k": 3, "key_dim": 8, "value_dim": 12},
     {"n_keys": 5, "heads": 1, "top_k": 5, "key_dim": 6, "qk_norm": True},
+    {"n_keys": 6, "heads": 2, "top_k": 4, "key_dim": 4, "value_dim": 8, "expansion": 4},
     {"n_keys": 4, "heads": 3, "top_k": 2, "gate": "none", "qk_norm": True, "shared_table": False},
 ]
 
@@ -78,7 +79,7 @@ def test_the_best_pairs_are_the_best_of_all() -> None:
 
 
 def test_a_shared_table_is_one_parameter_and_layers_without_one_keep_their_names() -> None:
-    shared, own = model_of(SETTINGS[0]), model_of(SETTINGS[2])
+    shared, own = model_of(SETTINGS[0]), model_of(SETTINGS[3])
     names = [name for name, _ in shared.named_parameters() if "value_tables" in name]
     assert names == ["value_tables.0.weight"] and layer_of(shared).table is layer_of(shared, 2).table
     assert layer_of(own).table is own.value_tables[0] and layer_of(own, 2).table is own.value_tables[1]
@@ -99,11 +100,11 @@ def test_counts_are_the_model_s(settings: dict) -> None:
     assert count.matmul == count.total - count.tables - norms - 32 * 16  # the embedding is looked up
     keys = model.config.product_keys
     without = 6 * count.matmul + 3 * 12 * 16 * 3.25
-    read = 2 * 6 * keys.heads * keys.top_k * model.config.value_width
+    read = 2 * 6 * keys.expansion * keys.heads * keys.top_k * model.config.value_width
     assert model_flops_per_token(model.config, 32, 8) == pytest.approx(without + read)
 
 
-@pytest.mark.parametrize("settings", SETTINGS[:2])
+@pytest.mark.parametrize("settings", SETTINGS[:3])
 def test_cost_is_what_is_saved_and_computed(settings: dict) -> None:
     layer = layer_of(model_of(settings))
     x_BTC = torch.randn(2, 24, 16, dtype=torch.float64, requires_grad=True)
@@ -119,7 +120,7 @@ def test_cost_is_what_is_saved_and_computed(settings: dict) -> None:
         y = run(layer, x_BTC)
     cost = layer.cost(2, 24, 8)
     entries = 2 * 24 * layer.heads * layer.top_k
-    read = 2 * entries * layer.value_dim  # an embedding bag, which torch does not count
+    read = 2 * entries * layer.value_dim * layer.expansion  # an embedding bag, which torch does not count
     assert counter.get_total_flops() + read == pytest.approx(cost.flops_forward, rel=0.01)
     keys = layer.keys.numel() * 8 * (1 if layer.key_norm is not None else 0)
     assert sum(saved.values()) - keys == pytest.approx(cost.saved_bytes, rel=0.1)
@@ -145,6 +146,7 @@ def test_under_bf16_the_whole_model_learns_and_keys_are_found() -> None:
         ({"product_keys": {"top_k": 9, "n_keys": 8}}, "top_k 9 is larger than product_keys.n_keys 8"),
         ({"product_keys": {"n_keys": 46341}}, "31 bits"),
         ({"product_keys": {"gate": "none", "value_dim": 8, "top_k": 4}}, "value_dim 8 is not d_model"),
+        ({"product_keys": {"expansion": 3, "n_keys": 8, "top_k": 4}}, "does not divide the 64 values"),
         ({"product_keys": {"key_dim": 7}}, "multiple of 2"),
         ({"feedforward": ["dense"], "product_keys": {"heads": 2}}, "no layer has feedforward product_keys"),
         ({"feedforward": ["moe"]}, "feedforward"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from models.batch import Bounds
-from models.value_table import AT_ONCE, ValueTable, add_products
+from models.value_table import AT_ONCE, Usage, ValueTable, add_products
 
 ROWS, WIDTH, ENTRIES = 50, 6, 5
 
@@ -109,6 +111,18 @@ def test_products_are_added_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("models.value_table.AT_ONCE", 2 * ENTRIES * WIDTH)
     parts = add_products(None, ROWS, index, weight, dy)
     assert torch.equal(whole.rows_U, parts.rows_U) and torch.equal(whole.values_UD, parts.values_UD)
+
+
+def test_usage_is_told_once() -> None:
+    table, x = table_of(), [entries(7, ROWS, seed) for seed in range(2)]
+    readings(table, x).backward()
+    want = torch.zeros(ROWS).index_put_((torch.cat([i.long() for i, _ in x]),), torch.cat([w.float() for _, w in x]), accumulate=True)
+    usage = table.take_usage()
+    assert usage is not None and table.take_usage() is None
+    torch.testing.assert_close(usage, want)
+    assert Usage.of(usage).touched == pytest.approx(float((want > 0).float().mean()))
+    assert Usage.of(torch.full((ROWS,), 3.0)).kl == pytest.approx(0, abs=1e-6)
+    assert Usage.of(torch.eye(ROWS)[4]) == Usage(1 / ROWS, pytest.approx(math.log(ROWS)))
 
 
 def test_a_table_that_was_not_begun_says_so() -> None:
