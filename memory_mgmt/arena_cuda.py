@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from memory_mgmt.arena_native import COMMON, Signatures, declared
-from memory_mgmt.arena_recording import StepPlan, StepRecord, step_record
+from memory_mgmt.arena_recording import ALIGNMENT, SMALLEST_BYTES, StepPlan, StepRecord, step_record
 from memory_mgmt.native import build
 
 _I64, _PTR = ctypes.c_int64, ctypes.c_void_p
@@ -32,10 +33,8 @@ SUPPORTED = ("2.11", "2.12", "2.13")
 class CudaBackend:
     """What ``Arena`` needs of a CUDA device; the index is the current device's."""
 
-    alignment = 512
-    """Bytes; that of torch's caching allocator."""
-    smallest_bytes = 1 << 20
-    """The caching allocator keeps smaller blocks in segments of their own; there are many of them, and little in them."""
+    alignment = ALIGNMENT["cuda"]
+    smallest_bytes = SMALLEST_BYTES["cuda"]
 
     def __init__(self, lib: ctypes.CDLL | None = None, device: int | None = None, empty_cache: Callable[[], None] | None = None) -> None:
         """``lib``, ``device`` and ``empty_cache``: for a test without torch's CUDA allocator.
@@ -73,6 +72,15 @@ class CudaBackend:
     def around(self) -> contextlib.AbstractContextManager[object]:
         """Around a step: the backward pass runs on the thread that owns the arena, not on autograd's own thread for the device."""
         return torch.autograd.set_multithreading_enabled(False)
+
+
+def use_expandable_segments() -> None:
+    """Let torch's CUDA caching allocator grow its segments instead of splitting fixed ones, as plans for CUDA assume; call it before the
+    first tensor. What the environment says of segments, or of another allocator, stays."""
+    said = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if "expandable_segments" not in said and "backend" not in said:
+        # Whatever is not named goes back to its default, so the environment's settings are said again.
+        torch._C._accelerator_setAllocatorSettings(",".join([*([said] if said else []), "expandable_segments:True"]))
 
 
 @cache

@@ -60,8 +60,6 @@ class MemoryConfig(Section):
                 )
             if self.plan == "estimate":
                 raise ValueError("offload_parameters needs a traced step: leave plan at trace, or set offload_parameters none")
-            if self.arena:
-                raise ValueError("offload_parameters gains nothing on a CPU, and arena runs nowhere else: set one of them to none or false")
         if self.quantise != "none":
             if self.recompute in ("mixer", "block"):
                 raise ValueError(

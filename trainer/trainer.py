@@ -189,7 +189,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         speed = tokens / seconds
         mfu = speed * self.flops_per_token / self.peak_flops
-        measured = self.check.measurements()
+        measured = self.check.measurements() | (self.arena.measurements() if self.arena is not None else {})
         self._record("train", sums, tokens_per_second=speed, mfu=mfu, lr=rate, grad_norm=norm, step_seconds=seconds, **measured)
         return None
 
