@@ -95,8 +95,10 @@ def installed_library() -> ctypes.CDLL:
 
     Raises NoCompiler or RuntimeError where that cannot be.
     """
+    if torch.version.cuda is None:
+        raise RuntimeError(f"torch {torch.__version__} is built without CUDA")
     if torch.__version__.rsplit(".", 1)[0] not in SUPPORTED:
-        raise RuntimeError(f"it stands in front of the CUDA allocator of torch {SUPPORTED[0]} to {SUPPORTED[-1]}, this is {torch.__version__}")
+        raise RuntimeError(f"it knows the CUDA allocator of torch {SUPPORTED[0]} to {SUPPORTED[-1]}, this is torch {torch.__version__}")
     glue = ctypes.CDLL(str(build("arena_cuda_torch.cpp", with_torch=True, with_cuda=True)))
     lib = library()
     if not lib.lsa_runtime(None) and not lib.lsa_runtime(_runtime_name()):
