@@ -206,7 +206,8 @@ class Trainer:
         )
 
     def _record(self, split: str, sums: LossSums, **values: float) -> None:
-        peak_bytes = self.monitor.read().peak_bytes
+        reading = self.monitor.read()
+        peak_bytes = reading.peak_bytes
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
         if split == "train" and (warning := self.check.warning(peak_bytes)):
             self.console.note(warning)
@@ -222,6 +223,8 @@ class Trainer:
             "memory_budget_bytes": self.plan.budget_bytes,
             "data_cursor": self.state.cursor,
         }
+        if reading.reserved_bytes is not None:
+            record["memory_reserved_bytes"] = reading.reserved_bytes
         if len(sums.bucket_nll) > 1:
             record["loss_by_position"] = sums.loss_by_position
         self.metrics.write(record)
