@@ -37,7 +37,9 @@ _CPU: Signatures = {
     "lsa_region_release": (None, [_PTR]),
     "lsa_plan_new": (_PTR, [_I64, _PTR, _PTR]),
 }
-STATS = ("served", "served_bytes", "passed", "passed_bytes", "missed", "missed_bytes", "conflicts", "conflict_bytes", "resyncs", "waits", "position")
+_PAIRS = ("served", "served_bytes", "passed", "passed_bytes", "missed", "missed_bytes", "conflicts", "conflict_bytes")
+STATS = (*_PAIRS, "resyncs", "waits", "position")
+"""Names of ``Stat`` in ``arena_core.h``."""
 
 
 @cache

@@ -39,9 +39,7 @@ def build(source: str, *, with_torch: bool, with_cuda: bool = False) -> Path:
     if compiler is None:
         raise NoCompiler(f"{source} needs a C++ compiler; on Debian or Ubuntu: apt-get install g++")
     flags = ["-O3", "-std=c++17", "-fPIC", "-shared", *(_torch_flags() if with_torch else []), *(_cuda_flags() if with_cuda else [])]
-    digest = hashlib.sha256(
-        "\0".join([_text(path), *flags, _compiler_version(compiler), _torch_version() if with_torch else ""]).encode()
-    )
+    digest = hashlib.sha256("\0".join([_text(path), *flags, _compiler_version(compiler), _torch_version() if with_torch else ""]).encode())
     library = cache_dir() / f"{path.stem}-{digest.hexdigest()[:16]}.so"
     if not library.exists():
         _compile([compiler, *flags[:4], str(path), *flags[4:]], library)

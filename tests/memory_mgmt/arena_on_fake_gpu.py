@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from typing import Any
 
 import torch
 
@@ -33,14 +34,15 @@ def step(weight: torch.Tensor, side: torch.cuda.Stream, *, recorded: bool = Fals
         z.record_stream(main)
     del y, z
     x.sum().backward()
+    assert weight.grad is not None
     with torch.no_grad():
         weight.add_(weight.grad)
     weight.grad = None
 
 
-def settings() -> dict[str, object]:
+def settings() -> dict[str, Any]:
     """What the caching allocator goes by."""
-    return torch.cuda.memory._snapshot()["allocator_settings"]
+    return dict(torch.cuda.memory._snapshot())["allocator_settings"]
 
 
 def serves_a_step(arena: Arena, weight: torch.Tensor, side: torch.cuda.Stream) -> None:

@@ -60,7 +60,8 @@ def test_kernels_that_the_trace_counted_are_planned():
 
 
 def on_cuda(*buffers: TracedBuffer, arena: bool) -> MemoryPlan:
-    return plan_of_trace(Trace("cuda", list(buffers), [], [(1, "forward blocks.0")], 40), DEVICES["h100"], 1, Limits(None, None), arena=arena)
+    trace = Trace("cuda", list(buffers), [], [(1, "forward blocks.0")], 40)
+    return plan_of_trace(trace, DEVICES["h100"], 1, Limits(None, None), arena=arena)
 
 
 def test_on_cuda_the_arenas_region_and_the_rest_of_the_caching_allocator_are_counted():
@@ -79,6 +80,6 @@ def test_on_cuda_the_arenas_region_and_the_rest_of_the_caching_allocator_are_cou
 def test_on_cuda_the_arena_may_need_more_than_the_caching_allocator_and_the_plan_says_so():
     """Tensors of 1 MiB that take turns with smaller ones share the caching allocator's memory, but not the region's."""
     turns = [block(i, 2 * i, 2 * i + 1, 2) for i in range(1, 5)]
-    small = [TracedBuffer(50 + i, 2 * i + 1, 2 * i + 2, MIB - 1, MIB - 1, "transient", "aten::mm", "", 0, "", "") for i in range(1, 5)]
+    small = [TracedBuffer(50 + i, 2 * i + 1, 2 * i + 2, MIB - 1, MIB - 1, "transient", "aten::mm", "", 0, "forward", "forward") for i in range(1, 5)]
     plain, served = (on_cuda(*turns, *small, arena=arena) for arena in (False, True))
     assert served.peak_bytes - plain.peak_bytes == 2 * MIB
