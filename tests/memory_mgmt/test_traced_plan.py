@@ -80,6 +80,9 @@ def test_on_cuda_the_arenas_region_and_the_rest_of_the_caching_allocator_are_cou
 def test_on_cuda_the_arena_may_need_more_than_the_caching_allocator_and_the_plan_says_so():
     """Tensors of 1 MiB that take turns with smaller ones share the caching allocator's memory, but not the region's."""
     turns = [block(i, 2 * i, 2 * i + 1, 2) for i in range(1, 5)]
-    small = [TracedBuffer(50 + i, 2 * i + 1, 2 * i + 2, MIB - 1, MIB - 1, "transient", "aten::mm", "", 0, "forward", "forward") for i in range(1, 5)]
+    small = [
+        TracedBuffer(50 + i, 2 * i + 1, 2 * i + 2, MIB - 1, MIB - 1, "transient", "aten::mm", "", 0, "forward", "forward")
+        for i in range(1, 5)
+    ]
     plain, served = (on_cuda(*turns, *small, arena=arena) for arena in (False, True))
     assert served.peak_bytes - plain.peak_bytes == 2 * MIB
