@@ -6,7 +6,9 @@ waiting for copies. Results go beside this file as gpu_memory.json and .md, name
 
     python benchmarks/gpu_memory.py               all cases on GPU 0
     python benchmarks/gpu_memory.py NAME ...      some of them, nothing is written
-    python benchmarks/gpu_memory.py --smoke       one tiny case on the CPU: shows that the script works, says nothing about a GPU
+    python benchmarks/gpu_memory.py --arena       the same step with memory.arena off and on: losses (the same bits), reserved memory, time
+    python benchmarks/gpu_memory.py --smoke       one tiny case on the CPU: shows that the script works, says nothing about a GPU;
+                                                  with --arena too: the arena's cases, tiny, on the CPU
 """
 
 from __future__ import annotations
@@ -47,6 +49,14 @@ GPU = ["model.layers=[full]", "model.vocab_size=128256", "train.precision=bf16",
 SMOKE = ["model.layers=[full]", "model.d_model=64", "model.n_heads=4", "model.n_layers=3", "data.seq_len=4096", "train.device=cpu"]
 
 
+ARENA_STEPS = 12
+ARENA_CASES = {
+    "Llama-1B, 64K": [*GPU, *SHAPES["Llama-1B"], "data.seq_len=65536"],
+    "Llama-1B, 256K": [*GPU, *SHAPES["Llama-1B"], "data.seq_len=262144"],
+    "Llama-8B, 2 layers, 1024K": [*GPU, *SHAPES["Llama-8B, 2 layers"], "data.seq_len=1048576"],
+}
+
+
 def cases() -> dict[str, list[str]]:
     """Name -> overrides of debug_cpu."""
     named = {}
@@ -54,6 +64,69 @@ def cases() -> dict[str, list[str]]:
         for length in lengths:
             named[f"{shape}, {length >> 10}K"] = [*COMMON, *GPU, *SHAPES[shape], f"data.seq_len={length}"]
     return named
+
+
+def steps_of(overrides: list[str]) -> tuple[list[dict[str, Any]], str]:
+    """The records of a run's steps; what went wrong where there are none."""
+    with tempfile.TemporaryDirectory() as root:
+        _, failure = longstride("train", "debug_cpu", *overrides, f"run.root={root}", "run.name=case", cwd=root)
+        if failure:
+            return [], failure
+        lines = (Path(root) / "case" / "metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["split"] == "train"], ""
+
+
+def compare_arena(overrides: list[str]) -> dict[str, Any]:
+    """One case without and with the arena, by its last step."""
+    row: dict[str, Any] = {"outcome": "run"}
+    losses = {}
+    for arena in ("false", "true"):
+        settings = [*COMMON, *overrides, f"train.steps={ARENA_STEPS}", "train.deterministic=true", f"memory.arena={arena}"]
+        steps, failure = steps_of(settings)
+        if failure:
+            return {"outcome": f"failed with memory.arena={arena}, {failure}"}
+        losses[arena] = [step["loss"] for step in steps]
+        name = "arena" if arena == "true" else "plain"
+        row[f"{name}_seconds"] = min(step["step_seconds"] for step in steps[-5:])
+        row[f"{name}_reserved"] = steps[-1].get("memory_reserved_bytes", steps[-1]["memory_peak_bytes"])
+    row |= {key: value for key, value in steps[-1].items() if key.startswith("arena_")}
+    return row | {"same_losses": losses["true"] == losses["false"]}
+
+
+def arena_line(name: str, row: dict[str, Any]) -> str:
+    """One row of the arena's table."""
+    if row["outcome"] != "run":
+        return f"| {name} | {row['outcome']} | | | | | |"
+    reserved = f"{row['plain_reserved'] / 2**30:.2f} | {row['arena_reserved'] / 2**30:.2f}"
+    seconds = f"{row['plain_seconds']:.2f} | {row['arena_seconds']:.2f}"
+    astray = f"{row['arena_missed'] + row['arena_conflicts']:.0f}"
+    return f"| {name} | {'same' if row['same_losses'] else 'NOT the same'} | {reserved} | {seconds} | {astray} |"
+
+
+def main_arena(smoke: bool) -> None:
+    """Run the arena's cases; the results go to gpu_arena.json and .md, those of the tiny one nowhere. Exit code 1 where losses differ."""
+    head = [
+        f"| case, last of {ARENA_STEPS} steps | losses | GiB held | with arena | seconds | with arena | requests off plan |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    print("\n".join(head), flush=True)
+    rows = {}
+    for name, overrides in ({"smoke": SMOKE} if smoke else ARENA_CASES).items():
+        rows[name] = compare_arena(overrides)
+        print(arena_line(name, rows[name]), flush=True)
+    if not smoke:
+        report = {"device": device_name(), "machine": machine("torch"), "cases": rows}
+        title = ["# Steps without and with memory.arena on one GPU", "", f"{report['device']}; {where(report['machine'], 'torch')}.", ""]
+        body = [arena_line(name, row) for name, row in rows.items()]
+        write_results(str(Path(__file__).with_name("gpu_arena.py")), report, "\n".join([*title, *head, *body]) + "\n")
+    if not all(row.get("same_losses") for row in rows.values()):
+        sys.exit(1)
+
+
+def device_name() -> str:
+    """What the driver calls the GPU."""
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return asked.stdout.partition("\n")[0]
 
 
 def run(overrides: list[str]) -> dict[str, Any]:
@@ -112,8 +185,7 @@ def main(names: list[str]) -> None:
         print(line(name, rows[name]), flush=True)
     if names:
         return
-    asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-    report = {"device": asked.stdout.partition("\n")[0], "machine": machine("torch"), "cases": rows}
+    report = {"device": device_name(), "machine": machine("torch"), "cases": rows}
     title = [
         "# Planned against measured on one GPU",
         "",
@@ -125,4 +197,7 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if "--arena" in sys.argv[1:]:
+        main_arena(smoke="--smoke" in sys.argv[1:])
+    else:
+        main(sys.argv[1:])

@@ -36,8 +36,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from memory_mgmt.arena_cpu import CpuBackend
 from memory_mgmt.arena_cuda import CudaBackend
-from memory_mgmt.arena_native import STATS, CpuBackend
+from memory_mgmt.arena_native import STATS
 from memory_mgmt.arena_recording import StepPlan, StepRecord, plan_step
 from memory_mgmt.config import MemoryConfig
 from memory_mgmt.native import NoCompiler
@@ -220,6 +221,12 @@ class Arena:
     def give_back(self) -> int:
         """Give the region's free pages back to the system until the next served step; returns their bytes of address space."""
         return self._lib.lsa_region_give_back(self._region.handle) if self._region is not None else 0
+
+    def measurements(self) -> dict[str, float]:
+        """What the last step came to, for a run's records: bytes served and left to the normal allocator by plan, requests that were not
+        found in the plan or whose place was taken, waits between streams. A step that is watched, or not planned, served nothing."""
+        names = ("served_bytes", "passed_bytes", "missed", "conflicts", "waits")
+        return {f"arena_{name}": self.last_step.get(name, 0) for name in names}
 
     def live_blocks(self) -> int:
         """Blocks that live in the present region."""

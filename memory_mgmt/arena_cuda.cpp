@@ -48,7 +48,8 @@ void* cuda_malloc(int64_t size, int, Stream) {
 }
 void cuda_free(void* p) { g_cuda.free(p); }         // waits for the device, so no use of another stream can be overtaken
 void cuda_record_stream(void*, Stream) {}
-Below g_below{cuda_malloc, cuda_free, cuda_record_stream};
+constexpr Below kRuntime{cuda_malloc, cuda_free, cuda_record_stream};
+Below g_below = kRuntime;
 
 struct Event { void* handle; };
 using EventPtr = std::shared_ptr<Event>;
@@ -285,13 +286,15 @@ void lsa_record_stream(void* p, Stream stream) {
 const std::atomic<int>* lsa_mode() { return &g_mode; }  // 0: nothing to serve and nothing to log
 int lsa_runtime(const char* library) {              // null: what the process has loaded. 0: there is no CUDA runtime
   void* from = library ? dlopen(library, RTLD_NOW) : RTLD_DEFAULT;
-  const auto find = [&](const char* name, auto& target) { return (target = reinterpret_cast<std::decay_t<decltype(target)>>(dlsym(from, name))); };
+  const auto find = [&](const char* name, auto& target) {
+    return (target = reinterpret_cast<std::decay_t<decltype(target)>>(dlsym(from, name))) != nullptr;
+  };
   return (!library || from) && find("cudaMalloc", g_cuda.malloc) && find("cudaFree", g_cuda.free) &&
          find("cudaDeviceSynchronize", g_cuda.synchronize) && find("cudaEventCreateWithFlags", g_cuda.event_new) &&
          find("cudaEventRecord", g_cuda.record) && find("cudaStreamWaitEvent", g_cuda.wait);
 }
 void lsa_stand_on(void* (*malloc)(int64_t, int, Stream), void (*free)(void*), void (*record_stream)(void*, Stream)) {
-  g_below = {malloc, free, record_stream};
+  g_below = malloc ? Below{malloc, free, record_stream} : kRuntime;
 }
 int64_t lsa_thread() { return self(); }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from memory_mgmt.arena_native import COMMON, Signatures, declared
-from memory_mgmt.arena_recording import StepPlan, StepRecord, step_record
+from memory_mgmt.arena_recording import ALIGNMENT, SMALLEST_BYTES, StepPlan, StepRecord, step_record
 from memory_mgmt.native import build
 
 _I64, _PTR = ctypes.c_int64, ctypes.c_void_p
@@ -32,10 +33,8 @@ SUPPORTED = ("2.11", "2.12", "2.13")
 class CudaBackend:
     """What ``Arena`` needs of a CUDA device; the index is the current device's."""
 
-    alignment = 512
-    """Bytes; that of torch's caching allocator."""
-    smallest_bytes = 1 << 20
-    """The caching allocator keeps smaller blocks in segments of their own; there are many of them, and little in them."""
+    alignment = ALIGNMENT["cuda"]
+    smallest_bytes = SMALLEST_BYTES["cuda"]
 
     def __init__(self, lib: ctypes.CDLL | None = None, device: int | None = None, empty_cache: Callable[[], None] | None = None) -> None:
         """``lib``, ``device`` and ``empty_cache``: for a test without torch's CUDA allocator.
@@ -75,6 +74,15 @@ class CudaBackend:
         return torch.autograd.set_multithreading_enabled(False)
 
 
+def use_expandable_segments() -> None:
+    """Let torch's CUDA caching allocator grow its segments instead of splitting fixed ones, as plans for CUDA assume; call it before the
+    first tensor. What the environment says of segments, or of another allocator, stays."""
+    said = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if "expandable_segments" not in said and "backend" not in said:
+        # Whatever is not named goes back to its default, so the environment's settings are said again.
+        torch._C._accelerator_setAllocatorSettings(",".join([*([said] if said else []), "expandable_segments:True"]))
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The compiled library, on top of cudaMalloc as long as nothing else is below it. Never unloaded. Raises NoCompiler."""
@@ -87,10 +95,10 @@ def installed_library() -> ctypes.CDLL:
 
     Raises NoCompiler or RuntimeError where that cannot be.
     """
+    if torch.version.cuda is None:
+        raise RuntimeError(f"torch {torch.__version__} is built without CUDA")
     if torch.__version__.rsplit(".", 1)[0] not in SUPPORTED:
-        raise RuntimeError(
-            f"it stands in front of the CUDA allocator of torch {SUPPORTED[0]} to {SUPPORTED[-1]}, this is {torch.__version__}"
-        )
+        raise RuntimeError(f"it knows the CUDA allocator of torch {SUPPORTED[0]} to {SUPPORTED[-1]}, this is torch {torch.__version__}")
     glue = ctypes.CDLL(str(build("arena_cuda_torch.cpp", with_torch=True, with_cuda=True)))
     lib = library()
     if not lib.lsa_runtime(None) and not lib.lsa_runtime(_runtime_name()):

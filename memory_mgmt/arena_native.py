@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
 import torch
 
-from memory_mgmt.arena_recording import StepPlan, StepRecord, step_record
-from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.native import build
 
 Address = int | None
@@ -40,19 +37,9 @@ _CPU: Signatures = {
     "lsa_region_release": (None, [_PTR]),
     "lsa_plan_new": (_PTR, [_I64, _PTR, _PTR]),
 }
-STATS = (
-    "served",
-    "served_bytes",
-    "passed",
-    "passed_bytes",
-    "missed",
-    "missed_bytes",
-    "conflicts",
-    "conflict_bytes",
-    "resyncs",
-    "waits",
-    "position",
-)
+_PAIRS = ("served", "served_bytes", "passed", "passed_bytes", "missed", "missed_bytes", "conflicts", "conflict_bytes")
+STATS = (*_PAIRS, "resyncs", "waits", "position")
+"""Names of ``Stat`` in ``arena_core.h``."""
 
 
 @cache
@@ -87,45 +74,6 @@ def installed_library() -> ctypes.CDLL:
 def uninstall() -> bool:
     """Put back the CPU allocator found at installation; False while blocks of an arena or of a log live (it then stays, switched off)."""
     return bool(library().lsa_uninstall())
-
-
-class CpuBackend:
-    """What ``Arena`` needs of a CPU."""
-
-    alignment = 64
-    """Bytes; that of torch's own CPU allocator."""
-    smallest_bytes = 4096
-
-    def __init__(self) -> None:
-        """Raises NoCompiler or RuntimeError where the allocator cannot be built or installed."""
-        self.lib = installed_library()
-        return_freed_memory()  # where there is no such setting (not glibc) only the steps that are watched are larger
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[Callable[[int], StepRecord]]:
-        """Log the requests inside; what is yielded gives the record, of requests of at least so many bytes, afterwards."""
-        from memory_mgmt.allocator_log import record_cpu_allocations  # it imports this module
-
-        with record_cpu_allocations() as log:
-            yield lambda smallest: step_record(log.rows_E3, log.thread, smallest)
-
-    def new_plan(self, plan: StepPlan) -> int:
-        """Handle of a native plan."""
-        return new_plan(self.lib, plan.sizes, plan.offsets)
-
-    def new_region(self, size: int) -> int | None:
-        """Handle of a region; None where the system gives no such address space."""
-        return self.lib.lsa_region_new(size)
-
-    def trim(self) -> None:
-        """Give the C library's free heap back: the steps that were recorded left the size of a whole step in it."""
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(0)
-
-    def around(self) -> contextlib.AbstractContextManager[object]:
-        """Around a step: nothing; without a CUDA device the backward pass runs on the thread that calls it."""
-        return contextlib.nullcontext()
 
 
 def new_plan(lib: ctypes.CDLL, sizes: Sequence[int], offsets: Sequence[int]) -> int:

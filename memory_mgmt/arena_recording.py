@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from memory_mgmt.address_planning import AddressPlan, Lifetime, plan_addresses
 from memory_mgmt.arena_streams import Tenant, needed_waits
 
+SMALLEST_BYTES = {"cpu": 4096, "cuda": 1 << 20}
+"""Requests below are left to the normal allocator. CUDA's caching allocator keeps those below 1 MiB in segments of their own; there are
+many of them, and little in them."""
+ALIGNMENT = {"cpu": 64, "cuda": 512}
+"""Bytes; that of torch's own allocators."""
 LIVES_ON = np.iinfo(np.int64).max
 
 

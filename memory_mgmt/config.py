@@ -46,7 +46,8 @@ class MemoryConfig(Section):
     memory_tile_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens per tile of a memory layer, recomputed in backward with the state carried; 0 processes the whole shard at once."""
     arena: bool = False
-    """Serve the tensors of a training step from one region at planned addresses (memory_mgmt/arena.py)."""
+    """Serve the tensors of a training step from one region at planned addresses (memory_mgmt/arena.py). CUDA: those of
+    1 MiB and more, in front of torch's caching allocator."""
     replan_on_oom: bool = False
     """After running out of memory: plan again with the measured peak and go on from the last checkpoint."""
 
@@ -60,8 +61,6 @@ class MemoryConfig(Section):
                 )
             if self.plan == "estimate":
                 raise ValueError("offload_parameters needs a traced step: leave plan at trace, or set offload_parameters none")
-            if self.arena:
-                raise ValueError("offload_parameters gains nothing on a CPU, and arena runs nowhere else: set one of them to none or false")
         if self.quantise != "none":
             if self.recompute in ("mixer", "block"):
                 raise ValueError(

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 from memory_mgmt.address_planning import plan_addresses
 from memory_mgmt.address_problem import Lifetime
+from memory_mgmt.arena_recording import ALIGNMENT, SMALLEST_BYTES
 from memory_mgmt.devices import MIB, Device
-from memory_mgmt.overheads import fixed_terms, live_peak, reserved_peak, resident_peak
+from memory_mgmt.overheads import SEGMENT, fixed_terms, live_peak, reserved_peak, resident_peak
 from memory_mgmt.plan import Addresses, Kind, MemoryPlan, Moment, Term, gib
 from memory_mgmt.trace import Trace, TracedBuffer
 
 METHOD = "traced step"
+REGION_SECONDS = 0.1
+"""Spent on the height of the arena's region in a plan; the planner asks for it with every policy that it tries."""
 NOT_COUNTED = ("writing a checkpoint (an asynchronous save copies parameters and optimizer states to host memory)",)
 TIGHT_FACTOR = 2.0
 """A CPU rank gives freed blocks back when the limit is below this times the peak; giving them back costs time (host_allocator.py)."""
@@ -28,9 +31,6 @@ first step, 0.39 to 0.63 within six, 0.67 after the 160 of the quickstart. A lim
 (``TIGHT_FACTOR``)."""
 MMAP_THRESHOLD_FIXED = MIB
 """The threshold that ``host_allocator.return_freed_memory`` sets."""
-
-_ALIGNMENT = {"cpu": 64, "cuda": 512}
-"""Bytes; what torch's allocators align tensors to."""
 
 _KINDS: dict[str, tuple[str, Kind]] = {
     "parameter": ("parameters", "parameters"),
@@ -66,8 +66,8 @@ def plan_of_trace(
 
     ``prefetched_bytes``: batches made ready beside the one in the trace, where they share memory with it (CPU). A CPU rank whose
     limit is below twice the peak is planned to give freed blocks back (``return_freed_blocks``). ``correction``: how many times the plan a
-    run was measured to take when it ran out of memory. ``arena``: tensors are served at planned addresses, which leaves about as little
-    beside them as giving freed blocks back.
+    run was measured to take when it ran out of memory. ``arena``: tensors are served at planned addresses. On CPU that leaves about as
+    little beside them as giving freed blocks back; on CUDA the region and what the caching allocator reserves for the rest are counted.
     """
     terms = _terms(trace)
     if prefetched_bytes:
@@ -114,9 +114,9 @@ def step_addresses(trace: Trace, time_limit: float) -> tuple[dict[int, int], Add
 
     What outlives the step (parameters, states) has its own place for the whole run and is not planned.
     """
-    inside = [b for b in trace.of("device") if b.size and 0 < b.lower < b.upper < trace.end]
+    inside = _inside(trace)
     lifetimes = [Lifetime(b.id, b.lower, b.upper, b.size) for b in inside]
-    found = plan_addresses(lifetimes, time_limit=time_limit, alignment=_ALIGNMENT[trace.device])
+    found = plan_addresses(lifetimes, time_limit=time_limit, alignment=ALIGNMENT[trace.device])
     status = "optimal" if found.optimal else f"at most {found.ratio - 1:.2%} above the best there can be"
     offsets = {buffer.id: offset for buffer, offset in zip(inside, found.offsets, strict=True)}
     return offsets, Addresses(found.height, found.lower_bound, status, found.method, found.seconds)
@@ -141,6 +141,9 @@ def stretches(trace: Trace) -> list[tuple[str, int]]:
 def _beside(trace: Trace, device: Device, tight: bool) -> tuple[int, str]:
     """Bytes held above the live tensors at the peak, and why."""
     live, buffers = trace.peak()[0], trace.of("device")
+    if device.is_cuda and tight:
+        held, why = _with_arena(trace)
+        return max(0, held - live), why
     if device.is_cuda:
         return max(0, reserved_peak(buffers) - live), "the caching allocator with expandable segments, simulated on the traced step"
     if tight:
@@ -148,6 +151,24 @@ def _beside(trace: Trace, device: Device, tight: bool) -> tuple[int, str]:
         return max(0, held - live), f"the C library's heap of blocks below {MMAP_THRESHOLD_FIXED // MIB} MiB, simulated"
     text = f"the C library's heap of blocks below {MMAP_THRESHOLD_MAX // MIB} MiB: near the most that was measured, not derived"
     return _holes(trace, HOLES_SHARE), text
+
+
+def _with_arena(trace: Trace) -> tuple[int, str]:
+    """Bytes reserved on CUDA with the arena, and why: its region for the large tensors of a step and the caching allocator's segments for
+    the rest; no less than the segments for all, which the steps need that are watched first."""
+    large = [buffer for buffer in _inside(trace) if buffer.size >= SMALLEST_BYTES["cuda"]]
+    served = {buffer.id for buffer in large}
+    lifetimes = [Lifetime(b.id, b.lower, b.upper, b.size) for b in large]
+    region = plan_addresses(lifetimes, time_limit=REGION_SECONDS, alignment=ALIGNMENT["cuda"]).height
+    held = -(-region // SEGMENT) * SEGMENT + reserved_peak(b for b in trace.of("device") if b.id not in served)
+    watched = reserved_peak(trace.of("device"))
+    text = f"simulated on the traced step: {gib(held)} with the arena's region of {gib(region)}, {gib(watched)} in the steps watched first"
+    return max(held, watched), text
+
+
+def _inside(trace: Trace) -> list[TracedBuffer]:
+    """Device buffers that begin and end within the step."""
+    return [b for b in trace.of("device") if b.size and 0 < b.lower < b.upper < trace.end]
 
 
 def _holes(trace: Trace, share: float) -> int:

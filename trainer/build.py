@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import HashStore
 
 from memory_mgmt.apply import apply_policy
 from memory_mgmt.arena import build_arena
+from memory_mgmt.arena_cuda import use_expandable_segments
 from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.monitor import MemoryMonitor
 from memory_mgmt.offload import HostStore
@@ -229,7 +230,9 @@ def _build_trainer(
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     device = current_device(config)
     plan = MemoryPlan.from_json(run_dir.memory_plan.read_text())
-    if device.type == "cpu" and plan.return_freed_blocks:
+    if device.type == "cuda":
+        use_expandable_segments()
+    elif plan.return_freed_blocks:
         return_freed_memory()
     placed = as_planned(config, plan)
     alone = not dist.is_initialized()
@@ -248,10 +251,10 @@ def _build_trainer(
     checkpoints = CheckpointManager(run_dir, config.checkpoint, config_hash=hashlib.sha256(dump(config).encode()).hexdigest())
     cleanup.callback(checkpoints.close)
     fill, found = _beginning(config, run_dir, checkpoints)
-    engine = build_engine(placed, vocab_size, mesh, device, policy, store, fill)
-    arena = build_arena(config.memory, device)
+    arena = build_arena(config.memory, device)  # before the model: storages that are filled anew ask the allocator they were made with
     if arena is not None:
         cleanup.callback(arena.close)
+    engine = build_engine(placed, vocab_size, mesh, device, policy, store, fill)
     state, notes = _starting_state(checkpoints, engine) if resume else (TrainState(), [])
     notes += found
     metrics = MetricsWriter(run_dir, state.step, enabled=is_main)

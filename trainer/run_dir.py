@@ -26,7 +26,7 @@ from models.errors import UserError
 
 Status = Literal["queued", "running", "stopped", "done", "failed"]
 ROOMS = ("trainer", "parallel", "memory_mgmt", "optim", "models", "slurm")
-SOURCES = (".py", ".cpp", ".html", ".js", ".sbatch")
+SOURCES = (".py", ".cpp", ".h", ".html", ".js", ".sbatch")
 """Files of the rooms that a run needs."""
 STEP_NAME = re.compile(r"step_(\d{8,})")
 

@@ -117,7 +117,7 @@ def _code_digest() -> str:
     digest = hashlib.sha256(version("torch").encode())
     for room in CODE:
         for path in sorted((HOME / room).rglob("*")):
-            if path.suffix in (".py", ".cpp"):
+            if path.suffix in (".py", ".cpp", ".h"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()
 

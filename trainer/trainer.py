@@ -190,7 +190,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         speed = tokens / seconds
         mfu = speed * self.flops_per_token / self.peak_flops
-        measured = self.check.measurements() | self._table_usage()
+        arena = self.arena.measurements() if self.arena is not None else {}
+        measured = self.check.measurements() | arena | self._table_usage()
         self._record("train", sums, tokens_per_second=speed, mfu=mfu, lr=rate, grad_norm=norm, step_seconds=seconds, **measured)
         return None
 
@@ -217,7 +218,8 @@ class Trainer:
         )
 
     def _record(self, split: str, sums: LossSums, **values: float) -> None:
-        peak_bytes = self.monitor.read().peak_bytes
+        reading = self.monitor.read()
+        peak_bytes = reading.peak_bytes
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
         if split == "train" and (warning := self.check.warning(peak_bytes)):
             self.console.note(warning)
@@ -233,6 +235,8 @@ class Trainer:
             "memory_budget_bytes": self.plan.budget_bytes,
             "data_cursor": self.state.cursor,
         }
+        if reading.reserved_bytes is not None:
+            record["memory_reserved_bytes"] = reading.reserved_bytes
         if len(sums.bucket_nll) > 1:
             record["loss_by_position"] = sums.loss_by_position
         self.metrics.write(record)

@@ -27,7 +27,7 @@ def longstride(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 6 steps, stopped and resumed to 9."""
+    """A run of 6 steps, stopped and resumed to 9 with the arena."""
     folder = tmp_path_factory.mktemp("watch")
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"line {n} of a small text " * (3 + n % 5)}) + "\n" for n in range(80)))
     settings = [
@@ -43,7 +43,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "checkpoint.save_every_steps=3",
     ]
     longstride("train", "configs/debug_cpu.yaml", *settings)
-    longstride("resume", folder / "watched", "train.steps=9")
+    longstride("resume", folder / "watched", "train.steps=9", "memory.arena=true")
     return folder / "watched"
 
 
@@ -56,6 +56,15 @@ def test_metrics_have_every_step_once_with_the_promised_keys(run_dir: Path) -> N
         assert {"step", "split", "loss", "tokens", "tokens_per_second", "memory_peak_bytes"} <= record.keys()
         assert math.isfinite(record["loss"]) and record["tokens_per_second"] > 0 and record["memory_peak_bytes"] > 0
         assert record["tokens"] == 128 * record["step"]
+
+
+def test_a_run_with_the_arena_says_what_it_served(run_dir: Path) -> None:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    served = {r["step"]: r.get("arena_served_bytes") for r in records if r["split"] == "train"}
+    assert all(served[step] is None for step in range(1, 7)), "before it was resumed there was none"
+    assert served[7] == 0 and (served[9] or 0) > 2**20, "it watches before it serves"
+    (last,) = (r for r in records if r["split"] == "train" and r["step"] == 9)
+    assert last["arena_missed"] == last["arena_conflicts"] == last["arena_waits"] == 0 and last["arena_passed_bytes"] >= 0
 
 
 def test_tensorboard_serves_the_scalars_over_http(run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import threading
 from collections.abc import Iterator
@@ -134,7 +135,8 @@ def test_long_programs_are_served_and_meet_everything(gpu: FakeGpu) -> None:
         random = Random(seed)
 
         def action(random: Random = random) -> Action:
-            what = random.choice(["make", "make", "make", "free", "free", "free", "use", "visit", "record" if random.random() < 0.1 else "use"])
+            rare = "record" if random.random() < 0.1 else "use"
+            what = random.choice(["make", "make", "make", "free", "free", "free", "use", "visit", rare])
             return what, random.randrange(1, 40), random.choice(STREAMS)
 
         program = [action() for _ in range(300)]
@@ -314,6 +316,47 @@ def test_memory_that_is_not_there_is_not_missed(gpu: FakeGpu) -> None:
     assert other.last_step["served"] == 3
     gpu.check()
     other.close()
+
+
+def test_memory_is_given_back_when_no_stream_works_on_it_any_more(gpu: FakeGpu) -> None:
+    """Over an allocator that, like torch's, hands a freed block out again at once to the stream that it was taken on."""
+    unused: dict[tuple[int, int], list[int]] = {}  # by size and stream
+    taken: dict[int, tuple[int, int]] = {}
+
+    def take(size: int, device: int, stream: int) -> int:
+        if unused.get((size, stream)):
+            return unused[size, stream].pop()
+        found = ctypes.c_void_p()
+        gpu.runtime.cudaMalloc(ctypes.byref(found), ctypes.c_size_t(size))
+        assert found.value is not None
+        taken[found.value] = (size, stream)
+        return found.value
+
+    functions = (
+        ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int64)(take),
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda p: unused.setdefault(taken[p], []).append(p)),
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(lambda p, stream: None),
+    )
+    gpu.arena.lsa_stand_on(*(ctypes.cast(f, ctypes.c_void_p) for f in functions))
+    try:
+        arena = planned(gpu, handed_over)
+        with arena.step():
+            gpu.make("a", MIB)
+            gpu.free("a")
+            gpu.make("b", MIB, STREAMS[1])
+            gpu.free("b")
+        assert arena.last_step["served"] == 2 and arena.give_back() == MIB
+        gpu.make("next", MIB)  # the region's memory, on the default stream
+        gpu.free("next")
+        gpu.check()
+        with arena.step():
+            handed_over(gpu)
+        gpu.check()
+        arena.close()
+    finally:
+        gpu.arena.lsa_stand_on(None, None, None)
+    for address in taken:
+        gpu.runtime.cudaFree(ctypes.c_void_p(address))
 
 
 def test_blocks_outlive_their_region(gpu: FakeGpu) -> None:

@@ -57,3 +57,32 @@ def test_kernels_that_the_trace_counted_are_planned():
     assert held(plan, "oneDNN kernels") > ONEDNN_LIBRARY + 20 * MIB // 2
     assert plan.peak_bytes - planned().peak_bytes == held(plan, "oneDNN kernels")
     assert held(planned(), "oneDNN kernels") == 0
+
+
+def on_cuda(*buffers: TracedBuffer, arena: bool) -> MemoryPlan:
+    trace = Trace("cuda", list(buffers), [], [(1, "forward blocks.0")], 40)
+    return plan_of_trace(trace, DEVICES["h100"], 1, Limits(None, None), arena=arena)
+
+
+def test_on_cuda_the_arenas_region_and_the_rest_of_the_caching_allocator_are_counted():
+    """Sizes that grow leave the caching allocator with a hole behind each; the arena's region has none."""
+    growing = [block(i, i, i + 1, 4 * i) for i in range(2, 9)]
+    small = [TracedBuffer(50 + i, 1 + i, 3 + i, MIB // 4, MIB // 4, "transient", "aten::mm", "", 0, "forward", "forward") for i in range(8)]
+    kept = block(99, 1, 40, 10)  # lives on: not in the region
+    plain, served = (on_cuda(*growing, *small, kept, arena=arena) for arena in (False, True))
+    (term,) = (t for t in served.terms if t.name == "reserved but not used")
+    assert "arena's region of 32.0 MiB" in term.formula, term.formula
+    # What is watched first takes what the caching allocator takes, so the arena cannot make a step fit that does not fit without it.
+    assert served.peak_bytes >= plain.peak_bytes and held(plain, "reserved but not used") <= held(served, "reserved but not used")
+    assert MemoryPlan.from_json(served.to_json()) == served
+
+
+def test_on_cuda_the_arena_may_need_more_than_the_caching_allocator_and_the_plan_says_so():
+    """Tensors of 1 MiB that take turns with smaller ones share the caching allocator's memory, but not the region's."""
+    turns = [block(i, 2 * i, 2 * i + 1, 2) for i in range(1, 5)]
+    small = [
+        TracedBuffer(50 + i, 2 * i + 1, 2 * i + 2, MIB - 1, MIB - 1, "transient", "aten::mm", "", 0, "forward", "forward")
+        for i in range(1, 5)
+    ]
+    plain, served = (on_cuda(*turns, *small, arena=arena) for arena in (False, True))
+    assert served.peak_bytes - plain.peak_bytes == 2 * MIB

@@ -198,7 +198,6 @@ def test_host_memory_is_counted_and_its_budget_held_to() -> None:
     [
         ({"offload_optimizer": "none"}, "set offload_optimizer"),
         ({"offload_optimizer": "host", "plan": "estimate"}, "leave plan at trace"),
-        ({"offload_optimizer": "host", "arena": True}, "arena"),
     ],
 )
 @pytest.mark.parametrize("where", ["host", "auto"])

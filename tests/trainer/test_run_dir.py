@@ -171,7 +171,7 @@ def test_code_snapshot_holds_the_rooms_sources_only(tmp_path):
     count = run.snapshot_code()
     files = [path for path in run.code.rglob("*") if path.is_file()]
     assert count == len(files) > 10
-    assert {path.suffix for path in files} == {".py", ".cpp", ".html", ".js", ".sbatch"}
+    assert {path.suffix for path in files} == {".py", ".cpp", ".h", ".html", ".js", ".sbatch"}
     assert (run.code / "trainer" / "run_dir.py").read_bytes() == (ROOT / "trainer" / "run_dir.py").read_bytes()
     assert not (run.code / "stale.py").exists()
     assert run.snapshot_code(run.code) == 0 and len([path for path in run.code.rglob("*") if path.is_file()]) == count

@@ -1,0 +1,114 @@
+"""Run by ``test_arena_cuda_torch.py`` with the fake runtime in front of CUDA's: the arena behind torch's real CUDA allocator.
+
+Kernels do nothing there, so numbers mean nothing; which tensors are asked for, on which streams, and by whom they are served is real.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any
+
+import torch
+
+from memory_mgmt.arena import Arena, build_arena
+from memory_mgmt.arena_cuda import use_expandable_segments
+from memory_mgmt.config import MemoryConfig
+
+MIB = 1 << 20
+ELEMENTS = MIB // 2  # of float32: 2 MiB
+
+
+def step(weight: torch.Tensor, side: torch.cuda.Stream, *, recorded: bool = False) -> None:
+    """Forward, a visit on another stream, backward, update."""
+    x = weight
+    for _ in range(6):
+        x = torch.relu(torch.tanh(x * 2))
+    main = torch.cuda.current_stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        y = torch.empty(2 * ELEMENTS, device="cuda")
+        z = y * 3
+    main.wait_stream(side)
+    if recorded:
+        z.record_stream(main)
+    del y, z
+    x.sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        weight.add_(weight.grad)
+    weight.grad = None
+
+
+def settings() -> dict[str, Any]:
+    """What the caching allocator goes by."""
+    return dict(torch.cuda.memory._snapshot())["allocator_settings"]
+
+
+def serves_a_step(arena: Arena, weight: torch.Tensor, side: torch.cuda.Stream) -> None:
+    """All of it, the backward pass included, beside torch's own statistics."""
+    for _ in range(2):
+        with arena.step():
+            step(weight, side)
+    height, bound = arena.height_bytes() or (0, 1)
+    assert height == bound > 0
+    held = torch.cuda.memory_allocated()
+    assert held == weight.nbytes + height, "the region is the caching allocator's"
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        with arena.step():
+            step(weight, side)
+        assert arena.last_step["served"] > 25 and arena.last_step["waits"] > 0, arena.last_step
+        assert arena.last_step["missed"] == arena.last_step["conflicts"] == arena.last_step["passed"] == 0, arena.last_step
+        assert torch.cuda.max_memory_allocated() < held + MIB and torch.cuda.memory_allocated() == held
+
+
+def stays_right(arena: Arena, weight: torch.Tensor, side: torch.cuda.Stream) -> None:
+    """Another thread, an announced use on another stream, a tensor that lives on, a private pool."""
+    theirs: list[torch.Tensor] = []
+    with arena.step():
+        thread = threading.Thread(target=lambda: theirs.append(torch.empty(ELEMENTS, device="cuda")))
+        thread.start()
+        thread.join()
+        step(weight, side, recorded=True)
+        kept = torch.empty(ELEMENTS, device="cuda")
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool):
+            pooled = torch.empty(ELEMENTS, device="cuda")
+    assert arena.last_step["served"] > 25 and arena.last_step["missed"] == 1, arena.last_step  # kept; not theirs, not the pool's
+    del theirs[:], kept, pooled, pool
+    assert arena.live_blocks() == 0
+    with arena.step("other"):
+        torch.empty(ELEMENTS, device="cuda").record_stream(side)  # while requests are logged
+    torch.cuda.memory_snapshot()
+
+
+def main() -> None:
+    """Everything, in a process of its own."""
+    torch.cuda.init()
+    use_expandable_segments()
+    said = settings()
+    assert said["expandable_segments"] and said["max_split_size"] == 64 * MIB, said
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")  # they need a driver
+    before = torch.empty(ELEMENTS, device="cuda")
+    device = torch.device("cuda", 0)
+    weight = torch.ones(ELEMENTS, device=device, requires_grad=True)
+    arena = build_arena(MemoryConfig(arena=True), device)
+    assert arena is not None
+    side = torch.cuda.Stream()
+    del before  # made before the arena, freed after
+    serves_a_step(arena, weight, side)
+    stays_right(arena, weight, side)
+    arena.close()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() == weight.nbytes
+    del weight
+    runtime = ctypes.CDLL("libcuda.so.1")
+    torch.cuda.empty_cache()
+    runtime.fake_live_bytes.restype = ctypes.c_int64
+    assert runtime.fake_live_bytes() == 0
+    print("served by the arena on torch", torch.__version__)
+
+
+if __name__ == "__main__":
+    main()
