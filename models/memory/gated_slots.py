@@ -100,10 +100,8 @@ class _GatedSlots(torch.autograd.Function):
             chunks = _Chunks(log_decay, segment)
             kv = torch.cat([k, v], -1)
             s = chunks.states(kv, state)
-            dq = dk = dv = dgrown = ddecay = None
-            sent = torch.zeros_like(s[:-1])
-            if q is not None:
-                dq, dk, dv, dgrown, ddecay, sent = _read_backward(chunks, q, k, v, s, do_NGCV)
+            read = None if q is None else _read_backward(chunks, q, k, v, s, do_NGCV)
+            sent = torch.zeros_like(s[:-1]) if read is None else read[-1]
             ds = scan_reverse(sent, chunks.whole_NGM1, dfinal_GMW)
             # Through what a chunk adds to the state, w = (1 - a) e^{h_end - h}, and through the decay of the whole chunk
             written_end = chunks.written_NGCM * chunks.to_end_NGCM
@@ -113,14 +111,15 @@ class _GatedSlots(torch.autograd.Function):
             dwritten = dwritten_end.mul_(chunks.to_end_NGCM)
             dh = -dend
             dh[..., -1, :] += dend.sum(-2) + (ds[1:] * s[:-1]).sum(-1) * chunks.whole_NGM1.squeeze(-1)
-            dk_state, dv_state = dkv.split([k.shape[-1], v.shape[-1]], -1)
-            if q is not None:
+            dq, (dk, dv) = None, dkv.split([k.shape[-1], v.shape[-1]], -1)
+            if read is not None:
+                dq, dk_read, dv_read, dgrown, ddecay, _ = read
                 dwritten += dgrown * chunks.grow_NGCM
                 dh -= dgrown * chunks.written_NGCM * chunks.grow_NGCM
                 dh += ddecay * chunks.decay_NGCM
-                dk_state, dv_state = dk_state + dk, dv_state + dv
+                dk, dv = dk + dk_read, dv + dv_read
             dlog = chunks.log_decay_gradient(dh) + dwritten * (chunks.written_NGCM - 1)  # written = 1 - e^f
-            return dq, dk_state, dv_state, dlog, ds[0], None
+            return dq, dk, dv, dlog, ds[0], None
 
 
 def _read(chunks: _Chunks, q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, ...]:

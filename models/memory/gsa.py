@@ -119,17 +119,18 @@ class GatedSlotAttention(DiagonalMixer):
 
     def summary(self, bounds: Bounds, span: Range, streams: Streams, state_GKW: Tensor) -> tuple[Tensor, Tensor]:
         """See `DiagonalMixer.summary`."""
-        _, *rest = streams
+        _, k_NGcK, v_NGcV, log_decay_NGcM = streams
         segment = plan_documents(bounds, span, self.chunk_size, self.halo, state_GKW.device).segment_NBC
-        _, after = gated_slots(None, *rest, state_GKW, segment)
-        return whole_decay(rest[-1], segment).unsqueeze(-1), after
+        _, after = gated_slots(None, k_NGcK, v_NGcV, log_decay_NGcM, state_GKW, segment)
+        return whole_decay(log_decay_NGcM, segment).unsqueeze(-1), after
 
     def mix(
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, state_GKW: Tensor, streams: Streams
     ) -> tuple[Tensor, Tensor]:
         """See `DiagonalMixer.mix`."""
         segment = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device).segment_NBC
-        o_NGcV, after = gated_slots(*streams, state_GKW, segment)
+        q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM = streams
+        o_NGcV, after = gated_slots(q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM, state_GKW, segment)
         assert o_NGcV is not None
         o_BTC = from_chunks(o_NGcV, *x_BTC.shape[:2]).flatten(2)
         return linear(active_norm(o_BTC, None, weights.norm, self.norm_eps).to(x_BTC.dtype), weights.w_out), after

@@ -125,10 +125,10 @@ class Mamba2(DiagonalMixer):
 
     def summary(self, bounds: Bounds, span: Range, streams: Streams, state_GKW: Tensor) -> tuple[Tensor, Tensor]:
         """See `DiagonalMixer.summary`."""
-        _, *rest = streams
+        _, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc = streams
         segment = plan_documents(bounds, span, self.chunk_size, self.halo, state_GKW.device).segment_NBC
-        _, after = decayed_sum(None, *rest, state_GKW, segment)
-        return whole_decay(rest[-1].unsqueeze(-1), segment).unsqueeze(-1), after
+        _, after = decayed_sum(None, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc, state_GKW, segment)
+        return whole_decay(log_decay_NGc.unsqueeze(-1), segment).unsqueeze(-1), after
 
     def mix(
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, state_GKW: Tensor, streams: Streams
@@ -136,9 +136,10 @@ class Mamba2(DiagonalMixer):
         """See `DiagonalMixer.mix`."""
         B, T, _ = x_BTC.shape
         segment = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device).segment_NBC
-        o_NGcV, after = decayed_sum(*streams, state_GKW, segment)
+        q_NQcK, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc = streams
+        o_NGcV, after = decayed_sum(q_NQcK, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc, state_GKW, segment)
         assert o_NGcV is not None
-        o_NGcV = torch.addcmul(o_NGcV, streams[2], weights.D.repeat(B).view(-1, 1, 1))
+        o_NGcV = torch.addcmul(o_NGcV, v_NGcV, weights.D.repeat(B).view(-1, 1, 1))
         by_groups = (self.n_groups, -1)
         o_BTgC = from_chunks(o_NGcV, B, T).flatten(2).unflatten(-1, by_groups)
         gate_BTgC = linear(x_BTC, weights.w_gate).unflatten(-1, by_groups)

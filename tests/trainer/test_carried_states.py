@@ -31,7 +31,9 @@ class Store:
         return np.random.default_rng(document).integers(0, VOCAB, LENGTHS[document])[start:stop]
 
 
-def config(dp: int = 1, cp: int = 1, micro: int = 2, accum: int = 2, carry: str = "document", layers=("swa", "memory"), **memory) -> RunConfig:
+def config(
+    dp: int = 1, cp: int = 1, micro: int = 2, accum: int = 2, carry: str = "document", layers=("swa", "memory"), **memory
+) -> RunConfig:
     model = {"d_model": 16, "n_heads": 2, "window": 8, "layers": list(layers), "memory": {"chunk_size": 8, **memory}}
     train = {"precision": "fp64", "device": "cpu", "carry_state": carry, "micro_batch_size": micro, "grad_accum": accum}
     data = {"seq_len": SEQ_LEN, "shuffle": "documents"}
