@@ -24,8 +24,6 @@ ELEMENT = {"bf16": 2, "fp32": 4, "fp64": 8}
 KNOWN_MEMORIES = ("gated_deltanet", "titans")
 """Kinds of ``model.memory.kind`` whose bytes are written here."""
 WIDE = {"bf16": 4, "fp32": 4, "fp64": 8}
-KNOWN_MEMORIES = ("gated_deltanet", "titans")
-"""Kinds of memory layers that the formulas know; the others need a traced step."""
 
 
 @dataclass(frozen=True)
