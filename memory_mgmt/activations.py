@@ -194,7 +194,9 @@ class Shapes:
         kept = self.stream + self.statistic + self.narrow + self.n * heads * size * self.e + self.entries * (4 + self.w)
         maps = c.product_keys.expansion if c.product_keys.expansion > 1 else 0
         kept += maps * (self.entries * (1 + self.w) + self.n * c.value_width * self.e)
-        kept += heads * c.product_keys.n_keys * size * (self.e if self.precision == "bf16" or c.product_keys.qk_norm else 0)
+        sets = c.product_keys.tucker_rank
+        kept += 2 * sets * self.entries * self.w if sets > 1 else 0
+        kept += sets * heads * c.product_keys.n_keys * size * (self.e if self.precision == "bf16" or c.product_keys.qk_norm else 0)
         if c.product_keys.qk_norm:
             kept += self.n * heads * (size * self.e + 2 * self.w)
         return kept + (3 * self.n * c.value_width * self.e if c.product_keys.gate == "swish" else 0)
@@ -203,7 +205,7 @@ class Shapes:
         """The gradients of what was read, its gate and their product; then of the table one piece of entries times columns, of the weights
         and, by tiles of tokens, of the scores of one half."""
         c, keys = self.config, self.config.product_keys
-        tile = min(self.n * keys.heads * keys.n_keys, 1 << 22)
+        tile = min(self.n * keys.tucker_rank * keys.heads * keys.n_keys, 1 << 22)
         entries = 3 * self.entries * self.w + 2 * min(self.entries * c.value_width, 1 << 20) * self.w
         return 3 * self.n * c.value_width * self.e + max(entries, self.n * keys.heads * c.query_dim * self.e + 4 * tile * self.w)
 

@@ -275,6 +275,8 @@ class ProductKeysConfig(Section):
     """Size of a query, both halves; null means half of d_model, made even."""
     value_dim: PositiveInt | None = None
     """Size of a value; null means d_model."""
+    tucker_rank: PositiveInt = 1
+    """UltraMem's scores (arXiv 2411.12364): each half has so many sets of keys, and a core that is learned joins them; 1: their sum."""
     expansion: PositiveInt = 1
     """UltraMem's implicit value expansion (arXiv 2411.12364): the table has so many times fewer rows, and each of so many blocks of values
     is the same rows under a linear map of its own; 1: none."""

@@ -58,14 +58,16 @@ def product_key_matmul_parameters(config: ModelConfig) -> int:
     keys = config.product_keys
     gated = 2 * config.d_model * config.value_width if keys.gate == "swish" else 0
     expanded = keys.expansion * config.value_width**2 if keys.expansion > 1 else 0
-    return (config.d_model + keys.n_keys) * keys.heads * config.query_dim + gated + expanded
+    return (config.d_model + keys.tucker_rank * keys.n_keys) * keys.heads * config.query_dim + gated + expanded
 
 
 def feed_forward_parameters(config: ModelConfig, kind: FeedForwardKind) -> int:
     """Parameters of one feed-forward of ``kind``; of one with product keys without the table."""
     if kind == "dense":
         return ffn_parameters(config)
-    return product_key_matmul_parameters(config) + (config.query_dim if config.product_keys.qk_norm else 0)
+    keys = config.product_keys
+    core = keys.heads * keys.tucker_rank**2 if keys.tucker_rank > 1 else 0
+    return product_key_matmul_parameters(config) + core + (config.query_dim if keys.qk_norm else 0)
 
 
 def table_parameters(config: ModelConfig) -> int:

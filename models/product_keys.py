@@ -3,9 +3,10 @@
     q_h = W_q x, two halves per head;  scores s1 = K1_h q_h1, s2 = K2_h q_h2;  value (i, j) has score s1_i + s2_j
     w = softmax over the top_k largest of all n_keys^2 scores;  y = sum over heads of w times the rows;  out = W_o (y * silu(W_s x))
 
-The top_k of all sums are among the sums of the top_k of each half (arXiv 1907.05242), so they are found exactly without making all of them.
-Gate and output projection are Memory+'s (arXiv 2412.09764). Scores are made tile by tile and never kept: n_keys times more than what a
-token reads. The table is the model's (`models/value_table.py`): many layers may read one.
+The top_k of all sums are among the sums of the top_k of each half (arXiv 1907.05242), so they are found exactly without making all of them;
+with ``tucker_rank`` scores are no sums (`models/tucker_scores.py`). Gate and output projection are Memory+'s (arXiv 2412.09764). Scores are
+made tile by tile and never kept: n_keys times more than what a token reads. The table is the model's (`models/value_table.py`): many layers
+may read one.
 
 Legend: B row, T token, n tokens of all rows, t of a tile, C channel, H head, N keys of a
 half, D size of half a query, k rows per head, E = H k.
@@ -26,6 +27,7 @@ from models.config import ModelConfig
 from models.feedforward import RMSNorm, _GatedProduct, compute_dtype
 from models.linear import Linear
 from models.repeat import turns
+from models.tucker_scores import TuckerSelect, leading_vectors
 from models.value_table import ValueTable
 
 SCORES_AT_ONCE = 1 << 22
@@ -109,8 +111,10 @@ class ProductKeyMemory(nn.Module):
         self.key_dim, self.d_model, self.value_dim = config.query_dim, config.d_model, width
         self._table = (table,)  # in a tuple: not a submodule
         self.query = Linear(config.d_model, self.heads * self.key_dim)
-        self.keys = nn.Parameter(torch.empty(2 * self.heads * self.n_keys, self.key_dim // 2))
-        """Rows by half, head and key, so that ranks can share them evenly."""
+        self.sets = settings.tucker_rank
+        self.keys = nn.Parameter(torch.empty(2 * self.sets * self.heads * self.n_keys, self.key_dim // 2))
+        """Rows by half, set, head and key, so that ranks can share them evenly."""
+        self.core = nn.Parameter(torch.empty(self.heads, self.sets, self.sets)) if self.sets > 1 else None
         norms = settings.qk_norm
         self.query_norm = RMSNorm(self.key_dim // 2, config.norm_eps) if norms else None
         self.key_norm = RMSNorm(self.key_dim // 2, config.norm_eps) if norms else None
@@ -127,21 +131,32 @@ class ProductKeyMemory(nn.Module):
         return self._table[0]
 
     def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
-        """Keys: uniform between +-1 / sqrt(key_dim)."""
+        """Keys: uniform between +-1 / sqrt(key_dim). Cores: 1 / sets, of rank 1 but for a tenth of noise."""
         bound = 1 / math.sqrt(self.key_dim)
+        if name == "core":
+            return torch.empty(shape).normal_(1 / self.sets, 0.1 / self.sets, generator=generator)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator) if name == "keys" else None
 
     def select(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
         """index_nE (int32) of the rows that each token reads and their weights_nE, float32 (float64)."""
         dtype = compute_dtype(x_BTC)
+        q_nH2D, keys_2rHND = self._queries_and_keys(x_BTC)
+        q_nH2D, keys_2rHND = q_nH2D.to(dtype), keys_2rHND.to(dtype)
+        with torch.autocast(x_BTC.device.type, enabled=False):
+            if self.core is None:
+                index_nHk, score_nHk = _Select.apply(q_nH2D, keys_2rHND[:, 0], self.top_k)  # type: ignore[misc]
+            else:
+                tiles = _tiles(len(q_nH2D), self.sets * self.heads * self.n_keys)
+                index_nHk, score_nHk = TuckerSelect.apply(q_nH2D, keys_2rHND, self.core, self.top_k, tiles)  # type: ignore[misc]
+            return index_nHk.flatten(1), score_nHk.softmax(-1).flatten(1)
+
+    def _queries_and_keys(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        """q_nH2D and keys_2rHND; normed ones have products of variance 1 at first."""
         q_nH2D = self.query(x_BTC).view(-1, self.heads, 2, self.key_dim // 2)
         keys = self.keys
         if self.query_norm is not None and self.key_norm is not None:
-            q_nH2D, keys = self.query_norm(q_nH2D), self.key_norm(keys)
-        keys_2HND = keys.to(dtype).view(2, self.heads, self.n_keys, -1)
-        with torch.autocast(x_BTC.device.type, enabled=False):
-            index_nHk, score_nHk = _Select.apply(q_nH2D.to(dtype), keys_2HND, self.top_k)  # type: ignore[misc]
-            return index_nHk.flatten(1), score_nHk.softmax(-1).flatten(1)
+            q_nH2D, keys = self.query_norm(q_nH2D), self.key_norm(keys) * (self.key_dim // 2) ** -0.5
+        return q_nH2D, keys.view(2, self.sets, self.heads, self.n_keys, -1)
 
     def forward(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
         """Same shape, in the dtype of products."""
@@ -166,14 +181,15 @@ class ProductKeyMemory(nn.Module):
 
     def oracle(self, x_BTC: Tensor, values_VD: Tensor) -> Tensor:
         """The same from the whole table, with all scores of all values, by plain operations that autograd knows: slow, for tests."""
-        q_nH2D = self.query(x_BTC).view(-1, self.heads, 2, self.key_dim // 2)
-        keys = self.keys
-        if self.query_norm is not None and self.key_norm is not None:
-            q_nH2D, keys = self.query_norm(q_nH2D), self.key_norm(keys)
-        keys_2HND = keys.view(2, self.heads, self.n_keys, -1)
-        first = torch.einsum("nhd,hkd->nhk", q_nH2D[:, :, 0], keys_2HND[0])
-        second = torch.einsum("nhd,hkd->nhk", q_nH2D[:, :, 1], keys_2HND[1])
-        scores_nHV = (first[..., :, None] + second[..., None, :]).flatten(2)
+        q_nH2D, keys_2rHND = self._queries_and_keys(x_BTC)
+        first = torch.einsum("nhd,ahkd->nhak", q_nH2D[:, :, 0], keys_2rHND[0])
+        second = torch.einsum("nhd,ahkd->nhak", q_nH2D[:, :, 1], keys_2rHND[1])
+        if self.core is None:
+            scores_nHV = (first[:, :, 0, :, None] + second[:, :, 0, None, :]).flatten(2)
+        else:
+            scores = torch.einsum("nhai,hab,nhbj->nhij", first, self.core, second)
+            outside = ~(self._candidates(first, 0)[..., :, None] & self._candidates(second, 1)[..., None, :])
+            scores_nHV = scores.masked_fill(outside, -torch.inf).flatten(2)
         lowest = scores_nHV.topk(self.top_k, dim=-1).values[..., -1:]
         weights_nHV = scores_nHV.masked_fill(scores_nHV < lowest, -torch.inf).softmax(-1)
         if self.expand:
@@ -183,25 +199,36 @@ class ProductKeyMemory(nn.Module):
             return y_BTD
         return self.w_out(nn.functional.silu(self.w_gate(x_BTC)) * y_BTD)
 
+    def _candidates(self, scores_nHrN: Tensor, half: int) -> Tensor:
+        """Which keys of a half are among the best by its core's leading vector."""
+        assert self.core is not None
+        lead_nHN = torch.einsum("hr,nhrk->nhk", leading_vectors(self.core)[half], scores_nHrN)
+        return lead_nHN >= lead_nHN.topk(self.top_k, dim=-1).values[..., -1:]
+
     def cost(self, batch_size: int, tokens: int, itemsize: int, shards: int = 1) -> ProductKeyCost:
         """Arithmetic and bytes for ``tokens`` per row on one of ``shards`` ranks that share the table. ``itemsize``: of an
         activation."""
         n, entries, wide = batch_size * tokens, self.heads * self.top_k, max(4, itemsize)
         gated = self.w_gate is not None
-        products = self.d_model * self.heads * self.key_dim + self.heads * self.n_keys * self.key_dim
+        products = self.d_model * self.heads * self.key_dim + self.sets * self.heads * self.n_keys * self.key_dim
         products += 2 * self.d_model * self.value_dim if gated else 0
         maps = len(self.expand)
         products += maps * self.value_dim**2
+        selecting, chosen = 0, 0
+        if self.core is not None:  # leading scores and the grid of candidates; gradients of chosen scores and of the core
+            selecting = self.heads * self.sets * (2 * self.n_keys + self.top_k * (self.sets + self.top_k))
+            chosen = 3 * entries * self.sets**2
         forward = 2.0 * n * (products + max(1, maps) * entries * self.value_dim)
         norms = 2 * n * self.heads * (self.key_dim * itemsize + 2 * wide) // 2 if self.query_norm is not None else 0
         saved = n * (self.d_model + self.heads * self.key_dim) * itemsize + norms
         saved += n * entries * (4 + 2 * wide)  # index, weight, and the softmax's own result, which is the weight
         saved -= n * entries * wide
+        saved += 2 * self.sets * n * entries * wide if self.core is not None else 0
         saved += maps * n * (entries * (1 + wide) + self.value_dim * itemsize)
         saved += n * 3 * self.value_dim * itemsize if gated else 0
         columns = -(-self.value_dim // shards)
         sent = n * entries * (4 + wide) + n * (shards - 1) * columns * itemsize if shards > 1 else 0
-        return ProductKeyCost(forward, 2 * forward, saved, max(1, maps) * sent)
+        return ProductKeyCost(forward + 2.0 * n * selecting, 2 * forward + 2.0 * n * chosen, saved, max(1, maps) * sent)
 
 
 def build_tables(config: ModelConfig) -> nn.ModuleList:

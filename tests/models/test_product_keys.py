@@ -19,6 +19,7 @@ SETTINGS = [
     {"n_keys": 6, "heads": 2, "top_k": 3, "key_dim": 8, "value_dim": 12},
     {"n_keys": 5, "heads": 1, "top_k": 5, "key_dim": 6, "qk_norm": True},
     {"n_keys": 6, "heads": 2, "top_k": 4, "key_dim": 4, "value_dim": 8, "expansion": 4},
+    {"n_keys": 7, "heads": 2, "top_k": 4, "key_dim": 8, "qk_norm": True, "tucker_rank": 2},
     {"n_keys": 4, "heads": 3, "top_k": 2, "gate": "none", "qk_norm": True, "shared_table": False},
 ]
 
@@ -79,7 +80,7 @@ def test_the_best_pairs_are_the_best_of_all() -> None:
 
 
 def test_a_shared_table_is_one_parameter_and_layers_without_one_keep_their_names() -> None:
-    shared, own = model_of(SETTINGS[0]), model_of(SETTINGS[3])
+    shared, own = model_of(SETTINGS[0]), model_of(SETTINGS[-1])
     names = [name for name, _ in shared.named_parameters() if "value_tables" in name]
     assert names == ["value_tables.0.weight"] and layer_of(shared).table is layer_of(shared, 2).table
     assert layer_of(own).table is own.value_tables[0] and layer_of(own, 2).table is own.value_tables[1]
@@ -96,7 +97,7 @@ def test_counts_are_the_model_s(settings: dict) -> None:
     names = dict(model.named_parameters())
     assert count.ffn == sum(p.numel() for name, p in names.items() if ".ffn." in name)
     # What does not meet every token in a product: rows read, and norms.
-    norms = sum(p.numel() for name, p in names.items() if "norm" in name)
+    norms = sum(p.numel() for name, p in names.items() if "norm" in name or "core" in name)
     assert count.matmul == count.total - count.tables - norms - 32 * 16  # the embedding is looked up
     keys = model.config.product_keys
     without = 6 * count.matmul + 3 * 12 * 16 * 3.25
@@ -104,7 +105,7 @@ def test_counts_are_the_model_s(settings: dict) -> None:
     assert model_flops_per_token(model.config, 32, 8) == pytest.approx(without + read)
 
 
-@pytest.mark.parametrize("settings", SETTINGS[:3])
+@pytest.mark.parametrize("settings", SETTINGS[:4])
 def test_cost_is_what_is_saved_and_computed(settings: dict) -> None:
     layer = layer_of(model_of(settings))
     x_BTC = torch.randn(2, 24, 16, dtype=torch.float64, requires_grad=True)
@@ -122,7 +123,7 @@ def test_cost_is_what_is_saved_and_computed(settings: dict) -> None:
     entries = 2 * 24 * layer.heads * layer.top_k
     read = 2 * entries * layer.value_dim * layer.expansion  # an embedding bag, which torch does not count
     assert counter.get_total_flops() + read == pytest.approx(cost.flops_forward, rel=0.01)
-    keys = layer.keys.numel() * 8 * (1 if layer.key_norm is not None else 0)
+    keys = layer.keys.numel() * 8 * (2 if layer.key_norm is not None else 0)
     assert sum(saved.values()) - keys == pytest.approx(cost.saved_bytes, rel=0.1)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
