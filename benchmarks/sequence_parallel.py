@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -181,7 +182,8 @@ def measure(index: int, system: Any, repeats: int, peers: str, exact: Path) -> d
                 continue
             line = next((line for line in out.splitlines() if line.startswith("RESULT ")), None)
             if line is None:
-                said = [x for x in errors.splitlines() if x.strip() and not x.startswith((" ", "["))]
+                lines = [re.sub(r"^\[rank\d+\]:", "", x) for x in errors.splitlines()]
+                said = [x.strip() for x in lines if re.match(r" ?[\w.]*(Error|Exception)\b", x)]
                 failed = failed or (said[-1] if said else f"exit code {process.returncode}")[:300]
             else:
                 answers.append(json.loads(line.removeprefix("RESULT ")))
@@ -280,7 +282,7 @@ def main() -> int:
     report["machine"] |= {name: number for name, number in named.items() if name in wanted} or report.get("peers", {})
     for index, case in enumerate(CASES):
         rows = report["cases"].setdefault(case.name, {})
-        chosen = [s for s in SYSTEMS if args.only in _key(s) and (args.again or _key(s) not in rows)]
+        chosen = [s for s in SYSTEMS if args.only in _key(s) and (args.again or "cpu_seconds" not in rows.get(_key(s), {}))]
         with tempfile.TemporaryDirectory() as folder:
             if chosen:
                 _exact(case, Path(folder))
