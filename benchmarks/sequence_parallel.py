@@ -14,10 +14,11 @@ beside this file.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
-import re
-import subprocess
+import queue
 import sys
 import tempfile
 import time
@@ -46,24 +47,31 @@ class Case:
 
 
 CASES = (
-    Case("grouped queries", 2, 4096, 8, 2, "float32"),
-    Case("one key head per query head", 4, 4096, 8, 8, "float32"),
-    Case("grouped queries in bf16", 4, 4096, 8, 2, "bfloat16"),
+    Case("grouped queries", 2, 4096, 8, 2, "bfloat16"),
+    Case("one key head per query head", 4, 4096, 8, 8, "bfloat16"),
+    Case("float32", 4, 2048, 8, 2, "float32"),
 )
 
 # --- one rank
 
 
-def rank_main(arguments: list[str]) -> None:
-    """Measure one system on one rank and print what was found as JSON. ``arguments``: case, system, repeats, folder, rank."""
+def run_rank(case: Case, key: str, repeats: int, folder: Path, rank: int, peers: str, results: Any) -> None:
+    """Measure one system on one rank of a fresh process and put (rank, figures or why not) into ``results``."""
+    try:
+        sys.path.append(peers)
+        results.put((rank, _measure_rank(case, key, repeats, folder, rank)))
+    except BaseException as error:
+        results.put((rank, {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]}))
+
+
+def _measure_rank(case: Case, key: str, repeats: int, folder: Path, rank: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
     from benchmarks.sequence_peers import SYSTEMS
     from memory_mgmt.allocator_log import record_cpu_allocations
 
-    case, folder, rank = CASES[int(arguments[0])], Path(arguments[3]), int(arguments[4])
-    system = next(system for system in SYSTEMS if _key(system) == arguments[1])
+    system = next(system for system in SYSTEMS if _key(system) == key)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.ranks)
     held, attention = system.prepare(case.tokens)
@@ -81,7 +89,7 @@ def rank_main(arguments: list[str]) -> None:
     errors = _squares(found, torch.load(folder / "exact.pt", mmap=True), held)
     del found
     cpu, wall, waited = [], [], []
-    for _ in range(int(arguments[2])):
+    for _ in range(repeats):
         dist.barrier()
         waits[0] = 0.0
         started = time.perf_counter(), time.process_time()
@@ -92,7 +100,7 @@ def rank_main(arguments: list[str]) -> None:
     with record_cpu_allocations() as log:
         step()
         peak = log.peak_bytes()
-    print("RESULT " + json.dumps({"cpu": cpu, "wall": wall, "waited": waited, "peak": peak, "errors": errors}))
+    return {"cpu": cpu, "wall": wall, "waited": waited, "peak": peak, "errors": errors}
 
 
 def _inputs(case: Case) -> list[Any]:
@@ -157,37 +165,32 @@ def _exact(case: Case, folder: Path) -> None:
     torch.save([x.transpose(1, 2).contiguous() for x in (out, *grads)], folder / "exact.pt")
 
 
-def measure(index: int, system: Any, repeats: int, peers: str, exact: Path) -> dict[str, Any]:
-    """The figures of one system, or ``failed`` with what it said."""
-    case = CASES[index]
+def measure(case: Case, system: Any, repeats: int, peers: str, exact: Path) -> dict[str, Any]:
+    """The figures of one system, or ``failed`` with what it said. Ranks come from a server that has imported torch once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "benchmarks.sequence_peers", "memory_mgmt.allocator_log"])
+    results = context.Queue()
+    answers: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "exact.pt").symlink_to(exact)
-        path = os.pathsep.join([str(ROOT), peers])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--rank", str(index), _key(system), str(repeats), name]
+        (Path(name) / "exact.pt").symlink_to(exact)
         ranks = [
-            subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            context.Process(target=run_rank, args=(case, _key(system), repeats, Path(name), rank, peers, results), daemon=True)
             for rank in range(case.ranks)
         ]
-        answers, failed = [], ""
-        deadline = time.monotonic() + TIMEOUT
         for process in ranks:
-            try:
-                out, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()) if not failed else 5.0)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                failed = failed or f"no result in {TIMEOUT:.0f} s"
-                continue
-            line = next((line for line in out.splitlines() if line.startswith("RESULT ")), None)
-            if line is None:
-                lines = [re.sub(r"^\[rank\d+\]:", "", x) for x in errors.splitlines()]
-                said = [x.strip() for x in lines if re.match(r" ?[\w.]*(Error|Exception)\b", x)]
-                failed = failed or (said[-1] if said else f"exit code {process.returncode}")[:300]
-            else:
-                answers.append(json.loads(line.removeprefix("RESULT ")))
-    return {"failed": failed} if failed else _summary(answers)
+            process.start()
+        with contextlib.suppress(queue.Empty):
+            while len(answers) < case.ranks:  # once one has failed the others only find out
+                rank, answer = results.get(timeout=20.0 if any("failed" in a for a in answers.values()) else TIMEOUT)
+                answers[rank] = answer
+        for process in ranks:
+            process.join(timeout=1.0 if len(answers) == case.ranks else 0.0)
+            process.kill()
+    reasons = [answer["failed"] for answer in answers.values() if "failed" in answer]
+    if reasons or len(answers) < case.ranks:  # the reason of the rank that began, not that its peer is gone
+        silent = f"no result in {TIMEOUT:.0f} s"
+        return {"failed": min(reasons, key=lambda reason: "gloo" in reason or "onnection" in reason, default=silent)}
+    return _summary(list(answers.values()))
 
 
 def _summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -216,7 +219,8 @@ def page(report: dict[str, Any], measured_on: str) -> str:
         "",
         "Time: processor time of all ranks, forward and backward, over that of longstride's ring; memory: the largest rank's peak of "
         "tensors above its inputs, over the ring's. Above 1: longstride's ring is better. Kernel: torch's flash attention for CPU "
-        "everywhere but in ring-attention-pytorch, which brings its own in PyTorch.",
+        "everywhere but in ring-attention-pytorch, which brings its own in PyTorch. In float32, which flash-attn does not take, "
+        "ring-flash-attn and yunchang overwrite their own dq (a buffer that `.to(torch.float32)` copies in bf16 only).",
     ]
     for case in CASES:
         rows = report["cases"].get(case.name, {})
@@ -262,9 +266,6 @@ def _verdict(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     """Measure what is missing, and write the results."""
-    if sys.argv[1:2] == ["--rank"]:
-        rank_main(sys.argv[2:])
-        return 0
     from benchmarks.common import machine, where, write_results
     from benchmarks.sequence_peers import SYSTEMS
 
@@ -274,20 +275,22 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="also those that there are results of")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     kept = Path(__file__).with_suffix(".json")
     report: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"cases": {}}
     report["machine"] = machine("torch")
     named = {d.metadata["Name"]: d.version for d in distributions(path=[args.peers])} if args.peers else {}
     wanted = {system.package for system in SYSTEMS}
     report["machine"] |= {name: number for name, number in named.items() if name in wanted} or report.get("peers", {})
-    for index, case in enumerate(CASES):
+    for case in CASES:
         rows = report["cases"].setdefault(case.name, {})
         chosen = [s for s in SYSTEMS if args.only in _key(s) and (args.again or "cpu_seconds" not in rows.get(_key(s), {}))]
         with tempfile.TemporaryDirectory() as folder:
             if chosen:
                 _exact(case, Path(folder))
             for system in chosen:
-                rows[_key(system)] = {**measure(index, system, args.repeats, args.peers, Path(folder) / "exact.pt"), "note": system.note}
+                rows[_key(system)] = {**measure(case, system, args.repeats, args.peers, Path(folder) / "exact.pt"), "note": system.note}
                 print(case.name, _key(system), json.dumps(rows[_key(system)]), flush=True)
                 names = [name for name in report["machine"] if name == "torch" or name in wanted]
                 write_results(__file__, report, page(report, where(report["machine"], *names)))

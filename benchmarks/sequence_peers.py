@@ -151,7 +151,14 @@ def _ring_attention_pytorch(striped: bool) -> Callable[[int], tuple[Tensor, Atte
         # As RingAttention.forward does it: 'b (i j) d -> b (j i) d' with i the size of a bucket, then equal stretches.
         order = torch.arange(tokens).view(bucket, -1).T.flatten() if striped else torch.arange(tokens)
         held = order.chunk(dist.get_world_size())[dist.get_rank()]
-        return held, lambda q, k, v: ring_flash_attn(q, k, v, None, True, bucket, True, striped)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # Here query head i reads key/value head i modulo their number, elsewhere i divided by the queries of one.
+            groups = k.shape[2]
+            out = ring_flash_attn(q.unflatten(2, (groups, -1)).transpose(2, 3).flatten(2, 3), k, v, None, True, bucket, True, striped)
+            return out.unflatten(2, (-1, groups)).transpose(2, 3).flatten(2, 3)
+
+        return held, attend
 
     return prepare
 
