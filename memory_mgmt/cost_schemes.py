@@ -1,8 +1,8 @@
 """What each sequence-parallel scheme sends, waits for and holds, and which one ``parallel.sequence: auto`` takes. Pure; imports no torch.
 
 Per layer of full attention and micro-batch, on one of P ranks with n tokens (rows counted in), G key/value and H query heads of size d, b
-bytes per value and w per gradient (float32, or float64 for float64). S is the number of key/value heads that the ranks of a Ulysses group
-of U get together: G, or more where several read the same one. Bytes that a rank sends:
+bytes per value and w per gradient (float32, or float64 for float64; b with ``parallel.kv_gradient_dtype: compute``). S is the number of
+key/value heads that the ranks of a Ulysses group of U get together: G, or more where several read the same one. Bytes that a rank sends:
 
   scheme           forward                                  backward
   ring             (P-1) n 2G d b                           (P-1) n 2G d (b + w)
@@ -48,11 +48,13 @@ class SequenceProblem:
     precision: str
     topology: Topology
     rates: Rates
+    narrow: bool = False
+    """``parallel.kv_gradient_dtype`` is compute."""
 
     @property
     def gradient_bytes(self) -> int:
-        """Of sums of gradients."""
-        return max(4, self.value_bytes)
+        """Of gradients of keys and values on their way."""
+        return self.value_bytes if self.narrow else max(4, self.value_bytes)
 
     def attention_seconds(self) -> tuple[float, float]:
         """(forward, backward) of one rank's share, causal: half of all scores, two and five products over them."""

@@ -21,6 +21,7 @@ from models.attention import DEFAULT_CALL, KernelCall, LocalAttention, Plan, att
 from models.attention_plan import Pair, plan_rows
 from models.batch import Bounds
 from models.repeat import in_flight
+from parallel.config import KVGradientDtype
 from parallel.head_exchange import HeadExchange
 from parallel.sequence import Layout, check_ranges
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
@@ -35,16 +36,23 @@ class AllGatherKVAttention:
         window: tokens a query sees, its own included; None for all before it.
         head_chunk: key/value heads gathered and attended at a time.
         call: what the kernels are told.
+        narrow: gradients of keys and values travel and are summed in their own dtype instead of float32.
     Raises (on call):
         ValueError: when tensors or bounds are not this rank's part of the sequence.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, layout: Layout, window: int | None, head_chunk: int = 1, call: KernelCall = DEFAULT_CALL
+        self,
+        group: dist.ProcessGroup,
+        layout: Layout,
+        window: int | None,
+        head_chunk: int = 1,
+        call: KernelCall = DEFAULT_CALL,
+        narrow: bool = False,
     ) -> None:
         if head_chunk < 1:
             raise ValueError(f"head_chunk is {head_chunk}; at least 1 key/value head is gathered at a time")
-        self.window, self.head_chunk, self.call = window, head_chunk, call
+        self.window, self.head_chunk, self.call, self.narrow = window, head_chunk, call, narrow
         self.exchange = HeadExchange(group, layout)
         self._alone = LocalAttention(window, call)
 
@@ -53,7 +61,7 @@ class AllGatherKVAttention:
             return self._alone(q_BHnD, k_BGnD, v_BGnD, bounds)
         check_shapes(q_BHnD, k_BGnD, bounds)
         plan = self._plan(q_BHnD, bounds)
-        return _AllGatherKV.apply(q_BHnD, k_BGnD, v_BGnD, plan, self.exchange, self.head_chunk)  # pyright: ignore[reportReturnType]
+        return _AllGatherKV.apply(q_BHnD, k_BGnD, v_BGnD, plan, self.exchange, self.head_chunk, self.narrow)  # pyright: ignore[reportReturnType]
 
     def _plan(self, q_BHnD: torch.Tensor, bounds: Bounds) -> Plan:
         """This rank's queries against all keys, planned once per micro-step."""
@@ -74,7 +82,7 @@ class AllGatherKVAttention:
 
 class _AllGatherKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHnD, k_BGnD, v_BGnD, plan, exchange, head_chunk):
+    def forward(ctx, q_BHnD, k_BGnD, v_BGnD, plan, exchange, head_chunk, narrow):
         out_BHnD = torch.empty_like(q_BHnD)
         lses = []
         for _, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk, messages=1):
@@ -82,14 +90,14 @@ class _AllGatherKV(torch.autograd.Function):
             out_BHnD[:, queries].copy_(out)
             lses.append(lse)
         lse_BHn = lses[0] if len(lses) == 1 else torch.cat(lses, 1)
-        ctx.args = (plan, exchange, head_chunk)
+        ctx.args = (plan, exchange, head_chunk, narrow)
         ctx.save_for_backward(q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BHn)
         return out_BHnD
 
     @staticmethod
     def backward(ctx, dout_BHnD):  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BHn = ctx.saved_tensors
-        plan, exchange, head_chunk = ctx.args
+        plan, exchange, head_chunk, narrow = ctx.args
         dq_BHnD, dk_BGnD, dv_BGnD = (torch.empty_like(x) for x in (q_BHnD, k_BGnD, v_BGnD))
         returning: _Scatter | None = None
         for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk, messages=2):
@@ -99,10 +107,10 @@ class _AllGatherKV(torch.autograd.Function):
             if returning is not None:
                 returning.put()
             with in_flight(2 if heads.stop < k_BGnD.shape[1] else 0):
-                returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]))
+                returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]), narrow)
         if returning is not None:
             returning.put()
-        return dq_BHnD, dk_BGnD, dv_BGnD, None, None, None
+        return dq_BHnD, dk_BGnD, dv_BGnD, None, None, None, None
 
 
 def _gathered(
@@ -141,13 +149,19 @@ class _Gather:
 
 
 class _Scatter:
-    """Gradients of a few heads' keys and values of all tokens, on their way home to be summed, in float32 (float64 for float64)."""
+    """Gradients of a few heads' keys and values of all tokens, on their way home to be summed: in float32 (float64 for float64),
+    or ``narrow`` in the dtype of the targets."""
 
     def __init__(
-        self, dk_BgTD: torch.Tensor, dv_BgTD: torch.Tensor, exchange: HeadExchange, targets: tuple[torch.Tensor, torch.Tensor]
+        self,
+        dk_BgTD: torch.Tensor,
+        dv_BgTD: torch.Tensor,
+        exchange: HeadExchange,
+        targets: tuple[torch.Tensor, torch.Tensor],
+        narrow: bool,
     ) -> None:
-        wide = torch.promote_types(dk_BgTD.dtype, torch.float32)
-        both_TBgD = torch.cat([x.permute(2, 0, 1, 3).to(wide) for x in (dk_BgTD, dv_BgTD)], 2)
+        dtype = targets[0].dtype if narrow else torch.promote_types(dk_BgTD.dtype, torch.float32)
+        both_TBgD = torch.cat([x.permute(2, 0, 1, 3).to(dtype) for x in (dk_BgTD, dv_BgTD)], 2)
         by_rank = list(exchange.by_rank(both_TBgD).unflatten(0, (exchange.size, -1)).unbind(0))
         self._sent: list[torch.Tensor] | None = by_rank
         self._own_nBgD = torch.empty_like(by_rank[0])
@@ -176,6 +190,7 @@ def allgather_kv_attention(
     kernel: str = "auto",
     prefix: torch.Tensor | None = None,
     scale: float | None = None,
+    kv_gradient_dtype: KVGradientDtype = "fp32",
     head_chunk: int = 1,
     bounds: Bounds | None = None,
 ) -> torch.Tensor:
@@ -193,6 +208,7 @@ def allgather_kv_attention(
         kernel: one of ``models.kernels.KERNELS``.
         prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
         scale: of the scores; None: 1/sqrt(D).
+        kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
         head_chunk: key/value heads gathered and attended at a time.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
             otherwise gathered from all ranks at every call.
@@ -208,6 +224,6 @@ def allgather_kv_attention(
     scheme = (
         LocalAttention(window, call)
         if bounds.local_len == bounds.seq_len
-        else AllGatherKVAttention(given_or_all(group), layout, window, head_chunk, call)
+        else AllGatherKVAttention(given_or_all(group), layout, window, head_chunk, call, kv_gradient_dtype == "compute")
     )
     return attend_public(scheme, q, k, v, bounds)

@@ -24,6 +24,10 @@ SequenceScheme = Literal["ring", "ulysses", "ring_x_ulysses", "allgather_kv"]
 """How attention reaches the tokens of other ranks; ``docs/sequence_parallelism.md``."""
 
 
+KVGradientDtype = Literal["fp32", "compute"]
+"""In which dtype gradients of keys and values travel."""
+
+
 class ParallelConfig(Section):
     """Degrees of the mesh axes; their product is the number of ranks."""
 
@@ -49,6 +53,9 @@ class ParallelConfig(Section):
     head_chunk: PositiveInt | None = None
     """Heads exchanged and attended at a time: ulysses and ring_x_ulysses: query heads of one rank (null: all of them); allgather_kv:
     key/value heads (null: 1). Fewer need smaller buffers and more messages."""
+    kv_gradient_dtype: KVGradientDtype = "fp32"
+    """In which gradients of keys and values travel between ranks. fp32: added up in float32 and rounded once; compute: in the dtype of the
+    products, half the bytes with bf16, rounded at every rank they pass."""
     timeout_seconds: PositiveInt = 600
     """A collective that waits longer than this fails instead of hanging."""
 

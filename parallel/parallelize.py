@@ -24,9 +24,10 @@ def split_sequence(
     layout: Literal["contiguous", "zigzag"],
     scheme: SequenceScheme = "ring",
     head_chunk: int | None = None,
+    narrow: bool = False,
 ) -> None:
     """Fill the seams through which a layer reaches tokens of other ranks: attention by ``scheme``, and the carry of memory states, which
-    is the same under every scheme."""
+    is the same under every scheme. ``narrow``: gradients of keys and values travel in their own dtype."""
     if mesh.dims.cp == 1:
         return
     for block in model.blocks:
@@ -34,7 +35,7 @@ def split_sequence(
             raise TypeError(f"no way to split a sequence over ranks is known for {type(block.mixer).__name__}")
         for mixer in block.mixer.modules():  # attention and memory may be parts of one mixer
             if isinstance(mixer, Attention):
-                mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk)
+                mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk, narrow)
             elif isinstance(mixer, MemoryModule):
                 check_layout(mixer, layout, mesh.dims.cp)
                 mixer.carry = RingCarry(mesh.cp_group, layout)
@@ -57,10 +58,11 @@ def parallelize(
     scheme: SequenceScheme = "ring",
     head_chunk: int | None = None,
     gather_dtype: torch.dtype | None = None,
+    narrow: bool = False,
 ) -> None:
     """Sequence seams first, then tables by columns, then FSDP2 around blocks that already hold their recompute and tiling wrappers.
 
-    ``gather_dtype``: what products read under autocast; None without it."""
-    split_sequence(model, mesh, layout, scheme, head_chunk)
+    ``gather_dtype``: what products read under autocast; None without it. ``narrow``: see ``split_sequence``."""
+    split_sequence(model, mesh, layout, scheme, head_chunk, narrow)
     share_tables(model, mesh)
     shard_parameters(model, mesh, gather_dtype)

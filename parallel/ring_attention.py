@@ -36,6 +36,7 @@ from models.attention_plan import Pair, TileLimits, plan_rows, sees
 from models.batch import Bounds, Range
 from models.block import Gradients
 from models.repeat import turns
+from parallel.config import KVGradientDtype
 from parallel.halo import start_halo, start_return
 from parallel.sequence import Layout, check_ranges, ranges_for
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
@@ -47,6 +48,8 @@ class RingPlan(NamedTuple):
     """Blocks by the hop at which their keys are here: hop h holds the keys of rank ``cp_rank - h``; hop 0 are the own ones."""
 
     hops: tuple[Plan, ...]
+    narrow: bool = False
+    """Gradients travel in the dtype of keys and values."""
 
 
 class HaloPlan(NamedTuple):
@@ -55,6 +58,7 @@ class HaloPlan(NamedTuple):
     n: int
     own: Plan
     halos: tuple[Plan, ...]
+    narrow: bool = False
 
 
 class RingAttention:
@@ -65,14 +69,22 @@ class RingAttention:
         layout: how its ranks share the sequence.
         window: tokens a query sees, its own included; None for all before it.
         call: what the kernels are told.
+        narrow: gradients of keys and values travel in their own dtype instead of float32.
     Raises (on call):
         ValueError: when tensors or bounds are not this rank's part of the sequence.
     """
 
-    def __init__(self, group: dist.ProcessGroup, layout: Layout, window: int | None, call: KernelCall = DEFAULT_CALL) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        layout: Layout,
+        window: int | None,
+        call: KernelCall = DEFAULT_CALL,
+        narrow: bool = False,
+    ) -> None:
         self.group = group
         self.layout: Layout = layout
-        self.window, self.call = window, call
+        self.window, self.call, self.narrow = window, call, narrow
         self.cp_rank, self.cp_size = dist.get_rank(group), dist.get_world_size(group)
         self._alone = LocalAttention(window, call)
 
@@ -80,7 +92,7 @@ class RingAttention:
         if self.cp_size == 1:
             return self._alone(q_BHTD, k_BGTD, v_BGTD, bounds)
         check_shapes(q_BHTD, k_BGTD, bounds)
-        plan = self._plan(bounds, tile_limits(q_BHTD, self.window, self.call))
+        plan = self._plan(bounds, tile_limits(q_BHTD, self.window, self.call))._replace(narrow=self.narrow)
         if isinstance(plan, HaloPlan):
             return _HaloAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, bounds, self.layout, self.group)  # pyright: ignore[reportReturnType]
         return _RingAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, self.group)  # pyright: ignore[reportReturnType]
@@ -216,6 +228,8 @@ def ring_backward(
         attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, blocks, dq_BHTD, dkv_2BGSD[0], dkv_2BGSD[1])
         if followers is not None:
             dkv_2BGSD += followers.wait()
+        if hop > 0 and plan.narrow:
+            dkv_2BGSD = dkv_2BGSD.to(kv_2BGSD.dtype)
         if hop > 0:  # to the rank that gets these keys next, and from the last hop back home
             followers = _Transfer(dkv_2BGSD, 1 if hop < last_hop else -last_hop, GRADIENT_TAG, group)
         if transfer is not None:
@@ -263,6 +277,8 @@ class _HaloAttention(torch.autograd.Function):
         dk_halos, dv_halos = [new_gradient(x) for x in k_halos], [new_gradient(x) for x in v_halos]
         for i, blocks in enumerate(plan.halos):
             attend_backward(dout_BHTD, q_BHTD, k_halos[i], v_halos[i], out_BHTD, lse_BHT, blocks, dq_BHTD, dk_halos[i], dv_halos[i])
+        if plan.narrow:
+            dk_halos, dv_halos = [x.to(k_BGTD.dtype) for x in dk_halos], [x.to(v_BGTD.dtype) for x in dv_halos]
         pending = [start_return(x, plan.n, 2, bounds, layout, group, tag) for x, tag in ((dk_halos, KEY_TAG), (dv_halos, VALUE_TAG))]
         attend_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, plan.own, dq_BHTD, dk_BGTD, dv_BGTD)
         pending[0].add_to(dk_BGTD)
@@ -284,6 +300,7 @@ def ring_attention(
     kernel: str = "auto",
     prefix: torch.Tensor | None = None,
     scale: float | None = None,
+    kv_gradient_dtype: KVGradientDtype = "fp32",
     bounds: Bounds | None = None,
 ) -> torch.Tensor:
     """Attention with keys and values passed around a ring of ranks. All ranks of the group call it together; autograd works.
@@ -300,6 +317,7 @@ def ring_attention(
         kernel: one of ``models.kernels.KERNELS``.
         prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
         scale: of the scores; None: 1/sqrt(D).
+        kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
             otherwise gathered from all ranks at every call.
     Returns:
@@ -312,6 +330,8 @@ def ring_attention(
     )
     call = KernelCall(kernel, scale)
     scheme = (
-        LocalAttention(window, call) if bounds.local_len == bounds.seq_len else RingAttention(given_or_all(group), layout, window, call)
+        LocalAttention(window, call)
+        if bounds.local_len == bounds.seq_len
+        else RingAttention(given_or_all(group), layout, window, call, kv_gradient_dtype == "compute")
     )
     return attend_public(scheme, q, k, v, bounds)

@@ -34,28 +34,30 @@ class NearOrFar:
         return (self.near if fits_halo(self.window, bounds) else self.far)(q_BHTD, k_BGTD, v_BGTD, bounds)
 
 
-def attention_over(mesh: Mesh, layout: Layout, window: int | None, scheme: SequenceScheme, head_chunk: int | None) -> InnerAttention:
-    """Attention of one layer over the sequence-parallel ranks of ``mesh``.
+def attention_over(
+    mesh: Mesh, layout: Layout, window: int | None, scheme: SequenceScheme, head_chunk: int | None, narrow: bool = False
+) -> InnerAttention:
+    """Attention of one layer over the sequence-parallel ranks of ``mesh``; ``narrow``: ``parallel.kv_gradient_dtype`` is compute.
 
     Raises ValueError where the mesh was made for another scheme, or for a scheme that is still ``auto``.
     """
-    ring = RingAttention(mesh.cp_group, layout, window)
+    ring = RingAttention(mesh.cp_group, layout, window, narrow=narrow)
     if scheme == "ring":
         return ring
-    far = _far(mesh, layout, window, scheme, head_chunk)
+    far = _far(mesh, layout, window, scheme, head_chunk, narrow)
     return far if window is None else NearOrFar(window, ring, far)
 
 
-def _far(mesh: Mesh, layout: Layout, window: int | None, scheme: SequenceScheme, head_chunk: int | None) -> InnerAttention:
+def _far(mesh: Mesh, layout: Layout, window: int | None, scheme: SequenceScheme, head_chunk: int | None, narrow: bool) -> InnerAttention:
     expected = mesh.dims.cp if scheme == "ulysses" else 1
     if scheme == "ring_x_ulysses":
         if mesh.sequence is None:
             raise ValueError(f"ring_x_ulysses needs a mesh with 1 < ulysses < cp, not {mesh.dims}")
-        return HybridAttention(mesh.ulysses_group, mesh.ring_group, layout, window, head_chunk)
+        return HybridAttention(mesh.ulysses_group, mesh.ring_group, layout, window, head_chunk, narrow=narrow)
     if mesh.dims.ulysses != expected:
         raise ValueError(f"{scheme} needs a mesh with ulysses {expected}, not {mesh.dims}")
     if scheme == "ulysses":
-        return UlyssesAttention(mesh.cp_group, layout, window, head_chunk)
+        return UlyssesAttention(mesh.cp_group, layout, window, head_chunk, narrow=narrow)
     if scheme == "allgather_kv":
-        return AllGatherKVAttention(mesh.cp_group, layout, window, head_chunk or 1)
+        return AllGatherKVAttention(mesh.cp_group, layout, window, head_chunk or 1, narrow=narrow)
     raise ValueError(f"parallel.sequence {scheme!r} is not a scheme that can be built")

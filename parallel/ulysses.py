@@ -30,6 +30,7 @@ from models.batch import Bounds
 from models.block import Gradients
 from models.errors import UserError
 from models.repeat import in_flight
+from parallel.config import KVGradientDtype
 from parallel.head_exchange import HeadExchange, Piece, ToHeads, ToTokens
 from parallel.head_plan import Range, Stage, keys_are_shared, plan_stages, segments
 from parallel.sequence import Layout, check_ranges
@@ -93,6 +94,7 @@ class UlyssesAttention:
         window: tokens a query sees, its own included; None for all before it.
         head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
         call: what the kernels are told.
+        narrow: gradients of keys and values that several ranks have parts of travel in their own dtype instead of float32.
     Raises (on call):
         UserError: when there are fewer query heads than ranks.
         ValueError: when tensors or bounds are not this rank's part of the sequence.
@@ -105,8 +107,9 @@ class UlyssesAttention:
         window: int | None,
         head_chunk: int | None = None,
         call: KernelCall = DEFAULT_CALL,
+        narrow: bool = False,
     ) -> None:
-        self.window, self.head_chunk, self.call = window, head_chunk, call
+        self.window, self.head_chunk, self.call, self.narrow = window, head_chunk, call, narrow
         self.exchange = HeadExchange(group, layout)
         self._alone = LocalAttention(window, call)
 
@@ -114,7 +117,7 @@ class UlyssesAttention:
         if self.exchange.size == 1:
             return self._alone(q_BHnD, k_BGnD, v_BGnD, bounds)
         check_shapes(q_BHnD, k_BGnD, bounds)
-        return by_heads(q_BHnD, k_BGnD, v_BGnD, self.exchange, self._inner(q_BHnD, bounds), self.head_chunk)
+        return by_heads(q_BHnD, k_BGnD, v_BGnD, self.exchange, self._inner(q_BHnD, bounds), self.head_chunk, self.narrow)
 
     def _inner(self, q_BHnD: torch.Tensor, bounds: Bounds) -> WholeSequence:
         """Attention of the whole sequence, planned once per micro-step."""
@@ -144,10 +147,11 @@ def by_heads(
     exchange: HeadExchange,
     inner: InnerAttention,
     head_chunk: int | None,
+    narrow: bool = False,
 ) -> torch.Tensor:
     """``inner`` attention of each rank's heads over the tokens of the exchange's group; differentiable. out_BHnD in q's dtype."""
     check_heads(q_BHnD.shape[1], exchange.size)
-    return _ByHeads.apply(q_BHnD, k_BGnD, v_BGnD, exchange, inner, head_chunk)  # pyright: ignore[reportReturnType]
+    return _ByHeads.apply(q_BHnD, k_BGnD, v_BGnD, exchange, inner, head_chunk, narrow)  # pyright: ignore[reportReturnType]
 
 
 @lru_cache(maxsize=64)
@@ -192,7 +196,7 @@ class _Turn:
 
 class _ByHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHnD, k_BGnD, v_BGnD, exchange, inner, head_chunk):
+    def forward(ctx, q_BHnD, k_BGnD, v_BGnD, exchange, inner, head_chunk, narrow):
         stages = _stages(q_BHnD.shape[1], k_BGnD.shape[1], exchange.size, head_chunk)
         per_kv = q_BHnD.shape[1] // k_BGnD.shape[1]
         out_BHnD = torch.empty_like(q_BHnD)
@@ -214,7 +218,7 @@ class _ByHeads(torch.autograd.Function):
             lses.append(lse)
             here = _kept(here, turn.kv, stage.leaving[exchange.rank])
         _collect(returning, [(out_BHnD, False)])
-        ctx.args = (exchange, inner, stages)
+        ctx.args = (exchange, inner, stages, narrow)
         lse_BhT = lses[0] if len(lses) == 1 else torch.cat(lses, 1)
         ctx.save_for_backward(q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BhT)
         return out_BHnD
@@ -222,12 +226,12 @@ class _ByHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_BHnD):  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BhT = ctx.saved_tensors
-        exchange, inner, stages = ctx.args
+        exchange, inner, stages, narrow = ctx.args
         lses = lse_BhT.split([last - first for first, last in (stage.q[exchange.rank] for stage in stages)], dim=1)
         n, per_kv = q_BHnD.shape[2], q_BHnD.shape[1] // k_BGnD.shape[1]
         shared = keys_are_shared(q_BHnD.shape[1], k_BGnD.shape[1], exchange.size)
         dq_BHnD = torch.empty_like(q_BHnD)
-        # Parts of one head's gradient that come from several ranks are added in float32 and rounded once.
+        # Parts of one head's gradient that come from several ranks are added in float32, and unless ``narrow`` rounded once.
         wide = torch.promote_types(k_BGnD.dtype, torch.float32) if shared else k_BGnD.dtype
         dk_BGnD, dv_BGnD = (torch.zeros_like(x, dtype=wide) if shared else torch.empty_like(x) for x in (k_BGnD, v_BGnD))
         here: list[_Keys] = []
@@ -247,11 +251,12 @@ class _ByHeads(torch.autograd.Function):
             here = _kept(here, turn.kv, stage.leaving[exchange.rank])
             for message, into in returning:
                 _collect(message, into)
+            nothing = k.new_empty(k[:, :0].shape, dtype=k.dtype if narrow else wide)
             with in_flight(MESSAGES if i + 1 < len(stages) else 0):
-                returning = _return(dq, leaving, k.new_empty(k[:, :0].shape, dtype=wide), stage, exchange, n, targets)
+                returning = _return(dq, leaving, nothing, stage, exchange, n, targets)
         for message, into in returning:
             _collect(message, into)
-        return dq_BHnD, dk_BGnD.to(k_BGnD.dtype), dv_BGnD.to(v_BGnD.dtype), None, None, None
+        return dq_BHnD, dk_BGnD.to(k_BGnD.dtype), dv_BGnD.to(v_BGnD.dtype), None, None, None, None
 
 
 def _start(queries: Sequence[torch.Tensor], k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, stage: Stage, exchange: HeadExchange) -> ToHeads:
@@ -352,6 +357,7 @@ def ulysses_attention(
     kernel: str = "auto",
     prefix: torch.Tensor | None = None,
     scale: float | None = None,
+    kv_gradient_dtype: KVGradientDtype = "fp32",
     head_chunk: int | None = None,
     bounds: Bounds | None = None,
 ) -> torch.Tensor:
@@ -369,6 +375,7 @@ def ulysses_attention(
         kernel: one of ``models.kernels.KERNELS``.
         prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
         scale: of the scores; None: 1/sqrt(D).
+        kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
         head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
             otherwise gathered from all ranks at every call.
@@ -384,6 +391,6 @@ def ulysses_attention(
     scheme = (
         LocalAttention(window, call)
         if bounds.local_len == bounds.seq_len
-        else UlyssesAttention(given_or_all(group), layout, window, head_chunk, call)
+        else UlyssesAttention(given_or_all(group), layout, window, head_chunk, call, kv_gradient_dtype == "compute")
     )
     return attend_public(scheme, q, k, v, bounds)

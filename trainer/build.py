@@ -98,7 +98,8 @@ def shaped_model(
     if mesh is not None:
         assert config.parallel.sequence != "auto", "settled before"
         gather_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-        parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype)
+        narrow = config.parallel.kv_gradient_dtype == "compute"
+        parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, narrow)
     return model
 
 

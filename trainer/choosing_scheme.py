@@ -64,6 +64,7 @@ def _choice(config: RunConfig, device_name: str | None, possible: list[tuple[Seq
         precision=config.train.precision,
         topology=Topology(min(target.ranks_per_node, target.ranks), parallel.cp, parallel.dp_shard, parallel.dp_replicate),
         rates=rates,
+        narrow=parallel.kv_gradient_dtype == "compute",
     )
     return choose_scheme(problem, possible)
 

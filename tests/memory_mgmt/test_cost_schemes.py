@@ -44,13 +44,17 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _sent(scheme: SequenceScheme, ulysses: int, heads: tuple[int, int], head_chunk: int | None) -> tuple[int, int]:
+def _all_sent() -> list[tuple[int, int]]:
+    return [_sent(*volume) for volume in VOLUMES]
+
+
+def _sent(scheme: SequenceScheme, ulysses: int, heads: tuple[int, int], head_chunk: int | None, narrow: bool) -> tuple[int, int]:
     """(forward, backward) bytes of this rank in bfloat16."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = build_mesh(ParallelDims(cp=size, ulysses=ulysses), "cpu")
     bounds = Bounds.whole(1, SEQ_LEN).with_ranges(ranges_for("zigzag", SEQ_LEN, rank, size))
     q, k, v = (torch.randn(1, n, SEQ_LEN // size, DIM, dtype=torch.bfloat16, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
-    attend = attention_over(mesh, "zigzag", None, scheme, head_chunk)
+    attend = attention_over(mesh, "zigzag", None, scheme, head_chunk, narrow)
     with Sent() as forward:
         out = attend(q, k, v, bounds)
     with Sent() as backward:
@@ -63,24 +67,28 @@ def problem(cp: int, tokens: int, heads: tuple[int, int] = (32, 8), ranks_per_no
     return SequenceProblem(*heads, dim, tokens, 1, 2, "bf16", topology, Rates.from_device(DEVICES["h100"]))
 
 
-@pytest.mark.parametrize(
-    ("scheme", "ulysses", "heads", "head_chunk"),
-    [
-        ("ring", 1, (4, 2), None),
-        ("allgather_kv", 1, (4, 2), 1),
-        ("ulysses", 4, (8, 4), None),
-        ("ulysses", 4, (8, 4), 1),
-        ("ulysses", 4, (8, 2), 1),
-        ("ulysses", 4, (7, 1), None),
-        ("ring_x_ulysses", 2, (4, 2), None),
-    ],
-)
-def test_volumes_are_those_of_the_engine(scheme: SequenceScheme, ulysses: int, heads: tuple[int, int], head_chunk: int | None) -> None:
-    cost = scheme_cost(problem(4, SEQ_LEN // 4, heads, dim=DIM), scheme, ulysses, head_chunk)
-    sent = run_distributed(_sent, 4, scheme, ulysses, heads, head_chunk)
-    # Ragged heads: ranks differ, the formula is their mean (rounded).
-    assert sum(one for one, _ in sent) / 4 == pytest.approx(cost.forward_bytes, abs=1)
-    assert sum(one for _, one in sent) / 4 == pytest.approx(cost.backward_bytes, abs=1)
+VOLUMES: list[tuple[SequenceScheme, int, tuple[int, int], int | None, bool]] = [
+    ("ring", 1, (4, 2), None, False),
+    ("ring", 1, (4, 2), None, True),
+    ("allgather_kv", 1, (4, 2), 1, False),
+    ("allgather_kv", 1, (4, 2), 1, True),
+    ("ulysses", 4, (8, 4), None, False),
+    ("ulysses", 4, (8, 4), 1, False),
+    ("ulysses", 4, (8, 2), 1, False),
+    ("ulysses", 4, (7, 1), None, False),
+    ("ulysses", 4, (7, 1), None, True),
+    ("ring_x_ulysses", 2, (4, 2), None, False),
+    ("ring_x_ulysses", 2, (4, 2), None, True),
+]
+
+
+def test_volumes_are_those_of_the_engine() -> None:
+    by_rank = run_distributed(_all_sent, 4)
+    for i, (scheme, ulysses, heads, head_chunk, narrow) in enumerate(VOLUMES):
+        cost = scheme_cost(replace(problem(4, SEQ_LEN // 4, heads, dim=DIM), narrow=narrow), scheme, ulysses, head_chunk)
+        # Ragged heads: ranks differ, the formula is their mean (rounded).
+        assert sum(sent[i][0] for sent in by_rank) / 4 == pytest.approx(cost.forward_bytes, abs=1), VOLUMES[i]
+        assert sum(sent[i][1] for sent in by_rank) / 4 == pytest.approx(cost.backward_bytes, abs=1), VOLUMES[i]
 
 
 def test_keys_are_sent_to_each_rank_that_reads_them_and_not_repeated() -> None:

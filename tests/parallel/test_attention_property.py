@@ -232,6 +232,24 @@ def test_bf16_error_is_that_of_one_call_at_any_number_of_ranks(monkeypatch: pyte
         assert all(error < 1.15 * before for error, before in zip(errors, first, strict=True)), f"grows from 2 to {cp} ranks"
 
 
+@pytest.mark.parametrize(("scheme", "heads", "window"), [("ring", (4, 2), None), ("ring", (4, 2), 9), ("ulysses", (4, 2), None),
+                                                      ("hybrid", (4, 2), None), ("allgather_kv", (4, 2), None)])  # fmt: skip
+def test_gradients_that_travel_in_bf16_are_rounded_and_no_more(monkeypatch, scheme, heads, window) -> None:
+    case = Case(scheme, 4, heads, "zigzag", window, [(0,)], [], True, 256, 256, 0, degree=2, dim=32)
+    tensors = case.tensors(torch.bfloat16, 5)
+    exact = _expected(case, tensors, case.length)
+    found = []
+    for dtype in ("fp32", "compute"):
+        case.options = {"kv_gradient_dtype": dtype}
+        shards = run_simulated(monkeypatch, _call, 4, case, tensors)
+        found.append([unshard_sequence(list(parts), 1, "zigzag") for parts in zip(*shards, strict=True)])
+    wide, narrow = ([_error(x, e) for x, e in zip(results, exact, strict=True)] for results in found)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True)), "out and dq stay here"
+    assert all(n < 2.5 * w for w, n in zip(wide[2:], narrow[2:], strict=True)), (wide, narrow)
+    if scheme == "ring" and window is None:  # elsewhere every part is one kernel's, which is rounded already
+        assert all(w < n for w, n in zip(wide[2:], narrow[2:], strict=True))
+
+
 def _refused(dist: Any, function: Any, error: type[Exception], text: str, heads: tuple[int, int], mask: dict[str, Any]) -> None:
     q, k = (torch.zeros(1, 4, n, 8) for n in heads)
     with pytest.raises(error, match=text):
