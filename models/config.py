@@ -152,56 +152,6 @@ _UNREAD: dict[str, tuple[str, ...]] = {
 """Shared settings that a kind does not read."""
 
 
-class TitansConfig(Section):
-    """Settings of ``model.memory.kind: titans``: a small network per head whose weights learn while it reads."""
-
-    variant: Literal["titans", "yaad", "moneta", "lact"] = "titans"
-    """How it learns. titans: squared error, momentum, forgetting; yaad: Huber's loss, no momentum; moneta: cubic loss, weights kept at unit
-    4-norm, no momentum; lact: dot-product loss, momentum once per chunk, no forgetting but weights kept at their initial norms."""
-    network: Literal["linear", "mlp", "swiglu"] | None = None
-    """The memory: one matrix, two layers with GELU, or SwiGLU; null means swiglu for lact, else mlp."""
-    expansion: float = Field(default=4.0, gt=0)
-    """Hidden width of mlp and swiglu as a multiple of the key size."""
-    residual_norm: bool = False
-    """Wrap the network as x + LayerNorm(f(x)), as Miras does; key and value sizes must be equal."""
-    chunk_size: Annotated[int, Field(ge=1, le=1_048_576)] = 64
-    """Tokens that read, and take gradients at, the same weights. Part of the model: another size is another model."""
-    max_lr: float | None = Field(default=None, gt=0)
-    """Largest inner learning rate; null means 4 / chunk_size, at most 1. A chunk takes all its gradients at its first weights, so that
-    equal keys are learnt stably only while its rates add up to less than 2. At 1 a linear memory corrects its error at a key in one
-    write; a network's rate is divided by half its hidden width, which has about the same effect."""
-    reset_every: int = Field(default=0, ge=0)
-    """Tokens after which the memory starts again from its initial weights, counted from the document's start; a multiple of chunk_size.
-    0: never. Periods are independent and are worked on side by side."""
-
-    @model_validator(mode="after")
-    def _check(self) -> TitansConfig:
-        if self.reset_every % self.chunk_size:
-            raise ValueError(f"reset_every {self.reset_every} is not a multiple of chunk_size {self.chunk_size}")
-        if self.residual_norm and self.architecture == "linear":
-            raise ValueError("residual_norm needs network mlp or swiglu")
-        return self
-
-    @property
-    def architecture(self) -> Literal["linear", "mlp", "swiglu"]:
-        """The network after defaults."""
-        return self.network or ("swiglu" if self.variant == "lact" else "mlp")
-
-    @property
-    def largest_rate(self) -> float:
-        """``max_lr`` after defaults."""
-        return self.max_lr or min(1.0, 4.0 / self.chunk_size)
-
-    @property
-    def has_momentum(self) -> bool:
-        """Whether a momentum of the weights is carried."""
-        return self.variant in ("titans", "lact")
-
-    def hidden(self, key_dim: int) -> int:
-        """Hidden width; 0 for a linear memory."""
-        return 0 if self.architecture == "linear" else max(1, round(self.expansion * key_dim))
-
-
 class MemoryModuleConfig(Section):
     """The memory architecture used by layers of kind ``memory``."""
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from models.config import ModelConfig
 from models.memory.attached_shapes import AttachedShapes
 from models.memory.context_shapes import ContextShapes
 from models.memory.titans_shapes import TitansShapes
-
-if TYPE_CHECKING:
-    from models.config import ModelConfig
 
 
 @dataclass(frozen=True)
