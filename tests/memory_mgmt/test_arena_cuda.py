@@ -134,7 +134,9 @@ def test_long_programs_are_served_and_meet_everything(gpu: FakeGpu) -> None:
         random = Random(seed)
 
         def action(random: Random = random) -> Action:
-            what = random.choice(["make", "make", "make", "free", "free", "free", "use", "visit", "record" if random.random() < 0.1 else "use"])
+            what = random.choice(
+                ["make", "make", "make", "free", "free", "free", "use", "visit", "record" if random.random() < 0.1 else "use"]
+            )
             return what, random.randrange(1, 40), random.choice(STREAMS)
 
         program = [action() for _ in range(300)]
