@@ -82,13 +82,18 @@ def _move(run_dir: RunDir, unfit: dict[str, str]) -> Decision:
     why = "; ".join(f"node {node} is not fit: {problem}" for node, problem in unfit.items())
     submission = read_submission(run_dir)
     excluded = tuple(dict.fromkeys([*submission.excluded, *unfit]))
+
+    def fail(reason: str) -> Decision:
+        run_dir.write_state("failed", step=_saved_step(run_dir), reason=reason)
+        return Decision("fail", reason)
+
     if len(excluded) > MOST_EXCLUDED:
-        return Decision("fail", f"{why}; {len(excluded)} nodes were not fit, so what they have in common is to blame")
+        return fail(f"{why}; {len(excluded)} nodes were not fit, so what they have in common is to blame")
     task = [f"--array={submission.task}"] if submission.task else []
     try:
         number = client.sbatch(run_dir.slurm / "job.sbatch", f"--exclude={','.join(excluded)}", *task)
     except UserError as error:
-        return Decision("fail", f"{why}; it could not be submitted again without it: {error}")
+        return fail(f"{why}; it could not be submitted again without it: {error}")
     job = f"{number}_{submission.task}" if submission.task else number
     write_submission(run_dir, replace(submission, job_id=job, excluded=excluded))
     run_dir.write_state("queued", step=_saved_step(run_dir), reason=f"job {job}; {why}")

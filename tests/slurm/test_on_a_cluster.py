@@ -246,7 +246,9 @@ def test_cancelled_stays_cancelled_and_a_loop_without_progress_ends(place: Place
 
 def test_the_tasks_of_a_sweep_leave_a_node_that_is_not_fit(place: Place, sweep: list[tuple[RunDir, str]]) -> None:
     for run_dir, job in sweep:
-        place.wait(run_dir, job, lambda run_dir=run_dir: read_records(run_dir)[-1].get("decision") == "done", "end on the other node")
+        place.wait(
+            run_dir, job, lambda run_dir=run_dir: (read_records(run_dir) or [{}])[-1].get("decision") == "done", "end on the other node"
+        )
         found = read_records(run_dir)
         assert [record["nodes"] for record in found if "started" in record] == ["n1", "n2"]
         assert [record["decision"] for record in found if "decision" in record] == ["moved", "done"]

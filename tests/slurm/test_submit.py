@@ -286,6 +286,8 @@ def test_a_node_that_is_not_fit_is_left_out_by_a_new_job(slurm: FakeSlurm, monke
             assert state is not None and state.status == "queued" and state.reason.startswith(f"job {new}; node {node} is not fit")
         else:
             assert decision.word == "fail" and "3 nodes were not fit" in decision.reason
+            state = run_dir.read_state()
+            assert state is not None and (state.status, state.reason) == ("failed", decision.reason)
     job = Path("runs/a/slurm/job.sbatch")
     assert slurm.calls("sbatch")[1:] == [f"sbatch --parsable --exclude=n1 -- {job}", f"sbatch --parsable --exclude=n1,n2 -- {job}"]
 
