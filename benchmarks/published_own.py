@@ -155,9 +155,9 @@ def own_lines(answers: Sequence[Own]) -> list[str]:
         "## longstride's own choice",
         "",
         "What longstride's planner chooses for the same model, length and devices, everything left open, by a traced step of longstride "
-        f"itself with float32 weights, gradients and moments: `{' '.join(SETTINGS)}`. Both step times are predicted with the published run's "
-        "attention kernel, so that methods are compared and not kernels; the last but one column is with the kernel that longstride takes "
-        "(cuDNN's on Hopper, else torch's FlashAttention 2). A plan, not a measurement.",
+        f"itself with float32 weights, gradients and moments: `{' '.join(SETTINGS)}`. Both step times are predicted with the published "
+        "run's attention kernel, so that methods are compared and not kernels; the last but one column is with the kernel that longstride "
+        "takes (cuDNN's on Hopper, else torch's FlashAttention 2). A plan, not a measurement.",
         "",
         f"{len(fitting)} of {len(answers)} fit (goal 15 of 22). "
         + (f"Slower than the published method: {'; '.join(slower)}." if slower else "None that fits is slower than the published method."),

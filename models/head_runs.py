@@ -1,4 +1,4 @@
-"""The backward of a large block of attention, some heads at a time: what a kernel takes beside what it is given is then that of a few heads.
+"""The backward of a large block of attention, some heads at a time: a kernel then takes beside what it is given what a few heads need.
 
 Kernels on CUDA sum the queries' gradient in float32 and, where query heads share keys, make keys' and values' gradients per query head:
 32 GiB for a layer of 32 heads of 128 at a million tokens. Heads know nothing of each other, so the bits are the same.

@@ -20,10 +20,6 @@ CONFIGS = {
     "memory_other_shapes": ModelConfig(
         d_model=64, n_heads=4, layers=("memory", "swa"), memory=MemoryModuleConfig(n_heads=2, head_dim=16, expand_v=2.0, conv_kernel=1)
     ),
-    "titans": ModelConfig(
-        d_model=64, n_heads=4, layers=("memory", "swa"), memory=MemoryModuleConfig(kind="titans", n_heads=2, expand_v=1.5)
-    ),
-    "lact": ModelConfig(d_model=64, layers=("memory",), memory=MemoryModuleConfig(kind="titans", titans=TitansConfig(variant="lact"))),
     "gsa": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "gsa", "expand_v": 2.0, "gsa": {"n_slots": 24}}),
     "mamba2": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "mamba2", "mamba2": {"n_groups": 2}}),
     "mamba2_no_convolution": ModelConfig(

@@ -12,8 +12,10 @@ from memory_mgmt.offload import HostStore
 from memory_mgmt.parameter_offload import OffloadedParameters
 from memory_mgmt.plan import MemoryPlan
 from memory_mgmt.plan_view import plain
+from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.batch import Batch, Bounds
 from models.errors import UserError
+from models.flops import block_parameters
 from optim.clip import local_part
 from tests.distributed import run_distributed
 from trainer import planning
@@ -23,6 +25,7 @@ from trainer.choosing_offload import as_planned, places
 from trainer.config import CheckpointSection, RunConfig
 from trainer.engine import Engine
 from trainer.run_dir import RunDir
+from trainer.tracing import trace_step
 
 GIB = 2**30
 SEQ_LEN, VOCAB = 32, 75  # rows that two ranks cannot share evenly
@@ -271,3 +274,23 @@ def test_a_plan_for_a_gpu_counts_host_memory_and_the_copies() -> None:
     assert tight.fits and (tight.offload_optimizer, tight.offload_parameters) == ("host", "host")
     read = as_planned(config_of("auto", "auto"), MemoryPlan.from_json(tight.to_json()))
     assert (read.memory.offload_optimizer, read.memory.offload_parameters) == ("host", "host")
+
+
+def test_the_planner_counts_the_copies_of_parameters_against_the_link() -> None:
+    """A block's parameters come once for its backward pass, at the link's rate; two passes take the link twice."""
+    model = {"d_model": 512, "n_heads": 4, "layers": ["full"], "n_layers": 4, "tie_embeddings": False}
+    memory = {"offload_optimizer": "host", "offload_parameters": "host", "recompute": "auto", "offload": "kept"}
+    problems = []
+    for passes in (1, 2):
+        config = RunConfig.model_validate(
+            {"model": model, "data": {"seq_len": 256}, "train": {"precision": "bf16", "grad_accum": passes}, "memory": memory}
+        )
+        target = planning.target_for(config, "h100")
+        setting = planning.setting_for(target)
+        trace = trace_step(target.request(baseline_policy(setting)))
+        problems.append(problem_of_trace(trace, baseline_policy(setting), setting))
+    block = 4 * block_parameters(config.model, "full")
+    once, twice = problems
+    assert once.layers[1].fetch_seconds == pytest.approx(block / once.bandwidth_in, rel=0.05)
+    assert twice.layers[1].fetch_seconds == pytest.approx(2 * once.layers[1].fetch_seconds, rel=1e-6)
+    assert (once.passes, twice.passes) == (1, 2) and twice.bandwidth_in == pytest.approx(once.bandwidth_in / 2)

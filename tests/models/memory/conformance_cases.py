@@ -65,9 +65,6 @@ def _titans(expand_v: float = 1.5, **settings: Any) -> Case:
 
 
 CASES: dict[str, Case] = {
-    "titans": _titans(),
-    "titans, linear, reset": _titans(network="linear", reset_every=16),
-    "titans, lact": _titans(variant="lact"),
     "gated_deltanet": Case(
         {"kind": "gated_deltanet", "chunk_size": 8, "expand_v": 1.5},
         slow=_slow_deltanet,
