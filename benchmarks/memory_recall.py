@@ -41,6 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "swa": {"layers": ["swa", "swa"]},
     "full": {"layers": ["full", "full"]},
     "gated_deltanet": {"layers": ["swa", "memory"], "memory": {"chunk_size": 16}},
+    "gsa": {"layers": ["swa", "memory"], "memory": {"kind": "gsa", "gsa": {"n_slots": 32}}},
+    "mamba2": {"layers": ["swa", "memory"], "memory": {"kind": "mamba2", "chunk_size": 16, "mamba2": {"state_dim": 64, "expand": 1.0}}},
     "titans": {"layers": ["swa", "memory"], "memory": TITANS},
     "titans_linear": {"layers": ["swa", "memory"], "memory": {"kind": "titans", "titans": {"chunk_size": 16, "network": "linear"}}},
     "titans_mag": {"layers": ["swa", "memory"], "memory": {**TITANS, "attach": "mag"}},

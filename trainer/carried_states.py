@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from models.batch import Batch
 from models.memory.protocol import Carried, MemoryModule, State
+from models.transformer import Transformer
 from parallel.mesh import Mesh
 
 States = dict[str, State]
@@ -27,20 +27,25 @@ States = dict[str, State]
 class CarriedStates:
     """The states of all memories of ``model`` for the rows of this rank's passes; zeros until the first step."""
 
-    def __init__(self, model: nn.Module, rows: int, passes: int, device: torch.device, dtype: torch.dtype, mesh: Mesh | None) -> None:
-        self.modules = {name: module for name, module in model.named_modules() if isinstance(module, MemoryModule)}
-        self.mesh, self.rows = mesh, rows
-        made = {name: [module.init_state(rows, device, dtype) for _ in range(passes)] for name, module in self.modules.items()}
-        self.kept: list[States] = [{name: states[m] for name, states in made.items()} for m in range(passes)]
+    def __init__(self, model: Transformer, rows: int, passes: int, device: torch.device, dtype: torch.dtype, mesh: Mesh | None) -> None:
+        mixers = {f"blocks.{i}.mixer": block.mixer for i, block in enumerate(model.blocks)}
+        self.modules = {name: mixer.carrier for name, mixer in mixers.items() if isinstance(mixer, MemoryModule)}
+        self.mesh, self.rows, self.device = mesh, rows, device
+        with torch.no_grad():
+            like = {name: module.init_state(rows, device, dtype) for name, module in self.modules.items()}
+        self.kept: list[States] = [
+            {name: {key: torch.zeros(x.shape, dtype=x.dtype, device=device) for key, x in state.items()} for name, state in like.items()}
+            for _ in range(passes)
+        ]
         """By pass."""
 
     @contextlib.contextmanager
     def handed_on(self, number: int, batch: Batch) -> Iterator[None]:
         """Around forward and backward of pass ``number`` of a step: rows go on from what their last sequence left."""
         kept = self.kept[number]
-        fresh_B = torch.tensor([not row for row in batch.continued or (False,) * self.rows])
+        fresh_B = torch.tensor([not row for row in batch.continued or (False,) * self.rows], device=self.device)
         for name, module in self.modules.items():
-            module.carried = Carried(module.reset(kept[name], fresh_B.to(_device(kept[name]))))
+            module.carried = Carried(kept[name], fresh_B)
         try:
             yield
             for name, module in self.modules.items():
@@ -76,7 +81,3 @@ class CarriedStates:
             first = {dims.dp_rank(rank): rank for rank in reversed(range(len(everyone)))}  # ranks of one sequence hold the same
             parts = [everyone[first[dp_rank]] for dp_rank in range(dims.dp)]
         return torch.stack(parts, dim=1).flatten(0, 2).cpu()  # [passes, dp, B, ...] -> [L, ...]
-
-
-def _device(state: State) -> torch.device:
-    return next(iter(state.values())).device

@@ -288,10 +288,6 @@ class RunConfig(Section):
                 (self.data.shuffle != "sequences", "data.shuffle documents or none (shuffled sequences do not follow one another)"),
                 (not self.data.streaming, "data.streaming false (the rows of a step are neighbours in a stream)"),
                 (self.data.document_mask, "data.document_mask true (without it no document begins or ends)"),
-                (
-                    self.model.memory.attach in ("mixer", "mac"),
-                    "model.memory.attach mixer (attention beside a memory sees one sequence)",
-                ),
                 (self.memory.plan != "estimate", "memory.plan trace (formulas know no carried states)"),
                 (self.guards.on_not_finite == "stop", "guards.on_not_finite stop (what passes over data leaves a gap in documents)"),
                 (self.guards.on_spike in ("report", "stop"), "guards.on_spike report or stop (likewise)"),

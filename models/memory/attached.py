@@ -41,6 +41,11 @@ class AttachedMemory(MemoryModule):
         """The memory's."""
         return self.memory.init_state(batch_size, device, dtype)
 
+    @property
+    def carrier(self) -> MemoryModule:
+        """The memory: between training sequences its state goes on, while attention sees the present one only, as in other layers."""
+        return self.memory
+
     def forward(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
         """See `MemoryModule.forward`. Raises ValueError for a given state: attention would miss the tokens before the sequence."""
         if state is not None:
@@ -95,7 +100,7 @@ class MemoryAsGate(AttachedMemory):
 
     def mix(self, x_BTC: Tensor, bounds: Bounds) -> tuple[Tensor, State]:
         """See `AttachedMemory.mix`."""
-        read_BTC, state = self.memory(x_BTC, None, bounds)
+        read_BTC, state = self.memory.goes_on(x_BTC, bounds)
         seen_BTC = self.attend(x_BTC, bounds)
         fn = partial(gated, self.norm_eps, compute_dtype(x_BTC))
         (out_BTC,) = recomputed(fn, seen_BTC, read_BTC, self.attention_norm, self.memory_norm)
@@ -112,7 +117,7 @@ class MemoryAsLayer(AttachedMemory):
 
     def mix(self, x_BTC: Tensor, bounds: Bounds) -> tuple[Tensor, State]:
         """See `AttachedMemory.mix`."""
-        read_BTC, state = self.memory(x_BTC, None, bounds)
+        read_BTC, state = self.memory.goes_on(x_BTC, bounds)
         return read_BTC + self.attend(self.norm(x_BTC + read_BTC), bounds), state
 
 

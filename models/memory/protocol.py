@@ -221,6 +221,8 @@ class Carried:
     """A memory's state between two sequences: ``given`` to the present one, ``left`` by it, cut off from what made it."""
 
     given: State
+    fresh_B: Tensor
+    """Rows that begin anew instead. They are reset inside the layer, where parameters that a state may begin with are at hand."""
     left: State | None = None
 
 
@@ -264,13 +266,22 @@ class MemoryModule(nn.Module):
         """
         raise NotImplementedError
 
-    def remember(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
-        """``y_BTC`` of `forward`, from the state that is ``carried``, if one is, and leaving one there."""
+    @property
+    def carrier(self) -> MemoryModule:
+        """The module whose state goes on to the next sequence: this one, or the memory inside."""
+        return self
+
+    def goes_on(self, x_BTC: Tensor, bounds: Bounds) -> tuple[Tensor, State]:
+        """`forward` from the state that is ``carried``, if one is, leaving one there; else from the beginning."""
         if self.carried is None:
-            return self(x_BTC, None, bounds)[0]
-        y_BTC, after = self(x_BTC, self.carried.given, bounds)
+            return self(x_BTC, None, bounds)
+        y_BTC, after = self(x_BTC, self.reset(self.carried.given, self.carried.fresh_B), bounds)
         self.carried.left = detached(after)
-        return y_BTC
+        return y_BTC, after
+
+    def remember(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
+        """The output of `goes_on`."""
+        return self.goes_on(x_BTC, bounds)[0]
 
     def oracle(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
         """The same by the plain token recurrence, slow, for tests; one process, the whole sequence from its first range on."""

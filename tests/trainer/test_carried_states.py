@@ -149,6 +149,22 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_any_ranks_give_the_same_losse
                         torch.testing.assert_close(reached[module][key], value, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"attach": "mag"},
+        {"attach": "mal", "kind": "gsa", "chunk_size": 64, "gsa": {"n_slots": 4}},
+        {"kind": "titans", "attach": "mac", "chunk_size": 64, "mac": {"segment": 8}},
+    ],
+    ids=str,
+)
+def test_memories_beside_attention_carry_theirs(memory) -> None:
+    """The first step begins afresh, later ones do not; every module's state moves."""
+    (want, states), (without, _) = trained(config(**memory)), trained(config(carry="none", **memory))
+    assert want[0] == without[0] and all(abs(a[0] - b[0]) > 1e-9 for a, b in zip(want[2:], without[2:], strict=True))
+    assert states and all(state["state"].abs().sum() > 0 for state in states.values())
+
+
 @pytest.mark.parametrize("memory", [{}, {"recompute": "block"}, {"memory_tile_tokens": 5, "ffn_tile_tokens": 4}], ids=str)
 def test_policies_hand_on_the_same_states(uninterrupted, memory) -> None:
     settings = config()
