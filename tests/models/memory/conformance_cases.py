@@ -85,6 +85,9 @@ CASES: dict[str, Case] = {
         slow=_slow_deltanet,
         at_size={"chunk_size": 32, "mamba2": {"state_dim": 32, "expand": 2.0, "n_groups": 2}},
     ),
+    "titans": _titans(),
+    "titans, linear, reset": _titans(network="linear", reset_every=16),
+    "titans, lact": _titans(variant="lact"),
 }
 
 
