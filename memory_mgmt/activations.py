@@ -331,11 +331,6 @@ class Shapes:
         return TitansShapes.of(self.config, self.cp) if self.config.memory.kind == "titans" else None
 
     @property
-    def _titans(self) -> TitansShapes | None:
-        """The formulas of a memory that is not a Gated DeltaNet."""
-        return TitansShapes.of(self.config, self.cp) if self.config.memory.kind == "titans" else None
-
-    @property
     def _halo(self) -> int:
         return self.config.memory.conv_kernel - 1
 

@@ -133,10 +133,13 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
         if target.config.parallel.cp > 1 and target.config.parallel.sequence != "ring":
             scheme = target.config.parallel.sequence
             raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
-        kind = target.config.model.memory.kind
-        if kind not in KNOWN_MEMORIES and "memory" in target.config.model.layer_kinds:
-            known = " and ".join(KNOWN_MEMORIES)
-            raise UserError(f"model.memory.kind: {kind} needs a traced step (formulas know {known}); leave memory.plan at trace")
+        asked = target.config.model.memory
+        if "memory" in target.config.model.layer_kinds and (asked.kind not in KNOWN_MEMORIES or asked.attach != "mixer"):
+            known, key = " and ".join(KNOWN_MEMORIES), "kind" if asked.kind not in KNOWN_MEMORIES else "attach"
+            raise UserError(
+                f"model.memory.{key}: {getattr(asked, key)} needs a traced step (formulas know {known} in place of attention); "
+                "leave memory.plan at trace"
+            )
         if target.config.optim.is_fused:
             raise UserError("optim.fuse_backward: an update in the backward pass needs a traced step; leave memory.plan at trace")
         if target.config.optim.bfloat16_weights:

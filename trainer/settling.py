@@ -225,7 +225,7 @@ def _may_fit(target: Target) -> bool:
     optim = target.config.optim.model_copy(update={"preset": "adamw", "fuse_backward": False})
     ring = target.config.parallel.model_copy(update={"sequence": "ring", "ulysses": None, "head_chunk": None})
     model = target.config.model
-    if model.memory.kind not in KNOWN_MEMORIES:
+    if model.memory.kind not in KNOWN_MEMORIES or model.memory.attach != "mixer":
         model = model.model_copy(update={"memory": MemoryModuleConfig()})
     known = {"model": model, "memory": leanest, "optim": optim, "parallel": ring}
     return plan_target(target.with_config(target.config.model_copy(update=known))).fits

@@ -69,6 +69,6 @@ class ContextShapes:
         K, V, H = t.key, t.value, t.heads
         attention = 3 * self.query_width + 2 * self.key_width * (2 * c + self.persistent) / c + d * (2 * c + self.persistent) / c
         network = (3 if t.settings.architecture == "swiglu" else 2) * t.hidden
-        memory = H * ((3 * K + V) * e + (6 * K + 5 * V + network + 2 * t.n_gates + t.parts + 6) * w)
-        scores = 2 * self.heads * (2 * c + self.persistent) * e
-        return int(n * (attention * e + scores + memory + (4 * d + 2 * H * V) * e) + segments * state * (3 * t.parts + 2))
+        memory = H * ((3 * K + V) * e + (7 * K + 6 * V + network + 2 * t.n_gates + t.parts + 6) * w)
+        statistics = self.heads * w  # scores are made again by the kernel
+        return int(n * (attention * e + statistics + memory + (4 * d + 2 * H * V) * e) + segments * state * (3 * t.parts + 2))

@@ -105,6 +105,16 @@ def test_kept_bytes_of_other_shapes(config):
     assert kept + x_BTC.nbytes == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("attach", ["mag", "mal", "mac"])
+def test_kept_bytes_of_a_memory_with_attention(attach):
+    """Within a tenth: what a kernel keeps of a mask is not modelled."""
+    config = config_of("memory", memory=MemoryModuleConfig(kind="titans", attach=attach))
+    model, batch = model_of(config, "fp32", MemoryConfig()), batch_of()
+    x_BTC = torch.randn(1, TOKENS, config.d_model, requires_grad=True)
+    kept = kept_bytes(lambda: model.blocks[0](x_BTC, batch.positions_BT, batch.bounds))
+    assert kept + x_BTC.nbytes == pytest.approx(Shapes(config, 1, TOKENS, "fp32").block_kept("memory"), rel=0.1)
+
+
 @pytest.fixture
 def one_thread():
     threads = torch.get_num_threads()
