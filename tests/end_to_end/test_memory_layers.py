@@ -18,15 +18,14 @@ from trainer.build import build_engine, mesh_for
 from trainer.config import RunConfig
 from trainer.data.build import build_data
 
-STEPS = 4
+STEPS = 3
 MODEL = {
     "feedforward": ["product_keys", "dense", "product_keys"],
     "product_keys": {"n_keys": 9, "heads": 2, "top_k": 4, "key_dim": 16, "value_dim": 10, "qk_norm": True},
 }
 MESHES = {
-    # ranks: (dp_replicate, dp_shard, cp, layout); three ranks hold 4, 4 and 2 of 10 columns, four 3, 3, 3 and 1
+    # ranks: (dp_replicate, dp_shard, cp, layout); four ranks hold 3, 3, 3 and 1 of 10 columns
     2: [(1, 1, 2, "zigzag"), (2, 1, 1, "auto")],
-    3: [(1, 1, 3, "contiguous")],
     4: [(1, 1, 4, "zigzag"), (2, 1, 2, "contiguous"), (1, 2, 2, "zigzag")],
 }
 
@@ -85,7 +84,7 @@ def alone(documents: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) 
     return result, path
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 4])
 def test_same_training_on_any_mesh(documents: tuple[str, str], alone: tuple[tuple, str], world: int) -> None:  # noqa: F811
     """Losses, norms, parameters and states in float64, of whole runs and of runs that go on from one process's checkpoint."""
     configs = [config_of(documents, mesh) for mesh in MESHES[world]]

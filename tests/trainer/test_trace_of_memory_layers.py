@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from memory_mgmt.allocator_log import record_cpu_allocations
 from memory_mgmt.estimate import estimate
+from memory_mgmt.trace import Trace
 from parallel.columns import sent_bytes
 from tests.distributed import run_distributed
 from tests.trainer.test_step_trace import VOCAB, config, request
@@ -20,19 +22,20 @@ from trainer.step_trace import _batch, trace_request
 
 MODEL = {
     "layers": ["swa"],
-    "n_layers": 4,
+    "n_layers": 3,
     "feedforward": ["product_keys", "dense"],
     "product_keys": {"n_keys": 32, "heads": 2, "top_k": 8, "key_dim": 16, "value_dim": 96, "qk_norm": True},
 }
-CASES = {
-    "kept": {},
-    "recomputed": {"recompute": "block"},
-    "tiles": {"recompute": "block", "ffn_tile_tokens": 256},
-}
+CASES = {"kept": {}, "recomputed": {"recompute": "block", "ffn_tile_tokens": 256}}
 
 
 def config_of(memory: dict[str, Any], **parallel: Any) -> RunConfig:
     return config(model=MODEL, memory=memory, optim={"preset": "adamw_8bit"}, parallel=parallel, train={"grad_accum": 2})
+
+
+@cache
+def traced(name: str, cp: int = 1) -> Trace:
+    return trace_request({**request(config_of(CASES[name], cp=cp)), "world_size": cp})
 
 
 def real_peak(values: dict[str, Any]) -> tuple[int, int]:
@@ -60,7 +63,7 @@ def real_peak(values: dict[str, Any]) -> tuple[int, int]:
 @pytest.mark.parametrize("name", CASES)
 def test_traced_peak_is_the_allocator_s(name: str) -> None:
     cfg = config_of(CASES[name])
-    trace = trace_request(request(cfg))
+    trace = traced(name)
     measured, rows = real_peak(cfg.model_dump(mode="json"))
     assert rows > 0.98 * 32**2  # the plan counts as many rows as can be read, here all
     assert trace.peak()[0] == pytest.approx(measured, rel=0.01)
@@ -69,7 +72,7 @@ def test_traced_peak_is_the_allocator_s(name: str) -> None:
 
 def test_two_ranks_that_share_the_table() -> None:
     cfg = config_of({}, cp=2)
-    trace = trace_request({**request(cfg), "world_size": 2})
+    trace = traced("kept", 2)
     peaks = run_distributed(real_peak, 2, cfg.model_dump(mode="json"))
     assert trace.peak()[0] == pytest.approx(max(peak for peak, _ in peaks), rel=0.02)
     # What the readings exchange: all-gathers of entries and all-to-alls of sums, in both passes.
@@ -83,7 +86,7 @@ def test_two_ranks_that_share_the_table() -> None:
 @pytest.mark.parametrize("cp", [1, 2])
 def test_formulas_know_tables(cp: int) -> None:
     cfg = config_of({}, cp=cp)
-    trace = trace_request({**request(cfg), "world_size": cp})
+    trace = traced("kept", cp)
     states = sum(b.size for b in trace.of("device") if b.kind == "optimizer" and not b.lower)
     plan = estimate(
         cfg.model, cfg.parallel, cfg.memory, cfg.optim, seq_len=1024, micro_batch_size=1, grad_accum=2, precision="fp32",
