@@ -137,7 +137,15 @@ def test_a_node_goes_down(place: Place) -> None:  # noqa: F811
     try:
         cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
         place.wait(run_dir, job, lambda: cluster.restarts(job) == 1, "requeue after the node went")
-        assert place.wait_state(run_dir, job, "COMPLETED", "FAILED") == "COMPLETED", place.account(run_dir, job)
+
+        def ended() -> bool:
+            # On a machine too busy to start a job in time Slurm holds it, and a person releases it (docs/runbook.md).
+            if "launch_failed_requeued_held" in cluster.run("squeue", "-h", "-j", job, "-o", "%r"):
+                cluster.run("scontrol", "release", job)
+            return cluster.state(job) in ("COMPLETED", "FAILED")
+
+        place.wait(run_dir, job, ended, "end on the other node")
+        assert cluster.state(job) == "COMPLETED", place.account(run_dir, job)
     finally:
         cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
     nodes = [record["nodes"] for record in read_records(run_dir) if "started" in record]

@@ -225,8 +225,10 @@ ROWS = (
         26,
         "node down; node not fit",
         "requeued; left out",
-        "real Slurm, State=DOWN; a failing check",
-        (EXTRA + "test_a_node_goes_down", CLUSTER + "test_the_tasks_of_a_sweep_leave_a_node_that_is_not_fit"),
+        "real Slurm, a failing check",
+        (CLUSTER + "test_the_tasks_of_a_sweep_leave_a_node_that_is_not_fit",),
+        "State=DOWN: twice out of two on a busy machine this Slurm held the requeued job (launch_failed_requeued_held), why is not known; "
+        "by hand: pytest tests/faults/extra.py -k node_goes_down",
     ),
     Row(
         27,
