@@ -28,7 +28,9 @@ _SOLVE_SECONDS = 10.0
 _LITTLE, _NEAR = 5e-3, 0.05
 """Where a policy takes at most this share of the step longer than one that keeps everything, this much below the budget is good enough:
 another trace takes as long as all the rest of a plan. Not more: by the trace other tiles can be worth more than the planner knows."""
-_WORTH_A_TRACE = 1e-3
+_SHY = 2e-3
+"""Share of the budget that is left after a try that exceeded it."""
+_WORTH_A_TRACE = 1e-4
 """Share of the step that other shares in the same tiles and groups must save before they are traced."""
 
 
@@ -71,7 +73,10 @@ def setting_of(
 
 
 def _much_the_same(choice: Choice, known: Choice) -> bool:
-    """Whether a choice differs from one that is known to fit in shares alone, and they save next to nothing."""
+    """Whether a choice differs from one that is known to fit, and that loses little to keeping everything, in shares alone, and they save
+    next to nothing."""
+    if known.extra_seconds > _LITTLE * known.seconds:
+        return False
     one, other = choice.policy, known.policy
     tiles = [(p.group_blocks, p.loss_tile_tokens, p.ffn_tile_tokens, p.memory_tile_tokens) for p in (one, other)]
     return tiles[0] == tiles[1] and choice.seconds > (1 - _WORTH_A_TRACE) * known.seconds
@@ -109,6 +114,8 @@ def choose_policy(setting: Setting, trace_policy: Callable[[Policy], Trace], cou
             return best or replace(found, choice=None)
         # What the problem did not see counts against its budget, what it saw too much of is given back.
         corrected = setting.budget_bytes - (peak - choice.peak_bytes)
+        if peak > setting.budget_bytes:  # other shares round to other tiles: a hair too much again would be a trace for nothing
+            corrected -= int(_SHY * setting.budget_bytes)
         if corrected == allowed:
             break
         allowed = corrected

@@ -187,8 +187,9 @@ def test_host_memory_that_a_traced_step_takes_too_much_of_is_given_back(monkeypa
 
 
 def test_a_choice_that_saves_next_to_nothing_is_not_traced() -> None:
-    def choice(seconds: float, tile: int) -> SimpleNamespace:
-        return SimpleNamespace(policy=Policy((KEEP_ALL,), ffn_tile_tokens=tile), seconds=seconds)
+    def choice(seconds: float, tile: int, extra: float = 0.04) -> SimpleNamespace:
+        return SimpleNamespace(policy=Policy((KEEP_ALL,), ffn_tile_tokens=tile), seconds=seconds, extra_seconds=extra)
 
     known = choice(10.0, 512)
-    assert [choosing._much_the_same(choice(*one), known) for one in ((9.995, 512), (9.98, 512), (9.995, 1024))] == [True, False, False]
+    assert not choosing._much_the_same(choice(9.9995, 512), choice(10.0, 512, extra=0.06))
+    assert [choosing._much_the_same(choice(*one), known) for one in ((9.9995, 512), (9.998, 512), (9.9995, 1024))] == [True, False, False]
