@@ -12,8 +12,9 @@ key/value heads that the ranks of a Ulysses group of U get together: G, or more 
 
 The ring's transfers run beside the attention of the same hop, all but the first keys of the backward pass; the gathers of allgather_kv
 beside the attention of the heads before, all but the first; of ulysses with stages all but the first heads' way in and the last ones' way
-out. What is left is exposed. Where exposed times differ by less than ``TIE`` of the attention's own time, memory decides: from 64K tokens per rank on
-nearly everything hides. The buffers here are the largest messages and their copies, for the comparison; the plan itself traces all of them.
+out. What is left is exposed. Where exposed times differ by less than ``TIE`` of the attention's own time, memory decides: from 64K tokens
+per rank on nearly everything hides. The buffers here are the largest messages and their copies, for the comparison; the plan itself
+traces all of them.
 
 Try alone: ``pytest -k test_cost_schemes``.
 """
