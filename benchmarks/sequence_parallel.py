@@ -247,15 +247,16 @@ def _row(key: str, row: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def _verdict(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Whether the goals are met: the best of ours beside the best peer of those that are as exact (errors at most 1.2 times ours)."""
+    """Whether the goals are met: the best of ours beside the best peer of those that are as exact (errors at most 1.2 times our least)."""
     done = {key: row for key, row in rows.items() if "failed" not in row}
     own = {key: row for key, row in done.items() if key.startswith("longstride")}
     if not own:
         return []
     exact = min(max(row["errors"]) for row in own.values())
     peers = {key: row for key, row in done.items() if key not in own and max(row["errors"]) <= 1.2 * exact}
+    own = {key: row for key, row in own.items() if max(row["errors"]) <= 1.2 * exact}
     if not peers:
-        return ["No peer ran at equal exactness."]
+        return ["No peer ran at equal exactness (its largest error at most 1.2 times our least)."]
     lines = []
     for what, name in (("processor time", "cpu_seconds"), ("peak memory", "peak_bytes")):
         ours, best = min(own, key=lambda key: own[key][name]), min(peers, key=lambda key: peers[key][name])

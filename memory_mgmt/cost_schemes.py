@@ -10,10 +10,11 @@ key/value heads that the ranks of a Ulysses group of U get together: G, or more 
   ulysses          (U-1)/U n (2H + 2S) d b, U = P           (U-1)/U n d ((4H + 2S) b + 2S w'), w' = w where keys are shared, else b
   ring_x_ulysses   that of ulysses with U, and of a ring of P/U ranks with U n tokens and a rank's own key/value heads
 
-The ring's transfers run beside the attention of the same hop, all but the last gradients' way home; the gathers of allgather_kv beside the
-attention of the heads before, all but the first; of ulysses with stages all but the first heads' way in and the last ones' way out. What is
-left is exposed. Where exposed times differ by less than ``TIE`` of the attention's own time, memory decides: from 64K tokens per rank on
-nearly everything hides. The buffers here are the largest messages and their copies, for the comparison; the plan itself traces all of them.
+The ring's transfers run beside the attention of the same hop, all but the first keys of the backward pass; the gathers of allgather_kv
+beside the attention of the heads before, all but the first; of ulysses with stages all but the first heads' way in and the last ones' way
+out. What is left is exposed. Where exposed times differ by less than ``TIE`` of the attention's own time, memory decides: from 64K tokens
+per rank on nearly everything hides. The buffers here are the largest messages and their copies, for the comparison; the plan itself
+traces all of them.
 
 Try alone: ``pytest -k test_cost_schemes``.
 """
@@ -128,9 +129,10 @@ def _ring(p: SequenceProblem, attention: tuple[float, float] | None = None) -> S
     there, back = (communication_seconds("send", keys * each, size, p.rates, p.topology) for each in (p.value_bytes, p.gradient_bytes))
     hops = size - 1
     exposed = hops * _left(p, there, forward / size)
-    # In backward the keys travel during every hop but the last, the gradients two hops later, the last of them after the last hop.
-    beside = [(there if hop < hops else 0.0) + (back if hop >= 2 else 0.0) for hop in range(size)]
-    exposed += sum(_left(p, seconds, backward / size) for seconds in beside) + min(hops, 1) * back
+    # In backward the first keys are waited for; the others travel during the hops before theirs, the gradients of a hop during the next
+    # one, and those of the last hop home during the own keys', which come last.
+    beside = [(there if hop < hops else 0.0) + (back if hop >= 2 else 0.0) for hop in range(1, size)] + [min(hops, 1) * back]
+    exposed += sum(_left(p, seconds, backward / size) for seconds in beside) + min(hops, 1) * there
     buffers = 2 * keys * p.value_bytes + 3 * keys * p.gradient_bytes
     sent = hops * keys * p.value_bytes
     return SchemeCost("ring", 1, sent, sent + hops * keys * p.gradient_bytes, hops * (2 * there + back), exposed, buffers)

@@ -2,9 +2,10 @@
 
 Keys and values travel, queries stay (Liu et al. 2023, arXiv 2310.01889): while a rank computes with the keys it has, the
 next ones are on their way. Blocks are merged in float32, so that the error does not grow with the number of ranks. In the
-backward pass keys and values travel again, and their float32 gradients follow one hop behind and then return home. A window
-not longer than a shard moves only the tokens it needs (parallel/halo.py). Which blocks exist comes from
-models/attention_plan.py: documents and windows are exact in every case, and hops that no rank needs are not made.
+backward pass keys and values travel again, and their float32 gradients follow one hop behind and return home while a rank computes
+with its own keys, which come last there. A window not longer than a shard moves only the tokens it needs (parallel/halo.py). Which
+blocks exist comes from models/attention_plan.py: documents, prefixes and windows are exact in every case, and hops that no rank needs
+are not made.
 
 Every rank of the group must call it together, forward and backward.
 
@@ -201,6 +202,7 @@ def ring_forward(
         attend(q_BHTD, kv_2BGSD[0], kv_2BGSD[1], blocks, out_BHTD, lse_BHT)
         if transfer is not None:
             kv_2BGSD = transfer.wait()
+            transfer = None  # what it sent is free before more is taken
     return out_BHTD.to(q_BHTD.dtype), lse_BHT
 
 
@@ -217,26 +219,35 @@ def ring_backward(
     """``(dq_BHTD, dk_BGTD, dv_BGTD)`` in float32 (float64 for float64), for what ``ring_forward`` gave."""
     last_hop = len(plan.hops) - 1
     dq_BHTD = new_gradient(q_BHTD)
-    # The keys in hand are an argument of each step, never what was saved: those are this rank's own, at every hop.
-    kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
-    own_2BGTD = new_gradient(kv_2BGSD)
     followers = None  # gradients of the keys in hand, from the ranks that had them before; one hop behind the keys
+    coming = _Transfer(torch.stack((k_BGTD, v_BGTD)), 1, KEY_TAG, group) if last_hop else None
     for hop in _hops(plan, q_BHTD, alone=2):  # gradients follow from the second hop on
+        if hop == 0:
+            continue
+        # The keys in hand are an argument of each step, never what was saved: those are this rank's own, at every hop.
+        assert coming is not None
+        kv_2BGSD = coming.wait()
+        coming = None  # what it sent is free before more is taken
+        coming = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
+        dkv_2BGSD = new_gradient(kv_2BGSD)
         blocks = plan.hops[hop]
-        transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
-        dkv_2BGSD = own_2BGTD if hop == 0 else new_gradient(kv_2BGSD)
         attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, blocks, dq_BHTD, dkv_2BGSD[0], dkv_2BGSD[1])
         if followers is not None:
             dkv_2BGSD += followers.wait()
-        if hop > 0 and plan.narrow:
+            followers = None
+        if plan.narrow:
             dkv_2BGSD = dkv_2BGSD.to(kv_2BGSD.dtype)
-        if hop > 0:  # to the rank that gets these keys next, and from the last hop back home
-            followers = _Transfer(dkv_2BGSD, 1 if hop < last_hop else -last_hop, GRADIENT_TAG, group)
-        if transfer is not None:
-            kv_2BGSD = transfer.wait()
+        # To the rank that gets these keys next, and from the last hop back home.
+        followers = _Transfer(dkv_2BGSD, 1 if hop < last_hop else -last_hop, GRADIENT_TAG, group)
+        del kv_2BGSD, dkv_2BGSD
+    # The own keys come last: their gradients take no room before, and the others' way home is hidden behind them.
+    dk_BGTD, dv_BGTD = new_gradient(k_BGTD), new_gradient(v_BGTD)
+    attend_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, plan.hops[0], dq_BHTD, dk_BGTD, dv_BGTD)
     if followers is not None:
-        own_2BGTD += followers.wait()
-    return dq_BHTD, own_2BGTD[0], own_2BGTD[1]
+        home_2BGTD = followers.wait()
+        dk_BGTD += home_2BGTD[0]
+        dv_BGTD += home_2BGTD[1]
+    return dq_BHTD, dk_BGTD, dv_BGTD
 
 
 class _RingAttention(torch.autograd.Function):
