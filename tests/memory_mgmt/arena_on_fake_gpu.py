@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from memory_mgmt.arena import Arena, build_arena
-from memory_mgmt.arena_cuda import use_expandable_segments
+from memory_mgmt.arena_cuda import CudaBackend, use_expandable_segments
 from memory_mgmt.config import MemoryConfig
+from models.batch import Batch, Bounds
+from trainer.build import build_engine
+from trainer.config import RunConfig
 
 MIB = 1 << 20
 ELEMENTS = MIB // 2  # of float32: 2 MiB
@@ -83,6 +86,33 @@ def stays_right(arena: Arena, weight: torch.Tensor, side: torch.cuda.Stream) -> 
     torch.cuda.memory_snapshot()
 
 
+def serves_the_engine(device: torch.device) -> None:
+    """Every large request of longstride's own step, recomputation and update included, after the first ones are watched."""
+    torch.backends.cudnn.version = lambda: 0  # there is no cuDNN without a driver: attention takes torch's own kernel
+    length, vocab = 2048, 512
+    config = RunConfig.model_validate(
+        {
+            "model": {"d_model": 128, "n_heads": 4, "layers": ["full", "swa"], "n_layers": 4},
+            "data": {"seq_len": length},
+            "train": {"precision": "bf16", "device": "cuda"},
+            "memory": {"arena": True, "recompute": "block"},
+        }
+    )
+    arena = Arena(backend=CudaBackend(), smallest_bytes=MIB // 4)
+    engine = build_engine(config, vocab, None, device)
+    tokens_BT = torch.zeros(1, length, dtype=torch.long)
+    batch = Batch(tokens_BT, tokens_BT.clone(), torch.arange(length)[None], Bounds.whole(1, length))
+    for _ in range(5):  # the first one differs: it makes the optimizer's states
+        with arena.step():
+            engine.forward_backward([batch])
+            engine.step(1e-3)
+    assert arena.last_step["served"] > 100 and arena.last_step["position"] == arena.last_step["served"], arena.last_step
+    assert arena.last_step["missed"] == arena.last_step["conflicts"] == 0, arena.last_step
+    height, bound = arena.height_bytes() or (0, 1)
+    assert 0 < height <= 1.02 * bound
+    arena.close()
+
+
 def main() -> None:
     """Everything, in a process of its own."""
     torch.cuda.init()
@@ -103,10 +133,11 @@ def main() -> None:
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() == weight.nbytes
     del weight
-    runtime = ctypes.CDLL("libcuda.so.1")
     torch.cuda.empty_cache()
+    runtime = ctypes.CDLL("libcuda.so.1")
     runtime.fake_live_bytes.restype = ctypes.c_int64
     assert runtime.fake_live_bytes() == 0
+    serves_the_engine(device)
     print("served by the arena on torch", torch.__version__)
 
 
