@@ -280,7 +280,7 @@ def _override_value(key: _Key, text: str) -> Any:
     try:
         return _parse(text, COMMAND_LINE)
     except UserError as error:
-        raise UserError(f"{COMMAND_LINE}: {key.path}: {_shorten(text)}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from None
+        raise UserError(f"{COMMAND_LINE}: {key.path}: {_visible(text)}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from None
 
 
 # --- explaining what validation found
