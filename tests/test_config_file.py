@@ -327,7 +327,10 @@ def test_unlawful_changes_on_resume(overrides: list[str], parts: list[str]) -> N
         assert part in str(caught.value), str(caught.value)
 
 
-@pytest.mark.parametrize("word", ["train.\x1dsteps=3", "a\x85b\u2028c\x1b[31m", "x" * 4000, "data.source=\x1d\x85é\x98", "\U000e0e27=1", "two\nlines=3"])
+WORDS = ["train.\x1dsteps=3", "a\x85b\u2028c\x1b[31m", "x" * 4000, "data.source=\x1d\x85é\x98", "\U000e0e27=1", "two\nlines=3"]
+
+
+@pytest.mark.parametrize("word", WORDS)
 def test_words_that_a_terminal_would_obey_are_spelled_out(word):
     with pytest.raises(UserError) as caught:
         resolve(None, [word])
