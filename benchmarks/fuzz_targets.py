@@ -1,8 +1,8 @@
 """What ``benchmarks/fuzz.py`` feeds with inputs: everything that people, clusters and other programs hand to this product.
 
-A target takes bytes and says ``accepted`` or ``refused``. Refused means a clean error: a UserError of a few lines, a bad document, a
-manifest that is not believed. Any other exception, a crash, a value that is not data any more, a started process, a connection or seconds of
-processor time are failures.
+A target takes bytes and says ``accepted`` or ``refused``. Refused means a clean error: a UserError of a few lines, a bad document, or a
+manifest that is not believed. Any other exception, a crash, a value that is not data any more, a started process, a connection or
+seconds of processor time are failures.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import random
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from trainer import config_file
 from trainer.config import RunConfig
 from trainer.data.documents import Document
 from trainer.data.sources import open_source
-from trainer.manifest import FileEntry, Manifest, ManifestError, verify, write_manifest
+from trainer.manifest import FileEntry, Manifest, ManifestError, verify
 
 CANARY = "executed"
 """A file of this name in the working directory means that an input was run."""
@@ -42,8 +43,9 @@ SHELL = [
 ]  # fmt: skip
 YAML = [
     f"!!python/object/apply:os.system ['touch {CANARY}']", f"!!python/object/new:os.system [touch {CANARY}]", "&a [*a]", "<<: *a", "? ",
-    "- ", "{", "}", "[", "]", ": ", "\n", "  ", "|", ">", "null", "true", ".nan", ".inf", "1e999", "1_000", "0x1F", "2001-01-01", "'", '"',
-    "#", "%YAML 1.1", "---", "...", "!!binary", "!!set", "\t", "\ufeff", "9" * 5000, "train:", "steps", "run:", "name:", "model:", "layers:",
+    "- ", "{", "}", "[", "]", ": ", "\n", "  ", "|", ">", "null", "true", ".nan", ".inf", "1e999", "1_000", "0x1F", "2001-01-01", "'",
+    '"', "#", "%YAML 1.1", "---", "...", "!!binary", "!!set", "\t", "\ufeff", "9" * 5000, "train:", "steps", "run:", "name:", "model:",
+    "layers:",
 ]  # fmt: skip
 
 
@@ -57,6 +59,8 @@ class Target:
     inputs: st.SearchStrategy[bytes]
     check: Callable[[bytes], str]
     """``accepted`` or ``refused``; raises for anything else."""
+    words: Sequence[str | bytes] = ()
+    """What means something in the format; put into variants."""
 
 
 # --- making inputs
@@ -85,6 +89,18 @@ def _mutate(seed: bytes, changes: list[tuple[str, int, int, bytes]]) -> bytes:
         else:
             data[i : i + (number % 3) * len(word)] = word
     return bytes(data)
+
+
+def variants(data: bytes, words: Sequence[str | bytes], count: int) -> Iterator[bytes]:
+    """``data`` changed at chance places, the same for the same ``data``."""
+    chance = random.Random(data)
+    known = [word.encode("utf-8", "surrogatepass") if isinstance(word, str) else word for word in words] or [b"\0"]
+    for _ in range(count):
+        changes = [
+            (chance.choice("bcdit"), chance.randrange(1 << 20), chance.randrange(256), chance.choice(known))
+            for _ in range(chance.randint(1, 4))
+        ]
+        yield _mutate(data, changes)
 
 
 def _text(tokens: Sequence[str]) -> st.SearchStrategy[str]:
@@ -154,7 +170,7 @@ _OVERRIDE = st.sampled_from(_DEFAULTS) | st.builds(
     _VALUES,
 )
 _CONFIGS = [
-    config_file.dump(RunConfig()).encode(),
+    "".join(config_file.dump(RunConfig()).splitlines(keepends=True)[:30]).encode(),
     b"model: {d_model: 64, layers: [swa, memory, full]}\ntrain:\n  steps: 3\n  precision: bf16\n",
     b"run:\n  name: a\ndata: {source: text, path: x.txt, seq_len: 64}\noptim: {preset: galore, rank: 4}\nparallel: {cp: 2}\n",
 ]
@@ -417,8 +433,8 @@ _HF = [
     json.dumps(
         {
             "model_type": family, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2,
-            "vocab_size": 96, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1,
-            "rope_theta": 1e4, "rope_scaling": scaling,
+            "vocab_size": 96, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "sliding_window": 8, "use_sliding_window": True,
+            "max_window_layers": 1, "rope_theta": 1e4, "rope_scaling": scaling,
         }
     ).encode()
     for family in ("llama", "mistral", "qwen2", "qwen3")
@@ -428,26 +444,27 @@ _HF = [
 
 def targets() -> Iterator[Target]:
     """All of them. Called in the working directory of the inputs."""
-    yield Target("config files", 14, mutated(_CONFIGS, [*YAML, *SHELL]) | _text(YAML).map(_bytes) | st.binary(max_size=200), config_text)
-    yield Target("overrides", 18, st.lists(_OVERRIDE, min_size=1, max_size=4).map(lambda words: _bytes("\0".join(words))), overrides)
+    shell, yaml, json_words = SHELL, [*YAML, *SHELL], [*_JSON, "true", "-1", "0"]
+    yield Target("config files", 10, mutated(_CONFIGS, yaml) | _text(YAML).map(_bytes) | st.binary(max_size=200), config_text, yaml)
+    words = st.lists(_OVERRIDE, min_size=1, max_size=4).map(lambda words: _bytes("\0".join(words)))
+    yield Target("overrides", 14, words, overrides, [*yaml, *_KEYS, "="])
     sites = [
         b"device: h100\nmodules: [cuda/12.8]\nenvironment: {NCCL_DEBUG: WARN}\nsetup: ['source a']\n",
         b"sbatch: ['--exclusive']\nexport: [HOME]\n",
     ]
-    yield Target("site.yaml", 6, mutated(sites, [*YAML, *SHELL]) | _text(YAML).map(_bytes), site_text)
-    yield Target("names and paths in job.sbatch, run by bash", 12, _text(SHELL).map(_bytes) | st.text(max_size=40).map(_bytes), job_script)
-    yield Target("JSONL", 12, mutated(_JSONL, _JSON) | st.binary(max_size=300), _documents("jsonl", "data.jsonl"))
-    yield Target("text", 6, st.binary(max_size=300) | st.text(max_size=80).map(_bytes), _documents("text", "data.txt"))
+    yield Target("site.yaml", 5, mutated(sites, yaml) | _text(YAML).map(_bytes), site_text, yaml)
+    names = _text(shell).map(_bytes) | st.text(max_size=40).map(_bytes)
+    yield Target("names and paths in job.sbatch, run by bash", 8, names, job_script, shell)
+    yield Target("JSONL", 16, mutated(_JSONL, _JSON) | st.binary(max_size=300), _documents("jsonl", "data.jsonl"), json_words)
+    yield Target("text", 10, st.binary(max_size=300) | st.text(max_size=80).map(_bytes), _documents("text", "data.txt"), shell)
     yield Target("Parquet", 8, mutated(_parquet()) | st.binary(max_size=200), _documents("parquet", "data.parquet"))
-    yield Target("Arrow", 4, mutated(_arrow()) | st.binary(max_size=200), _documents("arrow", "data.arrow"))
-    yield Target("tokenizer.json", 4, mutated([_TOKENIZER], _JSON), tokenizer_text)
-    path = Path("step_00000003")
-    path.mkdir(exist_ok=True)
-    write_manifest(path, Manifest.from_bytes(_manifest()))
-    manifests = [_manifest(), (path / "manifest.json").read_bytes(), _manifest(**{"../a": FileEntry(7, "0" * 64)})]
-    yield Target(
-        "checkpoint manifests", 8, mutated(manifests, [*_JSON, "../", "files", "self_sha256"]) | st.binary(max_size=200), manifest_bytes
-    )
-    yield Target("checkpoint metadata (pickles)", 6, mutated(_metadata(), _PICKLE) | st.binary(max_size=200), metadata_pickle)
-    yield Target("safetensors", 6, mutated(_safetensors(), [*_JSON, "data_offsets", "F64"]) | st.binary(max_size=100), safetensors_bytes)
-    yield Target("config.json of models", 6, mutated(_HF, [*_JSON, "layer_types", "head_dim", "true", "-1", "0"]), hf_config_text)
+    yield Target("Arrow", 6, mutated(_arrow()) | st.binary(max_size=200), _documents("arrow", "data.arrow"))
+    yield Target("tokenizer.json", 5, mutated([_TOKENIZER], _JSON), tokenizer_text, json_words)
+    files = [_manifest(), _manifest(**{"../a": FileEntry(7, "0" * 64)})]
+    found = [*_JSON, "../", "files", "self_sha256"]
+    yield Target("checkpoint manifests", 12, mutated(files, found) | st.binary(max_size=200), manifest_bytes, found)
+    yield Target("checkpoint metadata (pickles)", 8, mutated(_metadata(), _PICKLE) | st.binary(max_size=200), metadata_pickle, _PICKLE)
+    places = [*_JSON, "data_offsets", "F64"]
+    yield Target("safetensors", 8, mutated(_safetensors(), places) | st.binary(max_size=100), safetensors_bytes, places)
+    keys = [*json_words, "layer_types", "head_dim"]
+    yield Target("config.json of models", 10, mutated(_HF, keys), hf_config_text, keys)

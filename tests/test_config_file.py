@@ -325,3 +325,14 @@ def test_unlawful_changes_on_resume(overrides: list[str], parts: list[str]) -> N
         resume_rules.check(resolve(None, ["train.grad_accum=4"]), resolve(None, ["train.grad_accum=4", *overrides]))
     for part in parts:
         assert part in str(caught.value), str(caught.value)
+
+
+WORDS = ["train.\x1dsteps=3", "a\x85b\u2028c\x1b[31m", "x" * 4000, "data.source=\x1d\x85é\x98", "\U000e0e27=1", "two\nlines=3"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_that_a_terminal_would_obey_are_spelled_out(word):
+    with pytest.raises(UserError) as caught:
+        resolve(None, [word])
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and message.isprintable() and len(message) < 400

@@ -160,7 +160,7 @@ def _nearest(path: str) -> str | None:
 def _unknown(path: str) -> str:
     nearest = _nearest(path)
     way_out = f"did you mean '{nearest}'?" if nearest else "see longstride train --help-config for all keys"
-    return f"unknown key '{path}'; {way_out}"
+    return f"unknown key '{_visible(path)}'; {way_out}"
 
 
 # --- reading YAML
@@ -250,7 +250,7 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     path, equals, text = override.partition("=")
     path = path.strip()
     if not equals or not path:
-        raise UserError(f"{COMMAND_LINE}: '{override}' is not key=value; for example train.steps=100")
+        raise UserError(f"{COMMAND_LINE}: '{_visible(override)}' is not key=value; for example train.steps=100")
     key = next((key for key in _keys() if key.path == path), None)
     if key is None:
         raise UserError(f"{COMMAND_LINE}: {_unknown(path)}")
@@ -280,7 +280,7 @@ def _override_value(key: _Key, text: str) -> Any:
     try:
         return _parse(text, COMMAND_LINE)
     except UserError as error:
-        raise UserError(f"{COMMAND_LINE}: {key.path}: {_shorten(text)}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from None
+        raise UserError(f"{COMMAND_LINE}: {key.path}: {_visible(text)}: {str(error).removeprefix(f'{COMMAND_LINE}: ')}") from None
 
 
 # --- explaining what validation found
@@ -398,6 +398,11 @@ def _quoted(text: str) -> str:
     """A double-quoted YAML string; what is not printable is escaped by code point (JSON's surrogate pairs are not YAML)."""
     escaped = (f"\\{c}" if c in '"\\' else c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
     return '"' + "".join(escaped) + '"'
+
+
+def _visible(text: str) -> str:
+    """Short, and on one line of a terminal whatever it holds."""
+    return _shorten(text if text.isprintable() else _quoted(text)[1:-1])
 
 
 def _shorten(text: str) -> str:

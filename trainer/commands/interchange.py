@@ -37,8 +37,6 @@ def export_run(args: argparse.Namespace) -> int:
     from trainer.interchange.exporting import export_model
 
     done = export_model(run_dir, Path(args.target), args.step, args.dtype)
-    for note in done.notes:
-        tell(note)
     own = ", trust_remote_code=True" if done.family == "longstride" else ""
     print(f"step {done.step} as {done.family}: {', '.join(file.name for file in done.files if not file.name.startswith('longstride_'))}")
     print(f"load it with: AutoModelForCausalLM.from_pretrained({str(Path(args.target))!r}{own})")

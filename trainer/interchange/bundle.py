@@ -16,6 +16,8 @@ _ROOMS = Path(__file__).resolve().parents[2]
 _ROOM = "models"
 _TOP = ("configuration_longstride", "modeling_longstride")
 _PROTOCOL = "models.memory.protocol"
+OPTIONAL = ("flash_attn",)
+"""Packages that are imported only where they are asked for by name."""
 _NOTE = "# Written by longstride export from longstride's own sources (Apache-2.0).\n"
 
 
@@ -57,6 +59,12 @@ def _imports(source: str) -> list[ast.ImportFrom]:
     return found
 
 
+def _optional(source: str) -> list[ast.ImportFrom]:
+    """Imports of packages that a model runs without."""
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and not node.level]
+    return [node for node in found if (node.module or "").partition(".")[0] in OPTIONAL]
+
+
 def _imported(source: str) -> list[str]:
     return [node.module for node in _imports(source) if node.module and node.module.startswith(f"{_ROOM}.")]
 
@@ -80,6 +88,10 @@ def _relative(source: str, builders: list[str]) -> str:
         if old not in lines[node.lineno - 1]:
             raise ValueError(f"line {node.lineno}: an import that cannot be exported: {lines[node.lineno - 1].strip()}")
         lines[node.lineno - 1] = lines[node.lineno - 1].replace(old, f"from .{name} import")
+    for node in _optional(source):
+        indent, line = " " * node.col_offset, lines[node.lineno - 1].strip()
+        # transformers asks for every package that is imported outside of a try.
+        lines[node.lineno - 1] = f"{indent}try:\n{indent}    {line}\n{indent}except ImportError:\n{indent}    raise\n"
     text = "".join(lines)
     for module in builders:
         text = text.replace(f'"{module}"', f'".{_flat(module)}"')

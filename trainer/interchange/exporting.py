@@ -24,8 +24,9 @@ from trainer import config_file
 from trainer.checkpoint import CheckpointManager, Refused
 from trainer.checkpoint_reader import load_tensors, read_checkpoint_metadata
 from trainer.config import RunConfig
-from trainer.data.tokenizers import load_tokenizer
+from trainer.data.tokenizers import ByteTokenizer, load_tokenizer
 from trainer.interchange.bundle import model_sources
+from trainer.interchange.byte_tokenizer import tokenizer_files
 from trainer.interchange.families import OWN, family_of, hf_config, hf_name
 from trainer.interchange.importing import KEPT_FILES, check_target, parameter_shapes
 from trainer.interchange.safetensors_files import Planned, write_synced, write_weights
@@ -46,7 +47,6 @@ class Exported:
     step: int
     family: str
     files: list[Path]
-    notes: list[str]
 
 
 def export_model(
@@ -62,12 +62,11 @@ def export_model(
     vocab_size = config.model.vocab_size or model_vocab_size(config, load_tokenizer(config.data.tokenizer).vocab_size)
     family = family_of(config.model)
     plan, source = _plan(config, vocab_size, metadata, family, checkpoint, DTYPES[dtype] if dtype else None)
-    notes: list[str] = []
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        beside = _copy_beside(run_dir, config, temporary, notes)
+        beside = _copy_beside(run_dir, config, temporary)
         content = _config(config, vocab_size, plan, beside)
         write_synced(temporary / "config.json", (json.dumps(content, indent=2) + "\n").encode())
         for name, text in (model_sources() if family == OWN else {}).items():
@@ -82,7 +81,7 @@ def export_model(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     fsync_directory(target.absolute().parent)
-    return Exported(found_step, family, sorted(target.iterdir()), notes)
+    return Exported(found_step, family, sorted(target.iterdir()))
 
 
 def _find(run_dir: RunDir, config: RunConfig, step: int | None) -> tuple[Path, int]:
@@ -155,13 +154,13 @@ def _config(config: RunConfig, vocab_size: int, plan: list[Planned], beside: dic
     return {**hf_config(config.model, vocab_size, str(most).removeprefix("torch."), positions), **kept}
 
 
-def _copy_beside(run_dir: RunDir, config: RunConfig, target: Path, notes: list[str]) -> dict[str, Any]:
-    """Copy the tokenizer's files; what a config.json beside them says, if there is one."""
+def _copy_beside(run_dir: RunDir, config: RunConfig, target: Path) -> dict[str, Any]:
+    """Copy the tokenizer's files, or make those of the built-in one; what a config.json beside them says, if there is one."""
     folder = _beside(run_dir, config)
     if folder is None:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        notes.append("data.tokenizer bytes has no files: ids 0 to 255 are UTF-8 bytes, 256 ends a document, 257 pads")
-        return {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        for name, content in tokenizer_files().items():
+            write_synced(target / name, content)
+        return {"eos_token_id": ByteTokenizer.eos_id, "pad_token_id": ByteTokenizer.pad_id}
     for name in KEPT_FILES:
         if name != "config.json" and (folder / name).is_file():
             write_synced(target / name, (folder / name).read_bytes())

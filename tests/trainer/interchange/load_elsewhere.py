@@ -1,6 +1,6 @@
-"""Run alone, in a process that cannot import this product: load exported directories as a user would. Prints JSON.
+"""Run alone, in a process that cannot import this product: load exported directories as a user would. Writes found.json.
 
-``python load_elsewhere.py DIR...``; a DIR that holds ``inputs.pt`` is asked for logits.
+``python load_elsewhere.py DIR...``; the tokens of ``DIR.ids`` become the logits of ``DIR.logits``.
 """
 
 import json
@@ -13,12 +13,13 @@ import torch
 for room in ("longstride", "models", "trainer", "parallel", "optim", "memory_mgmt"):
     sys.modules[room] = None  # importing it raises ImportError
 
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 def look(folder: Path) -> dict:
     found = {}
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    found["tokens"] = AutoTokenizer.from_pretrained(folder)("é")["input_ids"]
     ids = torch.load(folder.parent / f"{folder.name}.ids", weights_only=True)
     with torch.no_grad():
         logits = model(ids).logits
@@ -48,4 +49,4 @@ def look(folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps([look(Path(folder)) for folder in sys.argv[1:]]))
+    Path("found.json").write_text(json.dumps([look(Path(folder)) for folder in sys.argv[1:]]))
