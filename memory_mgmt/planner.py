@@ -158,8 +158,7 @@ def _greedy(problem: Problem, case: Case) -> _Candidate | None:
     limits: Problem | None = case.problem
     first: Policy | None = None
     for _ in range(3):
-        found = solve_greedy(grouped(limits, case.k)) if limits is not None else None
-        if found is None:
+        if limits is None or (found := solve_greedy(grouped(limits, case.k))) is None:
             break
         layers = found.layers if case.k == 1 else spread(found.layers, len(problem.layers), case.k)
         policy = replace(found, layers=layers, group_blocks=case.k)

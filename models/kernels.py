@@ -89,7 +89,7 @@ def block_attention_backward(
     probabilities exp(score - lse) are those of the whole softmax.
     """
     _check(q_BHTD, k_BGSD, v_BGSD, mask)
-    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q_BHTD.shape[-1] ** -0.5) if scale is None else scale
     implementation, _ = _select(block_of(q_BHTD, mask), kernel)
     empty_BHT = _empty_rows(q_BHTD, k_BGSD, mask)
     if empty_BHT is not None:
