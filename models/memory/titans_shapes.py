@@ -121,7 +121,7 @@ class TitansShapes:
         delta = 1 if self.settings.variant == "yaad" else 0
         wide = 4 * K + 2 * V + 3 + self.n_gates + Z + delta
         periods = self.periods(tokens)
-        states = rows * H * F * (Z * (self.chunks(tokens) + periods) + 2 * periods)
+        states = rows * H * F * (Z * (self.chunks(tokens) + periods) + (Z + 2) * periods)
         halo = rows * self.halo * H * (2 * K + V) * e
         return n * H * ((2 * K + 3 * V) * e + wide * w) + states * w + halo
 

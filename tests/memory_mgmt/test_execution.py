@@ -14,7 +14,7 @@ from memory_mgmt.offload import HostStore
 from memory_mgmt.policy import KEEP, KEEP_ALL, KEEP_MIXER, RECOMPUTE, RECOMPUTE_BLOCK, SWAP, LayerPolicy, Policy, Split
 from models.batch import Batch, Bounds
 from models.config import ModelConfig
-from models.transformer import Transformer, init_weights
+from models.transformer import Transformer, _assign, init_weights
 from tests.memory_mgmt.measured import kept_bytes
 
 VOCAB, TOKENS = 64, 96
@@ -31,13 +31,18 @@ def config_of(*kinds, n_layers=2, **changes):
     return ModelConfig(**{**shapes, **extras, **changes})
 
 
-def make(config, dtype=torch.float64, policy=None, store=None):
-    model = Transformer(config, VOCAB).to(dtype)
+def fill(model):
+    """Initial values, sharded or not; biases and the weights of head norms are none that could go unnoticed."""
     init_weights(model, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith((".bias", "_norm.weight")):
-                parameter.copy_(torch.linspace(-0.5, 1.5, len(parameter)))
+                _assign(parameter, torch.linspace(-0.5, 1.5, len(parameter)).to(parameter.dtype))
+
+
+def make(config, dtype=torch.float64, policy=None, store=None):
+    model = Transformer(config, VOCAB).to(dtype)
+    fill(model)
     if policy is not None:
         apply_policy(model, policy, store)
     return model

@@ -8,14 +8,14 @@ from memory_mgmt.apply import apply_policy
 from memory_mgmt.offload import HostStore
 from memory_mgmt.policy import KEEP_MIXER, RECOMPUTE_BLOCK, Policy
 from models.batch import Batch, Bounds
-from models.transformer import Transformer, init_weights
+from models.transformer import Transformer
 from parallel.config import ParallelConfig
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
 from parallel.parallelize import parallelize
 from parallel.sequence import shard_batch
 from tests.distributed import run_distributed
-from tests.memory_mgmt.test_execution import PARTS, SWAP_ALL, TOKENS, VOCAB, assert_same, config_of, gradients, make, make_batch
+from tests.memory_mgmt.test_execution import PARTS, SWAP_ALL, TOKENS, VOCAB, assert_same, config_of, fill, gradients, make, make_batch
 
 
 def ranks_gradients(config, policy, layout, cp, dp_shard, micro_batches, bf16, scheme="ring", head_chunk=None):
@@ -27,7 +27,7 @@ def ranks_gradients(config, policy, layout, cp, dp_shard, micro_batches, bf16, s
     if policy is not None:
         apply_policy(model, policy, store)
     parallelize(model, mesh, layout, scheme, head_chunk)
-    init_weights(model, 0)
+    fill(model)
     for i in range(micro_batches):
         batch = make_batch(i)
         if dp_shard > 1:
