@@ -41,8 +41,8 @@ slurm-demo: install
 	@[ -x /usr/sbin/slurmctld ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES) >/dev/null; }
 	@$(BIN)/python scripts/slurm_demo.py $(DEMO)
 
-# Three workers, also on two cores, as ranks and jobs are waited for: the suite is a few long files that start ranks, which come first (tests/conftest.py), and many short ones. A file stays in one
-# worker, its runs are shared.
+# Three workers, also on two cores: ranks and jobs are waited for. The suite is a few long files that start ranks, which come first
+# (tests/conftest.py), and many short ones. A file stays in one worker, its runs are shared.
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
