@@ -11,6 +11,7 @@ from memory_mgmt.config import MemoryConfig
 from models.config import ModelConfig, PositiveInt, Section
 from optim.config import OptimConfig
 from parallel.config import ParallelConfig
+from trainer.evals.settings import OF_IDS, SyntheticSection
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -34,9 +35,19 @@ class RunSection(Section):
 class DataSection(Section):
     """What is read and how it is packed into sequences."""
 
-    source: Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"] = "python_stdlib"
+    source: Literal[
+        "python_stdlib",
+        "text",
+        "jsonl",
+        "parquet",
+        "arrow",
+        "hub",
+        "synthetic/mqar",
+        "synthetic/associative",
+        "synthetic/passkey",
+    ] = "python_stdlib"
     """python_stdlib: the running Python's standard library, one package one document; text, jsonl, parquet, arrow: local
-    files or folders at data.path; hub: a data set name for the datasets library."""
+    files or folders at data.path; hub: a data set name for the datasets library; synthetic/TASK: generated (docs/evaluation.md)."""
     path: str | None = None
     """File, folder or glob (local sources), data set name (hub), or another library folder (python_stdlib; null: the running one)."""
     hub_config: str | None = None
@@ -68,12 +79,29 @@ class DataSection(Section):
     """Processes that tokenise; 0 uses every core."""
     prefetch_batches: Annotated[int, Field(ge=0, le=64)] = 2
     """Batches made ready in the background, rounded up to whole steps."""
+    synthetic: SyntheticSection = SyntheticSection()
+    """Of generated data (data.source synthetic/...)."""
 
     @model_validator(mode="after")
     def _check_path(self) -> DataSection:
-        if self.source != "python_stdlib" and not self.path:
+        if self.source.startswith("synthetic/"):
+            self._check_synthetic()
+        elif self.source != "python_stdlib" and not self.path:
             raise ValueError(f"source '{self.source}' needs data.path")
+        elif self.synthetic != SyntheticSection():
+            raise ValueError(f"data.synthetic is not read by source '{self.source}'; leave it out, or set data.source synthetic/...")
         return self
+
+    def _check_synthetic(self) -> None:
+        """Refuse what generated data do not read."""
+        for name in ("path", "valid_path", "streaming", "shuffle"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"data.{name} is not read by source '{self.source}', which makes its samples by number; leave it out")
+        task = self.source.removeprefix("synthetic/")
+        if refused := self.synthetic.refused(task):
+            raise ValueError(refused)
+        if task in OF_IDS and self.tokenizer != "bytes":
+            raise ValueError(f"data.tokenizer is not read by source '{self.source}', which has ids of its own; leave it out")
 
 
 class TrainSection(Section):
@@ -284,6 +312,7 @@ class RunConfig(Section):
         wrong = [
             remedy
             for held, remedy in (
+                (not self.data.source.startswith("synthetic/"), "documents that go on (generated samples do not)"),
                 ("memory" in self.model.layer_kinds, "a layer of kind memory in model.layers"),
                 (self.data.shuffle != "sequences", "data.shuffle documents or none (shuffled sequences do not follow one another)"),
                 (not self.data.streaming, "data.streaming false (the rows of a step are neighbours in a stream)"),

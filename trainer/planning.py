@@ -32,7 +32,7 @@ from parallel.dims import ParallelDims
 from trainer.choosing import choose_policy, setting_of
 from trainer.choosing_offload import resolve_offload
 from trainer.config import RunConfig
-from trainer.data.tokenizers import load_tokenizer
+from trainer.evals.registry import tokenizer_of
 from trainer.optimizer_plan import optimizer_plan
 from trainer.tracing import TraceRequest, trace_step, trace_steps
 
@@ -115,7 +115,8 @@ def target_for(config: RunConfig, device_name: str | None) -> Target:
 def same_step(one: RunConfig, other: RunConfig) -> bool:
     """Whether two configurations plan the same step within the same limits."""
     keys = [
-        (TraceRequest(c, 1, "cpu").to_dict(), c.memory, c.train.device, c.train.threads_per_rank, c.data.tokenizer) for c in (one, other)
+        (TraceRequest(c, 1, "cpu").to_dict(), c.memory, c.train.device, c.train.threads_per_rank, c.data.tokenizer, c.data.synthetic)
+        for c in (one, other)
     ]
     return keys[0] == keys[1]
 
@@ -156,7 +157,7 @@ def target_of(config: RunConfig, device: Device) -> Target:
     """``config`` on ``device``."""
     budget = None if config.memory.budget_gib is None else int(config.memory.budget_gib * GIB)
     available = device.memory_bytes if device.is_cuda else host_bytes() // _ranks(config)
-    return Target(config, device, Limits(budget, available), model_vocab_size(config, load_tokenizer(config.data.tokenizer).vocab_size))
+    return Target(config, device, Limits(budget, available), model_vocab_size(config, tokenizer_of(config.data).vocab_size))
 
 
 def plan_traced(target: Target, trace: Trace, with_changes: bool = True) -> MemoryPlan:

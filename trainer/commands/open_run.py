@@ -13,7 +13,7 @@ from models.errors import UserError
 from trainer import config_file, out_of_memory
 from trainer.commands.places import HOME
 from trainer.config import RunConfig
-from trainer.data.tokenizers import load_tokenizer
+from trainer.evals.registry import tokenizer_of
 from trainer.planning import calibration_path, model_vocab_size, plan_run, same_step
 from trainer.run_dir import RunDir, write_atomic
 from trainer.settling import open_settings, settled
@@ -56,7 +56,7 @@ def open_run(config: RunConfig, run_dir: RunDir | None, name: str, plan: MemoryP
 def check_init_from(config: RunConfig) -> None:
     """Refuse weights to begin with that are none or of another model, before anything is planned or made."""
     if config.train.init_from is not None:
-        vocab_size = model_vocab_size(config, load_tokenizer(config.data.tokenizer).vocab_size)
+        vocab_size = model_vocab_size(config, tokenizer_of(config.data).vocab_size)
         # By name, as verbs are: whoever has no such weights does not wait for torch.
         importlib.import_module("trainer.initial_weights").check_init_from(config, vocab_size)
 

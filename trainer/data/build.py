@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -22,11 +22,13 @@ from trainer.data.documents import Source
 from trainer.data.held_out import split_documents, without_copies
 from trainer.data.loader import Cursor, Share, Step, StoredSequences, held_out_batches, stored_steps, streamed_steps
 from trainer.data.prefetch import Prefetcher
-from trainer.data.sources import open_source
+from trainer.data.sources import SourceKind, open_source
 from trainer.data.store_builder import Progress, StoreSpec, open_or_build
 from trainer.data.streaming import Place, SequenceStream
+from trainer.data.synthetic import ENDLESS, SyntheticSequences
 from trainer.data.token_store import TokenStore
-from trainer.data.tokenizers import Tokenizer, load_tokenizer
+from trainer.data.tokenizers import Tokenizer
+from trainer.evals.registry import is_synthetic, tokenizer_of
 
 ValidOrTrain = Literal["data.path", "data.valid_path"]
 
@@ -40,8 +42,8 @@ class Data:
     tokenizer: Tokenizer
     share: Share
     prefetch_batches: int
-    training: StoredSequences | SequenceStream
-    held_out: StoredSequences | None
+    training: StoredSequences | SequenceStream | SyntheticSequences
+    held_out: StoredSequences | SyntheticSequences | None
     plan: dict[str, Any]
     """What a cursor is valid for, by the setting that decides it."""
     copies_left_out: int = 0
@@ -74,7 +76,7 @@ class Data:
     @property
     def valid_bytes_per_label(self) -> float | None:
         """UTF-8 bytes of the held-out documents per token that is predicted: bits per byte = loss / ln 2 / this."""
-        if self.held_out is None:
+        if not isinstance(self.held_out, StoredSequences):
             return None
         documents = self.held_out.store.documents[self.held_out.documents]
         return float(documents["bytes"].sum() / max(1, (documents["tokens"] - 1).sum()))
@@ -85,7 +87,9 @@ class Data:
         if isinstance(self.training, StoredSequences):
             facts |= _facts("train", self.training)
             facts |= {"skipped": self.training.store.skipped, "store": str(self.training.store.folder)}
-        if self.held_out is not None:
+        if isinstance(self.training, SyntheticSequences):
+            facts |= {"synthetic": self.training.name}
+        if isinstance(self.held_out, StoredSequences):
             names = self.held_out.store.origins
             facts |= _facts("valid", self.held_out)
             facts |= {"valid_skipped": self.held_out.store.skipped, "valid_bytes_per_label": self.valid_bytes_per_label}
@@ -122,12 +126,14 @@ def build_data(
     """
     data = config.data
     _check_settings(data)
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = tokenizer_of(data)
     if config.model.vocab_size is not None and config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size {config.model.vocab_size} is below the {tokenizer.vocab_size} ids of data.tokenizer {data.tokenizer!r}"
         )
     share = Share(dp_rank, dp_size, config.train.micro_batch_size, config.train.grad_accum)
+    if is_synthetic(data.source):
+        return _generated(config, tokenizer, share)
     open_store = partial(_open_store, data, verify=verify, progress=progress)
     sequences = partial(
         StoredSequences, seq_len=data.seq_len, seed=config.train.seed, document_mask=data.document_mask, pad_id=tokenizer.pad_id
@@ -143,6 +149,18 @@ def prepare(config: RunConfig, progress: Progress | None = None) -> dict[str, An
     Raises UserError for whatever is wrong with the input; a streamed source is checked up to its first sequence.
     """
     return build_data(config, verify=True, progress=progress).describe()
+
+
+def _generated(config: RunConfig, tokenizer: Tokenizer, share: Share) -> Data:
+    """Samples of a task; nothing is read but the background, if one is given."""
+    data, seed = config.data, config.train.seed
+    make = partial(SyntheticSequences, data, seed, tokenizer.pad_id, per_step=share.per_step)
+    training, held_out = make("train", count=ENDLESS), make("valid", count=max(1, config.train.eval_sequences))
+    plan = {"data.source": data.source, "data.seq_len": data.seq_len, "train.seed": seed}
+    if data.synthetic.curriculum:
+        plan["sequences per step (with data.synthetic.curriculum)"] = share.per_step
+    plan["the training data (data.synthetic, data.tokenizer)"] = training.fingerprint()
+    return Data(tokenizer, share, data.prefetch_batches, training, held_out if config.train.eval_sequences else None, plan)
 
 
 def _stored(
@@ -211,7 +229,7 @@ def _check_settings(data: DataSection) -> None:
 def _open_source(data: DataSection, key: ValidOrTrain) -> Source:
     train = key == "data.path"
     return open_source(
-        data.source,
+        cast(SourceKind, data.source),  # generated data have no files
         data.path if train else data.valid_path,
         text_field=data.text_field,
         hub_config=data.hub_config,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,6 +51,23 @@ class Share:
         return range(first, first + self.micro_batch_size)
 
 
+class NumberedSequences(Protocol):
+    """Sequences that can be had in any order, epoch after epoch."""
+
+    pad_id: int
+
+    @property
+    def seq_len(self) -> int: ...
+
+    def __len__(self) -> int:
+        """Sequences of one epoch."""
+        ...
+
+    def __getitem__(self, n: int) -> PackedSequence:
+        """Sequence ``n`` of the run."""
+        ...
+
+
 class StoredSequences:
     """Packed sequences of some documents of a token store, by number."""
 
@@ -71,6 +88,11 @@ class StoredSequences:
         self.document_mask = document_mask
         self.pad_id = pad_id
         self.packing = Packing(store.documents["tokens"][documents], seq_len, seed, shuffle, lanes)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence."""
+        return self.packing.seq_len
 
     def __len__(self) -> int:
         """Sequences of one epoch."""
@@ -95,7 +117,7 @@ def make_batch(rows: Sequence[PackedSequence]) -> Batch:
     return Batch(tokens_BT, labels_BT, positions_BT, bounds, tuple(row.continued for row in rows))
 
 
-def stored_steps(sequences: StoredSequences, share: Share, consumed: int, plan: dict[str, Any]) -> Iterator[Step]:
+def stored_steps(sequences: NumberedSequences, share: Share, consumed: int, plan: dict[str, Any]) -> Iterator[Step]:
     """Steps for ever, from ``consumed`` sequences on; what a step reads depends on nothing that came before it."""
     while True:
         micro_batches = [make_batch([sequences[consumed + row] for row in share.rows(m)]) for m in range(share.grad_accum)]
@@ -121,14 +143,14 @@ def streamed_steps(
         yield [make_batch(rows) for rows in micro_rows], {"plan": plan, **place.to_cursor()}
 
 
-def held_out_batches(sequences: StoredSequences, n_sequences: int, share: Share) -> Iterator[Batch]:
+def held_out_batches(sequences: NumberedSequences, n_sequences: int, share: Share) -> Iterator[Batch]:
     """``n_sequences`` sequences spread evenly over the held-out text (all of it when there are fewer), in a fixed order.
 
     Every rank gets the same number of batches; rows beyond the last sequence hold padding without labels.
     """
     n = min(n_sequences, len(sequences))
     chosen = [i * len(sequences) // n for i in range(n)]
-    filler = padding_sequence(sequences.packing.seq_len, sequences.pad_id)
+    filler = padding_sequence(sequences.seq_len, sequences.pad_id)
     rows_per_round = share.dp_size * share.micro_batch_size
     for first in range(0, n, rows_per_round):
         rows = [first + row for row in share.rows(0)]

@@ -25,6 +25,7 @@ from trainer.checkpoint import CheckpointManager, Refused
 from trainer.checkpoint_reader import load_tensors, read_checkpoint_metadata
 from trainer.config import RunConfig
 from trainer.data.tokenizers import ByteTokenizer, load_tokenizer
+from trainer.evals.registry import IdTokenizer, tokenizer_of
 from trainer.interchange.bundle import model_sources
 from trainer.interchange.byte_tokenizer import tokenizer_files
 from trainer.interchange.families import OWN, family_of, hf_config, hf_name
@@ -59,7 +60,7 @@ def export_model(
     check_target(target)
     checkpoint, found_step = _find(run_dir, config, step)
     _, metadata = read_checkpoint_metadata(checkpoint)
-    vocab_size = config.model.vocab_size or model_vocab_size(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    vocab_size = config.model.vocab_size or model_vocab_size(config, tokenizer_of(config.data).vocab_size)
     family = family_of(config.model)
     plan, source = _plan(config, vocab_size, metadata, family, checkpoint, DTYPES[dtype] if dtype else None)
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
@@ -157,6 +158,8 @@ def _config(config: RunConfig, vocab_size: int, plan: list[Planned], beside: dic
 def _copy_beside(run_dir: RunDir, config: RunConfig, target: Path) -> dict[str, Any]:
     """Copy the tokenizer's files, or make those of the built-in one; what a config.json beside them says, if there is one."""
     folder = _beside(run_dir, config)
+    if isinstance(made := tokenizer_of(config.data), IdTokenizer):  # its ids are no text: no tokenizer goes with them
+        return {"eos_token_id": made.eos_id, "pad_token_id": made.pad_id}
     if folder is None:
         for name, content in tokenizer_files().items():
             write_synced(target / name, content)
