@@ -1,0 +1,166 @@
+"""Settings of the memory layers (``model.memory``): one section per architecture. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from models.section import PositiveInt, Section
+
+MemoryKind = Literal[
+    "gated_deltanet",
+    "gsa",
+    "mamba2",
+    "titans",
+]
+"""Architectures of memory: one file each in models/memory/."""
+
+
+class GatedSlotConfig(Section):
+    """What only Gated Slot Attention reads (arXiv 2409.07146)."""
+
+    n_slots: PositiveInt = 64
+    """Slots per head."""
+    gate_temperature: float = Field(default=8.0, gt=0)
+    """Divides the logarithm of the forget gates: larger remembers longer."""
+    chunk_size: Annotated[int, Field(ge=1, le=16)] = 16
+    """Tokens per chunk of the parallel form; changes speed, not results. At most 16: decays within a chunk must fit float32."""
+
+
+class Mamba2Config(Section):
+    """What only Mamba-2 reads (arXiv 2405.21060)."""
+
+    state_dim: PositiveInt = 64
+    """Rows of each head's state: size of the vectors B and C."""
+    expand: float = Field(default=2.0, gt=0)
+    """Inner width as a multiple of d_model; heads share it equally."""
+    n_groups: PositiveInt = 1
+    """Groups of heads that share B and C."""
+
+
+class TitansConfig(Section):
+    """What only Titans reads (arXiv 2501.00663): a small network per head whose weights learn while it reads."""
+
+    variant: Literal["titans", "yaad", "moneta", "lact"] = "titans"
+    """How it learns. titans: squared error, momentum, forgetting; yaad: Huber's loss, no momentum; moneta: cubic loss, weights kept at unit
+    4-norm, no momentum; lact: dot-product loss, momentum once per chunk, no forgetting but weights kept at their initial norms."""
+    network: Literal["linear", "mlp", "swiglu"] | None = None
+    """The memory: one matrix, two layers with GELU, or SwiGLU; null means swiglu for lact, else mlp."""
+    expansion: float = Field(default=4.0, gt=0)
+    """Hidden width of mlp and swiglu as a multiple of the key size."""
+    residual_norm: bool = False
+    """Wrap the network as x + LayerNorm(f(x)), as Miras does; key and value sizes must be equal."""
+    chunk_size: Annotated[int, Field(ge=1, le=1_048_576)] = 64
+    """Tokens that read, and take gradients at, the same weights. Part of the model: another size is another model."""
+    max_lr: float | None = Field(default=None, gt=0)
+    """Largest inner learning rate; null means 4 / chunk_size, at most 1. A chunk takes all its gradients at its first weights, so that
+    equal keys are learnt stably only while its rates add up to less than 2. At 1 a linear memory corrects its error at a key in one
+    write; a network's rate is divided by half its hidden width, which has about the same effect."""
+    reset_every: int = Field(default=0, ge=0)
+    """Tokens after which the memory starts again from its initial weights, counted from the document's start; a multiple of chunk_size.
+    0: never. Periods are independent and are worked on side by side."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TitansConfig:
+        if self.reset_every % self.chunk_size:
+            raise ValueError(f"reset_every {self.reset_every} is not a multiple of chunk_size {self.chunk_size}")
+        if self.residual_norm and self.architecture == "linear":
+            raise ValueError("residual_norm needs network mlp or swiglu")
+        return self
+
+    @property
+    def architecture(self) -> Literal["linear", "mlp", "swiglu"]:
+        """The network after defaults."""
+        return self.network or ("swiglu" if self.variant == "lact" else "mlp")
+
+    @property
+    def largest_rate(self) -> float:
+        """``max_lr`` after defaults."""
+        return self.max_lr or min(1.0, 4.0 / self.chunk_size)
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether a momentum of the weights is carried."""
+        return self.variant in ("titans", "lact")
+
+    def hidden(self, key_dim: int) -> int:
+        """Hidden width; 0 for a linear memory."""
+        return 0 if self.architecture == "linear" else max(1, round(self.expansion * key_dim))
+
+
+class ContextConfig(Section):
+    """What only ``model.memory.attach: mac`` reads."""
+
+    segment: PositiveInt = 128
+    """Tokens that attend to each other and to what the memory had for them; the memory is written once per segment."""
+    persistent: Annotated[int, Field(ge=0)] = 4
+    """Learned tokens that every segment's attention sees first."""
+
+
+_UNREAD: dict[str, tuple[str, ...]] = {
+    "gsa": ("chunk_size",),
+    "mamba2": ("head_dim", "expand_v"),
+    "titans": ("chunk_size",),
+}
+"""Shared settings that a kind does not read."""
+
+
+class MemoryModuleConfig(Section):
+    """The memory architecture used by layers of kind ``memory``."""
+
+    kind: MemoryKind = "gated_deltanet"
+    """Which architecture: one file each in models/memory/."""
+    n_heads: PositiveInt | None = None
+    """Heads of the memory; null means model.n_heads."""
+    head_dim: PositiveInt | None = None
+    """Key size per head; null means d_model / n_heads."""
+    expand_v: float = Field(default=1.0, gt=0)
+    """Value size per head as a multiple of the key size."""
+    conv_kernel: Annotated[int, Field(ge=1, le=16)] = 4
+    """Taps of the causal depthwise convolution on q, k and v; 1 switches it off."""
+    chunk_size: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Tokens per chunk of the parallel form; changes speed, not results. Not read by titans, whose chunks are part of the model."""
+    gsa: GatedSlotConfig = GatedSlotConfig()
+    """What only kind gsa reads."""
+    mamba2: Mamba2Config = Mamba2Config()
+    """What only kind mamba2 reads."""
+    titans: TitansConfig = TitansConfig()
+    """What only kind titans reads."""
+    attach: Literal["mixer", "mag", "mal", "mac"] = "mixer"
+    """Where the memory sits in its layers. mixer: in place of attention; mag: beside sliding-window attention, whose output it gates; mal:
+    before sliding-window attention; mac: read as context of the attention inside a segment, written with what that attention found."""
+    mac: ContextConfig = ContextConfig()
+    """What only attach mac reads."""
+
+    @model_validator(mode="after")
+    def _check_read(self) -> MemoryModuleConfig:
+        """Refuse what is set and would change nothing: another kind's section, a shared setting that this kind does not read."""
+        fields = type(self).model_fields
+        set_here = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        for name in set_here:
+            if isinstance(fields[name].default, Section):
+                key, chosen = ("attach", self.attach) if name == "mac" else ("kind", self.kind)
+                if name != chosen:
+                    other = f"memory.{name} is read by memory.{key} {name}, not by {chosen}"
+                    raise ValueError(f"{other}; leave it out or set memory.{key}={name}")
+            elif name in _UNREAD.get(self.kind, ()):
+                own = f" or set memory.{self.kind}.{name}" if hasattr(getattr(self, self.kind, None), name) else ""
+                raise ValueError(f"memory.{name} is not read by memory.kind {self.kind}; leave it at {fields[name].default}{own}")
+        self._check_mac()
+        if self.kind == "titans" and self.titans.residual_norm and self.expand_v != 1.0:
+            raise ValueError(f"memory.titans.residual_norm needs equal key and value sizes, and memory.expand_v is {self.expand_v:g}")
+        return self
+
+    def _check_mac(self) -> None:
+        if self.attach != "mac":
+            return
+        if self.kind != "titans":
+            raise ValueError(f"memory.attach mac reads and writes a memory by itself, and knows kind titans only, not {self.kind}")
+        if self.titans.chunk_size != TitansConfig().chunk_size:
+            raise ValueError(
+                "memory.titans.chunk_size is not read by memory.attach mac, whose chunks are its segments; set memory.mac.segment"
+            )
+        period = self.titans.reset_every
+        if period % self.mac.segment:
+            raise ValueError(f"memory.titans.reset_every {period} is not a multiple of memory.mac.segment {self.mac.segment}")
