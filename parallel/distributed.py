@@ -163,6 +163,14 @@ def check_launch(env: Env, precision: str, device: str, grad_accum: int, ranks: 
         )
 
 
+def name_device(index: int) -> None:
+    """Tell DeepSpeed, which reads it out of this process's environment, which of the devices that this rank sees is its own. A launcher's
+    local rank is another number where every rank sees one device."""
+    os.environ["LOCAL_RANK"] = str(index)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # refused when it differs
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
+
+
 def select_device(setting: Literal["auto", "cpu", "cuda"], env: Env) -> torch.device:
     """This rank's device, made current. Raises UserError when there is no CUDA device for it."""
     import torch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import math
 import shlex
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from optim.fused_backward import fuse_backward
 from parallel.dims import ParallelDims
 from parallel.log_lines import at_step
 from parallel.mesh import Mesh, build_mesh
-from parallel.parallelize import parallelize
+from parallel.parallelize import parallelize, split_sequence
 from trainer.carried_states import CarriedStates
 from trainer.checkpoint import CheckpointManager
 from trainer.choosing_offload import as_planned
@@ -95,10 +96,12 @@ def shaped_model(
         quantise_matrices_(model)
     model.residual_dtype = torch.bfloat16 if config.train.residual == "bf16" else None
     apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
-    if mesh is not None:
-        assert config.parallel.sequence != "auto", "settled before"
+    assert config.parallel.sequence != "auto" or mesh is None, "settled before"
+    narrow = config.parallel.kv_gradient_dtype == "compute"
+    if mesh is not None and config.engine == "deepspeed":
+        split_sequence(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, narrow)
+    elif mesh is not None:
         gather_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-        narrow = config.parallel.kv_gradient_dtype == "compute"
         parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, narrow)
     return model
 
@@ -124,6 +127,11 @@ def build_engine(
     fill: Callable[[Transformer], object] | None = None,
 ) -> Engine:
     """Model and optimizer of ``config`` on this rank; ``policy``, ``store`` and ``fill`` as for ``build_model``."""
+    if config.engine == "deepspeed":
+        assert mesh is not None, "mesh_for starts a process group"
+        # By name: the package is optional, and takes seconds to import.
+        build = importlib.import_module("trainer.deepspeed_engine").build_deepspeed_engine
+        return build(config, build_model(config, vocab_size, mesh, device, policy, store, fill), mesh, device)
     if config.memory.offload_parameters == "none":
         return engine_for(config, build_model(config, vocab_size, mesh, device, policy, store, fill), mesh, device, store)
     store = store or HostStore(device)
@@ -182,13 +190,13 @@ def current_device(config: RunConfig) -> torch.device:
 
 
 def mesh_for(config: RunConfig, device: torch.device) -> Mesh | None:
-    """The mesh of ``config`` over the running process group; None for a single process without one, unless its parameters are offloaded:
-    then a group of one is started."""
+    """The mesh of ``config`` over the running process group; None for a single process without one, unless its parameters are offloaded or
+    its engine is DeepSpeed: then a group of one is started."""
     if not dist.is_initialized():
         ParallelDims.from_config(config.parallel, world_size=1)
-        if config.memory.offload_parameters == "none":
+        if config.memory.offload_parameters == "none" and config.engine == "native":
             return None
-        # FSDP2 is what gathers parameters out of host memory, also on one rank.
+        # FSDP2 is what gathers parameters out of host memory, also on one rank; and DeepSpeed always asks a group.
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl", store=HashStore(), rank=0, world_size=1)
     return build_mesh(ParallelDims.from_config(config.parallel, dist.get_world_size()), device.type)
 

@@ -19,7 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
+
+from trainer.tensor_pieces import is_shared
 
 STATE_NAME = "train_state.json"
 
@@ -123,13 +124,13 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def plain_digests(tensors: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor] | None = None) -> dict[str, str]:
-    """Digest of each tensor that is not a DTensor: only one rank's copy is stored, so all must be the same.
+    """Digest of each tensor that ranks do not share: only one rank's copy is stored, so all must be the same.
 
     ``copies`` hold the values if given.
     """
     digests = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor):
+        if not is_shared(tensor):
             values = tensor if copies is None else copies[name]
             content = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             digests[name] = hashlib.sha256(f"{values.dtype}{tuple(values.shape)}".encode() + content.tobytes()).hexdigest()

@@ -17,10 +17,15 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from trainer.tensor_pieces import PiecewiseTensor
+
 
 def local_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """This rank's values on the CPU, sharing memory with nothing."""
-    return {name: local_values(tensor).to("cpu", copy=True) for name, tensor in tensors.items()}
+    return {
+        name: tensor.copied() if isinstance(tensor, PiecewiseTensor) else local_values(tensor).to("cpu", copy=True)
+        for name, tensor in tensors.items()
+    }
 
 
 def local_values(tensor: torch.Tensor) -> torch.Tensor:
@@ -37,7 +42,8 @@ class _CopiesPlanner(DefaultSavePlanner):
         self._copies = copies
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._copies[index.fqn]
+        copy = self._copies[index.fqn]
+        return copy.__get_tensor_shard__(index) if isinstance(copy, PiecewiseTensor) else copy
 
 
 def write_tensors(

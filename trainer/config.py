@@ -11,6 +11,7 @@ from memory_mgmt.config import MemoryConfig
 from models.config import ModelConfig, PositiveInt, Section
 from optim.config import OptimConfig
 from parallel.config import ParallelConfig
+from trainer.engine_config import DeepSpeedSection, EngineName, refused_engine
 from trainer.evals.settings import OF_IDS, SyntheticSection
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -196,6 +197,8 @@ class GuardsSection(Section):
 class RunConfig(Section):
     """Everything about one run."""
 
+    engine: EngineName = "native"
+    """Who shards the model and updates it. native: FSDP2 and this package's optimizers; deepspeed: DeepSpeed's ZeRO (section deepspeed)."""
     run: RunSection = RunSection()
     model: ModelConfig = ModelConfig()
     data: DataSection = DataSection()
@@ -205,14 +208,16 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointSection = CheckpointSection()
     guards: GuardsSection = GuardsSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
 
     @model_validator(mode="after")
     def _check_across(self) -> RunConfig:
         self._check_guards()
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
-        if refused := self._refused_carrying():
-            raise ValueError(refused)
+        for refused in (self._refused_carrying(), refused_engine(self)):
+            if refused:
+                raise ValueError(refused)
         if refused := self.optim.refused_clip():
             raise ValueError(refused)
         weights = self.optim.kept_weights

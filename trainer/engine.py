@@ -22,13 +22,14 @@ from models.batch import IGNORE_INDEX, Batch
 from models.int8_weight import stored
 from models.tables import columns_of
 from models.transformer import Transformer
-from optim.clip import clip_grad_norm, local_part
+from optim.clip import clip_grad_norm
 from optim.fused_backward import FusedBackward
 from parallel.columns import as_whole
 from parallel.fsdp import reshard
 from parallel.mesh import Mesh
 from parallel.sequence import shard_batch
 from trainer.carried_states import CarriedStates
+from trainer.tensor_pieces import local_parts
 
 Precision = Literal["bf16", "fp32", "fp64"]
 POSITION_BUCKET_TOKENS = 65_536
@@ -235,11 +236,14 @@ class Engine:
         model = self.parameters if self.offloaded is None else self.offloaded.tensors
         return {"model": {name: _whole(stored(parameter), parameter) for name, parameter in model.items()}, "optim": optim}
 
+    def loaded(self) -> None:
+        """To be called on all ranks when a checkpoint was written into what ``state_dict`` gave last. Nothing is to be done here."""
+
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether every parameter and optimizer state is, on all ranks (collective)."""
         state = self.state_dict()
-        parts = [local_part(tensor) for entry in state.values() for tensor in entry.values()]
+        parts = [part for entry in state.values() for tensor in entry.values() for part in local_parts(tensor)]
         largest = [torch.linalg.vector_norm(part, float("inf")) for part in parts if part.is_floating_point() and part.numel()]
         bad = torch.tensor(float(not all(map(math.isfinite, torch.stack([each.double().cpu() for each in largest]).tolist()))))
         if self.mesh is not None:

@@ -24,6 +24,7 @@ def load_state(checkpoints: CheckpointManager, good: GoodCheckpoint, engine: Eng
     """Put a checkpoint's values into ``engine``; where the run stood when it was saved."""
     state = {**engine.state_dict(), **engine.memory_states(), "train": {}}
     checkpoints.load(good, state)
+    engine.loaded()
     if engine.carried is not None:
         engine.carried.take_over(state["memory"])
     start = TrainState.from_json(state["train"])

@@ -1,0 +1,290 @@
+"""The second engine: DeepSpeed's ZeRO behind the verbs of `Engine`. The only importer of deepspeed, which is called directly.
+
+DeepSpeed shares parameters, gradients and optimizer states among all ranks as runs of elements, so its checkpoints are written and read
+as those of the native engine are (``tensor_pieces.py``): either engine goes on from what the other saved. Clipping, learning rates and
+guards stay with this package; DeepSpeed reduces gradients, updates, and moves what is offloaded. See docs/engines.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import deepspeed  # pyright: ignore[reportMissingImports]
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import set_accelerator  # pyright: ignore[reportMissingImports]
+from torch import Tensor, nn
+
+from models.batch import Batch
+from models.errors import UserError
+from models.transformer import Block, LossHead, Transformer
+from optim.build import parameter_groups
+from optim.clip import square_sum
+from optim.routing import route
+from parallel.distributed import name_device
+from parallel.mesh import Mesh
+from trainer.config import RunConfig
+from trainer.engine import Engine, LossSums, _RunningSums, forward
+from trainer.tensor_pieces import PiecewiseTensor
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Fragment(NamedTuple):
+    """Which elements of a parameter this rank updates: ``count`` from ``start`` on, at ``offset`` of flat tensor ``flat``."""
+
+    flat: int
+    offset: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Partitions:
+    """What this rank holds under ZeRO-1 and 2: one flat float32 tensor of weights per parameter group, cut out of all parameters of the
+    group in a row."""
+
+    zero: Any
+    """DeepSpeed's optimizer around torch's."""
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """The weights that are updated, what optimizer states belong to."""
+        return self.zero.single_partition_of_fp32_groups
+
+    def fragment(self, parameter: nn.Parameter) -> Fragment:
+        """Of ``parameter``; an empty one where other ranks hold all of it."""
+        mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        if mapping is None:
+            return Fragment(0, 0, 0, 0)
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Fragment(mapping.param_group_index, here.start, there.start, here.numel)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The reduced ones, after the backward pass; where they hold more than fragments that is 0."""
+        if self.zero.cpu_offload:
+            return (flat.grad for flat in self.flats if flat.grad is not None)
+        return (gradient for group in self.zero.averaged_gradients.values() for gradient in group)
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Of the whole parameter."""
+        return parameter.shape
+
+    def before_writing(self) -> None:
+        """Nobody keeps copies of what is going to be written into ``flats``."""
+
+    def publish(self) -> None:
+        """Let the model compute with what is in ``flats`` (collective)."""
+        self.zero.update_lp_params()
+
+
+class PartitionsOfParameters(Partitions):
+    """What this rank holds under ZeRO-3: of every parameter an equal share, the last ones padded."""
+
+    @property
+    def flats(self) -> list[Tensor]:
+        return self.zero.fp32_partitioned_groups_flat
+
+    def fragment(self, parameter: nn.Parameter) -> Fragment:
+        flat, offset, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        start = count * dist.get_rank()
+        total = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
+        return Fragment(flat, offset, min(start, total), max(0, min(count, total - start)))
+
+    def gradients(self) -> Iterator[Tensor]:
+        if self.zero.offload_optimizer:
+            return (flat.grad for flat in self.flats if flat.grad is not None)
+        return (gradient for group in self.zero.averaged_gradients.values() for gradient in group)
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.ds_shape  # pyright: ignore[reportAttributeAccessIssue]
+
+    def before_writing(self) -> None:
+        self.zero._partition_all_parameters()
+
+    def publish(self) -> None:
+        for flat in range(len(self.flats)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(flat)
+
+
+def build_deepspeed_engine(config: RunConfig, model: Transformer, mesh: Mesh, device: torch.device) -> DeepSpeedEngine:
+    """The engine of ``config`` around ``model``, which is whole on this rank's ``device`` with its initial weights. All ranks together.
+
+    Raises UserError where what DeepSpeed compiles for offload cannot be compiled.
+    """
+    _start(device)
+    optimizer = _optimizer(model, config)
+    if config.deepspeed.stage == 3:
+        _gather_by_block(model)
+    settings = zero_settings(config, largest_unit(model), pinned=device.type == "cuda")
+    wrapped = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+    kind = PartitionsOfParameters if config.deepspeed.stage == 3 else Partitions
+    return DeepSpeedEngine(config, wrapped, optimizer, kind(wrapped.optimizer), mesh, device)
+
+
+def _start(device: torch.device) -> None:
+    """Have DeepSpeed use this rank's device and the process group that is there."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # A reduction in shared memory for inference: compiling it takes a minute, and nothing here calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # pyright: ignore[reportMissingImports]
+
+        set_accelerator(CPU_Accelerator())
+    name_device(device.index or 0)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _optimizer(model: Transformer, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW with the groups of the native engine; DeepSpeed's own where states are in host memory."""
+    settings = config.optim
+    groups = parameter_groups(model, route(model), settings)
+    if config.deepspeed.offload_optimizer == "none":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # pyright: ignore[reportMissingImports]
+
+    try:
+        return DeepSpeedCPUAdam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adamw_mode=True)
+    except RuntimeError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise UserError(
+            f"deepspeed.offload_optimizer cpu: DeepSpeed could not compile its AdamW for CPUs ({reason[-1] if reason else error}); it needs "
+            "g++ and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev), or set deepspeed.offload_optimizer none"
+        ) from error
+
+
+def largest_unit(model: nn.Module) -> int:
+    """Elements of the parameters that are gathered together at most: of a block, or of an embedding or head."""
+    return max(sum(parameter.numel() for parameter in unit.parameters()) for unit in _units(model))
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    units = [module for module in model.modules() if isinstance(module, Block | LossHead | nn.Embedding)]
+    return units or [model]
+
+
+def _gather_by_block(model: Transformer) -> None:
+    """ZeRO-3 gathers a block's parameters together, outside of what ``memory.recompute`` runs again; and with the model itself what it
+    reads of other modules."""
+    deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    deepspeed.zero.register_external_parameter(model, model.norm.weight)
+    if model.head is None:
+        deepspeed.zero.register_external_parameter(model, model.embed.weight)
+
+
+def zero_settings(config: RunConfig, unit: int, pinned: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration. ``unit``: elements gathered together at most; ``pinned``: host memory is page-locked."""
+    asked = config.deepspeed
+    zero: dict[str, Any] = {
+        "stage": asked.stage,
+        "reduce_bucket_size": asked.bucket_elements,
+        "allgather_bucket_size": asked.bucket_elements,
+        "overlap_comm": False,
+    }
+    if asked.stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": unit,
+            "stage3_max_live_parameters": 2 * unit,
+            "stage3_max_reuse_distance": 0,
+        }
+    if asked.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    if asked.offload_parameters == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": 1,  # the engine says itself which pass is a step's last
+        "zero_optimization": zero,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1 << 60,
+    }
+
+
+class DeepSpeedEngine(Engine):
+    """See the module; made by ``build_deepspeed_engine``."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        wrapped: deepspeed.DeepSpeedEngine,
+        optimizer: torch.optim.Optimizer,
+        partitions: Partitions,
+        mesh: Mesh,
+        device: torch.device,
+    ) -> None:
+        super().__init__(wrapped.module, optimizer, mesh, device, config.train.precision, config.layout, config.optim.clip_norm)
+        self.wrapped = wrapped
+        self.partitions = partitions
+        self._passed_over = False
+        self._step = torch.zeros(())
+        wrapped.optimizer.has_overflow = lambda *_, **__: self._passed_over  # what it asks before an update; the norm has told
+        for flat in partitions.flats:
+            # Now instead of in the first step: a checkpoint can be loaded into them, and a run that does not fit fails before it.
+            moments = {name: torch.zeros_like(flat, requires_grad=False) for name in _MOMENTS}
+            optimizer.state[flat] = {"step": self._as_counted(0.0), **moments}
+
+    def _as_counted(self, step: float) -> Tensor | int:
+        """Steps as the optimizer keeps them."""
+        return torch.tensor(step) if isinstance(self.optimizer, torch.optim.AdamW) else int(step)
+
+    def forward_backward(self, micro_batches: list[Batch], lr: float | None = None) -> LossSums:
+        """As `Engine`'s; ``lr`` is not read."""
+        shards = [self._shard(batch) for batch in micro_batches]
+        # DeepSpeed divides the sum of gradients over ranks by their number, and this package's gradients are sums (docs/decisions/0002).
+        scale = dist.get_world_size()
+        valid_tokens = self._count_valid(shards)
+        sums = _RunningSums(micro_batches[0].bounds.seq_len, self.device)
+        for number, shard in enumerate(shards, start=1):
+            self.wrapped.set_gradient_accumulation_boundary(number == len(shards))
+            nll_BT = forward(self.wrapped, shard, self.device, self.precision)
+            self.wrapped.backward(nll_BT.sum() / max(valid_tokens, 1) * scale, scale_wrt_gas=False)
+            sums.add(nll_BT, shard)
+        return sums.total(distributed=True)
+
+    @torch.no_grad()
+    def step(self, lr: float, accept: Callable[[float], bool] = math.isfinite) -> float:
+        """As `Engine`'s."""
+        gradients = [gradient for gradient in self.partitions.gradients() if gradient.numel()]
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for gradient in gradients:
+            total += square_sum(gradient).to(self.device)
+        dist.all_reduce(total)
+        norm = total.sqrt()
+        if self.clip_norm is not None:
+            scale = torch.clamp(self.clip_norm / (norm + 1e-12), max=1.0).float()
+            for gradient in gradients:
+                gradient.mul_(scale.to(gradient.device))
+        self._passed_over = not accept(float(norm))
+        self._set_rates(lr)
+        self.wrapped.step()
+        return float(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Engine`'s, with the same names; `loaded` must follow what is written into it."""
+        self.partitions.before_writing()
+        model: dict[str, Tensor] = {}
+        optim: dict[str, Tensor] = {}
+        states = [self.optimizer.state[flat] for flat in self.partitions.flats]
+        self._step = torch.tensor(float(states[0]["step"]))
+        for name, parameter in self.parameters.items():
+            fragment, shape = self.partitions.fragment(parameter), self.partitions.shape(parameter)
+
+            def piece(flat: Tensor, fragment: Fragment = fragment, shape: torch.Size = shape) -> PiecewiseTensor:
+                return PiecewiseTensor(shape, fragment.start, flat.detach()[fragment.offset :][: fragment.count])
+
+            model[name] = piece(self.partitions.flats[fragment.flat])
+            optim |= {f"{name}.{key}": piece(states[fragment.flat][key]) for key in _MOMENTS}
+            optim[f"{name}.step"] = self._step
+        return {"model": model, "optim": optim}
+
+    @torch.no_grad()
+    def loaded(self) -> None:
+        """Compute and count steps from what was written into ``state_dict``'s tensors."""
+        for flat in self.partitions.flats:
+            self.optimizer.state[flat]["step"] = self._as_counted(float(self._step))
+        self.partitions.publish()
