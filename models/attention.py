@@ -23,6 +23,7 @@ from models.feedforward import RMSNorm
 from models.kernels import block_attention, block_attention_backward, block_attention_reference, block_of, has_native_band
 from models.linear import Linear
 from models.rope import Rope, rotate
+from models.tokens import ALL_TOKENS, Tokens
 
 __all__ = ["Attention", "LocalAttention", "attend", "attend_backward", "attention_reference", "plan_tiles"]
 
@@ -79,14 +80,17 @@ class Attention(nn.Module):
         self.k_norm = None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
         self.rope = Rope(rope, head_dim)
         self.inner_attention: InnerAttention = LocalAttention(window)
+        self.tokens: Tokens = ALL_TOKENS
 
     def forward(self, x_BTC: torch.Tensor, positions_BT: torch.Tensor, bounds: Bounds) -> torch.Tensor:
-        """[B, T, C] -> [B, T, C]; ``positions_BT`` count from the start of each document."""
+        """[B, T, C] -> [B, T, C]; ``positions_BT`` count from the start of each document. x and what is returned are the tokens that
+        ``tokens`` leaves to this rank, everything between and ``positions`` all of its group's."""
+        x_BTC = self.tokens.gathered(x_BTC)
         q_BHTD, k_BGTD = self._heads(x_BTC, self.wq, self.q_norm), self._heads(x_BTC, self.wk, self.k_norm)
         v_BGTD = self._heads(x_BTC, self.wv, None)
         cos_sin = self.rope_table(positions_BT, q_BHTD.dtype, bounds)
         out_BHTD = self.inner_attention(rotate(q_BHTD, *cos_sin), rotate(k_BGTD, *cos_sin), v_BGTD, bounds)
-        return self.wo(out_BHTD.transpose(1, 2).flatten(2))
+        return self.tokens.summed(self.wo(out_BHTD.transpose(1, 2).flatten(2)))
 
     def _heads(self, x_BTC: torch.Tensor, project: Linear, norm: RMSNorm | None) -> torch.Tensor:
         y_BTHD = project(x_BTC).unflatten(-1, (-1, self.head_dim))

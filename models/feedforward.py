@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.linear import Linear
+from models.tokens import ALL_TOKENS, Tokens
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -109,7 +110,9 @@ class SwiGLU(nn.Module):
         self.w_gate = Linear(d_model, d_ff)
         self.w_up = Linear(d_model, d_ff)
         self.w_down = Linear(d_ff, d_model)
+        self.tokens: Tokens = ALL_TOKENS
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Same shape; the inner width F exists for all given tokens at once (memory_mgmt/tiles bounds them)."""
-        return self.w_down(_GatedProduct.apply(self.w_gate(x_BTC), self.w_up(x_BTC)))
+        x_BTC = self.tokens.gathered(x_BTC)
+        return self.tokens.summed(self.w_down(_GatedProduct.apply(self.w_gate(x_BTC), self.w_up(x_BTC))))

@@ -7,11 +7,15 @@ a mean), which scales them; for any other one they are made again, from logits c
 the tiles, forward and backward, so that neither the normed stream nor the wide temporaries of its backward exist for all tokens.
 Weight gradients add up in float32 (float64): summed over 256 tiles in bf16 the error would grow sevenfold.
 
-Legend: B row, T token, n tokens of all rows flattened, t tokens of a tile, C channel, V vocabulary.
+A head whose rows are dealt out to ranks that hold different tokens (``parallel/vocabulary.py``) is another ``Sweep``.
+
+Legend: B row, T token, n tokens of all rows flattened, t tokens of a tile, C channel, V vocabulary; P ranks whose tokens are swept
+together (1 here).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,24 +26,31 @@ from models.feedforward import compute_dtype, rms_norm, rms_norm_backward
 from models.linear import gradient_dtype
 
 
-class _How(NamedTuple):
+class How(NamedTuple):
+    """How a loss is computed."""
+
     tile_tokens: int
+    """Of all ranks together."""
     dtype: torch.dtype
     """Of the products with the head."""
     hidden_dtype: torch.dtype
     """Of the normed stream."""
     norm_eps: float
+    sweep: Callable[..., Sweep]
 
 
-class _Sweep:
-    """One pass over all tiles of ``norm(x) @ weight^T`` in ``dtype``; statistics and gradients are wide (float32, or float64)."""
+class Sweep:
+    """One pass over all tiles of ``norm(x) @ weight^T`` in ``dtype``; statistics and gradients are wide (float32, or float64).
 
-    def __init__(self, x_nC: Tensor, weight_VC: Tensor, norm_C: Tensor | None, labels_n: Tensor, how: _How) -> None:
-        self.x_nC, self.master_VC, self.norm_C, self.labels_n, self.how = x_nC, weight_VC, norm_C, labels_n, how
+    ``labels_Pn``: of this rank's tokens, and of those of the ranks that take part, in their order.
+    """
+
+    def __init__(self, x_nC: Tensor, weight_VC: Tensor, norm_C: Tensor | None, labels_Pn: Tensor, how: How) -> None:
+        self.x_nC, self.master_VC, self.norm_C, self.labels_Pn, self.how = x_nC, weight_VC, norm_C, labels_Pn, how
         self.weight_VC = weight_VC.to(how.dtype)
         self.wide = torch.float64 if how.dtype == torch.float64 else torch.float32
-        n = len(x_nC)
-        self.tiles = [slice(start, min(start + how.tile_tokens, n)) for start in range(0, n, how.tile_tokens)]
+        n, step = len(x_nC), max(1, how.tile_tokens // len(labels_Pn))
+        self.tiles = [slice(start, min(start + step, n)) for start in range(0, n, step)]
         self.dx_nC: Tensor | None = None
         self.dweight_VC: Tensor | None = None
         self.dnorm_C: Tensor | None = None
@@ -56,32 +67,54 @@ class _Sweep:
         self._rnorm_t1 = None
         if self.norm_C is not None:
             x_tC, self._rnorm_t1 = rms_norm(x_tC, self.norm_C, self.how.norm_eps, self.how.hidden_dtype)
-        self._h_tC = x_tC.to(self.how.dtype)
+        self._h_tC = self.gathered(x_tC.to(self.how.dtype))
         return torch.mm(self._h_tC, self.weight_VC.t()).to(self.wide)
 
-    def add_gradients(self, tile: slice, dlogits_tV: Tensor, scale_n1: Tensor | None) -> None:
-        """``dlogits``: the softmax, overwritten. ``scale``: upstream gradient per token, None for 1."""
-        labels_t1 = self.labels_n[tile].unsqueeze(1)
-        invalid_t1 = labels_t1 == IGNORE_INDEX
-        target_t1 = labels_t1.masked_fill(invalid_t1, 0)
+    def statistics(self, tile: slice, logits_tV: Tensor) -> tuple[Tensor, Tensor]:
+        """(log-sum-exp, logit of the label) of every token of the tile; the second is any finite number where there is no label."""
+        labels_t = self.labels_Pn[:, tile].reshape(-1)
+        target_t = logits_tV.gather(1, labels_t.where(labels_t != IGNORE_INDEX, 0).unsqueeze(1)).squeeze(1)
+        return logits_tV.logsumexp(-1), target_t
+
+    def subtract_targets(self, labels_t1: Tensor, dlogits_tV: Tensor) -> None:
+        """1 from every label's probability; what it does to tokens without a label does not count."""
+        target_t1 = labels_t1.masked_fill(labels_t1 == IGNORE_INDEX, 0)
         dlogits_tV.scatter_add_(1, target_t1, torch.full_like(target_t1, -1, dtype=dlogits_tV.dtype))
-        if scale_n1 is not None:
-            dlogits_tV.mul_(scale_n1[tile])
+
+    def gathered(self, h_tC: Tensor) -> Tensor:
+        """The tokens of the tile of all ranks that take part."""
+        return h_tC
+
+    def summed(self, dh_tC: Tensor) -> Tensor:
+        """The way back of ``gathered``: this rank's tokens of the tile, summed over ranks."""
+        return dh_tC
+
+    def add_gradients(self, tile: slice, dlogits_tV: Tensor, scale_Pn: Tensor | None) -> None:
+        """``dlogits``: the softmax, overwritten. ``scale``: upstream gradient per token, None for 1."""
+        labels_t1 = self.labels_Pn[:, tile].reshape(-1, 1)
+        invalid_t1 = labels_t1 == IGNORE_INDEX
+        self.subtract_targets(labels_t1, dlogits_tV)
+        if scale_Pn is not None:
+            dlogits_tV.mul_(scale_Pn[:, tile].reshape(-1, 1))
         # A token without label contributes exactly nothing, even if its logits are not finite.
         narrow_tV = dlogits_tV.masked_fill_(invalid_t1, 0).to(self.how.dtype)
         if self.dweight_VC is not None:
             _add_product(self.dweight_VC, narrow_tV.t(), self._h_tC)
         if self.dx_nC is None and self.dnorm_C is None:
             return
-        dx_tC = torch.mm(narrow_tV, self.weight_VC).to(self.how.hidden_dtype)
+        dx_tC = self.summed(torch.mm(narrow_tV, self.weight_VC)).to(self.how.hidden_dtype)
         if self.norm_C is not None:
             assert self._rnorm_t1 is not None
             dx_tC, dnorm_C = rms_norm_backward(dx_tC, self.x_nC[tile], self.norm_C, self._rnorm_t1)
-            dx_tC.masked_fill_(invalid_t1, 0)
+            dx_tC.masked_fill_(self.own(invalid_t1), 0)
             if self.dnorm_C is not None:
                 self.dnorm_C += dnorm_C
         if self.dx_nC is not None:
             self.dx_nC[tile] = dx_tC
+
+    def own(self, of_t1: Tensor) -> Tensor:
+        """Of a number per token of the tile those of this rank's tokens."""
+        return of_t1
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of x, weight and norm; the last two still wide."""
@@ -90,48 +123,47 @@ class _Sweep:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_nC: Tensor, weight_VC: Tensor, norm_C: Tensor | None, labels_n: Tensor, how: _How, gradients: bool) -> Tensor:
-        sweep = _Sweep(x_nC, weight_VC, norm_C, labels_n, how)
+    def forward(ctx: Any, x_nC: Tensor, weight_VC: Tensor, norm_C: Tensor | None, labels_Pn: Tensor, how: How, gradients: bool) -> Tensor:
+        sweep = how.sweep(x_nC, weight_VC, norm_C, labels_Pn, how)
         if gradients:
             sweep.want(*ctx.needs_input_grad[:3])
-        lse_n = torch.empty(len(x_nC), dtype=sweep.wide, device=x_nC.device)
-        target_n = torch.empty_like(lse_n)
-        valid_n = labels_n != IGNORE_INDEX
+        lse_Pn = torch.empty(labels_Pn.shape, dtype=sweep.wide, device=x_nC.device)
+        target_Pn = torch.empty_like(lse_Pn)
         for tile in sweep.tiles:
             logits_tV = sweep.logits(tile)
-            target_n[tile] = logits_tV.gather(1, labels_n[tile].where(valid_n[tile], 0).unsqueeze(1)).squeeze(1)
-            lse_n[tile] = logits_tV.logsumexp(-1)
+            lse_t, target_t = sweep.statistics(tile, logits_tV)
+            lse_Pn[:, tile], target_Pn[:, tile] = lse_t.view(len(labels_Pn), -1), target_t.view(len(labels_Pn), -1)
             if gradients:
-                sweep.add_gradients(tile, logits_tV.sub_(lse_n[tile].unsqueeze(1)).exp_(), None)
-        ctx.save_for_backward(x_nC, weight_VC, norm_C, labels_n, lse_n)
+                sweep.add_gradients(tile, logits_tV.sub_(lse_t.unsqueeze(1)).exp_(), None)
+        ctx.save_for_backward(x_nC, weight_VC, norm_C, labels_Pn, lse_Pn)
         ctx.how = how
         ctx.ready = sweep.gradients() if gradients else None
-        return (lse_n - target_n).masked_fill_(~valid_n, 0)
+        return (lse_Pn - target_Pn).masked_fill_(labels_Pn == IGNORE_INDEX, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_nC, weight_VC, norm_C, labels_n, lse_n = ctx.saved_tensors
-        (scale_n,) = grads
+        x_nC, weight_VC, norm_C, labels_Pn, lse_Pn = ctx.saved_tensors
+        (scale_Pn,) = grads
         ready, ctx.ready = ctx.ready, None
-        if ready is not None and _one_number(scale_n):
-            dx_nC, dweight_VC, dnorm_C = (None if grad is None else grad.mul_(scale_n[0]) for grad in ready)
+        if ready is not None and _one_number(scale_Pn):
+            dx_nC, dweight_VC, dnorm_C = (None if grad is None else grad.mul_(scale_Pn[0, 0]) for grad in ready)
         else:
             del ready
-            sweep = _Sweep(x_nC, weight_VC, norm_C, labels_n, ctx.how)
+            sweep = ctx.how.sweep(x_nC, weight_VC, norm_C, labels_Pn, ctx.how)
             sweep.want(*ctx.needs_input_grad[:3])
-            scale_n1 = scale_n.to(sweep.wide).unsqueeze(1)
+            scale_Pn = scale_Pn.to(sweep.wide)
             with torch.autocast(x_nC.device.type, enabled=False):
                 for tile in sweep.tiles:
-                    softmax_tV = sweep.logits(tile).sub_(lse_n[tile].unsqueeze(1)).exp_()
-                    sweep.add_gradients(tile, softmax_tV, scale_n1)
+                    softmax_tV = sweep.logits(tile).sub_(lse_Pn[:, tile].reshape(-1, 1)).exp_()
+                    sweep.add_gradients(tile, softmax_tV, scale_Pn)
             dx_nC, dweight_VC, dnorm_C = sweep.gradients()
         dweight_VC = None if dweight_VC is None else dweight_VC.to(gradient_dtype(weight_VC))
         return dx_nC, dweight_VC, None if dnorm_C is None or norm_C is None else dnorm_C.to(norm_C.dtype), None, None, None
 
 
-def _one_number(grad_n: Tensor) -> bool:
+def _one_number(grad: Tensor) -> bool:
     """Whether all entries are the same one in memory, as the gradient of a sum or mean is: no look at values, no wait for a device."""
-    return len(grad_n) == 1 or grad_n.stride(0) == 0
+    return all(size == 1 or stride == 0 for size, stride in zip(grad.shape, grad.stride(), strict=True))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -143,13 +175,19 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def chunked_cross_entropy(
-    x_BTC: Tensor, weight_VC: Tensor, labels_BT: Tensor, tile_tokens: int, norm: tuple[Tensor, float] | None = None
+    x_BTC: Tensor,
+    weight_VC: Tensor,
+    labels_BT: Tensor,
+    tile_tokens: int,
+    norm: tuple[Tensor, float] | None = None,
+    sweep: Callable[..., Sweep] = Sweep,
 ) -> Tensor:
     """Negative log likelihood per token, ``-log softmax(h @ weight^T)[label]``, 0 where the label is IGNORE_INDEX.
 
     ``h`` is ``x``, or with ``norm`` (weight_C, eps) its RMSNorm. float32 (float64 for float64 inputs) whatever the inputs; under
     autocast the products run in the autocast dtype. ``tile_tokens`` (at least 1) tokens of logits exist at a time. Raises
-    ValueError for a smaller tile.
+    ValueError for a smaller tile. ``sweep``: what goes over the tiles; labels may be of more tokens than ``x`` where others hold the rest,
+    those of every row in the order of the ranks.
     """
     if tile_tokens < 1:
         raise ValueError(f"tile_tokens is {tile_tokens}; memory.loss_tile_tokens must be at least 1")
@@ -159,9 +197,11 @@ def chunked_cross_entropy(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     norm_C, eps = (None, 0.0) if norm is None else norm
-    how = _How(tile_tokens, dtype, hidden_dtype, eps)
+    how = How(tile_tokens, dtype, hidden_dtype, eps, sweep)
+    rows, ranks = len(labels_BT), labels_BT.shape[1] // x_BTC.shape[1]
+    labels_Pn = labels_BT.view(rows, ranks, -1).transpose(0, 1).reshape(ranks, -1)
     with torch.autocast(device, enabled=False):
-        flat = x_BTC.flatten(0, 1), weight_VC, norm_C, labels_BT.flatten()
-        nll_n = _ChunkedCrossEntropy.apply(*flat, how, torch.is_grad_enabled())
+        nll_Pn = _ChunkedCrossEntropy.apply(x_BTC.flatten(0, 1), weight_VC, norm_C, labels_Pn, how, torch.is_grad_enabled())
+    nll_BT = nll_Pn.view(ranks, rows, -1).transpose(0, 1).reshape(labels_BT.shape)  # type: ignore[union-attr]
     # A copy of T numbers: FSDP2 hooks the output of its root module and warns about views.
-    return nll_n.view(labels_BT.shape).clone()  # type: ignore[union-attr]
+    return nll_BT.clone()

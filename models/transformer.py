@@ -26,11 +26,12 @@ from models.batch import Batch, Bounds
 from models.config import LayerKind, ModelConfig
 from models.embedding import Embedding
 from models.feedforward import RMSNorm, SwiGLU
-from models.loss import chunked_cross_entropy
+from models.loss import Sweep, chunked_cross_entropy
 from models.memory.attached import MemoryAsGate, MemoryAsLayer
 from models.memory.attached_shapes import AttachedShapes
 from models.memory.context import MemoryAsContext
 from models.memory.protocol import MemoryModule, build_memory
+from models.parts import Part
 from models.product_keys import ProductKeyMemory, build_tables
 from models.value_table import ValueTable
 
@@ -108,10 +109,12 @@ class LossHead(nn.Module):
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.sweep: Callable[..., Sweep] = Sweep
+        """What goes over the tiles of the loss; another one where ranks share the vocabulary."""
 
     def forward(self, x_BTC: Tensor, labels_BT: Tensor, tile_tokens: int, norm: tuple[Tensor, float] | None = None) -> Tensor:
         """Negative log likelihood per token; ``norm`` as for `chunked_cross_entropy`."""
-        return chunked_cross_entropy(x_BTC, self.weight, labels_BT, tile_tokens, norm)
+        return chunked_cross_entropy(x_BTC, self.weight, labels_BT, tile_tokens, norm, self.sweep)
 
 
 class Transformer(nn.Module):
@@ -124,6 +127,10 @@ class Transformer(nn.Module):
         self.loss_tile_tokens = 4096
         self.residual_dtype: torch.dtype | None = None
         """Of the stream between blocks; None: the embedding's. With another one blocks must run under autocast in it."""
+        self.parts: dict[str, Part] = {}
+        """By name, the parameters of which this rank's group holds a part."""
+        self.sweep: Callable[..., Sweep] = Sweep
+        """As that of `LossHead`, where embedding and head are one matrix."""
         self.embed = Embedding(vocab_size, config.d_model)
         self.value_tables = build_tables(config)
         tables = self._tables_by_layer()
@@ -155,7 +162,7 @@ class Transformer(nn.Module):
         x_BTC, norm = self.stream(batch), (self.norm.weight, self.norm.eps)
         if self.head is not None:
             return self.head(x_BTC, batch.labels_BT, self.loss_tile_tokens, norm)
-        return chunked_cross_entropy(x_BTC, self.embed.weight, batch.labels_BT, self.loss_tile_tokens, norm)
+        return chunked_cross_entropy(x_BTC, self.embed.weight, batch.labels_BT, self.loss_tile_tokens, norm, self.sweep)
 
 
 @torch.no_grad()
@@ -163,8 +170,8 @@ def init_weights(model: Transformer, seed: int, mup_base_width: int | None = Non
     """Fill every parameter in place: a pure function of (seed, its name), whatever device, dtype or sharding it has.
 
     The whole tensor is drawn on the CPU in float32 from a generator of its own; a DTensor takes its shard of it without
-    communication. Modules may define ``init_parameter(name, shape, generator)`` for their own parameters; matrices are
-    otherwise normal with ``config.init_std``. Raises ValueError for a parameter that no rule covers.
+    communication, a part of a parameter likewise. Modules may define ``init_parameter(name, shape, generator)`` for their own
+    parameters; matrices are otherwise normal with ``config.init_std``. Raises ValueError for a parameter that no rule covers.
 
     ``mup_base_width``: the width at which ``init_std`` was found. With m times that width, the standard deviation of hidden linear layers
     is divided by the root of m and that of the output matrix by m (arXiv 2203.03466, table 3, as table 8 but for its multiplier); raises
@@ -181,7 +188,10 @@ def init_weights(model: Transformer, seed: int, mup_base_width: int | None = Non
             if isinstance(module, ValueTable):
                 module.draw(generator)
                 continue
-            value = _initial_value(model.config, module, full_name, parameter.shape, generator)
+            part = model.parts.get(full_name)
+            shape = parameter.shape if part is None else torch.Size(part.whole_shape(parameter.shape))
+            value = _initial_value(model.config, module, full_name, shape, generator)
+            value = value if part is None else part.of(value).contiguous()
             if module is model.head:
                 value /= wider
             elif isinstance(module, nn.Linear) and name == "weight":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import cast
 
 import torch
@@ -20,17 +20,25 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, shard_group: dist.ProcessGroup | None) -> torch.Tensor:
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float | None,
+    shard_group: dist.ProcessGroup | None,
+    counted_elsewhere: Collection[nn.Parameter] = (),
+) -> torch.Tensor:
     """Scale gradients in place so that their global L2 norm is at most ``max_norm`` (None: only measure).
 
-    ``shard_group``: the ranks over which each gradient is sharded (None: not sharded). Squares are summed in float64, so
+    ``shard_group``: the ranks over which each gradient is sharded (None: not sharded). ``counted_elsewhere``: of what lies more than once
+    on these ranks, all that another one counts; not every parameter. Squares are summed in float64, so
     the norm does not depend on how the elements are dealt to ranks beyond 1e-15. Returns the norm before scaling, a
     float64 scalar; it is the same on every rank.
     """
-    gradients = [elements(p) for p in parameters if p.grad is not None]
+    found = [(p, elements(p)) for p in parameters if p.grad is not None]
+    gradients = [gradient for _, gradient in found]
     if not gradients:
         raise ValueError("no parameter has a gradient")
-    total = torch.stack([square_sum(gradient) for gradient in gradients]).sum()
+    elsewhere = {id(p) for p in counted_elsewhere}
+    total = torch.stack([square_sum(gradient) for p, gradient in found if id(p) not in elsewhere]).sum()
     if shard_group is not None:
         dist.all_reduce(total, group=shard_group)
     norm = total.sqrt()

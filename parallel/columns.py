@@ -43,7 +43,7 @@ def share_tables(model: Transformer, mesh: Mesh) -> None:
     replicas = mesh.fsdp.get_group("dp_replicate") if mesh.dims.dp_replicate > 1 else None
     for module in model.value_tables:
         table = cast(ValueTable, module)
-        columns = Columns(table.width, *columns_for(table.width, rank, ranks), mesh.fsdp)
+        columns = Columns(table.width, *columns_for(table.width, rank, ranks), mesh.copies_and_shards)
         table.keep_columns(columns, ColumnLookUp(mesh.shard_group, table.width, replicas) if ranks > 1 else CopiedLookUp(replicas))
 
 

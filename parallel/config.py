@@ -41,6 +41,9 @@ class ParallelConfig(Section):
     cp: Degree = 1
     """Sequence-parallel (context-parallel) ranks that share one sequence; parameters are sharded over dp_shard x cp. auto: chosen by
     the memory plan."""
+    tp: PositiveInt = 1
+    """Tensor-parallel ranks: each has some heads of every attention, some columns of every feed-forward, some rows of embedding and head,
+    and of the tokens of its sequence-parallel rank, in the residual stream and norms, an equal part. Keep it within a node."""
     layout: Literal["auto", "contiguous", "zigzag"] = "auto"
     """Which tokens a sequence-parallel rank holds; auto: zigzag when the model has full attention and the scheme needs it for equal work
     (all but ulysses), else contiguous."""
@@ -63,6 +66,17 @@ class ParallelConfig(Section):
     def chosen_by_plan(self) -> tuple[str, ...]:
         """Names of the degrees that are ``auto``."""
         return tuple(name for name in ("dp_replicate", "dp_shard", "cp") if getattr(self, name) == AUTO)
+
+    @property
+    def ranks_asked(self) -> int:
+        """The product of all degrees, none of which is ``auto``."""
+        return self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def product(self) -> str:
+        """``dp_replicate 1 x dp_shard 2 x cp 4``, and tp where it is not 1."""
+        text = f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x cp {self.cp}"
+        return text if self.tp == 1 else f"{text} x tp {self.tp}"
 
     @property
     def scheme_is_auto(self) -> bool:

@@ -1,6 +1,6 @@
 """How many ranks lie along each mesh axis, as plain integers before any process group exists. Imports no torch.
 
-Rank order: ``cp`` varies fastest (neighbours on one node share a sequence), then ``dp_shard``, then ``dp_replicate``.
+Rank order: ``tp`` varies fastest (neighbours on one node exchange most), then ``cp``, then ``dp_shard``, then ``dp_replicate``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class ParallelDims:
     cp: int = 1
     ulysses: int = 1
     """Of the cp ranks, neighbours that exchange heads against tokens: cp for the ulysses scheme, 1 for those without."""
+    tp: int = 1
 
     @staticmethod
     def from_config(config: ParallelConfig, world_size: int | None = None) -> ParallelDims:
@@ -30,10 +31,10 @@ class ParallelDims:
             open_key = "sequence: auto" if config.sequence == "auto" else "ulysses: null"
             raise UserError(f"parallel.{open_key} has not been resolved here; give a value")
         inside = {"ulysses": config.cp, "ring_x_ulysses": config.ulysses or 1}.get(config.sequence, 1) if config.cp > 1 else 1
-        dims = ParallelDims(config.dp_replicate, config.dp_shard, config.cp, inside)
+        dims = ParallelDims(config.dp_replicate, config.dp_shard, config.cp, inside, config.tp)
         if world_size is not None and dims.world_size != world_size:
             raise UserError(
-                f"parallel: dp_replicate {dims.dp_replicate} x dp_shard {dims.dp_shard} x cp {dims.cp} = {dims.world_size} ranks, "
+                f"parallel: {config.product} = {dims.world_size} ranks, "
                 f"but {world_size} were started; start {dims.world_size} or change parallel.dp_replicate, parallel.dp_shard or parallel.cp"
             )
         return dims
@@ -41,22 +42,26 @@ class ParallelDims:
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.dp_replicate * self.dp_shard * self.cp
+        return self.dp_replicate * self.dp_shard * self.cp * self.tp
 
     @property
     def dp(self) -> int:
-        """Ranks (groups of cp ranks) that read different sequences."""
+        """Groups of cp x tp ranks that read different sequences."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def shard(self) -> int:
-        """Ranks over which one copy of the parameters is sharded: dp_shard x cp."""
+        """Ranks over which one copy of the parameters, or of a tensor-parallel rank's part of them, is sharded: dp_shard x cp."""
         return self.dp_shard * self.cp
 
     def cp_rank(self, global_rank: int) -> int:
         """Position of a rank among those that share its sequence."""
-        return global_rank % self.cp
+        return global_rank // self.tp % self.cp
 
     def dp_rank(self, global_rank: int) -> int:
         """Which sequences of a step a rank reads, 0 to dp - 1."""
-        return global_rank // self.cp
+        return global_rank // (self.cp * self.tp)
+
+    def tp_rank(self, global_rank: int) -> int:
+        """Which heads, columns and rows a rank holds, 0 to tp - 1."""
+        return global_rank % self.tp

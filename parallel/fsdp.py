@@ -1,4 +1,5 @@
-"""Parameters, gradients and optimizer states sharded over dp_shard x cp with FSDP2, replicated over dp_replicate.
+"""Parameters, gradients and optimizer states sharded over dp_shard x cp with FSDP2, replicated over dp_replicate. Of tensor-parallel
+ranks each shards its own part of them (``parallel/tensor_parallel.py``), with those that hold the same part.
 
 Gradients are *summed* over ranks, never averaged: the loss is already divided by the global number of valid tokens. Those of parameters
 that are stored in bfloat16 are reduced in float32 and rounded once.
@@ -31,7 +32,6 @@ def shard_parameters(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype |
     mesh is used, else the two-axis (hybrid) mesh. Raises RuntimeError when a parameter is left unsharded, which would otherwise train
     silently wrong.
     """
-    fsdp_mesh = mesh.fsdp if mesh.dims.dp_replicate > 1 else mesh.fsdp["dp_shard_cp"]
     narrow = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False)
     # A head of its own is there for the loss only, and its gradient is reduced before the blocks' backward begins.
@@ -41,7 +41,7 @@ def shard_parameters(model: Transformer, mesh: Mesh, gather_dtype: torch.dtype |
         # The head's backward follows its forward at once.
         fully_shard(
             unit,
-            mesh=fsdp_mesh,
+            mesh=mesh.parameters,
             reshard_after_forward=unit is not model and unit is not model.head,
             mp_policy=policy,
             ignored_params=tables,

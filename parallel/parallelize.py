@@ -16,6 +16,7 @@ from parallel.fsdp import shard_parameters
 from parallel.mesh import Mesh
 from parallel.schemes import attention_over
 from parallel.state_passing import RingCarry
+from parallel.tensor_parallel import share_products
 
 
 def split_sequence(
@@ -60,9 +61,11 @@ def parallelize(
     gather_dtype: torch.dtype | None = None,
     narrow: bool = False,
 ) -> None:
-    """Sequence seams first, then tables by columns, then FSDP2 around blocks that already hold their recompute and tiling wrappers.
+    """Sequence seams first, then tables by columns, then products and tokens within tensor-parallel groups, then FSDP2 around blocks that
+    already hold their recompute and tiling wrappers.
 
     ``gather_dtype``: what products read under autocast; None without it. ``narrow``: see ``split_sequence``."""
     split_sequence(model, mesh, layout, scheme, head_chunk, narrow)
     share_tables(model, mesh)
+    share_products(model, mesh)
     shard_parameters(model, mesh, gather_dtype)

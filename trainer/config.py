@@ -11,6 +11,7 @@ from memory_mgmt.config import MemoryConfig
 from models.config import ModelConfig, PositiveInt, Section
 from optim.config import OptimConfig
 from parallel.config import ParallelConfig
+from trainer import tensor_rules
 from trainer.engine_config import DeepSpeedSection, EngineName, refused_engine
 from trainer.evals.settings import OF_IDS, SyntheticSection
 
@@ -258,22 +259,24 @@ class RunConfig(Section):
                 f"{reason}: set offload_parameters none"
             )
         parallel = self.parallel
+        if parallel.tp > 1 and (refused := tensor_rules.refusal(self)):
+            raise ValueError(refused)
         if parallel.chosen_by_plan:
             return self  # checked for every choice
-        product = parallel.dp_replicate * parallel.dp_shard * parallel.cp
-        if parallel.ranks not in (None, product):
+        if parallel.ranks not in (None, parallel.ranks_asked):
             raise ValueError(
-                f"parallel.ranks {parallel.ranks} is not dp_replicate {parallel.dp_replicate} x dp_shard {parallel.dp_shard} x "
-                f"cp {parallel.cp} = {product}; leave it null or make one of them auto"
+                f"parallel.ranks {parallel.ranks} is not {parallel.product} = {parallel.ranks_asked}; "
+                "leave it null or make one of them auto"
             )
         self._check_scheme()
         if parallel.scheme_is_auto and parallel.cp > 1:
             return self  # checked with the scheme that is chosen
-        parts = self.parallel.cp * (2 if self.layout == "zigzag" else 1)
+        parts = parallel.cp * parallel.tp * (2 if self.layout == "zigzag" else 1)
         if self.data.seq_len % parts:
+            tp = f"parallel.tp {parallel.tp}, " if parallel.tp > 1 else ""
             raise ValueError(
                 f"data.seq_len {self.data.seq_len} is not divisible by {parts} "
-                f"(parallel.cp {self.parallel.cp}, {self.layout} layout); the next length that is: {-(-self.data.seq_len // parts) * parts}"
+                f"(parallel.cp {parallel.cp}, {tp}{self.layout} layout); the next length that is: {-(-self.data.seq_len // parts) * parts}"
             )
         return self
 
@@ -332,7 +335,8 @@ class RunConfig(Section):
 
     def _check_scheme(self) -> None:
         """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""
-        cp, sequence, ulysses, heads = self.parallel.cp, self.parallel.sequence, self.parallel.ulysses, self.model.n_heads
+        cp, sequence, ulysses = self.parallel.cp, self.parallel.sequence, self.parallel.ulysses
+        heads = self.model.n_heads // self.parallel.tp  # of one tensor-parallel rank
         if cp > 1 and "memory" in self.model.layer_kinds and self.model.memory.attach == "mac":
             raise ValueError(
                 f"parallel.cp {cp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: "

@@ -20,6 +20,7 @@ from memory_mgmt.optimizer_offload import OffloadedOptimizer
 from memory_mgmt.parameter_offload import OffloadedParameters
 from models.batch import IGNORE_INDEX, Batch
 from models.int8_weight import stored
+from models.parts import Part
 from models.tables import columns_of
 from models.transformer import Transformer
 from optim.clip import clip_grad_norm
@@ -28,6 +29,7 @@ from parallel.columns import as_whole
 from parallel.fsdp import reshard
 from parallel.mesh import Mesh
 from parallel.sequence import shard_batch
+from parallel.tensor_parallel import as_saved, sum_copies
 from trainer.carried_states import CarriedStates
 from trainer.tensor_pieces import local_parts
 
@@ -89,20 +91,25 @@ class _RunningSums:
         self.sums[0].index_add_(0, bucket_T, nll_BT.detach().double().sum(0))
         self.sums[1].index_add_(0, bucket_T, valid_BT.double().sum(0))
 
-    def total(self, distributed: bool) -> LossSums:
+    def total(self, distributed: bool, group: dist.ProcessGroup | None = None) -> LossSums:
         if distributed:
-            dist.all_reduce(self.sums)
+            dist.all_reduce(self.sums, group=group)
         nll, count = self.sums.tolist()
         return LossSums(sum(nll), int(sum(count)), tuple(nll), tuple(int(c) for c in count))
 
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, shards: Iterable[Batch], device: torch.device, precision: Precision, distributed: bool = False
+    model: Transformer,
+    shards: Iterable[Batch],
+    device: torch.device,
+    precision: Precision,
+    distributed: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> LossSums:
     """Loss over ``shards`` (this rank's parts; at least one, equally many on every rank) without gradients.
 
-    ``distributed``: sum over all ranks of the default process group.
+    ``distributed``: sum over all ranks of ``group`` (None: of the default process group).
     """
     sums: _RunningSums | None = None
     model.eval()
@@ -114,11 +121,13 @@ def evaluate(
         reshard(model)  # the head and the root stay gathered for a backward pass that does not come
     if sums is None:
         raise ValueError("evaluate needs at least one batch")
-    return sums.total(distributed)
+    return sums.total(distributed, group)
 
 
-def _whole(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """What belongs to ``parameter``; of a table shared by columns as a DTensor where it has columns."""
+def _whole(value: torch.Tensor, parameter: torch.Tensor, part: Part | None) -> torch.Tensor:
+    """What belongs to ``parameter``; of a table shared by columns as a DTensor where it has columns, of a ``part`` as one of the whole."""
+    if part is not None:
+        return as_saved(value, part)
     columns = columns_of(parameter)
     return value if columns is None or value.ndim < 2 else as_whole(value.detach(), columns)
 
@@ -176,12 +185,15 @@ class Engine:
                 (nll_BT.sum() / max(valid_tokens, 1)).backward()
             sums.add(nll_BT, shard)
         if self.fused is None:
-            return sums.total(self.mesh is not None)
+            return self._total(sums)
         if lr is None:
             raise ValueError("a fused engine updates in the backward pass: give forward_backward the learning rate")
         self._set_rates(lr)
         with self._handed_on(len(shards) - 1, shards[-1]):
             return self._last_pass(self.fused, shards[-1], valid_tokens, sums)
+
+    def _total(self, sums: _RunningSums) -> LossSums:
+        return sums.total(self.mesh is not None, self.mesh.data_group if self.mesh is not None else None)
 
     def _handed_on(self, number: int, shard: Batch) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.carried is None else self.carried.handed_on(number, shard)
@@ -191,7 +203,7 @@ class Engine:
         that is not finite then moves no parameter, and no collective is added."""
         nll_BT = forward(self.model, shard, self.device, self.precision)
         sums.add(nll_BT, shard)
-        total = sums.total(self.mesh is not None)
+        total = self._total(sums)
         finite = math.isfinite(total.nll)
         with fused.update() if finite else contextlib.nullcontext():  # without it the pass only adds to gradients, which step() drops
             (nll_BT.sum() / max(valid_tokens, 1)).backward()
@@ -208,13 +220,21 @@ class Engine:
         if self.fused is not None:
             self.fused.discard()
             return float("nan") if self.fused.norm is None else float(self.fused.norm)
-        shard_group = self.mesh.shard_group if self.mesh is not None else None
-        norm = float(clip_grad_norm(self.parameters.values(), self.clip_norm, shard_group))
+        norm = float(self._clip())
         if accept(norm):
             self._set_rates(lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _clip(self) -> torch.Tensor:
+        """The norm before clipping, of every gradient once."""
+        if self.mesh is None or self.mesh.dims.tp == 1:
+            return clip_grad_norm(self.parameters.values(), self.clip_norm, self.mesh.shard_group if self.mesh is not None else None)
+        copies = [parameter for name, parameter in self.parameters.items() if name not in self.model.parts]
+        sum_copies(copies, self.mesh.tp_group)
+        elsewhere = copies if self.mesh.tp_rank else ()
+        return clip_grad_norm(self.parameters.values(), self.clip_norm, self.mesh.model_group, elsewhere)
 
     def _set_rates(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -223,18 +243,20 @@ class Engine:
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
         """Loss over whole-sequence ``batches`` without gradients; every rank must give equally many, at least one."""
         shards = (self._shard(batch) for batch in batches)
-        return evaluate(self.model, shards, self.device, self.precision, self.mesh is not None)
+        group = self.mesh.data_group if self.mesh is not None else None
+        return evaluate(self.model, shards, self.device, self.precision, self.mesh is not None, group)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors only (DTensors when sharded): parameters and optimizer states by fully qualified parameter name. They are the live
         ones: a checkpoint is loaded by writing into them."""
         optim: dict[str, torch.Tensor] = {}
-        states = self.optimizer.state
+        states, parts = self.optimizer.state, self.model.parts
         for name, parameter in self.parameters.items():
             for key, value in states[parameter].items():
-                optim[f"{name}.{key}"] = _whole(value, parameter)
+                optim[f"{name}.{key}"] = _whole(value, parameter, parts.get(name))
         model = self.parameters if self.offloaded is None else self.offloaded.tensors
-        return {"model": {name: _whole(stored(parameter), parameter) for name, parameter in model.items()}, "optim": optim}
+        saved = {name: _whole(stored(parameter), parameter, parts.get(name)) for name, parameter in model.items()}
+        return {"model": saved, "optim": optim}
 
     def loaded(self) -> None:
         """To be called on all ranks when a checkpoint was written into what ``state_dict`` gave last. Nothing is to be done here."""
@@ -265,5 +287,5 @@ class Engine:
         """Valid tokens of the whole step over all ranks."""
         count = torch.tensor(sum(int((shard.labels_BT != IGNORE_INDEX).sum()) for shard in shards), device=self.device)
         if self.mesh is not None:
-            dist.all_reduce(count)
+            dist.all_reduce(count, group=self.mesh.data_group)
         return int(count)

@@ -367,7 +367,7 @@ def host_bytes() -> int:
 
 
 def _ranks(config: RunConfig) -> int:
-    return config.parallel.dp_replicate * config.parallel.dp_shard * config.parallel.cp
+    return config.parallel.ranks_asked
 
 
 def _first_gpu() -> str | None:

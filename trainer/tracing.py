@@ -49,8 +49,7 @@ class TraceRequest:
     @property
     def world_size(self) -> int:
         """Ranks of the run."""
-        parallel = self.config.parallel
-        return parallel.dp_replicate * parallel.dp_shard * parallel.cp
+        return self.config.parallel.ranks_asked
 
     def to_dict(self) -> dict[str, Any]:
         """Everything the trace depends on besides the code, and nothing else."""

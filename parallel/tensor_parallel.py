@@ -1,0 +1,157 @@
+"""Tensor parallelism: every rank of a group has some heads of each attention, some columns of each feed-forward, some rows of embedding
+and head, and of the residual stream and its norms some tokens (``parallel.tp``).
+
+    stream, t of T tokens -> norm -> all-gather -> products by columns -> attention of this rank's heads, or silu(gate) up
+                                                -> product by rows -> reduce-scatter -> + stream
+
+What a rank holds are plain parameters of smaller matrices, which FSDP2 shards like any others with the ranks that hold the same part
+(docs/decisions/0025). Every other parameter is the same on all ranks of the group; its gradient is what this rank's tokens or heads make
+of it, and ``sum_copies`` adds them up once per step. Attention sees all tokens of a sequence-parallel rank, so schemes over ``cp``,
+positions and masks are what they are without it.
+
+Legend: B row, T token of the group, t of this rank, C channel, P ranks.
+Try alone: ``pytest tests/parallel/test_tensor_parallel.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from models.attention import Attention
+from models.errors import UserError
+from models.feedforward import SwiGLU
+from models.linear import Linear
+from models.parts import Part
+from models.transformer import Block, Transformer
+from parallel.mesh import Mesh
+from parallel.vocabulary import share_vocabulary
+
+
+def gather_tokens(x_BtC: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x_BTC: the tokens of every rank, in the order of the ranks. Not differentiable."""
+    ranks, (rows, tokens, *rest) = dist.get_world_size(group), x_BtC.shape
+    all_PBtC = x_BtC.new_empty(ranks * rows, tokens, *rest)
+    dist.all_gather_into_tensor(all_PBtC, x_BtC.contiguous(), group=group)
+    return all_PBtC.view(ranks, rows, tokens, *rest).transpose(0, 1).reshape(rows, ranks * tokens, *rest)
+
+
+def scatter_sum(y_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """y_BtC: this rank's tokens of the sum over ranks, in y's dtype. Not differentiable."""
+    ranks, (rows, tokens, *rest) = dist.get_world_size(group), y_BTC.shape
+    sent_PBtC = y_BTC.reshape(rows, ranks, tokens // ranks, *rest).transpose(0, 1).contiguous()
+    own_BtC = y_BTC.new_empty(rows, tokens // ranks, *rest)
+    dist.reduce_scatter_tensor(own_BtC, sent_PBtC.flatten(0, 1), group=group)
+    return own_BtC
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BtC: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gather_tokens(x_BtC, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return scatter_sum(grads[0], ctx.group), None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_BTC: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return scatter_sum(y_BTC, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return gather_tokens(grads[0], ctx.group), None
+
+
+class SplitTokens:
+    """The seam ``models/tokens.py`` over the ranks of ``group``."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.ranks = group, dist.get_world_size(group)
+
+    def gathered(self, x_BtC: Tensor) -> Tensor:
+        """See `Tokens.gathered`."""
+        return _Gathered.apply(x_BtC, self.group)  # type: ignore[return-value]
+
+    def summed(self, y_BTC: Tensor) -> Tensor:
+        """See `Tokens.summed`. The sum is in y's dtype: bfloat16 under autocast, as what is summed."""
+        return _Summed.apply(y_BTC, self.group)  # type: ignore[return-value]
+
+
+def share_products(model: Transformer, mesh: Mesh) -> None:
+    """Leave this rank its part of every product of ``model``, whose values are undefined then, and fill the seams through which it reaches
+    the other tokens of its group. Before FSDP2 is applied; on the meta device nothing is allocated."""
+    if mesh.tensor is None:
+        return
+    tokens = SplitTokens(mesh.tp_group)
+    for number, module in enumerate(model.blocks):
+        assert isinstance(module, Block)
+        name = f"blocks.{number}"
+        if isinstance(module.mixer, Attention):
+            _share_attention(model, f"{name}.mixer", module.mixer, mesh)
+            module.mixer.tokens = tokens
+        else:
+            raise UserError(f"parallel.tp {mesh.dims.tp}: layers of {type(module.mixer).__name__} cannot be shared; set parallel.tp=1")
+        if not isinstance(module.ffn, SwiGLU):
+            raise UserError(f"parallel.tp {mesh.dims.tp}: layers of {type(module.ffn).__name__} cannot be shared; set parallel.tp=1")
+        for key, dim in (("w_gate", 0), ("w_up", 0), ("w_down", 1)):
+            _share(model, f"{name}.ffn.{key}", getattr(module.ffn, key), dim, mesh)
+        module.ffn.tokens = tokens
+    share_vocabulary(model, tokens, mesh)
+
+
+def _share_attention(model: Transformer, name: str, mixer: Attention, mesh: Mesh) -> None:
+    for key, dim in (("wq", 0), ("wk", 0), ("wv", 0), ("wo", 1)):
+        _share(model, f"{name}.{key}", getattr(mixer, key), dim, mesh)
+
+
+def _share(model: Transformer, name: str, linear: Linear, dim: int, mesh: Mesh) -> None:
+    """Keep this rank's rows (dim 0: outputs, with their biases) or columns (dim 1: inputs) of a product."""
+    keep_part(model, linear, name, "weight", Part(dim, mesh.tp_rank, mesh.dims.tp, mesh.tensor and mesh.tensor.saved))
+    linear.out_features, linear.in_features = linear.weight.shape
+    if linear.bias is not None:
+        assert dim == 0, "a bias is added once, not by every rank"
+        keep_part(model, linear, name, "bias", Part(0, mesh.tp_rank, mesh.dims.tp, mesh.tensor and mesh.tensor.saved))
+
+
+def keep_part(model: Transformer, module: nn.Module, name: str, key: str, part: Part) -> None:
+    """Replace the parameter ``key`` of ``module`` by one of the shape of a part, and note it as ``name.key``."""
+    parameter: Tensor = getattr(module, key)
+    size = parameter.shape[part.dim]
+    if size % part.ranks:
+        raise UserError(f"parallel.tp {part.ranks} does not divide the {size} of dim {part.dim} of {name}.{key}; change one of them")
+    setattr(module, key, nn.Parameter(torch.empty_like(part.of(parameter), memory_format=torch.contiguous_format)))
+    model.parts[f"{name}.{key}"] = part
+
+
+def sum_copies(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Add up, in place, the gradients of parameters that every rank of ``group`` has a copy of; in float32 (float64), in one message."""
+    gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    flat = torch.cat([gradient.reshape(-1).to(wide) for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+def as_saved(value: Tensor, part: Part) -> Tensor:
+    """A part of a parameter, or of a state that lies like it, as this rank's shard of the whole: what a checkpoint knows, whatever ``tp``
+    it was saved with. It shares its memory. Numbers without dims are the same on all ranks and stay as they are."""
+    if value.ndim <= part.dim or part.mesh is None:
+        return value
+    local = value.to_local() if isinstance(value, DTensor) else value
+    shape = torch.Size(part.whole_shape(value.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    placements = (Replicate(), Shard(part.dim), Shard(0))
+    return DTensor.from_local(local.detach(), part.mesh, placements, run_check=False, shape=shape, stride=stride)
