@@ -63,7 +63,12 @@ def start(run_dir: RunDir, job_id: str, nodes: str) -> str:
 
 
 def end(run_dir: RunDir, job_id: str, attempt: int, exit_code: int) -> Decision:
-    """Note the end of an attempt and decide what its job does now. ``exit_code``: of the ranks' launcher."""
+    """Note the end of an attempt and decide what its job does now. ``exit_code``: of the ranks' launcher.
+
+    On a node that was given up while it lived an attempt can end after the next one has begun: it decides nothing then.
+    """
+    if max((record["attempt"] for record in read_records(run_dir)), default=0) > attempt:
+        return Decision("wait", "a later attempt has begun")
     decision = decide(read_notes(run_dir, attempt), exit_code, cancelled=cancel_marker(run_dir, job_id).exists())
     unfit = health.unfit_nodes(run_dir, attempt)
     if unfit and decision.word in ("requeue", "fail"):

@@ -257,6 +257,23 @@ class RunDir:
                 warnings.warn(f"cannot lock {self.path} ({error.strerror}); start this run once only", RuntimeWarning, stacklevel=3)
             yield
 
+    def wait_until_free(self, seconds: float) -> None:
+        """Wait, at most that long, while another process holds the run. What ``lock`` says afterwards counts.
+
+        A job that Slurm starts again can come before the end of the attempt before: one that still saves on a node that was given up,
+        or one whose node lost power and whose locks the file server keeps until it notices (90 seconds on NFS).
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                with (self.path / ".lock").open("a") as stream:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.2)
+            except OSError:  # ``lock`` tells what it is
+                return
+
     def write_state(self, status: Status, *, step: int, total_steps: int = 0, reason: str = "") -> None:
         """Record the status of the calling process's run. A disk that is full warns and does not raise: nobody trains for this file."""
         previous = self.read_state()

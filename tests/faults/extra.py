@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from slurm.attempts import read_records
 from tests.distributed import _forkserver, _worker, run_distributed
-from tests.slurm.test_on_a_cluster import ROOT, Place, place, state_of, steps  # noqa: F401 (a fixture)
+from tests.slurm.cluster import Cluster
+from tests.slurm.test_on_a_cluster import ROOT, SETTINGS, Place, losses, place, placed, state_of, steps  # noqa: F401 (a fixture)
 from tests.trainer.guarded_run import make_run, train, trajectory
-from tests.trainer.test_checkpoint_kill import _save_for_ever
 from trainer import engine
 from trainer.checkpoint import CheckpointManager
 from trainer.config import CheckpointSection
@@ -28,32 +29,50 @@ from trainer.run_dir import RunDir
 pytestmark = pytest.mark.timeout(900)
 
 
-def test_fifty_kills_at_random(tmp_path: Path) -> None:
-    """Two ranks that do nothing but save, killed at 50 moments; the newest good checkpoint is whole."""
-    chance, results = random.Random(0), _forkserver().Queue()
-    moments = set()
-    for number in range(50):
-        run = RunDir(tmp_path / f"run{number}")
-        arguments = [(_save_for_ever, rank, 2, str(tmp_path / f"store{number}"), (str(run.path),), 60.0, results) for rank in range(2)]
+KILLS, SAVE_EVERY = 50, 2
+
+
+def _go_on(folder: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train(RunDir(folder), resume=True)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["saving", "saving in the background"])
+def test_fifty_kills_at_random(tmp_path: Path, asynchronous: bool) -> None:
+    """A run of two ranks that saves at every other step, all its ranks killed at 50 moments around saves. After each the newest checkpoint is
+    whole and near the last step, and the run goes on from it; in the end it is the run that was never killed, bit for bit."""
+    settings = ["parallel.cp=2", "train.steps=500", f"checkpoint.save_every_steps={SAVE_EVERY}", "checkpoint.keep_last=2"]
+    whole = make_run(tmp_path, "whole", *settings, "checkpoint.save_every_steps=500")
+    assert run_distributed(_go_on, 2, str(whole.path)) == ["", ""]
+    run_dir = make_run(tmp_path, "killed", *settings, f"checkpoint.asynchronous={str(asynchronous).lower()}")
+    chance, results, left = random.Random(int(asynchronous)), _forkserver().Queue(), []
+    for number in range(KILLS):
+        arguments = [(_go_on, rank, 2, str(tmp_path / f"store{number}"), (str(run_dir.path),), 120.0, results) for rank in range(2)]
+        before = set(os.listdir(run_dir.checkpoints))
         processes = [_forkserver().Process(target=_worker, args=each, daemon=True) for each in arguments]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + 60
-        while not run.checkpoint_steps() and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.5))
+        deadline = time.monotonic() + 120
+        while not set(os.listdir(run_dir.checkpoints)) - before:  # the first save of this attempt has begun
+            assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
         for process in processes:
             process.kill()
+        for process in processes:
             process.join()
-        moments.add(tuple(path.name.split("_")[0] for path in run.checkpoints.iterdir()))
-        checkpoints = CheckpointManager(run, CheckpointSection())
-        checkpoints.clean()
-        good = checkpoints.latest_good()
-        assert good is not None and good.refused == []
-        state = {"w": torch.zeros(100)}
-        checkpoints.load(good, {"model": state})
-        assert torch.equal(state["w"], torch.full((100,), float(good.step)))
-    assert len(moments) > 1, "kills hit different moments"
+            assert process.exitcode == -signal.SIGKILL, "the run was over before it was killed"
+        left.append(" ".join(sorted(name.split("_")[0] for name in os.listdir(run_dir.checkpoints) if name.startswith("."))))
+        lost = trajectory(run_dir)[-1][0]
+        if steps := run_dir.checkpoint_steps():
+            good = CheckpointManager(run_dir, CheckpointSection()).latest_good()
+            assert good is not None and good.refused == [] and good.step == steps[-1], "the newest one is good"
+            lost -= good.step
+        assert 0 <= lost <= SAVE_EVERY * (1 + asynchronous)
+    assert run_distributed(_go_on, 2, str(run_dir.path)) == ["", ""]
+    assert trajectory(run_dir) == trajectory(whole) and run_dir.checkpoint_steps()[-1] == 500
+    print({kind: left.count(kind) for kind in left})
+    assert sum(".tmp-step" in kind for kind in left) >= 5, "kills hit the middle of saves"
 
 
 def _sleeping(folder: str) -> str:
@@ -129,28 +148,37 @@ def test_a_time_limit_crossed_twice(place: Place) -> None:  # noqa: F811
     assert steps(run_dir) == list(range(1, len(steps(run_dir)) + 1)), "no step lost or doubled"
 
 
-def test_a_node_goes_down(place: Place) -> None:  # noqa: F811
-    cluster = place.cluster
-    run_dir, job = place.submit("homeless", "parallel.cp=1", "train.steps=200", "checkpoint.save_every_steps=20", nodes=1)
-    place.wait_step(run_dir, job, 25)
-    node = read_records(run_dir)[0]["nodes"]
-    try:
-        cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-        place.wait(run_dir, job, lambda: cluster.restarts(job) == 1, "requeue after the node went")
+def test_nodes_are_lost_drained_and_set_down(tmp_path: Path) -> None:
+    """One run of one node: its node loses power, the next one is drained and warned, the next one is set DOWN while it lives."""
+    many = ["parallel.cp=1", "train.steps=600", "checkpoint.save_every_steps=20"]
+    with placed(tmp_path, cluster := Cluster(slurmd_seconds=12)) as here:
+        assert here.longstride("train", "debug_cpu", "run.name=whole", *SETTINGS, *many).returncode == 0
+        run_dir, job = here.submit("homeless", *many, nodes=1)
+        here.wait_step(run_dir, job, 25)
+        first, second = ("n1", "n2") if read_records(run_dir)[0]["nodes"] == "n1" else ("n2", "n1")
+        cluster.lose_node(first)
+        reached = steps(run_dir)[-1]
+        here.wait(run_dir, job, lambda: cluster.restarts(job) == 1, "requeue after the node was lost")
+        assert reached - run_dir.checkpoint_steps()[-1] <= 20
+        here.wait_step(run_dir, job, reached + 5)
+        cluster.start_node(first)
 
-        def ended() -> bool:
-            # On a machine too busy to start a job in time Slurm holds it, and a person releases it (docs/runbook.md).
-            if "launch_failed_requeued_held" in cluster.run("squeue", "-h", "-j", job, "-o", "%r"):
-                cluster.run("scontrol", "release", job)
-            return cluster.state(job) in ("COMPLETED", "FAILED")
+        cluster.run("scontrol", "update", f"NodeName={second}", "State=DRAIN", "Reason=test")
+        here.wait_step(run_dir, job, steps(run_dir)[-1] + 30)
+        assert cluster.restarts(job) == 1, "a job goes on where its node is drained"
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        here.wait(run_dir, job, lambda: cluster.restarts(job) == 2, "requeue after the warning")
+        reached = steps(run_dir)[-1]
+        here.wait_step(run_dir, job, reached + 5)
+        cluster.run("scontrol", "update", f"NodeName={second}", "State=RESUME")
 
-        place.wait(run_dir, job, ended, "end on the other node")
-        assert cluster.state(job) == "COMPLETED", place.account(run_dir, job)
-    finally:
-        cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-    nodes = [record["nodes"] for record in read_records(run_dir) if "started" in record]
-    assert nodes[0] == node and nodes[-1] != node
-    assert steps(run_dir) == list(range(1, 201)) and state_of(run_dir).status == "done"
+        cluster.run("scontrol", "update", f"NodeName={first}", "State=DOWN", "Reason=test")
+        here.wait(run_dir, job, lambda: cluster.restarts(job) == 3, "requeue after the node was set DOWN")
+        assert here.wait_state(run_dir, job, "COMPLETED", "FAILED") == "COMPLETED", here.account(run_dir, job)
+        found = read_records(run_dir)
+        assert [record["nodes"] for record in found if "started" in record] == [first, second, first, second]
+        assert {record["attempt"]: record["decision"] for record in found if "decision" in record} == {2: "requeue", 3: "wait", 4: "done"}
+        assert losses(run_dir) == losses(RunDir(tmp_path / "runs" / "whole")) and state_of(run_dir).status == "done"
 
 
 def test_the_controller_is_gone_for_a_while(place: Place) -> None:  # noqa: F811

@@ -27,6 +27,9 @@ SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 NODES = 2
 
 # AuthInfo cred_expire: a requeued job waits that long, 120 s by default; 5 is the least that Slurm takes.
+# ReturnToService=1: a node that was lost comes back with its slurmd; one that somebody set DOWN stays so, though its slurmd lives. With 2
+# it is back in milliseconds, still ending the job that Slurm then gives it again: "already running, do not launch second copy", and Slurm
+# drains the node and holds the job (launch_failed_requeued_held).
 # CgroupPlugin v1 starts everywhere as long as nothing uses it; "autodetect" dies where /sys/fs/cgroup is missing or mixed.
 CONF = """
 ClusterName=longstride
@@ -49,7 +52,8 @@ SlurmdSpoolDir={folder}/spool-%n
 StateSaveLocation={folder}/state
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-ReturnToService=2
+SlurmdTimeout={slurmd_seconds}
+ReturnToService=1
 MailProg=/bin/true
 JobRequeue=1
 KillWait=30
@@ -74,12 +78,13 @@ class CannotStart(Exception):
 class Cluster:
     """A running cluster. Give ``env`` to commands that talk to it."""
 
-    def __init__(self, grace_seconds: int = 15) -> None:
+    def __init__(self, grace_seconds: int = 15, slurmd_seconds: int = 300) -> None:
+        """``grace_seconds``: between preemption and the end. ``slurmd_seconds``: without a word from a node until it counts as lost."""
         self.folder = folder = Path(tempfile.mkdtemp(prefix="longstride-slurm-"))
         folder.chmod(0o711)  # munged wants its socket where everybody may reach it
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCH}
         self._processes: list[psutil.Process] = []
-        self._grace = grace_seconds
+        self._grace, self._slurmd_seconds = grace_seconds, slurmd_seconds
 
     def up(self) -> None:
         """Start everything; raises CannotStart with the reason."""
@@ -92,7 +97,7 @@ class Cluster:
         self._munged()
         self._daemon("slurmctld", [])
         for node in range(1, NODES + 1):
-            self._daemon("slurmd", ["-N", f"n{node}"], f"slurmd-n{node}")
+            self.start_node(f"n{node}")
         self._until(lambda: self.run("sinfo", "-h", "-N", "-t", "idle", "-p", "low", "-o", "%N").split() == ["n1", "n2"], "idle nodes")
 
     def down(self) -> None:
@@ -116,6 +121,35 @@ class Cluster:
                 process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of a virtual node."""
+        self._daemon("slurmd", ["-N", node], f"slurmd-{node}")
+
+    def lose_node(self, node: str) -> None:
+        """What a power failure does to a node: its slurmd, its steps and all that they run are gone, and nobody says so."""
+        slurmd = next(process for process in self._processes if process.cmdline()[-2:] == ["-N", node])
+        slurmd.kill()
+        slurmd.wait()
+        self._processes.remove(slurmd)
+        while found := self._of_node(node):  # what one of them still started is found the next time
+            for process in found:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    def _of_node(self, node: str) -> list[psutil.Process]:
+        """All that runs on a virtual node, and the slurmstepd above it."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter(["environ", "status"]):
+            env = process.info["environ"] or {}
+            if process.info["status"] == psutil.STATUS_ZOMBIE or env.get("SLURM_CONF") != self.env["SLURM_CONF"]:
+                continue
+            if env.get("SLURMD_NODENAME") == node:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found[process.pid] = process
+                    if (above := process.parent()) is not None and above.name() == "slurmstepd":
+                        found[above.pid] = above
+        return list(found.values())
+
     def run(self, *command: str) -> str:
         """Output of one of Slurm's commands; raises CalledProcessError."""
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -138,7 +172,7 @@ class Cluster:
             (self.folder / name).mkdir()
         conf = CONF.format(
             folder=self.folder, user=getpass.getuser(), nodes=NODES, ctld_port=ports[0], first_port=ports[1], last_port=ports[-1],
-            grace=self._grace,
+            grace=self._grace, slurmd_seconds=self._slurmd_seconds,
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")

@@ -76,6 +76,15 @@ def test_a_new_checkpoint_is_progress(run_dir: RunDir) -> None:
         attempts.start(run_dir, "5", "n1")
 
 
+def test_an_attempt_that_was_overtaken_decides_nothing(run_dir: RunDir) -> None:
+    assert [attempts.start(run_dir, "5", node) for node in ("n1", "n2")] == ["1", "2"]
+    run_dir.write_state("running", step=3)
+    assert attempts.end(run_dir, "5", 1, 1).word == "wait"
+    state = run_dir.read_state()
+    assert state is not None and state.status == "running" and len(attempts.read_records(run_dir)) == 2
+    assert attempts.end(run_dir, "5", 2, 1).word == "requeue"
+
+
 def test_a_finished_run_is_not_started_unless_it_was_given_more_steps(run_dir: RunDir) -> None:
     run_dir.write_state("done", step=10, total_steps=10)
     assert attempts.start(run_dir, "5", "n1") == attempts.DONE

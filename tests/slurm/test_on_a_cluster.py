@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -105,17 +106,23 @@ def losses(run_dir: RunDir) -> list[tuple[int, str, float]]:
     return [(record["step"], float(record["loss"]).hex(), record["data_cursor"]) for record in records(run_dir)]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    cluster = Cluster()
+@contextmanager
+def placed(folder: Path, cluster: Cluster) -> Iterator[Place]:
+    """``cluster`` brought up for tests in ``folder``, and taken down; they are skipped with the reason where it cannot be."""
     try:
         try:
             cluster.up()
         except CannotStart as error:
             pytest.skip(f"no Slurm here: {error}")
-        yield Place(tmp_path_factory.mktemp("slurm"), cluster)
+        yield Place(folder, cluster)
     finally:
         cluster.down()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with placed(tmp_path_factory.mktemp("slurm"), Cluster()) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -156,8 +158,11 @@ def test_lock_is_exclusive_and_dies_with_its_holder(tmp_path):
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(UserError, match="another process"), run.lock():
         pass
-    holder.kill()
-    holder.wait()
+    run.wait_until_free(0.1)
+    assert holder.poll() is None, "it waits no longer than that"
+    threading.Timer(0.3, holder.kill).start()
+    run.wait_until_free(60)
+    assert holder.wait(timeout=10) == -signal.SIGKILL
     holder.stdout.close()
     with run.lock():
         pass

@@ -19,6 +19,9 @@ from trainer.rank_notes import RankNote, write_note
 from trainer.run_dir import RunDir
 from trainer.run_timeline import drawn
 
+ATTEMPT_BEFORE_SECONDS = 600.0
+"""How long an attempt waits for the processes of the one before to let go of the run."""
+
 
 def run_job_rank(path: str, attempt: str, flag: str) -> int:
     """Train until the end, a signal, or the appearance of the file ``flag``. Both, saved, are exit code 0 to the launcher, which would
@@ -58,6 +61,7 @@ def _train_noted(run_dir: RunDir, env: Env, flag: Path) -> tuple[int, int]:
     config = reload(run_dir)
     join_ranks(config, env)
     on_one_rank(env, lambda: prepare_data(config), per_machine=True)
+    on_one_rank(env, lambda: run_dir.wait_until_free(ATTEMPT_BEFORE_SECONDS))
     on_one_rank(env, lambda: _plan_again_if_needed(run_dir))
     # Rank 0 looks for the file; the others hear of it at the step boundary.
     stop = StopSignal(poll=(lambda: signal.SIGUSR1 if flag.exists() else 0) if env.rank == 0 else None)
