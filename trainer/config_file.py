@@ -433,7 +433,7 @@ def _annotation_text(annotation: Any) -> str:
     if origin is typing.Annotated:
         return " ".join([_annotation_text(arguments[0]), " and ".join(_limits_text(arguments[1:]))]).rstrip()
     if origin is typing.Literal:
-        return " | ".join(arguments)
+        return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if argument is type(None) else _annotation_text(argument) for argument in arguments)
     if origin is tuple:

@@ -152,7 +152,7 @@ def _optimizer(model: Transformer, config: RunConfig) -> torch.optim.Optimizer:
     except RuntimeError as error:
         reason = str(error.__cause__ or error).strip().splitlines()
         raise UserError(
-            f"deepspeed.offload_optimizer cpu: DeepSpeed could not compile its AdamW for CPUs ({reason[-1] if reason else error}); it needs "
+            f"deepspeed.offload_optimizer cpu: DeepSpeed could not compile its AdamW ({reason[-1] if reason else error}); it needs "
             "g++ and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev), or set deepspeed.offload_optimizer none"
         ) from error
 

@@ -81,17 +81,17 @@ class PiecewiseTensor(torch.Tensor):
         copy.pieces = {offsets: piece.to("cpu", copy=True) for offsets, piece in self.pieces.items()}
         return copy
 
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:  # noqa: PLW3201
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         items = []
         for box, chunk in zip(self.boxes, self.__create_chunk_list__(), strict=True):
             data = TensorWriteData(chunk, TensorProperties(dtype=self.dtype), self.shape)
             items.append(WriteItem(MetadataIndex(fqn, torch.Size(box.offsets)), WriteItemType.SHARD, tensor_data=data))
         return items
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:  # noqa: PLW3201
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in self.boxes]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:  # noqa: PLW3201
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None
         return self.pieces[tuple(index.offset)]
 

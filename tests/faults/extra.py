@@ -39,8 +39,8 @@ def _go_on(folder: str) -> str:
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["saving", "saving in the background"])
 def test_fifty_kills_at_random(tmp_path: Path, asynchronous: bool) -> None:
-    """A run of two ranks that saves at every other step, all its ranks killed at 50 moments around saves. After each the newest checkpoint is
-    whole and near the last step, and the run goes on from it; in the end it is the run that was never killed, bit for bit."""
+    """A run of two ranks that saves at every other step, all its ranks killed at 50 moments around saves. After each the newest
+    checkpoint is whole and near the last step, and the run goes on from it; in the end it is the run that was never killed, bit for bit."""
     settings = ["parallel.cp=2", "train.steps=500", f"checkpoint.save_every_steps={SAVE_EVERY}", "checkpoint.keep_last=2"]
     whole = make_run(tmp_path, "whole", *settings, "checkpoint.save_every_steps=500")
     assert run_distributed(_go_on, 2, str(whole.path)) == ["", ""]
