@@ -220,9 +220,10 @@ def _try_all(targets: Sequence[Target], asked: RunConfig) -> list[Tried]:
 
 def _may_fit(target: Target) -> bool:
     """By formulas, with everything recomputed: a guess that only orders the tries."""
-    leanest = target.config.memory.model_copy(update={"recompute": "block", "plan": "estimate", "offload": "inputs"})
-    # Other presets ask a process of their own, an update in the backward pass is traced or not known, and formulas know the ring.
-    optim = target.config.optim.model_copy(update={"preset": "adamw", "fuse_backward": False})
+    leanest = target.config.memory.model_copy(update={"recompute": "block", "plan": "estimate", "offload": "inputs", "quantise": "none"})
+    # Other presets ask a process of their own, an update in the backward pass and weights of few bits are traced or not known, and
+    # formulas know the ring.
+    optim = target.config.optim.model_copy(update={"preset": "adamw", "fuse_backward": False, "weights": None})
     ring = target.config.parallel.model_copy(update={"sequence": "ring", "ulysses": None, "head_chunk": None})
     model = target.config.model
     if model.memory.kind not in KNOWN_MEMORIES or model.memory.attach != "mixer":

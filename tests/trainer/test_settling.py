@@ -81,6 +81,16 @@ def test_with_a_policy_to_choose_as_well(free):
     assert seconds(made) <= 1.02 * chosen.tried[0].seconds  # the ranking's problem sees more memory than the traced policy takes
 
 
+@pytest.mark.parametrize("setting", ["memory.quantise=feed_forward", "optim.weights=bf16_stochastic"])
+def test_settings_that_only_traces_know_do_not_stop_the_order_of_tries(setting):
+    """Formulas guess what to try first; what they refuse by name must not reach them."""
+    small = ["model.d_model=256", "model.n_heads=4", "model.layers=[full]", "model.n_layers=2", "data.seq_len=4096", "train.precision=bf16"]
+    chosen = settled(
+        resolve(None, [*small, "parallel.ranks=2", "train.grad_accum=2", "parallel.cp=auto", "parallel.dp_shard=auto", setting]), "h100"
+    )
+    assert [one.status for one in chosen.tried].count("fits") >= 1 and chosen.config.parallel.cp in (1, 2)
+
+
 def test_given_degrees_stay(free):
     chosen = settled(config(ranks=4, dp_replicate=2), "h100")
     assert chosen.config.parallel.dp_replicate == 2 and {one.config.parallel.dp_replicate for one in chosen.tried} == {2}
