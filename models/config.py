@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from models.config_section import PositiveInt, Section
+from models.rope_config import RopeConfig
+from models.stack_config import STACK_KINDS, RmtConfig, refused_pattern
 
 LayerKind = Literal["full", "swa", "memory"]
 """full: causal attention over everything before; swa: sliding window; memory: a memory module (``model.memory``)."""
@@ -15,50 +19,13 @@ LayerKind = Literal["full", "swa", "memory"]
 FeedForwardKind = Literal["dense", "product_keys"]
 """dense: SwiGLU; product_keys: a memory layer that reads a table of values (``model.product_keys``)."""
 
-PositiveInt = Annotated[int, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """Base of every configuration section: strict types, no unknown keys, immutable."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class RopeConfig(Section):
-    """Rotary position embedding."""
-
-    theta: float = Field(default=10_000.0, gt=1.0)
-    """Base of the rotation frequencies."""
-    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
-    """How a model is stretched past its original length."""
-    factor: float = Field(default=1.0, ge=1.0)
-    """Stretch: new length over original length (used by every scaling except none)."""
-    original_max_positions: PositiveInt = 8192
-    """Positions the unscaled rotation was meant for (used by yarn and llama3)."""
-    low_freq_factor: float = Field(default=1.0, gt=0)
-    """llama3: pairs that turn fewer times than this within the original length are slowed down by the whole factor."""
-    high_freq_factor: float = Field(default=4.0, gt=0)
-    """llama3: pairs that turn more often than this are left as they are."""
-    beta_fast: float = Field(default=32.0, gt=0)
-    """yarn: pairs that turn more often than this within the original length are left as they are."""
-    beta_slow: float = Field(default=1.0, gt=0)
-    """yarn: pairs that turn fewer times than this are slowed down by the whole factor."""
-    attention_factor: float | None = Field(default=None, gt=0)
-    """yarn: factor on the rotated q and k; null means 0.1 ln(factor) + 1."""
-
-    @model_validator(mode="after")
-    def _check_bands(self) -> RopeConfig:
-        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-            if getattr(self, low) >= getattr(self, high):
-                raise ValueError(f"{low} {getattr(self, low)} is not below {high} {getattr(self, high)}")
-        return self
-
 
 MemoryKind = Literal[
     "gated_deltanet",
     "gsa",
     "mamba2",
     "titans",
+    "rmt",
 ]
 """Architectures of memory: one file each in models/memory/."""
 
@@ -148,12 +115,13 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     "gsa": ("chunk_size",),
     "mamba2": ("head_dim", "expand_v"),
     "titans": ("chunk_size",),
+    "rmt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach"),
 }
 """Shared settings that a kind does not read."""
 
 
 class MemoryModuleConfig(Section):
-    """The memory architecture used by layers of kind ``memory``."""
+    """The memory architecture used by layers of kind ``memory``, or around the stack of layers (``models/stack_config.py``)."""
 
     kind: MemoryKind = "gated_deltanet"
     """Which architecture: one file each in models/memory/."""
@@ -173,11 +141,18 @@ class MemoryModuleConfig(Section):
     """What only kind mamba2 reads."""
     titans: TitansConfig = TitansConfig()
     """What only kind titans reads."""
+    rmt: RmtConfig = RmtConfig()
+    """What only kind rmt reads."""
     attach: Literal["mixer", "mag", "mal", "mac"] = "mixer"
     """Where the memory sits in its layers. mixer: in place of attention; mag: beside sliding-window attention, whose output it gates; mal:
     before sliding-window attention; mac: read as context of the attention inside a segment, written with what that attention found."""
     mac: ContextConfig = ContextConfig()
     """What only attach mac reads."""
+
+    @property
+    def around_stack(self) -> bool:
+        """Whether the layers run segment by segment with the memory around them."""
+        return self.kind in STACK_KINDS
 
     @model_validator(mode="after")
     def _check_read(self) -> MemoryModuleConfig:
@@ -303,6 +278,12 @@ class ModelConfig(Section):
                 f"memory.mamba2.expand {own.expand} x d_model {self.d_model} = {inner:g} is not a multiple of memory.n_heads {heads}; "
                 "change one of them"
             )
+
+    @model_validator(mode="after")
+    def _check_stack(self) -> ModelConfig:
+        if self.memory.around_stack and (refused := refused_pattern(self.memory.kind, self.layers, self.feedforward)):
+            raise ValueError(refused)
+        return self
 
     @model_validator(mode="after")
     def _check_product_keys(self) -> ModelConfig:
