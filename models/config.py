@@ -17,7 +17,9 @@ from models.memory_config import (
     MemoryModuleConfig,
     TitansConfig,
 )
+from models.rope_config import RopeConfig
 from models.section import PositiveInt, Section
+from models.stack_config import refused_pattern
 
 __all__ = [
     "ContextConfig",
@@ -40,36 +42,6 @@ LayerKind = Literal["full", "swa", "memory"]
 
 FeedForwardKind = Literal["dense", "product_keys"]
 """dense: SwiGLU; product_keys: a memory layer that reads a table of values (``model.product_keys``)."""
-
-
-class RopeConfig(Section):
-    """Rotary position embedding."""
-
-    theta: float = Field(default=10_000.0, gt=1.0)
-    """Base of the rotation frequencies."""
-    scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
-    """How a model is stretched past its original length."""
-    factor: float = Field(default=1.0, ge=1.0)
-    """Stretch: new length over original length (used by every scaling except none)."""
-    original_max_positions: PositiveInt = 8192
-    """Positions the unscaled rotation was meant for (used by yarn and llama3)."""
-    low_freq_factor: float = Field(default=1.0, gt=0)
-    """llama3: pairs that turn fewer times than this within the original length are slowed down by the whole factor."""
-    high_freq_factor: float = Field(default=4.0, gt=0)
-    """llama3: pairs that turn more often than this are left as they are."""
-    beta_fast: float = Field(default=32.0, gt=0)
-    """yarn: pairs that turn more often than this within the original length are left as they are."""
-    beta_slow: float = Field(default=1.0, gt=0)
-    """yarn: pairs that turn fewer times than this are slowed down by the whole factor."""
-    attention_factor: float | None = Field(default=None, gt=0)
-    """yarn: factor on the rotated q and k; null means 0.1 ln(factor) + 1."""
-
-    @model_validator(mode="after")
-    def _check_bands(self) -> RopeConfig:
-        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-            if getattr(self, low) >= getattr(self, high):
-                raise ValueError(f"{low} {getattr(self, low)} is not below {high} {getattr(self, high)}")
-        return self
 
 
 class ProductKeysConfig(Section):
@@ -163,6 +135,12 @@ class ModelConfig(Section):
                 f"memory.mamba2.expand {own.expand} x d_model {self.d_model} = {inner:g} is not a multiple of memory.n_heads {heads}; "
                 "change one of them"
             )
+
+    @model_validator(mode="after")
+    def _check_stack(self) -> ModelConfig:
+        if self.memory.around_stack and (refused := refused_pattern(self.memory.kind, self.layers, self.feedforward)):
+            raise ValueError(refused)
+        return self
 
     @model_validator(mode="after")
     def _check_product_keys(self) -> ModelConfig:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from models.config import FeedForwardKind, LayerKind, ModelConfig
 from models.memory.counts import memory_counts
+from models.memory.stack_shapes import StackShapes
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ def block_parameters(config: ModelConfig, kind: LayerKind, feed_forward: FeedFor
     return mixer + feed_forward_parameters(config, feed_forward) + 2 * config.d_model
 
 
+def stack_parameters(config: ModelConfig) -> int:
+    """Parameters of a memory around the stack; 0 without one."""
+    return StackShapes.of(config).parameters if config.memory.around_stack else 0
+
+
 def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
     """Parameters of ``models.transformer.Transformer(config, vocab_size)``, exactly."""
     kinds = config.layer_kinds
@@ -109,7 +115,7 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> ParameterCount:
         embedding=embedding,
         head=0 if config.tie_embeddings else embedding,
         attention=attention,
-        memory=memory_matmul + n_memory * memory_other_parameters(config),
+        memory=memory_matmul + n_memory * memory_other_parameters(config) + stack_parameters(config),
         ffn=dense + readers * feed_forward_parameters(config, "product_keys"),
         tables=table_parameters(config),
         norms=(2 * len(kinds) + 1) * config.d_model,
@@ -141,11 +147,15 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
       Gated DeltaNet    18 H K V + 6 c H (2K + V)    (per head and token: k S, the rank-1 write and q S, 2 K V each, x 3;
                                                       causal convolution of c taps on q, k and v)
       other memories    ``models/memory/counts.py``
+      around the stack  ``models/memory/stack_shapes.py``: all layers on segments with the memory's places
     P: parameters of matrix products (output projection included even when tied, embedding lookup excluded), S: seq_len,
     Hq, D: query heads and their size, W: window, H, K, V: memory heads, key and value size, c: conv_kernel.
     Not counted: recomputation, norms, activations, softmax, the optimizer, the extra products of chunked forms, and the
     savings of document bounds (a token is counted as if the whole sequence before it were its document).
     """
+    if config.memory.around_stack:  # every layer sees the memory's places too, and keys of its segment only
+        shapes = StackShapes.of(config)
+        return 3.0 * shapes.flops_forward(seq_len) / seq_len + 6.0 * vocab_size * config.d_model
     mixing = sum(mixing_flops_per_token(config, kind, seq_len) for kind in config.layer_kinds)
     read = 6.0 * config.product_keys.expansion * config.product_keys.heads * config.product_keys.top_k * config.value_width
     return 6.0 * parameter_count(config, vocab_size).matmul + mixing + read * config.feedforward_kinds.count("product_keys")

@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from models.section import PositiveInt, Section
+from models.stack_config import STACK_KINDS, RmtConfig
 
 MemoryKind = Literal[
     "gated_deltanet",
     "gsa",
     "mamba2",
     "titans",
+    "rmt",
 ]
 """Architectures of memory: one file each in models/memory/."""
 
@@ -102,12 +104,13 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     "gsa": ("chunk_size",),
     "mamba2": ("head_dim", "expand_v"),
     "titans": ("chunk_size",),
+    "rmt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach"),
 }
 """Shared settings that a kind does not read."""
 
 
 class MemoryModuleConfig(Section):
-    """The memory architecture used by layers of kind ``memory``."""
+    """The memory architecture used by layers of kind ``memory``, or around the stack of layers (``models/stack_config.py``)."""
 
     kind: MemoryKind = "gated_deltanet"
     """Which architecture: one file each in models/memory/."""
@@ -127,11 +130,18 @@ class MemoryModuleConfig(Section):
     """What only kind mamba2 reads."""
     titans: TitansConfig = TitansConfig()
     """What only kind titans reads."""
+    rmt: RmtConfig = RmtConfig()
+    """What only kind rmt reads."""
     attach: Literal["mixer", "mag", "mal", "mac"] = "mixer"
     """Where the memory sits in its layers. mixer: in place of attention; mag: beside sliding-window attention, whose output it gates; mal:
     before sliding-window attention; mac: read as context of the attention inside a segment, written with what that attention found."""
     mac: ContextConfig = ContextConfig()
     """What only attach mac reads."""
+
+    @property
+    def around_stack(self) -> bool:
+        """Whether the layers run segment by segment with the memory around them."""
+        return self.kind in STACK_KINDS
 
     @model_validator(mode="after")
     def _check_read(self) -> MemoryModuleConfig:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from models.attention import Attention
-from models.batch import Batch, Bounds
+from models.batch import IGNORE_INDEX, Batch, Bounds
 from models.config import LayerKind, ModelConfig
 from models.embedding import Embedding
 from models.feedforward import RMSNorm, SwiGLU
@@ -30,9 +31,11 @@ from models.loss import Sweep, chunked_cross_entropy
 from models.memory.attached import MemoryAsGate, MemoryAsLayer
 from models.memory.attached_shapes import AttachedShapes
 from models.memory.context import MemoryAsContext
-from models.memory.protocol import MemoryModule, build_memory
+from models.memory.protocol import MemoryModule, State, build_memory
+from models.memory.stack import StackMemory
 from models.parts import Part
 from models.product_keys import ProductKeyMemory, build_tables
+from models.segments import Segment, Step, put_together
 from models.value_table import ValueTable
 
 __all__ = ["Block", "LossHead", "RMSNorm", "SwiGLU", "Transformer", "init_weights"]
@@ -136,6 +139,8 @@ class Transformer(nn.Module):
         tables = self._tables_by_layer()
         self.blocks = nn.ModuleList(Block(config, kind, table) for kind, table in zip(config.layer_kinds, tables, strict=True))
         self.run_blocks: Callable[..., Tensor] = run_in_order
+        self.stack = cast(StackMemory, build_memory(config)) if config.memory.around_stack else None
+        """A memory around all layers, which then run on one segment at a time."""
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else LossHead(vocab_size, config.d_model)
 
@@ -149,20 +154,54 @@ class Transformer(nn.Module):
         """x_BTC after the last block: what the final norm reads."""
         for table in self.value_tables:
             cast(ValueTable, table).begin(batch.bounds)
-        x_BTC = self.embed(batch.tokens_BT)
-        x_BTC = x_BTC if self.residual_dtype is None else x_BTC.to(self.residual_dtype)
-        return self.run_blocks(self.blocks, x_BTC, batch.positions_BT, batch.bounds)
+        if self.stack is not None:
+            return self._by_segments(batch, lambda x_BTC, _labels_BT: x_BTC)
+        return self.run_blocks(self.blocks, self._embedded(batch.tokens_BT), batch.positions_BT, batch.bounds)
+
+    def _embedded(self, tokens_BT: Tensor) -> Tensor:
+        x_BTC = self.embed(tokens_BT)
+        return x_BTC if self.residual_dtype is None else x_BTC.to(self.residual_dtype)
 
     def hidden(self, batch: Batch) -> Tensor:
         """h_BTC after the final norm: what the output projection reads."""
         return self.norm(self.stream(batch))
 
-    def forward(self, batch: Batch) -> Tensor:
-        """nll_BT: negative log likelihood per token, float32 (float64), 0 where there is no label."""
-        x_BTC, norm = self.stream(batch), (self.norm.weight, self.norm.eps)
+    def forward(self, batch: Batch, segment: Segment | None = None) -> Any:
+        """nll_BT: negative log likelihood per token, float32 (float64), 0 where there is no label. A memory around the stack goes on from
+        the state it carries, if it does.
+
+        With ``segment``, of a model with such a memory: nll_Bw of this step's tokens alone, and the state after it.
+        """
+        if segment is not None:
+            x_BwC, state = self._segment(batch, segment.state, segment.step)
+            return self._loss(x_BwC, segment.step.take(batch.labels_BT, IGNORE_INDEX)), state
+        if self.stack is not None:
+            return self._by_segments(batch, self._loss)
+        return self._loss(self.stream(batch), batch.labels_BT)
+
+    def _loss(self, x_BTC: Tensor, labels_BT: Tensor) -> Tensor:
+        norm = (self.norm.weight, self.norm.eps)
         if self.head is not None:
-            return self.head(x_BTC, batch.labels_BT, self.loss_tile_tokens, norm)
-        return chunked_cross_entropy(x_BTC, self.embed.weight, batch.labels_BT, self.loss_tile_tokens, norm, self.sweep)
+            return self.head(x_BTC, labels_BT, self.loss_tile_tokens, norm)
+        return chunked_cross_entropy(x_BTC, self.embed.weight, labels_BT, self.loss_tile_tokens, norm, self.sweep)
+
+    def _segment(self, batch: Batch, state: State | None, step: Step) -> tuple[Tensor, State]:
+        assert self.stack is not None
+        x_BwC = self._embedded(step.take(batch.tokens_BT))
+        state = self.stack.opened(None, x_BwC) if state is None else state
+        return self.stack.step(partial(self.run_blocks, self.blocks), x_BwC, state, step)
+
+    def _by_segments(self, batch: Batch, use: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """``use(x_BwC, labels_Bw)`` of every step's tokens, in the order of the tokens; all steps are kept for a backward pass."""
+        assert self.stack is not None
+        steps = self.stack.plan_carried(batch.bounds)
+        state, found = None, []
+        for step in steps:
+            x_BwC, state = self._segment(batch, state, step)
+            found.append(use(x_BwC, step.take(batch.labels_BT, IGNORE_INDEX)))
+        assert state is not None
+        self.stack.hand_on(state, steps, batch.tokens_BT)
+        return put_together(found, steps)
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ stream, and tied with it the head (docs/decisions/0012).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -64,6 +65,32 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextlib.contextmanager
+def held_together(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Around several forward and backward passes that are one to other ranks: parameters are gathered once and stay, gradients add up
+    whole. What it gives is called before the last backward pass, which reduces them and gives the parameters up.
+
+    A model that FSDP2 does not shard is left alone."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for unit in units for group in parameter_groups(unit)]
+    after = [group.post_forward_mesh_info for group in groups]
+
+    def reduce(now: bool) -> None:
+        for unit in units:
+            unit.set_requires_gradient_sync(now, recurse=False)
+            unit.set_reshard_after_backward(now, recurse=False)
+
+    reduce(False)
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield lambda: reduce(True)
+    finally:
+        reduce(True)
+        for group, info in zip(groups, after, strict=True):
+            group.post_forward_mesh_info = info
 
 
 def parameter_groups(unit: nn.Module | FSDPModule) -> list[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from models.attention import Attention
 from models.errors import UserError
@@ -31,6 +33,8 @@ def split_sequence(
     is the same under every scheme. ``narrow``: gradients of keys and values travel in their own dtype."""
     if mesh.dims.cp == 1:
         return
+    if model.stack is not None:
+        check_layout(model.stack, layout, mesh.dims.cp)
     for block in model.blocks:
         if not isinstance(block.mixer, (Attention, MemoryModule)):
             raise TypeError(f"no way to split a sequence over ranks is known for {type(block.mixer).__name__}")
@@ -52,6 +56,13 @@ def check_layout(memory: MemoryModule, layout: str, cp: int) -> None:
         )
 
 
+def most(mesh: Mesh, n: int) -> int:
+    """The largest ``n`` of all ranks; every rank must ask."""
+    largest = torch.tensor(n, device=mesh.fsdp.device_type)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return max(n, int(largest))  # a trace knows no values
+
+
 def parallelize(
     model: Transformer,
     mesh: Mesh,
@@ -66,6 +77,8 @@ def parallelize(
 
     ``gather_dtype``: what products read under autocast; None without it. ``narrow``: see ``split_sequence``."""
     split_sequence(model, mesh, layout, scheme, head_chunk, narrow)
+    if model.stack is not None:
+        model.stack.agree = partial(most, mesh)
     share_tables(model, mesh)
     share_products(model, mesh)
     shard_parameters(model, mesh, gather_dtype)

@@ -30,6 +30,8 @@ class CarriedStates:
     def __init__(self, model: Transformer, rows: int, passes: int, device: torch.device, dtype: torch.dtype, mesh: Mesh | None) -> None:
         mixers = {f"blocks.{i}.mixer": block.mixer for i, block in enumerate(model.blocks)}
         self.modules = {name: mixer.carrier for name, mixer in mixers.items() if isinstance(mixer, MemoryModule)}
+        if model.stack is not None:
+            self.modules["stack"] = model.stack
         self.mesh, self.rows, self.device = mesh, rows, device
         with torch.no_grad():
             like = {name: module.init_state(rows, device, dtype) for name, module in self.modules.items()}

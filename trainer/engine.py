@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,9 @@ from memory_mgmt.optimizer_offload import OffloadedOptimizer
 from memory_mgmt.parameter_offload import OffloadedParameters
 from models.batch import IGNORE_INDEX, Batch
 from models.int8_weight import stored
+from models.memory.protocol import State
 from models.parts import Part
+from models.segments import Segment
 from models.tables import columns_of
 from models.transformer import Transformer
 from optim.clip import clip_grad_norm
@@ -31,6 +33,7 @@ from parallel.mesh import Mesh
 from parallel.sequence import shard_batch
 from parallel.tensor_parallel import as_saved, sum_copies
 from trainer.carried_states import CarriedStates
+from trainer.replay import Around, SegmentRunner
 from trainer.tensor_pieces import local_parts
 
 Precision = Literal["bf16", "fp32", "fp64"]
@@ -68,13 +71,13 @@ class LossSums:
         return lines
 
 
-def forward(model: Transformer, shard: Batch, device: torch.device, precision: Precision) -> torch.Tensor:
-    """nll_BT of one shard on ``device``, with bf16 autocast if ``precision`` says so."""
+def forward(model: Transformer, shard: Batch, device: torch.device, precision: Precision, segment: Segment | None = None) -> Any:
+    """nll_BT of one shard on ``device``, with bf16 autocast if ``precision`` says so; ``segment`` as for `Transformer.forward`."""
     # No cache: it would keep a bf16 copy of every (gathered) weight until the end of the forward pass.
     bf16 = torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
     autocast = bf16 if precision == "bf16" else contextlib.nullcontext()
     with autocast:
-        return model(shard.to(device))
+        return model(shard.to(device), segment)
 
 
 class _RunningSums:
@@ -148,6 +151,7 @@ class Engine:
         fused: FusedBackward | None = None,
         offloaded: OffloadedParameters | None = None,
         carried: CarriedStates | None = None,
+        runner: SegmentRunner | None = None,
     ) -> None:
         self.model = model
         self.fused = fused
@@ -164,6 +168,8 @@ class Engine:
         """Where the parameters' values are, if that is host memory."""
         self.carried = carried
         """Memory states that go from sequence to sequence, if they do."""
+        self.runner = runner
+        """Runs the segments of a sequence where a memory stands around the stack."""
 
     @property
     def rank(self) -> int:
@@ -180,9 +186,7 @@ class Engine:
         sums = _RunningSums(micro_batches[0].bounds.seq_len, self.device)
         for number, shard in enumerate(shards if self.fused is None else shards[:-1]):
             with self._handed_on(number, shard):
-                nll_BT = forward(self.model, shard, self.device, self.precision)
-                # Dividing before the backward pass keeps gradients in range; the sum over ranks then is the gradient of the mean.
-                (nll_BT.sum() / max(valid_tokens, 1)).backward()
+                nll_BT = self._both_ways(shard, max(valid_tokens, 1))
             sums.add(nll_BT, shard)
         if self.fused is None:
             return self._total(sums)
@@ -201,15 +205,33 @@ class Engine:
     def _last_pass(self, fused: FusedBackward, shard: Batch, valid_tokens: int, sums: _RunningSums) -> LossSums:
         """The last micro-batch of a fused step. The loss of the step is summed over ranks before its backward pass instead of after it: one
         that is not finite then moves no parameter, and no collective is added."""
-        nll_BT = forward(self.model, shard, self.device, self.precision)
-        sums.add(nll_BT, shard)
-        total = self._total(sums)
-        finite = math.isfinite(total.nll)
-        with fused.update() if finite else contextlib.nullcontext():  # without it the pass only adds to gradients, which step() drops
-            (nll_BT.sum() / max(valid_tokens, 1)).backward()
-        if not finite:
+        found: list[LossSums] = []
+
+        @contextlib.contextmanager
+        def around(nll_BT: torch.Tensor) -> Iterator[None]:
+            sums.add(nll_BT, shard)
+            found.append(self._total(sums))
+            # Without update() the pass only adds to gradients, which step() drops.
+            with fused.update() if math.isfinite(found[0].nll) else contextlib.nullcontext():
+                yield
+
+        self._both_ways(shard, max(valid_tokens, 1), around)
+        if not math.isfinite(found[0].nll):
             fused.norm = torch.full((), float("nan"), dtype=torch.float64, device=self.device)
-        return total
+        return found[0]
+
+    def _both_ways(self, shard: Batch, divisor: int, around: Around | None = None) -> torch.Tensor:
+        """nll_BT of a pass, forward and backward: dividing before the backward pass keeps gradients in range; their sum over ranks then is
+        the gradient of the mean. ``around``: given the losses, what is done around the (last) backward pass."""
+        if self.runner is not None:
+            return self.runner(self._one_segment, shard.to(self.device), divisor, around)
+        nll_BT = forward(self.model, shard, self.device, self.precision)
+        with around(nll_BT) if around is not None else contextlib.nullcontext():
+            (nll_BT.sum() / divisor).backward()
+        return nll_BT
+
+    def _one_segment(self, shard: Batch, segment: Segment) -> tuple[torch.Tensor, State]:
+        return forward(self.model, shard, self.device, self.precision, segment)
 
     def step(self, lr: float, accept: Callable[[float], bool] = math.isfinite) -> float:
         """Clip, update every parameter with learning rate ``lr``, clear gradients. Returns the global norm before clipping.

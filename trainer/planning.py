@@ -135,6 +135,8 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
             scheme = target.config.parallel.sequence
             raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
         asked = target.config.model.memory
+        if asked.around_stack:
+            raise UserError(f"model.memory.kind: {asked.kind} runs segment by segment and needs a traced step; leave memory.plan at trace")
         if "memory" in target.config.model.layer_kinds and (asked.kind not in KNOWN_MEMORIES or asked.attach != "mixer"):
             known, key = " and ".join(KNOWN_MEMORIES), "kind" if asked.kind not in KNOWN_MEMORIES else "attach"
             raise UserError(

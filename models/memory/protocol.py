@@ -28,6 +28,7 @@ BUILDERS: dict[str, str] = {
     "gsa": "models.memory.gsa",
     "mamba2": "models.memory.mamba2",
     "titans": "models.memory.titans",
+    "rmt": "models.memory.rmt",
 }
 """``model.memory.kind`` -> module that defines ``build``; imported only when asked for."""
 
@@ -52,8 +53,8 @@ class MemoryTraits:
     """Into how many independent heads the state splits."""
     layouts: frozenset[str] = frozenset({"contiguous"})
     """Sequence layouts the carry can serve exactly; empty: one rank only."""
-    attach: Literal["mixer", "pre_attn", "post_attn", "parallel_attn", "ffn_replace", "ffn_parallel", "context_prefix"] = "mixer"
-    """Where in the block the module sits; mixer: in place of attention."""
+    attach: Literal["mixer", "pre_attn", "post_attn", "parallel_attn", "ffn_replace", "ffn_parallel", "context_prefix", "stack"] = "mixer"
+    """Where in the block the module sits; mixer: in place of attention; stack: around all layers, which run segment by segment."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from models.batch import Batch, Bounds
+from models.stack_config import STACK_KINDS
 from tests.distributed import run_distributed
 from tests.trainer.small_run import manager
 from trainer.build import _starting_state, build_engine, mesh_for
@@ -34,10 +35,16 @@ class Store:
 def config(
     dp: int = 1, cp: int = 1, micro: int = 2, accum: int = 2, carry: str = "document", layers=("swa", "memory"), **memory
 ) -> RunConfig:
-    model = {"d_model": 16, "n_heads": 2, "window": 8, "layers": list(layers), "memory": {"chunk_size": 8, **memory}}
+    chunk = {} if memory.get("kind") in STACK_KINDS else {"chunk_size": 8}
+    model = {"d_model": 16, "n_heads": 2, "window": 8, "layers": list(layers), "memory": {**chunk, **memory}}
     train = {"precision": "fp64", "device": "cpu", "carry_state": carry, "micro_batch_size": micro, "grad_accum": accum}
     data = {"seq_len": SEQ_LEN, "shuffle": "documents"}
     return RunConfig.model_validate({"model": model, "data": data, "train": train, "parallel": {"dp_shard": dp, "cp": cp}})
+
+
+def segmented(dp: int = 1, micro: int = 2, accum: int = 2, carry: str = "document") -> RunConfig:
+    """A memory around the stack, sequences that are no whole number of segments."""
+    return config(dp, 1, micro, accum, carry, ("full", "swa"), kind="rmt", rmt={"segment": 6, "tokens": 2})
 
 
 def steps(settings: RunConfig, dp_rank: int = 0, consumed: int = 0):
@@ -84,9 +91,9 @@ def test_a_row_reads_on_where_it_stood(lanes: int) -> None:
     assert any(packing.continues(n) for n in range(packing.n_sequences)) and not packing.continues(0)
 
 
-def test_two_sequences_with_a_carried_state_are_one_long_one() -> None:
+@pytest.mark.parametrize("settings", [config(layers=("memory",), micro=2, accum=1), segmented(accum=1)], ids=["in layers", "around"])
+def test_two_sequences_with_a_carried_state_are_one_long_one(settings: RunConfig) -> None:
     """A model that looks back by its memory alone: the losses of the second half are those inside a sequence of twice the length."""
-    settings = config(layers=("memory",), micro=2, accum=1)
     tokens_BT = torch.randint(VOCAB, (2, 2 * SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
 
     def batch(start: int, end: int, continued: tuple[bool, ...]) -> Batch:
@@ -113,6 +120,8 @@ def all_on_ranks(folder: str) -> dict:
     found = {name: trained(config(*case)) for name, case in cases[ranks].items()}
     if ranks == 2:
         found["resumed"] = trained(config(2, 1, 2, 1), folder)
+        found["around, dp 2"] = trained(segmented(2, 1, 2))
+        found["around, dp 2, other passes"] = trained(segmented(2, 2, 1))
     return found
 
 
@@ -121,27 +130,43 @@ def uninterrupted():
     return trained(config())
 
 
-def test_the_memory_is_used(uninterrupted) -> None:
-    without, _ = trained(config(carry="none"))
-    assert without[0] == uninterrupted[0][0]  # nothing to carry yet
-    assert all(abs(a[0] - b[0]) > 1e-9 for a, b in zip(without[2:], uninterrupted[0][2:], strict=True))
+@pytest.fixture(scope="module")
+def uninterrupted_around():
+    return trained(segmented())
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit_and_any_ranks_give_the_same_losses(uninterrupted, tmp_path) -> None:
-    want, states = uninterrupted
-    engine, settings = make_engine(config()), config()
+def test_the_memory_is_used(uninterrupted, uninterrupted_around) -> None:
+    for make_config, (losses, _) in ((config, uninterrupted), (segmented, uninterrupted_around)):
+        without, _ = trained(make_config(carry="none"))
+        assert without[0] == losses[0]  # nothing to carry yet
+        assert all(abs(a[0] - b[0]) > 1e-9 for a, b in zip(without[2:], losses[2:], strict=True))
+
+
+def check_resumed(settings: RunConfig, want: list, states: dict, folder) -> None:
+    engine = make_engine(settings)
     for batches in islice(steps(settings), 3):
         engine.forward_backward(batches)
         engine.step(1e-2)
     train = {"step": 3, "tokens": 0, "cursor": {}}
-    manager(tmp_path).save(3, {**engine.state_dict(), **engine.memory_states(), "train": train}, block=True)
-    resumed, after = trained(settings, str(tmp_path))
+    manager(folder).save(3, {**engine.state_dict(), **engine.memory_states(), "train": train}, block=True)
+    resumed, after = trained(settings, str(folder))
     assert resumed == want[3:]
     for name, state in states.items():
         assert all(torch.equal(after[name][key], value) for key, value in state.items())
+
+
+def test_a_resumed_run_with_a_memory_around_the_stack_is_the_same_bit_for_bit(uninterrupted_around, tmp_path) -> None:
+    want, states = uninterrupted_around
+    assert states["stack"]["pending_count"].any()  # the sequence ends inside a segment
+    check_resumed(segmented(), want, states, tmp_path)
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit_and_any_ranks_give_the_same_losses(uninterrupted, uninterrupted_around, tmp_path) -> None:
+    check_resumed(config(), *uninterrupted, tmp_path)
     for ranks in (2, 4):
         for found in run_distributed(all_on_ranks, ranks, str(tmp_path)):
             for name, (losses, reached) in found.items():
+                want, states = uninterrupted_around if name.startswith("around") else uninterrupted
                 expected = want[3:] if name == "resumed" else want
                 assert losses == [pytest.approx(pair, rel=1e-9) for pair in expected], name
                 for module, state in states.items():

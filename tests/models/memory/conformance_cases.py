@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from models.batch import Bounds
 from models.config import MemoryModuleConfig, ModelConfig, TitansConfig
 from models.memory.protocol import MemoryModule, State, build_memory
+from models.memory.stack import Stacked, StackMemory
+from models.memory.stack_shapes import StackShapes
+from models.transformer import Block
 
 D, B, T = 12, 2, 41
 DOCUMENTS = ((0, 1, 7, 8, 16, 33), (0, 20, 21, 22))
@@ -88,6 +92,7 @@ CASES: dict[str, Case] = {
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
+    "rmt": Case({"kind": "rmt", "rmt": {"segment": 8, "tokens": 3}}, at_size={"rmt": {"segment": 128, "tokens": 8}}),
 }
 
 
@@ -95,7 +100,11 @@ def make(name: str, dtype: torch.dtype = torch.float64, slow: bool = True, d_mod
     """The module of case ``name`` with weights large enough that every part of it matters. ``changed``: settings."""
     case, heads = CASES[name], 2
     memory = MemoryModuleConfig(**{**case.settings, **changed})
-    module = build_memory(ModelConfig(d_model=d_model, n_heads=heads, head_dim=d_model // heads * 2, memory=memory)).to(dtype)
+    layers = ("full", "swa") if memory.around_stack else ("swa", "memory")
+    config = ModelConfig(d_model=d_model, n_heads=heads, head_dim=d_model // heads * 2, layers=layers, window=6, memory=memory)
+    module = build_memory(config).to(dtype)
+    if isinstance(module, StackMemory):
+        module = Stacked(module, nn.ModuleList(Block(config, kind) for kind in layers), StackShapes.of(config)).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for owner in module.modules():

@@ -1,0 +1,95 @@
+"""Memories around the stack by their definition: one row, one document, one segment after another, every score written out. For tests.
+
+Legend: T token, s tokens of a segment, X places of a segment, C channel, H head, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from models.batch import Bounds
+from models.memory.protocol import State
+from models.memory.stack import COUNT, PENDING, StackMemory
+
+ReadRow = Callable[[Tensor, State], tuple[Tensor, State]]
+"""(x_sC, state of the row) -> (the stream after all layers at these tokens, the state if the segment ends here)"""
+
+
+def by_segments(memory: StackMemory, read: ReadRow, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
+    """Every row by itself, its tokens cut at the starts of documents and then every ``memory.size`` tokens."""
+    ((first, last),) = bounds.ranges
+    state = memory.init_state(len(x_BTC), x_BTC.device, x_BTC.dtype) if state is None else state
+    outputs, ends = [], []
+    for b, x_TC in enumerate(x_BTC):
+        row = {name: value[b] for name, value in state.items() if name not in (PENDING, COUNT)}
+        waiting = state[PENDING][b, : int(state[COUNT][b])]
+        found = []
+        edges = [first, *(start for start in bounds.documents[b] if first < start < last), last]
+        for start, end in pairwise(edges):
+            if start > 0 and start in bounds.documents[b]:
+                row = {name: value[0] for name, value in memory.begin(1, x_TC.device, x_TC.dtype).items()}
+                waiting = waiting[:0]
+            skip, text = len(waiting), torch.cat([waiting, x_TC[start - first : end - first]])
+            for segment in text.split(memory.size):
+                y_sC, after = read(segment, row)
+                found.append(y_sC[skip:])
+                waiting, row = (segment, row) if len(segment) < memory.size else (segment[:0], after)
+                skip = 0
+        outputs.append(torch.cat(found))
+        rest = x_TC.new_zeros(memory.size - len(waiting), x_TC.shape[1])
+        ends.append({**row, PENDING: torch.cat([waiting, rest]), COUNT: torch.tensor(len(waiting))})
+    return torch.stack(outputs), {name: torch.stack([end[name] for end in ends]) for name in ends[0]}
+
+
+def normed(x: Tensor, norm: nn.Module) -> Tensor:
+    """x / rms(x) * weight"""
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight  # type: ignore[operator]
+
+
+def rotated(x_XHD: Tensor, frequencies: list[float]) -> Tensor:
+    """Pairs (i, i + D/2) as complex numbers, turned by place times frequency."""
+    first, second = x_XHD.chunk(2, -1)
+    angle = torch.arange(len(x_XHD), dtype=x_XHD.dtype)[:, None] * torch.tensor(frequencies, dtype=x_XHD.dtype)
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def attended(attention: nn.Module, x_XC: Tensor) -> Tensor:
+    """Causal attention with rotary positions, a window and shared keys, score by score."""
+    q, k, v = ((x_XC @ w.weight.t()).unflatten(-1, (-1, attention.head_dim)) for w in (attention.wq, attention.wk, attention.wv))  # type: ignore[union-attr]
+    q, k = (rotated(z, attention.rope.frequencies) for z in (q, k))  # type: ignore[union-attr]
+    k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
+    distance = torch.arange(len(x_XC))[:, None] - torch.arange(len(x_XC))
+    hidden = (distance < 0) | (distance >= (attention.window or len(x_XC)))  # type: ignore[operator]
+    scores = torch.einsum("qhd,khd->hqk", q, k) / attention.head_dim**0.5  # type: ignore[operator]
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1) @ attention.wo.weight.t()  # type: ignore[union-attr]
+
+
+def layer(block: nn.Module, x_XC: Tensor) -> Tensor:
+    """One decoder layer."""
+    x_XC = x_XC + attended(block.mixer, normed(x_XC, block.norm1))  # type: ignore[arg-type]
+    h, ffn = normed(x_XC, block.norm2), block.ffn  # type: ignore[arg-type]
+    gate, up = h @ ffn.w_gate.weight.t(), h @ ffn.w_up.weight.t()  # type: ignore[union-attr]
+    return x_XC + (gate * torch.sigmoid(gate) * up) @ ffn.w_down.weight.t()  # type: ignore[union-attr]
+
+
+def read_rmt(memory: StackMemory, blocks: nn.ModuleList) -> ReadRow:
+    """Of a Recurrent Memory Transformer."""
+
+    def read(x_sC: Tensor, state: State) -> tuple[Tensor, State]:
+        own, m = state["memory"], memory.tokens
+        h = torch.cat([own, x_sC, own])  # type: ignore[list-item]
+        for block in blocks:
+            h = layer(block, h)
+        return h[m:-m], {"memory": normed(h[-m:], memory.norm)}  # type: ignore[arg-type, index, operator]
+
+    return read
+
+
+ORACLES: dict[str, Callable[[StackMemory, nn.ModuleList], ReadRow]] = {"RecurrentMemory": read_rmt}
+"""By class of the memory."""

@@ -1,0 +1,28 @@
+"""Settings of memories that stand around the whole stack of layers: a sequence is read segment after segment. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from models.section import PositiveInt, Section
+
+STACK_KINDS = ("rmt",)
+"""Kinds of ``model.memory.kind`` that are no layers: every layer of ``model.layers`` works inside one segment of them."""
+
+
+class RmtConfig(Section):
+    """What only the Recurrent Memory Transformer reads (arXiv 2207.06881)."""
+
+    segment: PositiveInt = 512
+    """Tokens that the layers see at once, counted from a document's start. Part of the model: another length is another model."""
+    tokens: PositiveInt = 16
+    """Memory tokens, read at a segment's start and written at its end."""
+
+
+def refused_pattern(kind: str, layers: Sequence[str], feedforward: Sequence[str]) -> str | None:
+    """Why a memory of ``kind`` cannot stand around such layers; None if it can."""
+    if "memory" in layers:
+        return f"memory.kind {kind} stands around the whole stack and is no layer of it: name full or swa in layers, not memory"
+    if "product_keys" in feedforward:
+        return f"memory.kind {kind} runs the layers segment by segment, which feedforward product_keys does not know: name dense"
+    return None
