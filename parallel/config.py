@@ -56,6 +56,12 @@ class ParallelConfig(Section):
     kv_gradient_dtype: KVGradientDtype = "fp32"
     """In which gradients of keys and values travel between ranks. fp32: added up in float32 and rounded once; compute: in the dtype of the
     products, half the bytes with bf16, rounded at every rank they pass."""
+    kv_residence: Literal["device", "host"] = "device"
+    """Where keys and values of full attention live, on one rank as in the ring. host: in host memory, from where they come to the device
+    chunk by chunk, forward and backward; a window that a shard holds keeps its keys on the device. The ring only."""
+    kv_chunk: PositiveInt | None = None
+    """With kv_residence host: tokens of one rank whose keys and values are on the device at a time, while as many more are on their way;
+    null: 65536."""
     timeout_seconds: PositiveInt = 600
     """A collective that waits longer than this fails instead of hanging."""
 
@@ -80,5 +86,15 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"parallel.head_chunk {self.head_chunk}: parallel.sequence {self.sequence} passes all heads at once; set parallel.sequence "
                 "to ulysses, ring_x_ulysses or allgather_kv, or leave parallel.head_chunk null"
+            )
+        if self.kv_chunk is not None and self.kv_residence != "host":
+            raise ValueError(
+                f"parallel.kv_chunk {self.kv_chunk} is a chunk of what parallel.kv_residence host keeps in host memory; set that, or leave "
+                "parallel.kv_chunk null"
+            )
+        if self.kv_residence == "host" and self.sequence != "ring":
+            raise ValueError(
+                f"parallel.kv_residence host brings keys to the device chunk by chunk and passes these around a ring; parallel.sequence "
+                f"{self.sequence} exchanges or gathers heads of all tokens: set parallel.sequence=ring, or parallel.kv_residence=device"
             )
         return self

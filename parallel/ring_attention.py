@@ -131,11 +131,11 @@ def plan_ring(
     """
     size = len(held)
     masks = set(zip(documents, prefixes or [()] * len(documents), strict=True))
-    n_hops = max(hop for hop in range(size) if any(_any_sees(held[r], held[(r - hop) % size], masks, window) for r in range(size)))
+    n_hops = max(hop for hop in range(size) if any(any_sees(held[r], held[(r - hop) % size], masks, window) for r in range(size)))
     plans = []
     for hop in range(n_hops + 1):
         q_ranges, k_ranges = held[cp_rank], held[(cp_rank - hop) % size]
-        pairs = [Pair(q, q0, k, k0) for q, q0 in _offsets(q_ranges) for k, k0 in _offsets(k_ranges)]
+        pairs = [Pair(q, q0, k, k0) for q, q0 in local_offsets(q_ranges) for k, k0 in local_offsets(k_ranges)]
         plans.append(plan_rows(documents, pairs, window, limits, prefixes))
     return RingPlan(tuple(plans))
 
@@ -145,7 +145,7 @@ def plan_halo(
 ) -> HaloPlan:
     """The blocks of ``cp_rank`` when each of its ranges comes with the ``window - 1`` tokens before it. Pure integers."""
     n = window - 1
-    ranges = list(_offsets(held[cp_rank]))
+    ranges = list(local_offsets(held[cp_rank]))
     own = plan_rows(documents, [Pair(q, q0, q, q0) for q, q0 in ranges], window, limits)
     halos = []
     for (start, end), offset in ranges:
@@ -155,13 +155,13 @@ def plan_halo(
     return HaloPlan(n, own, tuple(halos))
 
 
-def _any_sees(
+def any_sees(
     q_ranges: Sequence[Range], k_ranges: Sequence[Range], masks: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], window: int | None
 ) -> bool:
     return any(sees(q, k, starts, window, ends) for q in q_ranges for k in k_ranges for starts, ends in masks)
 
 
-def _offsets(ranges: Sequence[Range]) -> list[tuple[Range, int]]:
+def local_offsets(ranges: Sequence[Range]) -> list[tuple[Range, int]]:
     """Each range with its local start."""
     return list(zip(ranges, accumulate((end - start for start, end in ranges), initial=0), strict=False))
 
@@ -169,7 +169,7 @@ def _offsets(ranges: Sequence[Range]) -> list[tuple[Range, int]]:
 class _Transfer:
     """One tensor to the rank ``shift`` further on, while one arrives from the rank ``shift`` before; ``wait`` gives the latter."""
 
-    def __init__(self, tensor: torch.Tensor, shift: int, tag: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, tensor: torch.Tensor, shift: int, tag: int, group: dist.ProcessGroup | None) -> None:
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         self._sent, self._arriving = tensor, torch.empty_like(tensor)  # held here: nobody may reuse them before wait
         send = dist.P2POp(dist.isend, tensor, group=group, tag=tag, group_peer=(rank + shift) % size)
@@ -194,8 +194,20 @@ def ring_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out_BHTD in q's dtype, lse_BHT)`` over the keys of all hops; the next keys are on their way while a hop computes."""
     out_BHTD, lse_BHT = new_accumulators(q_BHTD)
+    attend_around(q_BHTD, torch.stack((k_BGTD, v_BGTD)), plan, group, out_BHTD, lse_BHT)
+    return out_BHTD.to(q_BHTD.dtype), lse_BHT
+
+
+def attend_around(
+    q_BHTD: torch.Tensor,
+    kv_2BGSD: torch.Tensor,
+    plan: RingPlan,
+    group: dist.ProcessGroup | None,
+    out_BHTD: torch.Tensor,
+    lse_BHT: torch.Tensor,
+) -> None:
+    """Merge the keys and values of all hops into the accumulators, in place. ``group`` None: one rank, so one hop."""
     last_hop = len(plan.hops) - 1
-    kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
     for hop in _hops(plan, q_BHTD, alone=1):
         blocks = plan.hops[hop]
         transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
@@ -203,7 +215,6 @@ def ring_forward(
         if transfer is not None:
             kv_2BGSD = transfer.wait()
             transfer = None  # what it sent is free before more is taken
-    return out_BHTD.to(q_BHTD.dtype), lse_BHT
 
 
 def ring_backward(
@@ -217,8 +228,23 @@ def ring_backward(
     group: dist.ProcessGroup,
 ) -> Gradients:
     """``(dq_BHTD, dk_BGTD, dv_BGTD)`` in float32 (float64 for float64), for what ``ring_forward`` gave."""
-    last_hop = len(plan.hops) - 1
     dq_BHTD = new_gradient(q_BHTD)
+    return dq_BHTD, *backward_around(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, plan, group, dq_BHTD)
+
+
+def backward_around(
+    dout_BHTD: torch.Tensor,
+    q_BHTD: torch.Tensor,
+    k_BGTD: torch.Tensor,
+    v_BGTD: torch.Tensor,
+    out_BHTD: torch.Tensor,
+    lse_BHT: torch.Tensor,
+    plan: RingPlan,
+    group: dist.ProcessGroup | None,
+    dq_BHTD: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(dk_BGTD, dv_BGTD)`` of these keys of this rank, for what ``attend_around`` gave; adds to ``dq_BHTD``."""
+    last_hop = len(plan.hops) - 1
     followers = None  # gradients of the keys in hand, from the ranks that had them before; one hop behind the keys
     coming = _Transfer(torch.stack((k_BGTD, v_BGTD)), 1, KEY_TAG, group) if last_hop else None
     for hop in _hops(plan, q_BHTD, alone=2):  # gradients follow from the second hop on
@@ -247,7 +273,7 @@ def ring_backward(
         home_2BGTD = followers.wait()
         dk_BGTD += home_2BGTD[0]
         dv_BGTD += home_2BGTD[1]
-    return dq_BHTD, dk_BGTD, dv_BGTD
+    return dk_BGTD, dv_BGTD
 
 
 class _RingAttention(torch.autograd.Function):

@@ -224,6 +224,7 @@ class RunConfig(Section):
                 "memory.offload_parameters host moves parameters with adamw's states, bucket by bucket after the backward pass; "
                 f"{reason}: set offload_parameters none"
             )
+        self._check_kv_residence()
         parallel = self.parallel
         if parallel.chosen_by_plan:
             return self  # checked for every choice
@@ -318,6 +319,18 @@ class RunConfig(Section):
             raise ValueError(
                 f"{asked} does not divide parallel.cp {cp} into a ring of Ulysses groups of at most model.n_heads {heads} ranks; "
                 f"set {degrees}parallel.sequence={'ulysses or ring' if cp <= heads else 'ring'}"
+            )
+
+    def _check_kv_residence(self) -> None:
+        """Refuse keys in host memory where there are none, or where a planner does not know them."""
+        if self.parallel.kv_residence == "device":
+            return
+        if "full" not in self.model.layer_kinds:
+            raise ValueError("parallel.kv_residence host moves keys and values of full attention, and model.layers has none: set it device")
+        if self.memory.recompute == "auto":
+            raise ValueError(
+                "parallel.kv_residence host: the planner of memory.recompute auto counts keys and values on the device; set "
+                "memory.recompute none, mixer or block, or kv_residence device"
             )
 
     @property
