@@ -20,9 +20,12 @@ def _read_auto(value: Any) -> Any:
 
 Degree = Annotated[int, Field(ge=0), BeforeValidator(_read_auto)]
 
-SequenceScheme = Literal["ring", "ulysses", "ring_x_ulysses", "allgather_kv"]
+SequenceScheme = Literal["ring", "double_ring", "ulysses", "ring_x_ulysses", "allgather_kv"]
 """How attention reaches the tokens of other ranks; ``docs/sequence_parallelism.md``."""
 
+
+INNER_DEGREES = {"ring_x_ulysses": "ulysses", "double_ring": "ring_inner"}
+"""The setting that says how many neighbouring ranks such a scheme puts together."""
 
 KVGradientDtype = Literal["fp32", "compute"]
 """In which dtype gradients of keys and values travel."""
@@ -44,12 +47,15 @@ class ParallelConfig(Section):
     layout: Literal["auto", "contiguous", "zigzag"] = "auto"
     """Which tokens a sequence-parallel rank holds; auto: zigzag when the model has full attention and the scheme needs it for equal work
     (all but ulysses), else contiguous."""
-    sequence: Literal["auto", "ring", "ulysses", "ring_x_ulysses", "allgather_kv"] = "ring"
-    """How attention reaches the tokens of other ranks. ring: keys travel; ulysses: all-to-all, every rank has all tokens of some heads;
+    sequence: Literal["auto", "ring", "double_ring", "ulysses", "ring_x_ulysses", "allgather_kv"] = "ring"
+    """How attention reaches the tokens of other ranks. ring: keys travel; double_ring: inside rings of neighbours, and beside
+    that across them; ulysses: all-to-all, every rank has all tokens of some heads;
     ring_x_ulysses: ulysses inside groups of neighbours, a ring across them; allgather_kv: all keys of a few heads at a time. auto: by
     exposed communication and buffers, from the mesh, heads, tokens per rank and link bandwidths."""
     ulysses: PositiveInt | None = None
     """Ranks of a Ulysses group for ring_x_ulysses: a divisor of cp above 1 and below cp, at most the query heads; null: chosen likewise."""
+    ring_inner: PositiveInt | None = None
+    """Ranks of the inner ring for double_ring, those of a node: a divisor of cp above 1 and below cp; null: chosen likewise."""
     head_chunk: PositiveInt | None = None
     """Heads exchanged and attended at a time: ulysses and ring_x_ulysses: query heads of one rank (null: all of them); allgather_kv:
     key/value heads (null: 1). Fewer need smaller buffers and more messages."""
@@ -71,9 +77,14 @@ class ParallelConfig(Section):
         return tuple(name for name in ("dp_replicate", "dp_shard", "cp") if getattr(self, name) == AUTO)
 
     @property
+    def inner_degree(self) -> int | None:
+        """How many neighbours the scheme puts together, where it has such a degree and it is given."""
+        return getattr(self, INNER_DEGREES[self.sequence]) if self.sequence in INNER_DEGREES else None
+
+    @property
     def scheme_is_auto(self) -> bool:
-        """Whether the scheme, or its degree of Ulysses, is still to be chosen."""
-        return self.sequence == "auto" or (self.sequence == "ring_x_ulysses" and self.ulysses is None)
+        """Whether the scheme, or its degree among neighbours, is still to be chosen."""
+        return self.sequence == "auto" or (self.sequence in INNER_DEGREES and self.inner_degree is None)
 
     @model_validator(mode="after")
     def _check_scheme(self) -> ParallelConfig:
@@ -82,7 +93,12 @@ class ParallelConfig(Section):
                 f"parallel.ulysses {self.ulysses} is the degree inside ring_x_ulysses, and parallel.sequence is {self.sequence}; "
                 "set parallel.sequence=ring_x_ulysses or leave parallel.ulysses null"
             )
-        if self.head_chunk is not None and self.sequence in ("auto", "ring"):
+        if self.ring_inner is not None and self.sequence != "double_ring":
+            raise ValueError(
+                f"parallel.ring_inner {self.ring_inner} is the inner ring of double_ring, and parallel.sequence is {self.sequence}; "
+                "set parallel.sequence=double_ring or leave parallel.ring_inner null"
+            )
+        if self.head_chunk is not None and self.sequence in ("auto", "ring", "double_ring"):
             raise ValueError(
                 f"parallel.head_chunk {self.head_chunk}: parallel.sequence {self.sequence} passes all heads at once; set parallel.sequence "
                 "to ulysses, ring_x_ulysses or allgather_kv, or leave parallel.head_chunk null"
@@ -94,7 +110,7 @@ class ParallelConfig(Section):
             )
         if self.kv_residence == "host" and self.sequence != "ring":
             raise ValueError(
-                f"parallel.kv_residence host brings keys to the device chunk by chunk and passes these around a ring; parallel.sequence "
-                f"{self.sequence} exchanges or gathers heads of all tokens: set parallel.sequence=ring, or parallel.kv_residence=device"
+                f"parallel.kv_residence host brings keys to the device chunk by chunk and passes these around a single ring, not as "
+                f"parallel.sequence {self.sequence} does: set parallel.sequence=ring, or parallel.kv_residence=device"
             )
         return self

@@ -30,6 +30,7 @@ from models.attention_plan import Pair, TileLimits, plan_rows
 from models.batch import Bounds, Range
 from parallel.config import KVGradientDtype
 from parallel.ring_attention import RingPlan, any_sees, attend_around, backward_around, local_offsets
+from parallel.ring_links import Links
 from parallel.sequence import Layout, check_ranges, ranges_for
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
 
@@ -197,7 +198,7 @@ class _HostKeys(torch.autograd.Function):
     def forward(ctx, q_BHTD, k_BGTD, v_BGTD, held, plans, group):
         out_BHTD, lse_BHT = empty_accumulators(q_BHTD)
         for i, plan in enumerate(plans):
-            attend_around(q_BHTD, _fetch(held, i), plan, group, out_BHTD, lse_BHT)
+            attend_around(q_BHTD, _fetch(held, i), plan, Links(group), out_BHTD, lse_BHT)
         out_BHTD = out_BHTD.to(q_BHTD.dtype)
         ctx.args = (held, plans, group, k_BGTD.shape)
         ctx.save_for_backward(q_BHTD, out_BHTD, lse_BHT)
@@ -212,7 +213,7 @@ class _HostKeys(torch.autograd.Function):
         first = 0
         for i, plan in enumerate(plans):
             k_BGSD, v_BGSD = _fetch(held, i)
-            grads = backward_around(dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD, lse_BHT, plan, group, dq_BHTD)
+            grads = backward_around(dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD, lse_BHT, plan, Links(group), dq_BHTD)
             for whole, grad in zip((dk_BGTD, dv_BGTD), grads, strict=True):
                 whole.narrow(2, first, grad.shape[2]).copy_(grad)
             first += k_BGSD.shape[2]

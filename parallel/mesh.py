@@ -18,7 +18,8 @@ from parallel.dims import ParallelDims
 class Mesh:
     """The ranks of a run. ``axes``: (dp_replicate, dp_shard, cp). ``fsdp``: (dp_replicate, dp_shard_cp), the same ranks with
     dp_shard and cp flattened, over which FSDP2 shards parameters (its second axis) and replicates them (its first). ``sequence``: (data,
-    ring, ulysses), where cp is split into a ring of Ulysses groups, ``ulysses`` varying fastest."""
+    ring, ulysses), where cp is split into a ring of Ulysses groups, ``ulysses`` varying fastest; for double_ring
+    these are the inner rings."""
 
     dims: ParallelDims
     axes: DeviceMesh
@@ -32,7 +33,7 @@ class Mesh:
 
     @property
     def ulysses_group(self) -> dist.ProcessGroup:
-        """Neighbours that exchange heads against tokens."""
+        """Neighbours that exchange heads against tokens, or are an inner ring."""
         assert self.sequence is not None, "cp is not split into groups"
         return self.sequence.get_group("ulysses")
 

@@ -314,6 +314,13 @@ class RunConfig(Section):
                 f"parallel.sequence ulysses gives every one of parallel.cp {cp} ranks a query head, and model.n_heads is {heads}; "
                 f"set {degrees}parallel.sequence=ring or allgather_kv"
             )
+        inner = [n for n in range(2, cp) if cp % n == 0]
+        if sequence == "double_ring" and (self.parallel.ring_inner not in (None, *inner) or not inner):
+            named = f"parallel.ring_inner one of {', '.join(map(str, inner))}, or " if inner else ""
+            raise ValueError(
+                f"parallel.ring_inner {self.parallel.ring_inner} does not divide parallel.cp {cp} into several rings of several ranks; "
+                f"set {named}parallel.sequence=ring"
+            )
         if sequence == "ring_x_ulysses" and (ulysses not in (None, *possible) or not possible):
             asked = f"parallel.ulysses {ulysses}" if ulysses else "parallel.sequence ring_x_ulysses"
             raise ValueError(

@@ -94,8 +94,15 @@ def _random_case(rng: random.Random, scheme: str, cp: int) -> Case:
             prefixes.append(tuple(e if whole or rng.random() < 0.3 else rng.randint(s, e) for s, e in zip(starts, ends, strict=True)))
     window = rng.choice([None, None, 1, 2, rng.randint(1, length), rng.randint(1, length), length + 3])
     degree = rng.choice([d for d in range(1, cp + 1) if cp % d == 0 and d <= heads[0]]) if scheme == "hybrid" else 1
-    chunks = {"ring": {}, "allgather_kv": {"head_chunk": rng.randint(1, 3)}, "host": {"kv_chunk": rng.choice([1, 3, 4, 7, length])}}
-    chunk = chunks.get(scheme) or ({} if scheme == "ring" else {"head_chunk": rng.choice([None, 1, 2])})
+    if scheme == "double_ring":
+        degree = rng.choice([d for d in range(1, cp + 1) if cp % d == 0])
+    chunks = {
+        "ring": {},
+        "double_ring": {},
+        "allgather_kv": {"head_chunk": rng.randint(1, 3)},
+        "host": {"kv_chunk": rng.choice([1, 3, 4, 7, length])},
+    }
+    chunk = chunks.get(scheme, {"head_chunk": rng.choice([None, 1, 2])})
     options = {**chunk, **({"scale": 0.3} if rng.random() < 0.3 else {}), **({"kernel": "plain"} if rng.random() < 0.2 else {})}
     layout = rng.choice(["zigzag", "contiguous"])
     without_loss = rng.choice([0, 0, 1])
@@ -105,10 +112,12 @@ def _random_case(rng: random.Random, scheme: str, cp: int) -> Case:
 
 
 def _groups(case: Case, dist: Any) -> dict[str, Any]:
-    if case.scheme != "hybrid":
+    if case.scheme not in ("hybrid", "double_ring"):
         return {"group": None}
     rank, size = dist.get_rank(), case.degree
     column = [rank // size * size + i for i in range(size)]
+    if case.scheme == "double_ring":
+        return {"group": None, "rings": (Group(column), Group(range(rank % size, case.cp, size)))}
     return {"ulysses_group": Group(column), "ring_group": Group(range(rank % size, case.cp, size))}
 
 
@@ -118,8 +127,9 @@ FUNCTIONS: dict[str, Any] = {
     "allgather_kv": allgather_kv.allgather_kv_attention,
     "hybrid": hybrid.hybrid_attention,
     "host": host_keys.host_keys_attention,
+    "double_ring": ring_attention.ring_attention,
 }
-KEYS_TRAVEL = ("ring", "allgather_kv", "host")
+KEYS_TRAVEL = ("ring", "allgather_kv", "host", "double_ring")
 """Schemes that any heads and any number of ranks go with."""
 
 
@@ -198,12 +208,13 @@ def _on_real_ranks() -> list[list[list[torch.Tensor]]]:
         members = list(range(case.cp))
         world = dist.new_group(members)
         groups: dict[str, Any] = {"group": world}
-        if case.scheme == "hybrid":
+        if case.scheme in ("hybrid", "double_ring"):
             size = case.degree
             columns = [dist.new_group([r * size + i for i in range(size)]) for r in range(case.cp // size)]
             rings = [dist.new_group(list(range(i, case.cp, size))) for i in range(size)]
             rank = dist.get_rank()
-            groups = {"ulysses_group": columns[rank // size % len(columns)], "ring_group": rings[rank % size]}
+            near, far = columns[rank // size % len(columns)], rings[rank % size]
+            groups = {"ulysses_group": near, "ring_group": far} if case.scheme == "hybrid" else {"group": world, "rings": (near, far)}
         taking_part = dist.get_rank() < case.cp
         results.append(_call(dist, case, case.tensors(torch.float64, 3), groups) if taking_part else [])
     return results
@@ -218,7 +229,7 @@ def test_random_cases_on_real_ranks() -> None:
         _check(case, [by_rank[rank][i] for rank in range(case.cp)], case.tensors(torch.float64, 3), 1e-10)
 
 
-@pytest.mark.parametrize("scheme", ["ring", "hybrid", "allgather_kv", "ulysses", "host"])
+@pytest.mark.parametrize("scheme", ["ring", "hybrid", "allgather_kv", "ulysses", "host", "double_ring"])
 def test_bf16_error_is_that_of_one_call_at_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     length, heads = (512, (32, 8)) if scheme == "ulysses" else (2048, (4, 2))
     options = {"kv_chunk": 150} if scheme == "host" else {}
