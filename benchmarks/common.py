@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from trainer.run_dir import write_atomic
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -60,7 +62,7 @@ def longstride(*arguments: str, cwd: str | Path) -> tuple[str, str]:
 
 
 def write_results(script: str, report: Any, text: str) -> None:
-    """Write the figures (JSON) and the page for people (Markdown) beside ``script``, its ``__file__``."""
+    """Write the figures (JSON) and the page for people (Markdown) beside ``script``, its ``__file__``; each whole or not at all."""
     beside = Path(script).resolve()
-    beside.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    beside.with_suffix(".md").write_text(text)
+    write_atomic(beside.with_suffix(".json"), (json.dumps(report, indent=2) + "\n").encode())
+    write_atomic(beside.with_suffix(".md"), text.encode())

@@ -6,11 +6,14 @@ key/value heads that the ranks of a Ulysses group of U get together: G, or more 
 
   scheme           forward                                  backward
   ring             (P-1) n 2G d b                           (P-1) n 2G d (b + w)
+  double_ring      as ring; to other inner rings, of I ranks, N = P/I of them:
+                   (N-1) n 2G d b                           n 2G d ((N-1) b + N w)
   allgather_kv     (P-1) n 2G d b                           (P-1) n 2G d (b + w)
   ulysses          (U-1)/U n (2H + 2S) d b, U = P           (U-1)/U n d ((4H + 2S) b + 2S w'), w' = w where keys are shared, else b
   ring_x_ulysses   that of ulysses with U, and of a ring of P/U ranks with U n tokens and a rank's own key/value heads
 
-The ring's transfers run beside the attention of the same hop, all but the first keys of the backward pass; the gathers of allgather_kv
+The ring's transfers run beside the attention of the same hop, all but the first keys of the backward pass, and the double ring's messages
+between inner rings beside a whole turn of these (gradients beside one hop); the gathers of allgather_kv
 beside the attention of the heads before, all but the first; of ulysses with stages all but the first heads' way in and the last ones' way
 out. What is left is exposed. Where exposed times differ by less than ``TIE`` of the attention's own time, memory decides: from 64K tokens
 per rank on nearly everything hides. The buffers here are the largest messages and their copies, for the comparison; the plan itself
@@ -27,7 +30,7 @@ from dataclasses import dataclass, replace
 
 from memory_mgmt.cost_ops import communication_seconds
 from memory_mgmt.cost_rates import Rates, Topology
-from parallel.config import SequenceScheme
+from parallel.config import INNER_DEGREES, SequenceScheme
 from parallel.head_plan import head_ranges, keys_are_shared, plan_stages
 
 TIE = 0.02
@@ -73,18 +76,20 @@ class SchemeCost:
 
     scheme: SequenceScheme
     ulysses: int
-    """Ranks of a Ulysses group; 1 for schemes without."""
+    """Ranks of a Ulysses group, or of an inner ring; 1 for schemes without."""
     forward_bytes: int
     backward_bytes: int
     communication: float
     """Seconds of all messages, hidden or not."""
     exposed: float
     buffers: int
+    across: tuple[int, int] = (0, 0)
+    """Of a double ring, (forward, backward) bytes that leave the inner ring."""
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.scheme} (ulysses {self.ulysses})" if self.scheme == "ring_x_ulysses" else self.scheme
+        return f"{self.scheme} ({INNER_DEGREES[self.scheme]} {self.ulysses})" if self.scheme in INNER_DEGREES else self.scheme
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ class SchemeChoice:
 def choose_scheme(problem: SequenceProblem, allowed: Sequence[tuple[SequenceScheme, int]]) -> SchemeChoice:
     """The scheme with the least exposed communication; of those within ``TIE`` the one with the smallest buffers, then the first.
 
-    ``allowed``: (scheme, Ulysses degree), at least one. Raises ValueError for an empty list or heads that cannot be dealt.
+    ``allowed``: (scheme, Ulysses degree or ranks of an inner ring), at least one. Raises ValueError for an empty list or heads that
+    cannot be dealt.
     """
     if not allowed:
         raise ValueError("no sequence scheme is allowed")
@@ -115,6 +121,8 @@ def scheme_cost(problem: SequenceProblem, scheme: SequenceScheme, ulysses: int =
     """Bytes, seconds and buffers of one scheme (the table above). ``head_chunk`` as in ``parallel.head_chunk``."""
     if scheme == "ring":
         return _ring(problem)
+    if scheme == "double_ring":
+        return _double_ring(problem, ulysses)
     if scheme == "allgather_kv":
         return _allgather(problem, head_chunk or 1)
     degree = problem.topology.cp if scheme == "ulysses" else ulysses
@@ -136,6 +144,29 @@ def _ring(p: SequenceProblem, attention: tuple[float, float] | None = None) -> S
     buffers = 2 * keys * p.value_bytes + 3 * keys * p.gradient_bytes
     sent = hops * keys * p.value_bytes
     return SchemeCost("ring", 1, sent, sent + hops * keys * p.gradient_bytes, hops * (2 * there + back), exposed, buffers)
+
+
+def _double_ring(p: SequenceProblem, inner: int) -> SchemeCost:
+    """Rings of ``inner`` ranks inside a ring of these (``parallel/ring_links.py``)."""
+    size = p.topology.cp
+    turns = size // inner
+    keys = 2 * p.tokens * p.n_kv_heads * p.head_dim
+    nested = replace(p.topology, ulysses=inner)
+    key_in, back_in = (communication_seconds("send", keys * b, inner, p.rates, p.topology) for b in (p.value_bytes, p.gradient_bytes))
+    key_out, back_out = (communication_seconds("send", keys * b, turns, p.rates, nested) for b in (p.value_bytes, p.gradient_bytes))
+    forward, backward = (seconds / size for seconds in p.attention_seconds())
+    exposed = turns * (inner - 1) * _left(p, key_in, forward) + (turns - 1) * _left(p, key_out, inner * forward)
+    # Backward: the first keys are waited for. Gradients of a hop travel during the next one, those of a turn's last hop between rings.
+    exposed += key_in + (turns - 1) * _left(p, key_out, inner * backward)
+    for hop in range(1, size + 1):
+        key = key_in if hop < size and (hop + 1) % inner else 0.0
+        gradient = 0.0 if hop == 1 else back_out if hop % inner == 0 else back_in
+        exposed += _left(p, key + gradient, backward) if gradient == back_in else _left(p, max(key, gradient), backward)
+    sent, of_gradients = (size - 1) * keys * p.value_bytes, (size - 1) * keys * p.gradient_bytes
+    across = ((turns - 1) * keys * p.value_bytes, (turns - 1) * keys * p.value_bytes + turns * keys * p.gradient_bytes)
+    seconds = 2 * (turns * (inner - 1) * key_in + (turns - 1) * key_out) + (size - 1 - turns) * back_in + turns * back_out
+    buffers = 4 * keys * p.value_bytes + 3 * keys * p.gradient_bytes  # a turn's first keys on their way across, and those that arrive
+    return SchemeCost("double_ring", inner, sent, sent + of_gradients, seconds, exposed, buffers, across)
 
 
 def _allgather(p: SequenceProblem, head_chunk: int) -> SchemeCost:

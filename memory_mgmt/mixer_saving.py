@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from memory_mgmt.pieces import Held, Parked
 from models.memory.protocol import MemoryModule
 from models.repeat import again
+from parallel.host_keys import detached, is_stand_in
 
 if TYPE_CHECKING:
     from memory_mgmt.execution import Pass
@@ -60,10 +61,14 @@ class AttentionSaving:
         self._held: dict[str, Held] = {}
         self._whole: dict[str, Tensor] = {}
         """Values that were tensors by ranges and are wanted soon."""
+        self._in_host: dict[str, Tensor] = {}
+        """Stand-ins of keys and values that attention itself keeps in host memory: no policy holds them."""
 
     def run(self, *entered: Tensor) -> Tensor:
         """Attention of q, k, v."""
         q_BHTD, k_BGTD, v_BGTD = entered
+        if is_stand_in(k_BGTD):
+            self._in_host = {"k": detached(k_BGTD), "v": v_BGTD.detach()}
         with saved_tensors_hooks(self._pack, self._unpack):
             out_BHTD = self._mixer.inner_attention(q_BHTD, k_BGTD, v_BGTD, self._pass.bounds)  # type: ignore[operator]
         self._settle({"q": q_BHTD, "k": k_BGTD, "v": v_BGTD, "out": out_BHTD})
@@ -81,7 +86,9 @@ class AttentionSaving:
         tensors = known | dict(zip(self._names, self._saved, strict=True))
         self._saved.clear()
         split = self._pass.split["projections"]
-        for name in ("q", "k", "v"):
+        for name in self._in_host:
+            del tensors[name]
+        for name in [name for name in ("q", "k", "v") if name not in self._in_host]:
             self._held[name] = self._hold(name, tensors.pop(name), split.swapped, split.kept)
             self._held[name].trim()
         if not self._again:
@@ -126,26 +133,28 @@ class AttentionSaving:
     def _projections(self) -> dict[str, Tensor]:
         """q, k, v from what is held; the tokens that are not are projected again, all three at once."""
         n = self._pass.n_tokens
-        held = {name: self._held.pop(name) for name in ("q", "k", "v")}
+        held = {name: self._held.pop(name) for name in ("q", "k", "v") if name not in self._in_host}
         first = held["q"].missing_from
         if first == 0:
-            return dict(zip(held, self._pass.entered(0, n), strict=True))
+            return dict(list(zip(("q", "k", "v"), self._pass.entered(0, n), strict=True))[: len(held)])
         whole = {name: one.whole() for name, one in held.items()}
         if first < n:
-            for target, made in zip(whole.values(), self._pass.entered(first, n), strict=True):
-                target.narrow(2, first, n - first).copy_(made)
+            for name, made in zip(("q", "k", "v"), self._pass.entered(first, n), strict=True):
+                if name in whole:
+                    whole[name].narrow(2, first, n - first).copy_(made)
         return whole
 
     def _attend_again(self) -> None:
         """Run attention forward once more, for everything that it saves."""
-        qkv = [self._value(name, take=False).detach().requires_grad_() for name in ("q", "k", "v")]
+        names = ("q", "k", "v")
+        qkv = [self._in_host[name] if name in self._in_host else self._value(name, take=False).detach() for name in names]
         made: list[Tensor] = []
 
         def pack(tensor: Tensor) -> None:
             made.append(tensor.detach())
 
         with again(), torch.enable_grad(), torch.autocast(**self._pass.autocast), saved_tensors_hooks(pack, _never):
-            out_BHTD = self._mixer.inner_attention(*qkv, self._pass.bounds)  # type: ignore[operator]
+            out_BHTD = self._mixer.inner_attention(*(x.requires_grad_() for x in qkv), self._pass.bounds)  # type: ignore[operator]
         self._whole |= dict(zip(self._names, made, strict=True)) | {"out": out_BHTD.detach()}
 
 

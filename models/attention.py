@@ -42,6 +42,8 @@ class KernelCall(NamedTuple):
 
 
 DEFAULT_CALL = KernelCall()
+NOTHING_SEEN = -1e30
+"""Log-sum-exp of no keys, for ``merge``: exp of its distance to any other is 0 or infinite."""
 
 
 class Attention(nn.Module):
@@ -89,8 +91,16 @@ class Attention(nn.Module):
         q_BHTD, k_BGTD = self._heads(x_BTC, self.wq, self.q_norm), self._heads(x_BTC, self.wk, self.k_norm)
         v_BGTD = self._heads(x_BTC, self.wv, None)
         cos_sin = self.rope_table(positions_BT, q_BHTD.dtype, bounds)
-        out_BHTD = self.inner_attention(rotate(q_BHTD, *cos_sin), rotate(k_BGTD, *cos_sin), v_BGTD, bounds)
+        k_BGTD = rotate(k_BGTD, *cos_sin)
+        k_BGTD, v_BGTD = self.keys_leave(k_BGTD, v_BGTD, bounds)
+        out_BHTD = self.inner_attention(rotate(q_BHTD, *cos_sin), k_BGTD, v_BGTD, bounds)
         return self.tokens.summed(self.wo(out_BHTD.transpose(1, 2).flatten(2)))
+
+    def keys_leave(self, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as ``inner_attention`` wants them: themselves, or where it reads them from host memory
+        (parallel/host_keys.py) stand-ins, so that the memory of the given ones is free when the caller lets go of them."""
+        leave = getattr(self.inner_attention, "leave", None)
+        return (k_BGTD, v_BGTD) if leave is None else leave(k_BGTD, v_BGTD, bounds)
 
     def _heads(self, x_BTC: torch.Tensor, project: Linear, norm: RMSNorm | None) -> torch.Tensor:
         y_BTHD = project(x_BTC).unflatten(-1, (-1, self.head_dim))
@@ -178,7 +188,8 @@ def attend(
 ) -> None:
     """Merge the blocks of ``plan`` into the accumulators (``new_accumulators``), in place.
 
-    The plan with every query's own token must run first: its blocks overwrite, all others merge.
+    The plan with every query's own token must run first: its blocks overwrite, all others merge. Plans in another order have no block
+    that is marked ``own`` and begin with ``empty_accumulators``.
     """
     for rows, tile, how in _calls(plan, q_BHTD.device):
         q, out_acc, lse_acc = q_BHTD[rows], out_acc_BHTD[rows], lse_acc_BHT[rows]
@@ -188,7 +199,8 @@ def attend(
             _unstack(out_acc, tile).copy_(out.unflatten(0, (-1, tile.count)))
             _unstack(lse_acc, tile).copy_(lse.unflatten(0, (-1, tile.count)))
         else:
-            merge(out_acc.narrow(2, tile.q_start, tile.q_len), lse_acc.narrow(2, tile.q_start, tile.q_len), out, lse)
+            out, lse = (x.unflatten(0, (-1, tile.count)) for x in (out, lse))
+            merge(_unstack(out_acc, tile), _unstack(lse_acc, tile), out, lse)
 
 
 def merge(out_acc_BHTD: torch.Tensor, lse_acc_BHT: torch.Tensor, out_BHTD: torch.Tensor, lse_BHT: torch.Tensor) -> None:
@@ -227,6 +239,12 @@ def new_accumulators(q_BHTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised (out, lse) for ``attend``, float32 (float64 for float64)."""
     dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
     return torch.empty_like(q_BHTD, dtype=dtype), torch.empty(q_BHTD.shape[:3], dtype=dtype, device=q_BHTD.device)
+
+
+def empty_accumulators(q_BHTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of queries that have seen no key yet: lse so small that the first block merged counts alone, and finite."""
+    out_BHTD, lse_BHT = new_accumulators(q_BHTD)
+    return out_BHTD.zero_(), lse_BHT.fill_(NOTHING_SEEN)
 
 
 def new_gradient(x: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,12 @@ def _read_auto(value: Any) -> Any:
 
 Degree = Annotated[int, Field(ge=0), BeforeValidator(_read_auto)]
 
-SequenceScheme = Literal["ring", "ulysses", "ring_x_ulysses", "allgather_kv"]
+SequenceScheme = Literal["ring", "double_ring", "ulysses", "ring_x_ulysses", "allgather_kv"]
 """How attention reaches the tokens of other ranks; ``docs/sequence_parallelism.md``."""
 
+
+INNER_DEGREES = {"ring_x_ulysses": "ulysses", "double_ring": "ring_inner"}
+"""The setting that says how many neighbouring ranks such a scheme puts together."""
 
 KVGradientDtype = Literal["fp32", "compute"]
 """In which dtype gradients of keys and values travel."""
@@ -47,18 +50,27 @@ class ParallelConfig(Section):
     layout: Literal["auto", "contiguous", "zigzag"] = "auto"
     """Which tokens a sequence-parallel rank holds; auto: zigzag when the model has full attention and the scheme needs it for equal work
     (all but ulysses), else contiguous."""
-    sequence: Literal["auto", "ring", "ulysses", "ring_x_ulysses", "allgather_kv"] = "ring"
-    """How attention reaches the tokens of other ranks. ring: keys travel; ulysses: all-to-all, every rank has all tokens of some heads;
+    sequence: Literal["auto", "ring", "double_ring", "ulysses", "ring_x_ulysses", "allgather_kv"] = "ring"
+    """How attention reaches the tokens of other ranks. ring: keys travel; double_ring: inside rings of neighbours, and beside
+    that across them; ulysses: all-to-all, every rank has all tokens of some heads;
     ring_x_ulysses: ulysses inside groups of neighbours, a ring across them; allgather_kv: all keys of a few heads at a time. auto: by
     exposed communication and buffers, from the mesh, heads, tokens per rank and link bandwidths."""
     ulysses: PositiveInt | None = None
     """Ranks of a Ulysses group for ring_x_ulysses: a divisor of cp above 1 and below cp, at most the query heads; null: chosen likewise."""
+    ring_inner: PositiveInt | None = None
+    """Ranks of the inner ring for double_ring, those of a node: a divisor of cp above 1 and below cp; null: chosen likewise."""
     head_chunk: PositiveInt | None = None
     """Heads exchanged and attended at a time: ulysses and ring_x_ulysses: query heads of one rank (null: all of them); allgather_kv:
     key/value heads (null: 1). Fewer need smaller buffers and more messages."""
     kv_gradient_dtype: KVGradientDtype = "fp32"
     """In which gradients of keys and values travel between ranks. fp32: added up in float32 and rounded once; compute: in the dtype of the
     products, half the bytes with bf16, rounded at every rank they pass."""
+    kv_residence: Literal["device", "host"] = "device"
+    """Where keys and values of full attention live, on one rank as in the ring. host: in host memory, from where they come to the device
+    chunk by chunk, forward and backward; a window that a shard holds keeps its keys on the device. The ring only."""
+    kv_chunk: PositiveInt | None = None
+    """With kv_residence host: tokens of one rank whose keys and values are on the device at a time, while as many more are on their way;
+    null: 65536."""
     timeout_seconds: PositiveInt = 600
     """A collective that waits longer than this fails instead of hanging."""
 
@@ -79,9 +91,14 @@ class ParallelConfig(Section):
         return text if self.tp == 1 else f"{text} x tp {self.tp}"
 
     @property
+    def inner_degree(self) -> int | None:
+        """How many neighbours the scheme puts together, where it has such a degree and it is given."""
+        return getattr(self, INNER_DEGREES[self.sequence]) if self.sequence in INNER_DEGREES else None
+
+    @property
     def scheme_is_auto(self) -> bool:
-        """Whether the scheme, or its degree of Ulysses, is still to be chosen."""
-        return self.sequence == "auto" or (self.sequence == "ring_x_ulysses" and self.ulysses is None)
+        """Whether the scheme, or its degree among neighbours, is still to be chosen."""
+        return self.sequence == "auto" or (self.sequence in INNER_DEGREES and self.inner_degree is None)
 
     @model_validator(mode="after")
     def _check_scheme(self) -> ParallelConfig:
@@ -90,9 +107,24 @@ class ParallelConfig(Section):
                 f"parallel.ulysses {self.ulysses} is the degree inside ring_x_ulysses, and parallel.sequence is {self.sequence}; "
                 "set parallel.sequence=ring_x_ulysses or leave parallel.ulysses null"
             )
-        if self.head_chunk is not None and self.sequence in ("auto", "ring"):
+        if self.ring_inner is not None and self.sequence != "double_ring":
+            raise ValueError(
+                f"parallel.ring_inner {self.ring_inner} is the inner ring of double_ring, and parallel.sequence is {self.sequence}; "
+                "set parallel.sequence=double_ring or leave parallel.ring_inner null"
+            )
+        if self.head_chunk is not None and self.sequence in ("auto", "ring", "double_ring"):
             raise ValueError(
                 f"parallel.head_chunk {self.head_chunk}: parallel.sequence {self.sequence} passes all heads at once; set parallel.sequence "
                 "to ulysses, ring_x_ulysses or allgather_kv, or leave parallel.head_chunk null"
+            )
+        if self.kv_chunk is not None and self.kv_residence != "host":
+            raise ValueError(
+                f"parallel.kv_chunk {self.kv_chunk} is a chunk of what parallel.kv_residence host keeps in host memory; set that, or leave "
+                "parallel.kv_chunk null"
+            )
+        if self.kv_residence == "host" and self.sequence != "ring":
+            raise ValueError(
+                f"parallel.kv_residence host brings keys to the device chunk by chunk and passes these around a single ring, not as "
+                f"parallel.sequence {self.sequence} does: set parallel.sequence=ring, or parallel.kv_residence=device"
             )
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.errors import UserError
-from parallel.config import ParallelConfig
+from parallel.config import INNER_DEGREES, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class ParallelDims:
     dp_shard: int = 1
     cp: int = 1
     ulysses: int = 1
-    """Of the cp ranks, neighbours that exchange heads against tokens: cp for the ulysses scheme, 1 for those without."""
+    """Of the cp ranks, neighbours that exchange heads against tokens, or for double_ring form an inner ring: cp for the ulysses scheme,
+    1 for those without."""
     tp: int = 1
 
     @staticmethod
@@ -28,9 +29,9 @@ class ParallelDims:
         if config.chosen_by_plan:
             raise UserError(f"parallel.{config.chosen_by_plan[0]}: auto has not been resolved here; give a number")
         if config.scheme_is_auto and config.cp > 1:
-            open_key = "sequence: auto" if config.sequence == "auto" else "ulysses: null"
+            open_key = "sequence: auto" if config.sequence == "auto" else f"{INNER_DEGREES[config.sequence]}: null"
             raise UserError(f"parallel.{open_key} has not been resolved here; give a value")
-        inside = {"ulysses": config.cp, "ring_x_ulysses": config.ulysses or 1}.get(config.sequence, 1) if config.cp > 1 else 1
+        inside = (config.cp if config.sequence == "ulysses" else config.inner_degree or 1) if config.cp > 1 else 1
         dims = ParallelDims(config.dp_replicate, config.dp_shard, config.cp, inside, config.tp)
         if world_size is not None and dims.world_size != world_size:
             raise UserError(

@@ -21,6 +21,7 @@ from models.block import Gradients
 from parallel.config import KVGradientDtype
 from parallel.head_exchange import HeadExchange
 from parallel.ring_attention import RingPlan, plan_ring, ring_backward, ring_forward
+from parallel.ring_links import Links
 from parallel.sequence import Layout, check_ranges, ranges_for
 from parallel.sequence_mask import attend_public, checked_bounds
 from parallel.ulysses import by_heads
@@ -35,7 +36,7 @@ class RingOfGroups:
 
     def forward(self, q_BhTD: torch.Tensor, k_BgTD: torch.Tensor, v_BgTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``parallel.ulysses.InnerAttention``."""
-        return ring_forward(q_BhTD, k_BgTD, v_BgTD, self.plan, self.group)
+        return ring_forward(q_BhTD, k_BgTD, v_BgTD, self.plan, Links(self.group))
 
     def backward(
         self,
@@ -47,7 +48,7 @@ class RingOfGroups:
         lse_BhT: torch.Tensor,
     ) -> Gradients:
         """See ``parallel.ulysses.InnerAttention``."""
-        return ring_backward(dout_BhTD, q_BhTD, k_BgTD, v_BgTD, out_BhTD, lse_BhT, self.plan, self.group)
+        return ring_backward(dout_BhTD, q_BhTD, k_BgTD, v_BgTD, out_BhTD, lse_BhT, self.plan, Links(self.group))
 
 
 class HybridAttention:

@@ -20,7 +20,8 @@ class Mesh:
     """The ranks of a run. ``axes``: (dp_replicate, dp_shard, cp). ``fsdp``: (dp_replicate, dp_shard_cp), the same ranks with
     dp_shard and cp flattened, over which FSDP2 shards parameters, or a tensor-parallel rank's part of them (its second axis), and
     replicates them (its first). ``sequence``: (data, ring, ulysses), where cp is split into a ring of Ulysses groups, ``ulysses``
-    varying fastest. Each has ``tp`` as its last axis where that is above 1; then ``tensor`` are more meshes."""
+    varying fastest; for double_ring these are the inner rings. Each has ``tp`` as its last axis where that is above 1; then
+    ``tensor`` are more meshes."""
 
     dims: ParallelDims
     axes: DeviceMesh
@@ -35,7 +36,7 @@ class Mesh:
 
     @property
     def ulysses_group(self) -> dist.ProcessGroup:
-        """Neighbours that exchange heads against tokens."""
+        """Neighbours that exchange heads against tokens, or are an inner ring."""
         assert self.sequence is not None, "cp is not split into groups"
         return self.sequence.get_group("ulysses")
 

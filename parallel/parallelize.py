@@ -15,8 +15,10 @@ from models.transformer import Transformer
 from parallel.columns import share_tables
 from parallel.config import SequenceScheme
 from parallel.fsdp import shard_parameters
+from parallel.host_keys import DEFAULT_CHUNK, HostKeysAttention, KeyStore
 from parallel.mesh import Mesh
 from parallel.schemes import attention_over
+from parallel.sequence import Layout
 from parallel.state_passing import RingCarry
 from parallel.tensor_parallel import share_products
 
@@ -44,6 +46,16 @@ def split_sequence(
             elif isinstance(mixer, MemoryModule):
                 check_layout(mixer, layout, mesh.dims.cp)
                 mixer.carry = RingCarry(mesh.cp_group, layout)
+
+
+def keep_keys_in_host(model: Transformer, mesh: Mesh | None, layout: Layout, store: KeyStore, chunk: int | None, narrow: bool) -> None:
+    """Keys and values of full attention wait in ``store`` (``parallel.kv_residence: host``): after ``split_sequence``, or with no mesh.
+    Windows read few keys at a time and keep theirs. ``chunk``: ``parallel.kv_chunk``."""
+    group = mesh.cp_group if mesh is not None and mesh.dims.cp > 1 else None
+    for number, block in enumerate(model.blocks):
+        mixer = block.mixer
+        if isinstance(mixer, Attention) and mixer.window is None:
+            mixer.inner_attention = HostKeysAttention(group, layout, None, store, chunk or DEFAULT_CHUNK, number, narrow=narrow)
 
 
 def check_layout(memory: MemoryModule, layout: str, cp: int) -> None:

@@ -39,14 +39,13 @@ from models.block import Gradients
 from models.repeat import turns
 from parallel.config import KVGradientDtype
 from parallel.halo import start_halo, start_return
+from parallel.ring_links import KEY_TAG, VALUE_TAG, Links, Travelling, keys_of
 from parallel.sequence import Layout, check_ranges, ranges_for
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
 
-KEY_TAG, VALUE_TAG, GRADIENT_TAG = 21, 22, 23
-
 
 class RingPlan(NamedTuple):
-    """Blocks by the hop at which their keys are here: hop h holds the keys of rank ``cp_rank - h``; hop 0 are the own ones."""
+    """Blocks by the hop at which their keys are here (``ring_links.keys_of``); hop 0 are the own ones."""
 
     hops: tuple[Plan, ...]
     narrow: bool = False
@@ -71,6 +70,7 @@ class RingAttention:
         window: tokens a query sees, its own included; None for all before it.
         call: what the kernels are told.
         narrow: gradients of keys and values travel in their own dtype instead of float32.
+        rings: for a double ring (inner, outer): neighbouring ranks of ``group``, and those with this one's place among theirs.
     Raises (on call):
         ValueError: when tensors or bounds are not this rank's part of the sequence.
     """
@@ -82,8 +82,10 @@ class RingAttention:
         window: int | None,
         call: KernelCall = DEFAULT_CALL,
         narrow: bool = False,
+        rings: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ) -> None:
         self.group = group
+        self.links = Links(group, *(rings or ()))
         self.layout: Layout = layout
         self.window, self.call, self.narrow = window, call, narrow
         self.cp_rank, self.cp_size = dist.get_rank(group), dist.get_world_size(group)
@@ -96,11 +98,11 @@ class RingAttention:
         plan = self._plan(bounds, tile_limits(q_BHTD, self.window, self.call))._replace(narrow=self.narrow)
         if isinstance(plan, HaloPlan):
             return _HaloAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, bounds, self.layout, self.group)  # pyright: ignore[reportReturnType]
-        return _RingAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, self.group)  # pyright: ignore[reportReturnType]
+        return _RingAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, self.links)  # pyright: ignore[reportReturnType]
 
     def _plan(self, bounds: Bounds, limits: TileLimits) -> RingPlan | HaloPlan:
         """The plan of this rank, made once per micro-step and shared by all layers with the same window."""
-        key = ("ring attention", self.layout, self.window, self.cp_size, limits)
+        key = ("ring attention", self.layout, self.window, self.cp_size, self.links.width, limits)
         if key not in bounds._cache:
             check_ranges(bounds, self.layout, self.cp_rank, self.cp_size)
             held = [ranges_for(self.layout, bounds.seq_len, rank, self.cp_size) for rank in range(self.cp_size)]
@@ -108,7 +110,8 @@ class RingAttention:
                 assert self.window is not None
                 bounds._cache[key] = plan_halo(held, self.cp_rank, bounds.documents, self.window, limits)
             else:
-                bounds._cache[key] = plan_ring(held, self.cp_rank, bounds.documents, self.window, limits, bounds.prefixes)
+                width = self.links.width
+                bounds._cache[key] = plan_ring(held, self.cp_rank, bounds.documents, self.window, limits, bounds.prefixes, width)
         return bounds._cache[key]
 
 
@@ -124,18 +127,21 @@ def plan_ring(
     window: int | None,
     limits: TileLimits,
     prefixes: Sequence[tuple[int, ...]] = (),
+    width: int | None = None,
 ) -> RingPlan:
     """The blocks of ``cp_rank`` at each hop, up to the last hop at which any rank has one (the same number on all ranks).
 
-    ``held[r]`` are the ranges of rank r. Pure integers.
+    ``held[r]`` are the ranges of rank r; ``width``: ranks of the inner ring of a double one. Pure integers.
     """
-    size = len(held)
+    size, inner = len(held), width or len(held)
     masks = set(zip(documents, prefixes or [()] * len(documents), strict=True))
-    n_hops = max(hop for hop in range(size) if any(_any_sees(held[r], held[(r - hop) % size], masks, window) for r in range(size)))
+    n_hops = max(
+        hop for hop in range(size) if any(any_sees(held[r], held[keys_of(r, hop, size, inner)], masks, window) for r in range(size))
+    )
     plans = []
     for hop in range(n_hops + 1):
-        q_ranges, k_ranges = held[cp_rank], held[(cp_rank - hop) % size]
-        pairs = [Pair(q, q0, k, k0) for q, q0 in _offsets(q_ranges) for k, k0 in _offsets(k_ranges)]
+        q_ranges, k_ranges = held[cp_rank], held[keys_of(cp_rank, hop, size, inner)]
+        pairs = [Pair(q, q0, k, k0) for q, q0 in local_offsets(q_ranges) for k, k0 in local_offsets(k_ranges)]
         plans.append(plan_rows(documents, pairs, window, limits, prefixes))
     return RingPlan(tuple(plans))
 
@@ -145,7 +151,7 @@ def plan_halo(
 ) -> HaloPlan:
     """The blocks of ``cp_rank`` when each of its ranges comes with the ``window - 1`` tokens before it. Pure integers."""
     n = window - 1
-    ranges = list(_offsets(held[cp_rank]))
+    ranges = list(local_offsets(held[cp_rank]))
     own = plan_rows(documents, [Pair(q, q0, q, q0) for q, q0 in ranges], window, limits)
     halos = []
     for (start, end), offset in ranges:
@@ -155,55 +161,44 @@ def plan_halo(
     return HaloPlan(n, own, tuple(halos))
 
 
-def _any_sees(
+def any_sees(
     q_ranges: Sequence[Range], k_ranges: Sequence[Range], masks: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], window: int | None
 ) -> bool:
     return any(sees(q, k, starts, window, ends) for q in q_ranges for k in k_ranges for starts, ends in masks)
 
 
-def _offsets(ranges: Sequence[Range]) -> list[tuple[Range, int]]:
+def local_offsets(ranges: Sequence[Range]) -> list[tuple[Range, int]]:
     """Each range with its local start."""
     return list(zip(ranges, accumulate((end - start for start, end in ranges), initial=0), strict=False))
 
 
-class _Transfer:
-    """One tensor to the rank ``shift`` further on, while one arrives from the rank ``shift`` before; ``wait`` gives the latter."""
-
-    def __init__(self, tensor: torch.Tensor, shift: int, tag: int, group: dist.ProcessGroup) -> None:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        self._sent, self._arriving = tensor, torch.empty_like(tensor)  # held here: nobody may reuse them before wait
-        send = dist.P2POp(dist.isend, tensor, group=group, tag=tag, group_peer=(rank + shift) % size)
-        receive = dist.P2POp(dist.irecv, self._arriving, group=group, tag=tag, group_peer=(rank - shift) % size)
-        self._works = dist.batch_isend_irecv([send, receive])
-
-    def wait(self) -> torch.Tensor:
-        for work in self._works:
-            work.wait()
-        return self._arriving
-
-
-def _hops(plan: RingPlan, x: torch.Tensor, alone: int) -> Iterator[int]:
-    """All hops; of equal ones in a row only some where ``x`` has no values (``models/repeat.py``). The last and the first ``alone`` are
-    like no other."""
+def _hops(plan: RingPlan, x: torch.Tensor, alone: int, width: int) -> Iterator[int]:
+    """All hops; of equal ones in a row only some where ``x`` has no values (``models/repeat.py``). The last, the first ``alone`` and the
+    edges of a turn of the inner ring are like no other."""
     last = len(plan.hops) - 1
-    return turns(range(last + 1), x, lambda hop: (plan.hops[hop], min(hop, alone), hop == last))
+    return turns(range(last + 1), x, lambda hop: (plan.hops[hop], min(hop, alone), hop == last, hop % width == 0, (hop + 1) % width == 0))
 
 
 def ring_forward(
-    q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, plan: RingPlan, group: dist.ProcessGroup
+    q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, plan: RingPlan, links: Links
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out_BHTD in q's dtype, lse_BHT)`` over the keys of all hops; the next keys are on their way while a hop computes."""
     out_BHTD, lse_BHT = new_accumulators(q_BHTD)
-    last_hop = len(plan.hops) - 1
-    kv_2BGSD = torch.stack((k_BGTD, v_BGTD))
-    for hop in _hops(plan, q_BHTD, alone=1):
-        blocks = plan.hops[hop]
-        transfer = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
-        attend(q_BHTD, kv_2BGSD[0], kv_2BGSD[1], blocks, out_BHTD, lse_BHT)
-        if transfer is not None:
-            kv_2BGSD = transfer.wait()
-            transfer = None  # what it sent is free before more is taken
+    attend_around(q_BHTD, torch.stack((k_BGTD, v_BGTD)), plan, links, out_BHTD, lse_BHT)
     return out_BHTD.to(q_BHTD.dtype), lse_BHT
+
+
+def attend_around(
+    q_BHTD: torch.Tensor, kv_2BGSD: torch.Tensor, plan: RingPlan, links: Links, out_BHTD: torch.Tensor, lse_BHT: torch.Tensor
+) -> None:
+    """Merge the keys and values of all hops into the accumulators, in place."""
+    last_hop = len(plan.hops) - 1
+    travelling = Travelling(links, last_hop)
+    for hop in _hops(plan, q_BHTD, 1, links.width):
+        if hop:
+            kv_2BGSD = travelling.wait(hop)
+        travelling.start(kv_2BGSD, hop)
+        attend(q_BHTD, kv_2BGSD[0], kv_2BGSD[1], plan.hops[hop], out_BHTD, lse_BHT)
 
 
 def ring_backward(
@@ -214,21 +209,36 @@ def ring_backward(
     out_BHTD: torch.Tensor,
     lse_BHT: torch.Tensor,
     plan: RingPlan,
-    group: dist.ProcessGroup,
+    links: Links,
 ) -> Gradients:
     """``(dq_BHTD, dk_BGTD, dv_BGTD)`` in float32 (float64 for float64), for what ``ring_forward`` gave."""
-    last_hop = len(plan.hops) - 1
     dq_BHTD = new_gradient(q_BHTD)
+    return dq_BHTD, *backward_around(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, plan, links, dq_BHTD)
+
+
+def backward_around(
+    dout_BHTD: torch.Tensor,
+    q_BHTD: torch.Tensor,
+    k_BGTD: torch.Tensor,
+    v_BGTD: torch.Tensor,
+    out_BHTD: torch.Tensor,
+    lse_BHT: torch.Tensor,
+    plan: RingPlan,
+    links: Links,
+    dq_BHTD: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(dk_BGTD, dv_BGTD)`` of these keys of this rank, for what ``attend_around`` gave; adds to ``dq_BHTD``."""
+    last_hop = len(plan.hops) - 1
     followers = None  # gradients of the keys in hand, from the ranks that had them before; one hop behind the keys
-    coming = _Transfer(torch.stack((k_BGTD, v_BGTD)), 1, KEY_TAG, group) if last_hop else None
-    for hop in _hops(plan, q_BHTD, alone=2):  # gradients follow from the second hop on
+    travelling = Travelling(links, last_hop)
+    if last_hop:
+        travelling.start(torch.stack((k_BGTD, v_BGTD)), 0)
+    for hop in _hops(plan, q_BHTD, 2, links.width):  # gradients follow from the second hop on
         if hop == 0:
             continue
         # The keys in hand are an argument of each step, never what was saved: those are this rank's own, at every hop.
-        assert coming is not None
-        kv_2BGSD = coming.wait()
-        coming = None  # what it sent is free before more is taken
-        coming = _Transfer(kv_2BGSD, 1, KEY_TAG, group) if hop < last_hop else None
+        kv_2BGSD = travelling.wait(hop)
+        travelling.start(kv_2BGSD, hop)
         dkv_2BGSD = new_gradient(kv_2BGSD)
         blocks = plan.hops[hop]
         attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, blocks, dq_BHTD, dkv_2BGSD[0], dkv_2BGSD[1])
@@ -237,8 +247,7 @@ def ring_backward(
             followers = None
         if plan.narrow:
             dkv_2BGSD = dkv_2BGSD.to(kv_2BGSD.dtype)
-        # To the rank that gets these keys next, and from the last hop back home.
-        followers = _Transfer(dkv_2BGSD, 1 if hop < last_hop else -last_hop, GRADIENT_TAG, group)
+        followers = links.gradients(dkv_2BGSD, hop, last_hop)
         del kv_2BGSD, dkv_2BGSD
     # The own keys come last: their gradients take no room before, and the others' way home is hidden behind them.
     dk_BGTD, dv_BGTD = new_gradient(k_BGTD), new_gradient(v_BGTD)
@@ -247,21 +256,21 @@ def ring_backward(
         home_2BGTD = followers.wait()
         dk_BGTD += home_2BGTD[0]
         dv_BGTD += home_2BGTD[1]
-    return dq_BHTD, dk_BGTD, dv_BGTD
+    return dk_BGTD, dv_BGTD
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, plan, group):
-        out_BHTD, lse_BHT = ring_forward(q_BHTD, k_BGTD, v_BGTD, plan, group)
-        ctx.plan, ctx.group = plan, group
+    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, plan, links):
+        out_BHTD, lse_BHT = ring_forward(q_BHTD, k_BGTD, v_BGTD, plan, links)
+        ctx.plan, ctx.links = plan, links
         ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT)
         return out_BHTD
 
     @staticmethod
     def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT = ctx.saved_tensors
-        grads = ring_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, ctx.plan, ctx.group)
+        grads = ring_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, ctx.plan, ctx.links)
         return *(grad.to(dout_BHTD.dtype) for grad in grads), None, None
 
 
@@ -312,6 +321,7 @@ def ring_attention(
     prefix: torch.Tensor | None = None,
     scale: float | None = None,
     kv_gradient_dtype: KVGradientDtype = "fp32",
+    rings: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     bounds: Bounds | None = None,
 ) -> torch.Tensor:
     """Attention with keys and values passed around a ring of ranks. All ranks of the group call it together; autograd works.
@@ -329,6 +339,7 @@ def ring_attention(
         prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
         scale: of the scores; None: 1/sqrt(D).
         kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
+        rings: for a double ring (inner, outer): groups of neighbouring ranks, and of the ranks with this one's place among theirs.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
             otherwise gathered from all ranks at every call.
     Returns:
@@ -343,6 +354,6 @@ def ring_attention(
     scheme = (
         LocalAttention(window, call)
         if bounds.local_len == bounds.seq_len
-        else RingAttention(given_or_all(group), layout, window, call, kv_gradient_dtype == "compute")
+        else RingAttention(given_or_all(group), layout, window, call, kv_gradient_dtype == "compute", rings)
     )
     return attend_public(scheme, q, k, v, bounds)

@@ -41,6 +41,10 @@ def attention_over(
 
     Raises ValueError where the mesh was made for another scheme, or for a scheme that is still ``auto``.
     """
+    if scheme == "double_ring":
+        if mesh.sequence is None:
+            raise ValueError(f"double_ring needs a mesh with 1 < ring_inner < cp, not {mesh.dims}")
+        return RingAttention(mesh.cp_group, layout, window, narrow=narrow, rings=(mesh.ulysses_group, mesh.ring_group))
     ring = RingAttention(mesh.cp_group, layout, window, narrow=narrow)
     if scheme == "ring":
         return ring

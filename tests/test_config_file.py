@@ -336,3 +336,12 @@ def test_words_that_a_terminal_would_obey_are_spelled_out(word):
         resolve(None, [word])
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and message.isprintable() and len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [("model.attention_dropout=0.1", "attention has no dropout: fused kernels draw"), ("data.prefix_key=prompt", "Bounds.prefixes")],
+)
+def test_what_is_declined_says_why(line, text):
+    with pytest.raises(UserError, match=f"'{line.split('=')[0]}' is no setting: .*{text}"):
+        resolve(None, [line])

@@ -36,7 +36,7 @@ from optim.fused_backward import fuse_backward
 from parallel.dims import ParallelDims
 from parallel.log_lines import at_step
 from parallel.mesh import Mesh, build_mesh
-from parallel.parallelize import parallelize, split_sequence
+from parallel.parallelize import keep_keys_in_host, parallelize, split_sequence
 from trainer.carried_states import CarriedStates
 from trainer.checkpoint import CheckpointManager
 from trainer.choosing_offload import as_planned
@@ -104,6 +104,9 @@ def shaped_model(
     elif mesh is not None:
         gather_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, narrow)
+    if config.parallel.kv_residence == "host":
+        assert store is not None, "host_store makes one"
+        keep_keys_in_host(model, mesh, config.layout, store, config.parallel.kv_chunk, narrow)
     return model
 
 
@@ -133,6 +136,8 @@ def build_engine(
         # By name: the package is optional, and takes seconds to import.
         build = importlib.import_module("trainer.deepspeed_engine").build_deepspeed_engine
         return build(config, build_model(config, vocab_size, mesh, device, policy, store, fill), mesh, device)
+    if config.parallel.kv_residence == "host":
+        store = store or HostStore(device)
     if config.memory.offload_parameters == "none":
         return engine_for(config, build_model(config, vocab_size, mesh, device, policy, store, fill), mesh, device, store)
     store = store or HostStore(device)
@@ -145,12 +150,18 @@ def build_engine(
 
 
 def host_store(
-    policy: Policy, device: torch.device, budget_bytes: int | None, directory: str | None, *, optimizer: bool = False
+    policy: Policy,
+    device: torch.device,
+    budget_bytes: int | None,
+    directory: str | None,
+    *,
+    optimizer: bool = False,
+    keys: bool = False,
 ) -> HostStore | None:
-    """Host memory for what ``policy`` swaps and, with ``optimizer``, for the optimizer's states, at most ``budget_bytes`` of this rank
-    together; None where there is nothing of either."""
+    """Host memory for what ``policy`` swaps and for the optimizer's states (``optimizer``) and for ``keys`` and values, at most
+    ``budget_bytes`` of this rank together; None where there is nothing of these."""
     swaps = any(layer.of(name).swap > 0 for layer in policy.layers for name in CLASSES)
-    return HostStore(device, budget_bytes, Path(directory) if directory else None) if swaps or optimizer else None
+    return HostStore(device, budget_bytes, Path(directory) if directory else None) if swaps or optimizer or keys else None
 
 
 def engine_for(
@@ -261,8 +272,8 @@ def _build_trainer(
     monitor = MemoryMonitor(device)  # before the model: its baseline is the process without one
     vocab_size = model_vocab_size(config, data.vocab_size)
     policy = plan.policy or policy_of(config.memory, config.model.layer_kinds)
-    offloaded = placed.memory.offload_optimizer == "host"
-    store = host_store(policy, device, plan.host_budget_bytes, config.memory.offload_dir, optimizer=offloaded)
+    offloaded, keys = placed.memory.offload_optimizer == "host", placed.parallel.kv_residence == "host"
+    store = host_store(policy, device, plan.host_budget_bytes, config.memory.offload_dir, optimizer=offloaded, keys=keys)
     if store is not None:
         cleanup.callback(store.close)
     checkpoints = CheckpointManager(run_dir, config.checkpoint, config_hash=hashlib.sha256(dump(config).encode()).hexdigest())

@@ -1,4 +1,5 @@
-"""What ``parallel.sequence: auto`` (and for ring_x_ulysses a degree that is null) means once the mesh is known. Imports no torch.
+"""What ``parallel.sequence: auto`` (and for ring_x_ulysses and double_ring a degree that is null) means once the mesh is known.
+Imports no torch.
 
 The candidates that the configuration allows go to ``memory_mgmt/cost_schemes.py``; the first reason line names the choice.
 """
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from memory_mgmt.cost_model import Topology
 from memory_mgmt.cost_schemes import SchemeChoice, SequenceProblem, choose_scheme
 from models.errors import UserError
-from parallel.config import AUTO, SequenceScheme
+from parallel.config import AUTO, INNER_DEGREES, SequenceScheme
 from trainer.config import RunConfig
 from trainer.planning import rates_of, target_for
 
@@ -66,16 +67,22 @@ def _choice(config: RunConfig, device_name: str | None, possible: list[tuple[Seq
         rates=rates,
         narrow=parallel.kv_gradient_dtype == "compute",
     )
+    if config.parallel.sequence == "auto" and not problem.topology.crosses_nodes(parallel.cp):
+        possible = [each for each in possible if each[0] != "double_ring"]  # one ring is as good where all links are equal
     return choose_scheme(problem, possible)
 
 
 def _possible(config: RunConfig) -> tuple[list[tuple[SequenceScheme, int]], str]:
-    """(scheme, Ulysses degree) of all that the configuration allows, and the last refusal."""
+    """(scheme, degree among neighbours) of all that the configuration allows, and the last refusal."""
     cp, refused = config.parallel.cp, ""
-    hybrids: list[tuple[SequenceScheme, int]] = [("ring_x_ulysses", n) for n in range(2, cp) if cp % n == 0]
-    every: list[tuple[SequenceScheme, int]] = [("ring", 1), ("allgather_kv", 1), ("ulysses", cp), *hybrids]
+    inner = [n for n in range(2, cp) if cp % n == 0]
+    hybrids: list[tuple[SequenceScheme, int]] = [("ring_x_ulysses", n) for n in inner]
+    doubles: list[tuple[SequenceScheme, int]] = [("double_ring", n) for n in inner]
+    nested = [*hybrids, *doubles]
+    every: list[tuple[SequenceScheme, int]] = [("ring", 1), ("allgather_kv", 1), ("ulysses", cp), *nested]
+    asked = [(scheme, n) for scheme, n in nested if scheme == config.parallel.sequence]
     found = []
-    for scheme, ulysses in hybrids if config.parallel.sequence == "ring_x_ulysses" else every:
+    for scheme, ulysses in every if config.parallel.sequence == "auto" else asked:
         try:
             RunConfig.model_validate(dict(_settled(config, scheme, ulysses)))
             found.append((scheme, ulysses))
@@ -85,5 +92,5 @@ def _possible(config: RunConfig) -> tuple[list[tuple[SequenceScheme, int]], str]
 
 
 def _settled(config: RunConfig, scheme: SequenceScheme, ulysses: int = 1) -> RunConfig:
-    degree = ulysses if scheme == "ring_x_ulysses" else None
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"sequence": scheme, "ulysses": degree})})
+    degrees = {key: ulysses if scheme == nested else None for nested, key in INNER_DEGREES.items()}
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"sequence": scheme, **degrees})})

@@ -262,6 +262,7 @@ class RunConfig(Section):
                 "memory.offload_parameters host moves parameters with adamw's states, bucket by bucket after the backward pass; "
                 f"{reason}: set offload_parameters none"
             )
+        self._check_kv_residence()
         parallel = self.parallel
         if parallel.tp > 1 and (refused := tensor_rules.refusal(self)):
             raise ValueError(refused)
@@ -383,11 +384,30 @@ class RunConfig(Section):
                 f"parallel.sequence ulysses gives every one of parallel.cp {cp} ranks a query head, and model.n_heads is {heads}; "
                 f"set {degrees}parallel.sequence=ring or allgather_kv"
             )
+        inner = [n for n in range(2, cp) if cp % n == 0]
+        if sequence == "double_ring" and (self.parallel.ring_inner not in (None, *inner) or not inner):
+            named = f"parallel.ring_inner one of {', '.join(map(str, inner))}, or " if inner else ""
+            raise ValueError(
+                f"parallel.ring_inner {self.parallel.ring_inner} does not divide parallel.cp {cp} into several rings of several ranks; "
+                f"set {named}parallel.sequence=ring"
+            )
         if sequence == "ring_x_ulysses" and (ulysses not in (None, *possible) or not possible):
             asked = f"parallel.ulysses {ulysses}" if ulysses else "parallel.sequence ring_x_ulysses"
             raise ValueError(
                 f"{asked} does not divide parallel.cp {cp} into a ring of Ulysses groups of at most model.n_heads {heads} ranks; "
                 f"set {degrees}parallel.sequence={'ulysses or ring' if cp <= heads else 'ring'}"
+            )
+
+    def _check_kv_residence(self) -> None:
+        """Refuse keys in host memory where there are none, or where a planner does not know them."""
+        if self.parallel.kv_residence == "device":
+            return
+        if "full" not in self.model.layer_kinds:
+            raise ValueError("parallel.kv_residence host moves keys and values of full attention, and model.layers has none: set it device")
+        if self.memory.recompute == "auto":
+            raise ValueError(
+                "parallel.kv_residence host: the planner of memory.recompute auto counts keys and values on the device; set "
+                "memory.recompute none, mixer or block, or kv_residence device"
             )
 
     @property

@@ -26,6 +26,7 @@ from ruamel.yaml.nodes import MappingNode
 
 from models.errors import UserError
 from trainer.config import RunConfig
+from trainer.declined import DECLINED
 
 MAX_BYTES = 64 * 1024
 """Largest config file read: some twenty times a config that sets every key."""
@@ -158,6 +159,8 @@ def _nearest(path: str) -> str | None:
 
 
 def _unknown(path: str) -> str:
+    if path in DECLINED:
+        return f"'{path}' is no setting: {DECLINED[path]}"
     nearest = _nearest(path)
     way_out = f"did you mean '{nearest}'?" if nearest else "see longstride train --help-config for all keys"
     return f"unknown key '{_visible(path)}'; {way_out}"

@@ -80,6 +80,10 @@ def _native_only(config: RunConfig) -> list[tuple[bool, str]]:
             "memory.recompute auto is chosen for the native engine's step; set memory.recompute none, mixer or block",
         ),
         (memory.plan == "estimate", "memory.plan estimate: formulas know the native engine; set memory.plan trace"),
+        (
+            parallel.kv_residence == "host",
+            "parallel.kv_residence host is of the native engine's step; set parallel.kv_residence device",
+        ),
         (memory.arena, "memory.arena plans addresses of the native engine's step; set memory.arena false"),
         (
             bool(parallel.chosen_by_plan),

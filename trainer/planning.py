@@ -134,6 +134,10 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
         if target.config.parallel.cp > 1 and target.config.parallel.sequence != "ring":
             scheme = target.config.parallel.sequence
             raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
+        if target.config.parallel.kv_residence == "host":
+            raise UserError(
+                "parallel.kv_residence: host needs a traced step (formulas keep keys on the device); leave memory.plan at trace"
+            )
         asked = target.config.model.memory
         if asked.around_stack:
             raise UserError(f"model.memory.kind: {asked.kind} runs segment by segment and needs a traced step; leave memory.plan at trace")

@@ -23,6 +23,7 @@ from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.config import MemoryModuleConfig
 from models.errors import UserError
 from optim.config import Preset
+from parallel.config import INNER_DEGREES
 from trainer.choosing_offload import places
 from trainer.choosing_scheme import scheme_is_open, with_scheme
 from trainer.config import RunConfig
@@ -74,7 +75,7 @@ class Settled:
 def open_settings(config: RunConfig) -> list[str]:
     """Keys that ``settled`` has to choose."""
     preset = ["optim.preset"] if config.optim.preset == "auto" else []
-    scheme = "sequence" if config.parallel.sequence == "auto" else "ulysses"
+    scheme = "sequence" if config.parallel.sequence == "auto" else INNER_DEGREES.get(config.parallel.sequence, "ulysses")
     open_scheme = [f"parallel.{scheme}"] if config.parallel.scheme_is_auto else []
     return [f"parallel.{name}" for name in config.parallel.chosen_by_plan] + open_scheme + preset
 
@@ -123,7 +124,7 @@ def _scheme_reasons(asked: RunConfig, chosen: RunConfig, device_name: str | None
     """Why the chosen degrees have their scheme, where ``asked`` leaves it open."""
     if not asked.parallel.scheme_is_auto:
         return ()
-    open_again = chosen.parallel.model_copy(update={"sequence": asked.parallel.sequence, "ulysses": None})
+    open_again = chosen.parallel.model_copy(update={"sequence": asked.parallel.sequence, "ulysses": None, "ring_inner": None})
     return tuple(with_scheme(chosen.model_copy(update={"parallel": open_again}), device_name)[1])
 
 
@@ -224,7 +225,7 @@ def _may_fit(target: Target) -> bool:
     # Other presets ask a process of their own, an update in the backward pass and weights of few bits are traced or not known, and
     # formulas know the ring.
     optim = target.config.optim.model_copy(update={"preset": "adamw", "fuse_backward": False, "weights": None})
-    ring = target.config.parallel.model_copy(update={"sequence": "ring", "ulysses": None, "head_chunk": None})
+    ring = target.config.parallel.model_copy(update={"sequence": "ring", "ulysses": None, "ring_inner": None, "head_chunk": None})
     model = target.config.model
     if model.memory.kind not in KNOWN_MEMORIES or model.memory.attach != "mixer":
         model = model.model_copy(update={"memory": MemoryModuleConfig()})

@@ -63,4 +63,6 @@ def _of_memory(config: RunConfig, tp: int) -> str | None:
             f"parallel.tp {tp}: tensor-parallel ranks keep everything between forward and backward so far: set memory.recompute=none "
             "memory.offload=none memory.quantise=none memory.ffn_tile_tokens=0"
         )
+    if config.parallel.kv_residence == "host":
+        return f"parallel.tp {tp}: tensor-parallel ranks hold their keys on the device so far: set parallel.kv_residence=device"
     return None

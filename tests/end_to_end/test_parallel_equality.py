@@ -120,6 +120,8 @@ def test_same_training_on_any_mesh(
         (1, 4, "auto", {"sequence": "ulysses", "head_chunk": 1}),
         (1, 4, "zigzag", {"sequence": "ring_x_ulysses", "ulysses": 2}),
         (2, 2, "zigzag", {"sequence": "allgather_kv"}),
+        (1, 4, "zigzag", {"sequence": "double_ring", "ring_inner": 2}),
+        (1, 2, "zigzag", {"kv_residence": "host", "kv_chunk": 20}),
     ],
 )
 def test_same_training_under_every_scheme(documents: tuple[str, str], dp_shard: int, cp: int, layout: str, sequence: dict) -> None:

@@ -24,16 +24,20 @@ SEQ_LEN, DIM = 32, 4
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that this rank sends to others."""
+    """Bytes that this rank sends to others, and of a ring's those that go to another group of ``inner`` neighbours."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: int = 1) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.across = 0
+        self.inner = inner
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, rank = func._schema.name, dist.get_rank()
         if name == "c10d::send":
-            self.bytes += sum(x.numel() * x.element_size() for x in args[0])
+            sent = sum(x.numel() * x.element_size() for x in args[0])
+            self.bytes += sent
+            target = dist.get_process_group_ranks(dist.ProcessGroup.unbox(args[1]))[args[2]]
+            self.across += sent if target // self.inner != rank // self.inner else 0
         elif name == "c10d::alltoall_base_":  # of a group whose ranks are consecutive
             sizes = args[4] or [args[1].numel() // args[2].size()] * args[2].size()
             self.bytes += (args[1].numel() - sizes[rank % len(sizes)]) * args[1].element_size()
@@ -44,22 +48,22 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _all_sent() -> list[tuple[int, int]]:
+def _all_sent() -> list[tuple[int, int, int, int]]:
     return [_sent(*volume) for volume in VOLUMES]
 
 
-def _sent(scheme: SequenceScheme, ulysses: int, heads: tuple[int, int], head_chunk: int | None, narrow: bool) -> tuple[int, int]:
-    """(forward, backward) bytes of this rank in bfloat16."""
+def _sent(scheme: SequenceScheme, ulysses: int, heads: tuple[int, int], head_chunk: int | None, narrow: bool) -> tuple[int, int, int, int]:
+    """(forward, backward) bytes of this rank in bfloat16, and those that leave its ``ulysses`` neighbours."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = build_mesh(ParallelDims(cp=size, ulysses=ulysses), "cpu")
     bounds = Bounds.whole(1, SEQ_LEN).with_ranges(ranges_for("zigzag", SEQ_LEN, rank, size))
     q, k, v = (torch.randn(1, n, SEQ_LEN // size, DIM, dtype=torch.bfloat16, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
     attend = attention_over(mesh, "zigzag", None, scheme, head_chunk, narrow)
-    with Sent() as forward:
+    with Sent(ulysses) as forward:
         out = attend(q, k, v, bounds)
-    with Sent() as backward:
+    with Sent(ulysses) as backward:
         out.sum().backward()
-    return forward.bytes, backward.bytes
+    return forward.bytes, backward.bytes, forward.across, backward.across
 
 
 def problem(cp: int, tokens: int, heads: tuple[int, int] = (32, 8), ranks_per_node: int = 8, dim: int = 128) -> SequenceProblem:
@@ -70,6 +74,8 @@ def problem(cp: int, tokens: int, heads: tuple[int, int] = (32, 8), ranks_per_no
 VOLUMES: list[tuple[SequenceScheme, int, tuple[int, int], int | None, bool]] = [
     ("ring", 1, (4, 2), None, False),
     ("ring", 1, (4, 2), None, True),
+    ("double_ring", 2, (4, 2), None, False),
+    ("double_ring", 2, (4, 2), None, True),
     ("allgather_kv", 1, (4, 2), 1, False),
     ("allgather_kv", 1, (4, 2), 1, True),
     ("ulysses", 4, (8, 4), None, False),
@@ -89,6 +95,8 @@ def test_volumes_are_those_of_the_engine() -> None:
         # Ragged heads: ranks differ, the formula is their mean (rounded).
         assert sum(sent[i][0] for sent in by_rank) / 4 == pytest.approx(cost.forward_bytes, abs=1), VOLUMES[i]
         assert sum(sent[i][1] for sent in by_rank) / 4 == pytest.approx(cost.backward_bytes, abs=1), VOLUMES[i]
+        if scheme == "double_ring":
+            assert all(sent[i][2:] == cost.across for sent in by_rank), "the same through every rank's adapter"
 
 
 def test_keys_are_sent_to_each_rank_that_reads_them_and_not_repeated() -> None:
@@ -99,7 +107,8 @@ def test_keys_are_sent_to_each_rank_that_reads_them_and_not_repeated() -> None:
 
 def allowed(cp: int) -> list[tuple[SequenceScheme, int]]:
     hybrids: list[tuple[SequenceScheme, int]] = [("ring_x_ulysses", n) for n in (2, 4, 8, 16) if n < cp]
-    return [("ring", 1), ("allgather_kv", 1), ("ulysses", cp), *hybrids]
+    doubles: list[tuple[SequenceScheme, int]] = [("double_ring", n) for n in (2, 4, 8, 16) if n < cp]
+    return [("ring", 1), ("allgather_kv", 1), ("ulysses", cp), *hybrids, *doubles]
 
 
 def test_where_everything_hides_memory_decides() -> None:
@@ -116,6 +125,13 @@ def test_short_shards_on_several_nodes_use_the_links_inside_a_node() -> None:
     assert "spans nodes" in choice.reasons[0] and len(choice.reasons) == 2 + len(choice.costs)
     by_name = {cost.name: cost for cost in choice.costs}
     assert by_name["ring"].exposed > 5 * choice.chosen.exposed
+    assert by_name["double_ring (ring_inner 8)"].exposed < by_name["ring"].exposed / 2, "each adapter carries a shard per turn"
+
+
+def test_two_rings_pay_where_one_waits_for_the_network_and_not_inside_a_node() -> None:
+    rings: list[tuple[SequenceScheme, int]] = [("ring", 1), ("double_ring", 8)]
+    assert choose_scheme(problem(32, 4096, (32, 32)), rings).chosen.name == "double_ring (ring_inner 8)"
+    assert choose_scheme(problem(8, 131072), [("ring", 1), ("double_ring", 4)]).chosen.name == "ring"
 
 
 def test_without_overlap_all_communication_is_exposed() -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from parallel import allgather_kv, halo, head_exchange, hybrid, ring_attention, sequence_mask
+from parallel import allgather_kv, halo, head_exchange, host_keys, hybrid, ring_attention, ring_links, sequence_mask
 
-MODULES = (allgather_kv, halo, head_exchange, hybrid, ring_attention, sequence_mask)
+MODULES = (allgather_kv, halo, head_exchange, host_keys, hybrid, ring_attention, ring_links, sequence_mask)
 TIMEOUT = 60.0
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from memory_mgmt.offload import HostStore
 from models import attention
 from models.attention import attention_reference
 from models.attention_plan import TileLimits
 from models.block import CAUSAL
 from models.errors import UserError
 from models.kernels import block_attention, block_attention_backward
-from parallel import allgather_kv, hybrid, ring_attention, ulysses
+from parallel import allgather_kv, host_keys, hybrid, ring_attention, ulysses
 from parallel.sequence import shard_sequence, unshard_sequence
 from parallel.sequence_mask import sequence_bounds
 from tests.distributed import run_distributed
@@ -76,7 +77,7 @@ class Case:
 
 
 def _random_case(rng: random.Random, scheme: str, cp: int) -> Case:
-    heads = rng.choice([h for h in HEADS if scheme == "allgather_kv" or scheme == "ring" or h[0] >= cp])
+    heads = rng.choice([h for h in HEADS if scheme in KEYS_TRAVEL or h[0] >= cp])
     length = 2 * cp * rng.randint(1, 9)
     real = length if rng.random() < 0.6 else rng.randint(max(1, length - 5), length)
     rows = rng.randint(1, 3)
@@ -93,7 +94,15 @@ def _random_case(rng: random.Random, scheme: str, cp: int) -> Case:
             prefixes.append(tuple(e if whole or rng.random() < 0.3 else rng.randint(s, e) for s, e in zip(starts, ends, strict=True)))
     window = rng.choice([None, None, 1, 2, rng.randint(1, length), rng.randint(1, length), length + 3])
     degree = rng.choice([d for d in range(1, cp + 1) if cp % d == 0 and d <= heads[0]]) if scheme == "hybrid" else 1
-    chunk = {"ring": {}, "allgather_kv": {"head_chunk": rng.randint(1, 3)}}.get(scheme, {"head_chunk": rng.choice([None, 1, 2])})
+    if scheme == "double_ring":
+        degree = rng.choice([d for d in range(1, cp + 1) if cp % d == 0])
+    chunks = {
+        "ring": {},
+        "double_ring": {},
+        "allgather_kv": {"head_chunk": rng.randint(1, 3)},
+        "host": {"kv_chunk": rng.choice([1, 3, 4, 7, length])},
+    }
+    chunk = chunks.get(scheme, {"head_chunk": rng.choice([None, 1, 2])})
     options = {**chunk, **({"scale": 0.3} if rng.random() < 0.3 else {}), **({"kernel": "plain"} if rng.random() < 0.2 else {})}
     layout = rng.choice(["zigzag", "contiguous"])
     without_loss = rng.choice([0, 0, 1])
@@ -103,19 +112,25 @@ def _random_case(rng: random.Random, scheme: str, cp: int) -> Case:
 
 
 def _groups(case: Case, dist: Any) -> dict[str, Any]:
-    if case.scheme != "hybrid":
+    if case.scheme not in ("hybrid", "double_ring"):
         return {"group": None}
     rank, size = dist.get_rank(), case.degree
     column = [rank // size * size + i for i in range(size)]
+    if case.scheme == "double_ring":
+        return {"group": None, "rings": (Group(column), Group(range(rank % size, case.cp, size)))}
     return {"ulysses_group": Group(column), "ring_group": Group(range(rank % size, case.cp, size))}
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Any] = {
     "ring": ring_attention.ring_attention,
     "ulysses": ulysses.ulysses_attention,
     "allgather_kv": allgather_kv.allgather_kv_attention,
     "hybrid": hybrid.hybrid_attention,
+    "host": host_keys.host_keys_attention,
+    "double_ring": ring_attention.ring_attention,
 }
+KEYS_TRAVEL = ("ring", "allgather_kv", "host", "double_ring")
+"""Schemes that any heads and any number of ranks go with."""
 
 
 def _call(dist: Any, case: Case, tensors: list[torch.Tensor], groups: dict[str, Any] | None = None) -> list[torch.Tensor]:
@@ -137,6 +152,8 @@ def _call(dist: Any, case: Case, tensors: list[torch.Tensor], groups: dict[str, 
     if case.keep_bounds:
         group = groups.get("group") if case.scheme != "hybrid" else (groups["ulysses_group"], groups["ring_group"])
         mask = {"bounds": sequence_bounds(q.shape[0], q.shape[1], group=group, layout=case.layout, **mask)}  # type: ignore[arg-type]
+    if case.scheme == "host":
+        mask["store"] = HostStore("cpu")
     out = FUNCTIONS[case.scheme](q, k, v, window=case.window, layout=case.layout, **mask, **case.options, **groups)
     assert out.shape == q.shape and out.dtype == q.dtype
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), shard(tensors[3]))]
@@ -175,7 +192,7 @@ def test_random_cases_equal_dense_float64(monkeypatch: pytest.MonkeyPatch, schem
         case = _random_case(rng, scheme, cp)
         limits = (lambda q, window, call: TINY._replace(kernel=call.kernel, scale=call.scale)) if case.tiny else attention.tile_limits
         with monkeypatch.context() as patch:
-            for module in (attention, ring_attention, ulysses, allgather_kv, hybrid):
+            for module in (attention, ring_attention, ulysses, allgather_kv, hybrid, host_keys):
                 patch.setattr(module, "tile_limits", limits)
             for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5))[: 2 if i % 3 == 0 else 1]:
                 tensors = case.tensors(dtype, i)
@@ -191,12 +208,13 @@ def _on_real_ranks() -> list[list[list[torch.Tensor]]]:
         members = list(range(case.cp))
         world = dist.new_group(members)
         groups: dict[str, Any] = {"group": world}
-        if case.scheme == "hybrid":
+        if case.scheme in ("hybrid", "double_ring"):
             size = case.degree
             columns = [dist.new_group([r * size + i for i in range(size)]) for r in range(case.cp // size)]
             rings = [dist.new_group(list(range(i, case.cp, size))) for i in range(size)]
             rank = dist.get_rank()
-            groups = {"ulysses_group": columns[rank // size % len(columns)], "ring_group": rings[rank % size]}
+            near, far = columns[rank // size % len(columns)], rings[rank % size]
+            groups = {"ulysses_group": near, "ring_group": far} if case.scheme == "hybrid" else {"group": world, "rings": (near, far)}
         taking_part = dist.get_rank() < case.cp
         results.append(_call(dist, case, case.tensors(torch.float64, 3), groups) if taking_part else [])
     return results
@@ -211,10 +229,11 @@ def test_random_cases_on_real_ranks() -> None:
         _check(case, [by_rank[rank][i] for rank in range(case.cp)], case.tensors(torch.float64, 3), 1e-10)
 
 
-@pytest.mark.parametrize("scheme", ["ring", "hybrid", "allgather_kv", "ulysses"])
+@pytest.mark.parametrize("scheme", ["ring", "hybrid", "allgather_kv", "ulysses", "host", "double_ring"])
 def test_bf16_error_is_that_of_one_call_at_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     length, heads = (512, (32, 8)) if scheme == "ulysses" else (2048, (4, 2))
-    case = Case(scheme, 1, heads, "zigzag", None, [(0,)], [], True, length, length, 0, dim=64)
+    options = {"kv_chunk": 150} if scheme == "host" else {}
+    case = Case(scheme, 1, heads, "zigzag", None, [(0,)], [], True, length, length, 0, options=options, dim=64)
     tensors = case.tensors(torch.bfloat16, 5)
     exact = _expected(case, tensors, length)
     q, k, v, dout = (x.transpose(1, 2) for x in tensors)

@@ -71,6 +71,16 @@ def test_what_a_scheme_cannot_do_is_refused_by_name(parallel: dict[str, Any], he
         config(heads=heads, **parallel)
 
 
+def test_two_rings_are_refused_where_they_are_one_and_offered_across_nodes() -> None:
+    for wrong in ({"cp": 8, "ring_inner": 3}, {"cp": 8, "ring_inner": 8}, {"cp": 5, "ring_inner": 5}):
+        with pytest.raises(ValidationError, match=r"set (parallel\.ring_inner one of 2, 4, or )?parallel\.sequence=ring"):
+            config(sequence="double_ring", **wrong)
+    with pytest.raises(ValidationError, match=r"parallel\.ring_inner 2 is the inner ring of double_ring"):
+        config(cp=8, ring_inner=2)
+    found = settled(config(cp=8, sequence="double_ring"), "h100").config.parallel
+    assert found.sequence == "double_ring" and found.ring_inner in (2, 4) and found.ulysses is None
+
+
 def test_formulas_and_unsettled_schemes_are_refused() -> None:
     given = config(cp=2, sequence="ulysses")
     estimated = given.model_copy(update={"memory": given.memory.model_copy(update={"plan": "estimate"})})

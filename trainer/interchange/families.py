@@ -109,7 +109,14 @@ def _validated(values: dict[str, Any], file: Path) -> ModelConfig:
 
 def _refuse(hf: Mapping[str, Any], file: Path) -> None:
     """What would make the model compute something else."""
-    plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0, "quantization_config": None}
+    plain = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+        "attention_dropout": 0.0,
+    }
     for key, value in plain.items():
         if hf.get(key, value) not in (value, None):
             shown = "is set" if isinstance(hf[key], dict) else str(hf[key])

@@ -57,6 +57,7 @@ def refused(source: Path, *parts: str) -> None:
         ({"model_type": "llama", "attention_bias": True}, ["attention_bias True"]),
         ({"model_type": "llama", "mlp_bias": True}, ["mlp_bias"]),
         ({"hidden_act": "gelu"}, ["hidden_act gelu", '"silu"']),
+        ({"attention_dropout": 0.1}, ["attention_dropout 0.1", "0.0"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config is set"]),
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, ["auto_map", "not run"]),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["longrope"]),
