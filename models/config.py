@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from models.memory_config import (
+    ROTATED,
     ContextConfig,
     GatedSlotConfig,
     Mamba2Config,
@@ -147,6 +148,10 @@ class ModelConfig(Section):
         if self.attention_head_dim % 2:
             raise ValueError(f"head_dim {self.attention_head_dim} is odd; rotary embedding needs an even size")
         memory_heads = self.memory.n_heads or self.n_heads
+        if self.memory.kind in ROTATED and self.memory_key_dim % 2:
+            raise ValueError(
+                f"memory.head_dim {self.memory_key_dim} is odd; the rotary embedding of memory.kind {self.memory.kind} needs an even size"
+            )
         if self.memory.kind == "mamba2":
             self._check_mamba2(memory_heads)
         elif self.memory.head_dim is None and self.d_model % memory_heads:

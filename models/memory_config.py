@@ -13,6 +13,8 @@ MemoryKind = Literal[
     "gsa",
     "mamba2",
     "titans",
+    "infini",
+    "mom",
 ]
 """Architectures of memory: one file each in models/memory/."""
 
@@ -89,6 +91,32 @@ class TitansConfig(Section):
         return 0 if self.architecture == "linear" else max(1, round(self.expansion * key_dim))
 
 
+class InfiniConfig(Section):
+    """What only Infini-attention reads (arXiv 2404.07143)."""
+
+    segment: PositiveInt = 512
+    """Tokens that attend to each other; the memory has the segments before. Part of the model: another size is another model."""
+    delta: bool = False
+    """Write what the memory did not yet have of a value (delta rule), not the whole value."""
+
+
+class MixtureConfig(Section):
+    """What only Mixture of Memories reads (arXiv 2502.13685)."""
+
+    n_memories: PositiveInt = 4
+    """Memories per head among which the router chooses."""
+    top_k: PositiveInt = 2
+    """Memories that a token writes and reads."""
+    shared: bool = True
+    """One more memory that every token writes and reads."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureConfig:
+        if self.top_k > self.n_memories:
+            raise ValueError(f"memory.mom.top_k {self.top_k} is larger than memory.mom.n_memories {self.n_memories}; lower it")
+        return self
+
+
 class ContextConfig(Section):
     """What only ``model.memory.attach: mac`` reads."""
 
@@ -102,8 +130,12 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     "gsa": ("chunk_size",),
     "mamba2": ("head_dim", "expand_v"),
     "titans": ("chunk_size",),
+    "infini": ("chunk_size", "conv_kernel", "expand_v"),
 }
 """Shared settings that a kind does not read."""
+
+ROTATED: tuple[MemoryKind, ...] = ("infini",)
+"""Kinds whose own attention rotates queries and keys."""
 
 
 class MemoryModuleConfig(Section):
@@ -127,6 +159,10 @@ class MemoryModuleConfig(Section):
     """What only kind mamba2 reads."""
     titans: TitansConfig = TitansConfig()
     """What only kind titans reads."""
+    infini: InfiniConfig = InfiniConfig()
+    """What only kind infini reads."""
+    mom: MixtureConfig = MixtureConfig()
+    """What only kind mom reads."""
     attach: Literal["mixer", "mag", "mal", "mac"] = "mixer"
     """Where the memory sits in its layers. mixer: in place of attention; mag: beside sliding-window attention, whose output it gates; mal:
     before sliding-window attention; mac: read as context of the attention inside a segment, written with what that attention found."""

@@ -73,6 +73,27 @@ def _titans(config: ModelConfig) -> MemoryCounts:
     return MemoryCounts(shapes.matmul_parameters(), shapes.other_parameters(), 3.0 * shapes.scan_flops() + 6.0 * c * H * (2 * K + V))
 
 
+def _infini(config: ModelConfig) -> MemoryCounts:
+    """Projections q, k, v, out, and a gate per head. Mixing per head: writing and reading K (K + 1) numbers, 2 each, with the delta rule
+    one more product, and causal attention inside a segment, x 3."""
+    H, K = config.memory_heads, config.memory_key_dim
+    own = config.memory.infini
+    memory = (3 if own.delta else 2) * 2 * H * K * (K + 1)
+    return MemoryCounts(4 * config.d_model * H * K, H, 3.0 * (memory + 2 * H * K * (own.segment + 1)))
+
+
+def _mom(config: ModelConfig) -> MemoryCounts:
+    """Gated DeltaNet's with keys, values and gates for every memory, and the router. Mixing: the memories that a token goes to."""
+    H, K, V, c = _sizes(config)
+    own, d = config.memory.mom, config.d_model
+    A, channels = (own.n_memories + own.shared) * H, H * K + (own.n_memories + own.shared) * H * (K + V)
+    return MemoryCounts(
+        d * (H * (K + 2 * V) + A * (K + V + 2) + own.n_memories),
+        c * channels + 2 * A + V,
+        18.0 * (own.top_k + own.shared) * H * K * V + 6.0 * c * channels,
+    )
+
+
 def _as_context(config: ModelConfig, seq_len: int) -> MemoryCounts:
     """See `models.memory.context_shapes`: attention inside a segment, and the memory's own."""
     shapes, (H, K, V, c) = ContextShapes.of(config), _sizes(config)
@@ -85,6 +106,8 @@ _COUNTS: dict[str, Callable[[ModelConfig], MemoryCounts]] = {
     "gsa": _gsa,
     "mamba2": _mamba2,
     "titans": _titans,
+    "infini": _infini,
+    "mom": _mom,
 }
 
 

@@ -26,7 +26,9 @@ State = dict[str, Tensor]
 BUILDERS: dict[str, str] = {
     "gated_deltanet": "models.memory.gated_deltanet",
     "gsa": "models.memory.gsa",
+    "infini": "models.memory.infini",
     "mamba2": "models.memory.mamba2",
+    "mom": "models.memory.mom",
     "titans": "models.memory.titans",
 }
 """``model.memory.kind`` -> module that defines ``build``; imported only when asked for."""

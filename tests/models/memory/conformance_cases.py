@@ -85,6 +85,24 @@ CASES: dict[str, Case] = {
         slow=_slow_deltanet,
         at_size={"chunk_size": 32, "mamba2": {"state_dim": 32, "expand": 2.0, "n_groups": 2}},
     ),
+    "infini": Case(
+        {"kind": "infini", "infini": {"segment": 8}},
+        at_size={"infini": {"segment": 64}},
+    ),
+    "infini, delta": Case(
+        {"kind": "infini", "infini": {"segment": 5, "delta": True}},
+        at_size={"infini": {"segment": 64, "delta": True}},
+    ),
+    "mom": Case(
+        {"kind": "mom", "chunk_size": 8, "expand_v": 1.5, "mom": {"n_memories": 3, "top_k": 2}},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 64},
+    ),
+    "mom, one of four": Case(
+        {"kind": "mom", "chunk_size": 8, "conv_kernel": 1, "mom": {"n_memories": 4, "top_k": 1, "shared": False}},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 32},
+    ),
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
