@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from models.memory_config import (
     ROTATED,
+    SEQUENTIAL,
     ContextConfig,
     GatedSlotConfig,
     Mamba2Config,
@@ -242,6 +243,11 @@ class ModelConfig(Section):
     def has_attention(self) -> bool:
         """Whether any layer attends over tokens of other ranks when a sequence is split."""
         return any(kind != "memory" for kind in self.layer_kinds) or self.memory.attach in ("mag", "mal")
+
+    @property
+    def has_sequential_memory(self) -> bool:
+        """Whether a memory's state must go from rank to rank in the order of the text."""
+        return "memory" in self.layer_kinds and self.memory.kind in SEQUENTIAL
 
     @property
     def memory_heads(self) -> int:

@@ -15,6 +15,8 @@ MemoryKind = Literal[
     "titans",
     "infini",
     "mom",
+    "slots",
+    "fam",
 ]
 """Architectures of memory: one file each in models/memory/."""
 
@@ -117,6 +119,28 @@ class MixtureConfig(Section):
         return self
 
 
+class SlotsConfig(Section):
+    """What only gated slots read (Memformer, arXiv 2010.06891; LM2, arXiv 2502.06049)."""
+
+    variant: Literal["memformer", "lm2"] = "memformer"
+    """How slots are rewritten and read; see ``models/memory/slots.py``."""
+    n_slots: PositiveInt = 32
+    """Slots of the layer, of d_model numbers each."""
+    segment: PositiveInt = 128
+    """Tokens after which the slots are rewritten. Part of the model: another size is another model."""
+
+
+class FeedbackConfig(Section):
+    """What only TransformerFAM reads (arXiv 2404.09173)."""
+
+    n_feedback: PositiveInt = 16
+    """Feedback vectors of the layer, of d_model numbers each."""
+    block: PositiveInt = 128
+    """Tokens after which feedback is written. Part of the model: another size is another model."""
+    memory_blocks: Annotated[int, Field(ge=0)] = 1
+    """Blocks before its own that a token attends to."""
+
+
 class ContextConfig(Section):
     """What only ``model.memory.attach: mac`` reads."""
 
@@ -131,10 +155,15 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     "mamba2": ("head_dim", "expand_v"),
     "titans": ("chunk_size",),
     "infini": ("chunk_size", "conv_kernel", "expand_v"),
+    "slots": ("chunk_size", "conv_kernel", "expand_v"),
+    "fam": ("chunk_size", "conv_kernel", "expand_v"),
 }
 """Shared settings that a kind does not read."""
 
-ROTATED: tuple[MemoryKind, ...] = ("infini",)
+SEQUENTIAL: tuple[MemoryKind, ...] = ("slots", "fam")
+"""Kinds whose state goes from rank to rank: only neighbours may share a sequence."""
+
+ROTATED: tuple[MemoryKind, ...] = ("infini", "fam")
 """Kinds whose own attention rotates queries and keys."""
 
 
@@ -163,6 +192,10 @@ class MemoryModuleConfig(Section):
     """What only kind infini reads."""
     mom: MixtureConfig = MixtureConfig()
     """What only kind mom reads."""
+    slots: SlotsConfig = SlotsConfig()
+    """What only kind slots reads."""
+    fam: FeedbackConfig = FeedbackConfig()
+    """What only kind fam reads."""
     attach: Literal["mixer", "mag", "mal", "mac"] = "mixer"
     """Where the memory sits in its layers. mixer: in place of attention; mag: beside sliding-window attention, whose output it gates; mal:
     before sliding-window attention; mac: read as context of the attention inside a segment, written with what that attention found."""

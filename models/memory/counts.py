@@ -94,6 +94,30 @@ def _mom(config: ModelConfig) -> MemoryCounts:
     )
 
 
+def _slots(config: ModelConfig) -> MemoryCounts:
+    """Projections q, k, v, out of tokens, with lm2 the gate of what is read. Those of slots, and gates of rewriting, are per segment:
+    they are mixing, as attention between tokens and slots is, both ways."""
+    own, d, A = config.memory.slots, config.d_model, config.memory_heads * config.memory_key_dim
+    lm2, m = own.variant == "lm2", own.n_slots
+    of_tokens = 4 * d * A + (A * A if lm2 else 0)
+    of_slots = 4 * d * A + d * d
+    per_segment = 2 * m * (of_slots + (0 if lm2 else 2 * d * A)) + (2 * d * d if lm2 else 0) + (4 * m * d * A if lm2 else 0)
+    return MemoryCounts(
+        of_tokens,
+        of_slots + d + (d * d if lm2 else m * d),
+        3.0 * (8 * m * A + per_segment / own.segment),
+    )
+
+
+def _fam(config: ModelConfig) -> MemoryCounts:
+    """Projections q, k, v, out, and the first feedback. Mixing: a window of blocks and the feedback, 2 products, x 3; per block what
+    feedback is written and read with."""
+    own, d, A = config.memory.fam, config.d_model, config.memory_heads * config.memory_key_dim
+    m, window = own.n_feedback, (own.memory_blocks + 0.5) * own.block
+    per_block = 12 * m * d * A + 4 * m * (own.block + m) * A
+    return MemoryCounts(4 * d * A, m * d, 3.0 * (4 * A * (window + m) + per_block / own.block))
+
+
 def _as_context(config: ModelConfig, seq_len: int) -> MemoryCounts:
     """See `models.memory.context_shapes`: attention inside a segment, and the memory's own."""
     shapes, (H, K, V, c) = ContextShapes.of(config), _sizes(config)
@@ -108,6 +132,8 @@ _COUNTS: dict[str, Callable[[ModelConfig], MemoryCounts]] = {
     "titans": _titans,
     "infini": _infini,
     "mom": _mom,
+    "slots": _slots,
+    "fam": _fam,
 }
 
 

@@ -38,14 +38,14 @@ class SegmentedMixer(RecurrentMixer):
     is cut by the end of a range is made again.
     """
 
-    def __init__(self, d_model: int, state_shape: tuple[int, int, int], segment: int, reach: int = 0) -> None:
-        """``reach``: tokens before its segment that a token sees beside."""
-        super().__init__(d_model, state_shape, segment + reach, segment)
-        self.segment = segment
+    def __init__(self, d_model: int, state_shape: tuple[int, int, int], segment: int, lead: int = 0) -> None:
+        """``lead``: segments before its own that a token sees beside."""
+        super().__init__(d_model, state_shape, segment * (1 + lead), segment)
+        self.segment, self.lead = segment, lead
 
     def segments(self, bounds: Bounds, span: Range, x_BTC: Tensor, before_BnC: Tensor) -> tuple[Segments, Tensor]:
         """The segments of ``span``, and the range's inputs with as many before it as they need."""
-        plan = plan_segments(bounds, span, self.segment, x_BTC.device)
+        plan = plan_segments(bounds, span, self.segment, x_BTC.device, self.lead)
         if not plan.before:
             return plan, x_BTC if self.carry.local or not self.halo else _Tied.apply(x_BTC, before_BnC)  # type: ignore[return-value]
         return plan, torch.cat([before_BnC[:, before_BnC.shape[1] - plan.before :].to(x_BTC.dtype), x_BTC], dim=1)

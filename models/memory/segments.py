@@ -25,6 +25,8 @@ class Segments:
 
     before: int
     """Tokens before the range that its first segments need, over all rows."""
+    lead: int
+    """The first so many segments are whole ones before the range, there to be seen; empty in rows whose document begins later."""
     index_BNc: Tensor | None
     """Place of every token in [``before`` tokens | range]; None: they lie there in order, N x c of them, in every row."""
     real_BNc: Tensor
@@ -52,24 +54,28 @@ class Segments:
 
     def collect(self, x_BNcC: Tensor) -> Tensor:
         """[B, N, c, C] -> [B, T, C], the tokens of the range."""
-        x_BnC = x_BNcC.flatten(1, 2)
         if self.at_BT is None:
-            return x_BnC
+            return x_BNcC[:, self.lead :].flatten(1, 2)
+        x_BnC = x_BNcC.flatten(1, 2)
         return x_BnC.gather(1, self.at_BT.unsqueeze(-1).expand(-1, -1, x_BnC.shape[-1]))
 
 
-def plan_segments(bounds: Bounds, span: Range, size: int, device: torch.device) -> Segments:
-    """The segments of ``size`` tokens of the global range ``span``, kept in ``bounds`` for all layers."""
-    key = ("segments", span, size, device)
+def plan_segments(bounds: Bounds, span: Range, size: int, device: torch.device, lead: int = 0) -> Segments:
+    """The segments of ``size`` tokens of the global range ``span``, kept in ``bounds`` for all layers.
+
+    ``lead``: how many whole segments of the same document before the first one are wanted too."""
+    key = ("segments", span, size, device, lead)
     if key not in bounds._cache:
-        bounds._cache[key] = _plan(bounds, span, size, device)
+        bounds._cache[key] = _plan(bounds, span, size, device, lead)
     return bounds._cache[key]
 
 
-def _plan(bounds: Bounds, span: Range, size: int, device: torch.device) -> Segments:
+def _plan(bounds: Bounds, span: Range, size: int, device: torch.device, lead: int) -> Segments:
     rows = [_of_row(np.asarray(documents), bounds.seq_len, span, size) for documents in bounds.documents]
     first, end = span
-    before = max(int(first - start_n[0]) for start_n, _, _ in rows)
+    lead = min(lead, max(int(start_n[0] - document_n[0]) // size for start_n, _, document_n in rows))
+    rows = [_led(row, lead, size) for row in rows]
+    before = max(int(first - start_n[start_n < stop_n][0]) for start_n, stop_n, _ in rows)
     B, N = len(rows), max(len(start_n) for start_n, _, _ in rows)
     start_BN, stop_BN, document_BN = (np.full((B, N), first - before, dtype=np.int64) for _ in range(3))
     for row, columns in enumerate(rows):
@@ -78,7 +84,7 @@ def _plan(bounds: Bounds, span: Range, size: int, device: torch.device) -> Segme
     index_BNc = start_BN[..., None] + np.arange(size)
     real_BNc = index_BNc < np.minimum(stop_BN, end)[..., None]
     index_BNc = np.where(real_BNc, index_BNc - (first - before), 0)
-    in_order = bool(before == 0 and end - first == N * size and real_BNc.all())
+    in_order = bool(before == lead * size and before + end - first == N * size and real_BNc.all())
     at_BT = None
     if not in_order:
         at_BT = np.zeros((B, end - first), dtype=np.int64)
@@ -91,8 +97,10 @@ def _plan(bounds: Bounds, span: Range, size: int, device: torch.device) -> Segme
         return torch.from_numpy(np.ascontiguousarray(x)).to(device)
 
     used_BN = stop_BN > start_BN
+    used_BN[:, :lead] = False
     return Segments(
         before=before,
+        lead=lead,
         index_BNc=None if in_order else there(index_BNc),
         real_BNc=there(real_BNc),
         at_BT=None if at_BT is None else there(at_BT),
@@ -100,6 +108,16 @@ def _plan(bounds: Bounds, span: Range, size: int, device: torch.device) -> Segme
         whole_BN=there(used_BN & (stop_BN <= end)),
         place_BN=there(start_BN - document_BN),
     )
+
+
+def _led(row: tuple[np.ndarray, np.ndarray, np.ndarray], lead: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The row's segments with ``lead`` more in front; empty ones where the document of its first segment does not reach back so far."""
+    start_n, stop_n, document_n = row
+    ahead = start_n[0] - size * np.arange(lead, 0, -1)
+    there = ahead >= document_n[0]
+    starts, stops = np.where(there, ahead, start_n[0]), np.where(there, ahead + size, start_n[0])
+    documents = np.full(lead, document_n[0])
+    return np.concatenate([starts, start_n]), np.concatenate([stops, stop_n]), np.concatenate([documents, document_n])
 
 
 def _of_row(start_D: np.ndarray, seq_len: int, span: Range, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -64,6 +64,18 @@ def _titans(expand_v: float = 1.5, **settings: Any) -> Case:
     )
 
 
+def _slow_slot_gates(module: Any) -> None:
+    module.gate_bias.fill_(4.0 if module.lm2 else -4.0)
+
+
+def _slots(variant: str) -> Case:
+    return Case(
+        {"kind": "slots", "slots": {"variant": variant, "n_slots": 5, "segment": 8}},
+        slow=_slow_slot_gates,
+        at_size={"slots": {"variant": variant, "n_slots": 16, "segment": 64}},
+    )
+
+
 CASES: dict[str, Case] = {
     "gated_deltanet": Case(
         {"kind": "gated_deltanet", "chunk_size": 8, "expand_v": 1.5},
@@ -102,6 +114,16 @@ CASES: dict[str, Case] = {
         {"kind": "mom", "chunk_size": 8, "conv_kernel": 1, "mom": {"n_memories": 4, "top_k": 1, "shared": False}},
         slow=_slow_deltanet,
         at_size={"chunk_size": 32},
+    ),
+    "slots": _slots("memformer"),
+    "slots, lm2": _slots("lm2"),
+    "fam": Case(
+        {"kind": "fam", "fam": {"n_feedback": 5, "block": 8, "memory_blocks": 1}},
+        at_size={"fam": {"n_feedback": 16, "block": 64}},
+    ),
+    "fam, blocks before": Case(
+        {"kind": "fam", "fam": {"n_feedback": 3, "block": 4, "memory_blocks": 2}},
+        at_size={"fam": {"n_feedback": 16, "block": 32, "memory_blocks": 2}},
     ),
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
