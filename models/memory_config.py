@@ -17,6 +17,7 @@ MemoryKind = Literal[
     "mom",
     "slots",
     "fam",
+    "neurocache",
 ]
 """Architectures of memory: one file each in models/memory/."""
 
@@ -141,6 +142,23 @@ class FeedbackConfig(Section):
     """Blocks before its own that a token attends to."""
 
 
+class NeurocacheConfig(Section):
+    """What only Neurocache reads (arXiv 2407.02486)."""
+
+    compression: PositiveInt = 4
+    """How many times smaller than d_model an entry of the cache is."""
+    cache_size: PositiveInt = 16_384
+    """Entries before a segment that its tokens choose from."""
+    top_k: PositiveInt = 16
+    """Nearest entries that a token reads."""
+    neighborhood: PositiveInt = 2
+    """Entries that are read for each of them: it and those after it."""
+    segment: PositiveInt = 128
+    """Tokens that choose from the same entries. Part of the model: another size is another model."""
+    writer: Literal["trained", "frozen"] = "trained"
+    """trained: the compression learns by what is read; frozen: it stays as it was drawn (LongMem, arXiv 2306.07174)."""
+
+
 class ContextConfig(Section):
     """What only ``model.memory.attach: mac`` reads."""
 
@@ -157,6 +175,7 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     "infini": ("chunk_size", "conv_kernel", "expand_v"),
     "slots": ("chunk_size", "conv_kernel", "expand_v"),
     "fam": ("chunk_size", "conv_kernel", "expand_v"),
+    "neurocache": ("chunk_size", "conv_kernel", "expand_v"),
 }
 """Shared settings that a kind does not read."""
 
@@ -196,6 +215,8 @@ class MemoryModuleConfig(Section):
     """What only kind slots reads."""
     fam: FeedbackConfig = FeedbackConfig()
     """What only kind fam reads."""
+    neurocache: NeurocacheConfig = NeurocacheConfig()
+    """What only kind neurocache reads."""
     attach: Literal["mixer", "mag", "mal", "mac"] = "mixer"
     """Where the memory sits in its layers. mixer: in place of attention; mag: beside sliding-window attention, whose output it gates; mal:
     before sliding-window attention; mac: read as context of the attention inside a segment, written with what that attention found."""

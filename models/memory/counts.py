@@ -118,6 +118,14 @@ def _fam(config: ModelConfig) -> MemoryCounts:
     return MemoryCounts(4 * d * A, m * d, 3.0 * (4 * A * (window + m) + per_block / own.block))
 
 
+def _neurocache(config: ModelConfig) -> MemoryCounts:
+    """Projections: entries, queries, out; keys and values of entries, which meet queries and sums of every token. Mixing: the choice, which
+    has no backward, and the entries read, two products, x 3."""
+    own, d, H = config.memory.neurocache, config.d_model, config.memory_heads
+    A, D, k = H * config.memory_key_dim, max(1, d // own.compression), min(own.top_k, own.cache_size) * own.neighborhood
+    return MemoryCounts(d * D + 2 * d * A + 2 * A * D, 0, 2.0 * own.cache_size * D + 12.0 * H * D * (k + 1))
+
+
 def _as_context(config: ModelConfig, seq_len: int) -> MemoryCounts:
     """See `models.memory.context_shapes`: attention inside a segment, and the memory's own."""
     shapes, (H, K, V, c) = ContextShapes.of(config), _sizes(config)
@@ -133,6 +141,7 @@ _COUNTS: dict[str, Callable[[ModelConfig], MemoryCounts]] = {
     "infini": _infini,
     "mom": _mom,
     "slots": _slots,
+    "neurocache": _neurocache,
     "fam": _fam,
 }
 

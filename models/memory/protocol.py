@@ -30,6 +30,7 @@ BUILDERS: dict[str, str] = {
     "infini": "models.memory.infini",
     "mamba2": "models.memory.mamba2",
     "mom": "models.memory.mom",
+    "neurocache": "models.memory.neurocache",
     "slots": "models.memory.slots",
     "titans": "models.memory.titans",
 }

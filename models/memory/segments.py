@@ -37,6 +37,8 @@ class Segments:
     """With this segment a document begins (other than at index 0): the memory starts anew."""
     whole_BN: Tensor
     """The segment ends in this range: what it writes counts."""
+    start_BN: Tensor
+    """Of a segment's first token in the sequence."""
     place_BN: Tensor
     """Of a segment's first token in its document: 0 for a document's first segment."""
 
@@ -106,6 +108,7 @@ def _plan(bounds: Bounds, span: Range, size: int, device: torch.device, lead: in
         at_BT=None if at_BT is None else there(at_BT),
         fresh_BN=there(used_BN & (start_BN == document_BN) & (start_BN > 0)),
         whole_BN=there(used_BN & (stop_BN <= end)),
+        start_BN=there(start_BN),
         place_BN=there(start_BN - document_BN),
     )
 

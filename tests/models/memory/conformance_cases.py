@@ -35,6 +35,8 @@ class Case:
     """Makes the memory last (gates that hardly forget): a leak hides below rounding where an early token is forgotten anyway."""
     at_size: Mapping[str, Any] = field(default_factory=dict)
     """Settings changed where bytes and flops are measured, on longer sequences."""
+    chooses: bool = False
+    """It reads the few entries that are nearest: rounded to bfloat16 some are others, which is no error of arithmetic."""
 
 
 def _slow_deltanet(module: Any) -> None:
@@ -74,6 +76,12 @@ def _slots(variant: str) -> Case:
         slow=_slow_slot_gates,
         at_size={"slots": {"variant": variant, "n_slots": 16, "segment": 64}},
     )
+
+
+def _neurocache(chooses: bool = False, **settings: Any) -> Case:
+    own = {"compression": 2, "segment": 8, **settings}
+    at_size = {**own, "compression": 4, "segment": 64, "cache_size": 1024, "top_k": 16}
+    return Case({"kind": "neurocache", "neurocache": own}, at_size={"neurocache": at_size}, chooses=chooses)
 
 
 CASES: dict[str, Case] = {
@@ -125,6 +133,9 @@ CASES: dict[str, Case] = {
         {"kind": "fam", "fam": {"n_feedback": 3, "block": 4, "memory_blocks": 2}},
         at_size={"fam": {"n_feedback": 16, "block": 32, "memory_blocks": 2}},
     ),
+    "neurocache": _neurocache(cache_size=64, top_k=64, neighborhood=1),
+    "neurocache, nearest": _neurocache(cache_size=44, top_k=12, neighborhood=2, chooses=True),
+    "neurocache, frozen": _neurocache(cache_size=48, top_k=12, neighborhood=4, writer="frozen", chooses=True),
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
