@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from models.memory_config import (
+    ROTATED,
+    SEQUENTIAL,
     ContextConfig,
     GatedSlotConfig,
     Mamba2Config,
@@ -119,6 +121,10 @@ class ModelConfig(Section):
         if self.attention_head_dim % 2:
             raise ValueError(f"head_dim {self.attention_head_dim} is odd; rotary embedding needs an even size")
         memory_heads = self.memory.n_heads or self.n_heads
+        if self.memory.kind in ROTATED and self.memory_key_dim % 2:
+            raise ValueError(
+                f"memory.head_dim {self.memory_key_dim} is odd; the rotary embedding of memory.kind {self.memory.kind} needs an even size"
+            )
         if self.memory.kind == "mamba2":
             self._check_mamba2(memory_heads)
         elif self.memory.head_dim is None and self.d_model % memory_heads:
@@ -215,6 +221,11 @@ class ModelConfig(Section):
     def has_attention(self) -> bool:
         """Whether any layer attends over tokens of other ranks when a sequence is split."""
         return any(kind != "memory" for kind in self.layer_kinds) or self.memory.attach in ("mag", "mal")
+
+    @property
+    def has_sequential_memory(self) -> bool:
+        """Whether a memory's state must go from rank to rank in the order of the text."""
+        return "memory" in self.layer_kinds and self.memory.kind in SEQUENTIAL
 
     @property
     def memory_heads(self) -> int:

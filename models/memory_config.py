@@ -15,6 +15,11 @@ MemoryKind = Literal[
     "mamba2",
     "titans",
     "rmt",
+    "infini",
+    "mom",
+    "slots",
+    "fam",
+    "neurocache",
 ]
 """Architectures of memory: one file each in models/memory/."""
 
@@ -91,6 +96,71 @@ class TitansConfig(Section):
         return 0 if self.architecture == "linear" else max(1, round(self.expansion * key_dim))
 
 
+class InfiniConfig(Section):
+    """What only Infini-attention reads (arXiv 2404.07143)."""
+
+    segment: PositiveInt = 512
+    """Tokens that attend to each other; the memory has the segments before. Part of the model: another size is another model."""
+    delta: bool = False
+    """Write what the memory did not yet have of a value (delta rule), not the whole value."""
+
+
+class MixtureConfig(Section):
+    """What only Mixture of Memories reads (arXiv 2502.13685)."""
+
+    n_memories: PositiveInt = 4
+    """Memories per head among which the router chooses."""
+    top_k: PositiveInt = 2
+    """Memories that a token writes and reads."""
+    shared: bool = True
+    """One more memory that every token writes and reads."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureConfig:
+        if self.top_k > self.n_memories:
+            raise ValueError(f"memory.mom.top_k {self.top_k} is larger than memory.mom.n_memories {self.n_memories}; lower it")
+        return self
+
+
+class SlotsConfig(Section):
+    """What only gated slots read (Memformer, arXiv 2010.06891; LM2, arXiv 2502.06049)."""
+
+    variant: Literal["memformer", "lm2"] = "memformer"
+    """How slots are rewritten and read; see ``models/memory/slots.py``."""
+    n_slots: PositiveInt = 32
+    """Slots of the layer, of d_model numbers each."""
+    segment: PositiveInt = 128
+    """Tokens after which the slots are rewritten. Part of the model: another size is another model."""
+
+
+class FeedbackConfig(Section):
+    """What only TransformerFAM reads (arXiv 2404.09173)."""
+
+    n_feedback: PositiveInt = 16
+    """Feedback vectors of the layer, of d_model numbers each."""
+    block: PositiveInt = 128
+    """Tokens after which feedback is written. Part of the model: another size is another model."""
+    memory_blocks: Annotated[int, Field(ge=0)] = 1
+    """Blocks before its own that a token attends to."""
+
+
+class NeurocacheConfig(Section):
+    """What only Neurocache reads (arXiv 2407.02486)."""
+
+    compression: PositiveInt = 4
+    """How many times smaller than d_model an entry of the cache is."""
+    cache_size: PositiveInt = 16_384
+    """Entries before a segment that its tokens choose from."""
+    top_k: PositiveInt = 16
+    """Nearest entries that a token reads."""
+    neighborhood: PositiveInt = 2
+    """Entries that are read for each of them: it and those after it."""
+    segment: PositiveInt = 128
+    """Tokens that choose from the same entries. Part of the model: another size is another model."""
+    writer: Literal["trained", "frozen"] = "trained"
+    """trained: the compression learns by what is read; frozen: it stays as it was drawn (LongMem, arXiv 2306.07174)."""
+
+
 class ContextConfig(Section):
     """What only ``model.memory.attach: mac`` reads."""
 
@@ -105,8 +175,18 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     "mamba2": ("head_dim", "expand_v"),
     "titans": ("chunk_size",),
     "rmt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach"),
+    "infini": ("chunk_size", "conv_kernel", "expand_v"),
+    "slots": ("chunk_size", "conv_kernel", "expand_v"),
+    "fam": ("chunk_size", "conv_kernel", "expand_v"),
+    "neurocache": ("chunk_size", "conv_kernel", "expand_v"),
 }
 """Shared settings that a kind does not read."""
+
+SEQUENTIAL: tuple[MemoryKind, ...] = ("slots", "fam")
+"""Kinds whose state goes from rank to rank: only neighbours may share a sequence."""
+
+ROTATED: tuple[MemoryKind, ...] = ("infini", "fam")
+"""Kinds whose own attention rotates queries and keys."""
 
 
 class MemoryModuleConfig(Section):
@@ -132,6 +212,16 @@ class MemoryModuleConfig(Section):
     """What only kind titans reads."""
     rmt: RmtConfig = RmtConfig()
     """What only kind rmt reads."""
+    infini: InfiniConfig = InfiniConfig()
+    """What only kind infini reads."""
+    mom: MixtureConfig = MixtureConfig()
+    """What only kind mom reads."""
+    slots: SlotsConfig = SlotsConfig()
+    """What only kind slots reads."""
+    fam: FeedbackConfig = FeedbackConfig()
+    """What only kind fam reads."""
+    neurocache: NeurocacheConfig = NeurocacheConfig()
+    """What only kind neurocache reads."""
     attach: Literal["mixer", "mag", "mal", "mac"] = "mixer"
     """Where the memory sits in its layers. mixer: in place of attention; mag: beside sliding-window attention, whose output it gates; mal:
     before sliding-window attention; mac: read as context of the attention inside a segment, written with what that attention found."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from models.batch import Bounds, Range
 from parallel.halo import exchange_halo
+from parallel.relay import arrive, pass_on
 from parallel.sequence import Layout, check_ranges, ranges_for
 
 
@@ -58,6 +59,14 @@ class RingCarry:
     def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
         """See `Carry.tail`; one exchange, gradients flow to the rank that holds the token."""
         return _GatherTail.apply(self.group, self._places(bounds), bounds, x_BTC, n)  # type: ignore[return-value]
+
+    def arrive(self, initial: Tensor, anchor: Tensor) -> Tensor:
+        """See `Carry.arrive`. ``initial`` as for `affine`."""
+        return arrive(self.group, initial, anchor)
+
+    def pass_on(self, state: Tensor, tied: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Carry.pass_on`."""
+        return pass_on(self.group, state, tied)
 
     def holders(self, bounds: Bounds) -> tuple[int, list[tuple[Range, ...]]]:
         """See `Carry.holders`. Raises ValueError if ``bounds`` is not this rank's part."""

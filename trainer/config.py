@@ -375,6 +375,11 @@ class RunConfig(Section):
                 f"parallel.cp {cp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: "
                 f"ranks cannot share a sequence; set parallel.cp=1 parallel.dp_shard={cp}, or model.memory.attach=mag"
             )
+        if cp > 1 and self.layout == "zigzag" and self.model.has_sequential_memory:
+            raise ValueError(
+                f"parallel.layout zigzag: the states of model.memory.kind {self.model.memory.kind} go from rank to rank, in order; "
+                "set parallel.layout=contiguous"
+            )
         if cp == 1 or not self.model.has_attention:
             return
         possible = [n for n in range(2, min(heads, cp - 1) + 1) if cp % n == 0]
@@ -416,7 +421,8 @@ class RunConfig(Section):
         if self.parallel.layout != "auto":
             return self.parallel.layout
         balanced = self.parallel.sequence == "ulysses"  # by itself: every rank has all tokens of its heads
-        return "zigzag" if self.parallel.cp > 1 and "full" in self.model.layer_kinds and not balanced else "contiguous"
+        zigzag = self.parallel.cp > 1 and "full" in self.model.layer_kinds and not balanced and not self.model.has_sequential_memory
+        return "zigzag" if zigzag else "contiguous"
 
     @property
     def global_batch_sequences(self) -> int:

@@ -5,6 +5,8 @@ Legend: N chunk, G row x head, B row, C token in chunk, K and W the two sides of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,3 +71,21 @@ def scan_reverse(read_NGKW: Tensor, whole_NGK1: Tensor, dfinal_GKW: Tensor) -> T
         n = N - 1 - turn
         ds[n].addcmul_(ds[n + 1], whole_NGK1[n])
     return ds
+
+
+class _States(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, update_NGKW: Tensor, whole_NGK1: Tensor, state_GKW: Tensor) -> Tensor:
+        ctx.save_for_backward(whole_NGK1)
+        return scan(update_NGKW, whole_NGK1, state_GKW)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor]:
+        (whole_NGK1,) = ctx.saved_tensors
+        ds = scan_reverse(grads[0][:-1], whole_NGK1, grads[0][-1])
+        return ds[1:], None, ds[0]
+
+
+def states(update_NGKW: Tensor, whole_NGK1: Tensor, state_GKW: Tensor) -> Tensor:
+    """`scan`, differentiable in the updates and the first state; it keeps the decays only, which have no gradient."""
+    return _States.apply(update_NGKW, whole_NGK1, state_GKW)  # type: ignore[return-value]

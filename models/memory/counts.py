@@ -73,6 +73,59 @@ def _titans(config: ModelConfig) -> MemoryCounts:
     return MemoryCounts(shapes.matmul_parameters(), shapes.other_parameters(), 3.0 * shapes.scan_flops() + 6.0 * c * H * (2 * K + V))
 
 
+def _infini(config: ModelConfig) -> MemoryCounts:
+    """Projections q, k, v, out, and a gate per head. Mixing per head: writing and reading K (K + 1) numbers, 2 each, with the delta rule
+    one more product, and causal attention inside a segment, x 3."""
+    H, K = config.memory_heads, config.memory_key_dim
+    own = config.memory.infini
+    memory = (3 if own.delta else 2) * 2 * H * K * (K + 1)
+    return MemoryCounts(4 * config.d_model * H * K, H, 3.0 * (memory + 2 * H * K * (own.segment + 1)))
+
+
+def _mom(config: ModelConfig) -> MemoryCounts:
+    """Gated DeltaNet's with keys, values and gates for every memory, and the router. Mixing: the memories that a token goes to."""
+    H, K, V, c = _sizes(config)
+    own, d = config.memory.mom, config.d_model
+    A, channels = (own.n_memories + own.shared) * H, H * K + (own.n_memories + own.shared) * H * (K + V)
+    return MemoryCounts(
+        d * (H * (K + 2 * V) + A * (K + V + 2) + own.n_memories),
+        c * channels + 2 * A + V,
+        18.0 * (own.top_k + own.shared) * H * K * V + 6.0 * c * channels,
+    )
+
+
+def _slots(config: ModelConfig) -> MemoryCounts:
+    """Projections q, k, v, out of tokens, with lm2 the gate of what is read. Those of slots, and gates of rewriting, are per segment:
+    they are mixing, as attention between tokens and slots is, both ways."""
+    own, d, A = config.memory.slots, config.d_model, config.memory_heads * config.memory_key_dim
+    lm2, m = own.variant == "lm2", own.n_slots
+    of_tokens = 4 * d * A + (A * A if lm2 else 0)
+    of_slots = 4 * d * A + d * d
+    per_segment = 2 * m * (of_slots + (0 if lm2 else 2 * d * A)) + (2 * d * d if lm2 else 0) + (4 * m * d * A if lm2 else 0)
+    return MemoryCounts(
+        of_tokens,
+        of_slots + d + (d * d if lm2 else m * d),
+        3.0 * (8 * m * A + per_segment / own.segment),
+    )
+
+
+def _fam(config: ModelConfig) -> MemoryCounts:
+    """Projections q, k, v, out, and the first feedback. Mixing: a window of blocks and the feedback, 2 products, x 3; per block what
+    feedback is written and read with."""
+    own, d, A = config.memory.fam, config.d_model, config.memory_heads * config.memory_key_dim
+    m, window = own.n_feedback, (own.memory_blocks + 0.5) * own.block
+    per_block = 12 * m * d * A + 4 * m * (own.block + m) * A
+    return MemoryCounts(4 * d * A, m * d, 3.0 * (4 * A * (window + m) + per_block / own.block))
+
+
+def _neurocache(config: ModelConfig) -> MemoryCounts:
+    """Projections: entries, queries, out; keys and values of entries, which meet queries and sums of every token. Mixing: the choice, which
+    has no backward, and the entries read, two products, x 3."""
+    own, d, H = config.memory.neurocache, config.d_model, config.memory_heads
+    A, D, k = H * config.memory_key_dim, max(1, d // own.compression), min(own.top_k, own.cache_size) * own.neighborhood
+    return MemoryCounts(d * D + 2 * d * A + 2 * A * D, 0, 2.0 * own.cache_size * D + 12.0 * H * D * (k + 1))
+
+
 def _as_context(config: ModelConfig, seq_len: int) -> MemoryCounts:
     """See `models.memory.context_shapes`: attention inside a segment, and the memory's own."""
     shapes, (H, K, V, c) = ContextShapes.of(config), _sizes(config)
@@ -85,6 +138,11 @@ _COUNTS: dict[str, Callable[[ModelConfig], MemoryCounts]] = {
     "gsa": _gsa,
     "mamba2": _mamba2,
     "titans": _titans,
+    "infini": _infini,
+    "mom": _mom,
+    "slots": _slots,
+    "neurocache": _neurocache,
+    "fam": _fam,
 }
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,10 @@ class GatedDeltaNet(RecurrentMixer):
         conv_kernel: int = 4,
         chunk_size: int = 64,
         norm_eps: float = 1e-5,
+        memories: int = 1,
     ) -> None:
-        super().__init__(d_model, (n_heads, key_dim, value_dim), conv_kernel, chunk_size)
+        """``memories``: each head has so many states, with keys, values and gates of their own (`models.memory.mom`)."""
+        super().__init__(d_model, (memories * n_heads, key_dim, value_dim), conv_kernel, chunk_size)
         self.traits = MemoryTraits(
             carry="layer",
             transition="affine_dense",
@@ -76,20 +78,20 @@ class GatedDeltaNet(RecurrentMixer):
         )
         self.n_heads, self.key_dim, self.value_dim = n_heads, key_dim, value_dim
         self.norm_eps = norm_eps
-        keys, values = n_heads * key_dim, n_heads * value_dim
-        self.w_q = Linear(d_model, keys)
-        self.w_k = Linear(d_model, keys)
-        self.w_v = Linear(d_model, values)
+        queries, values, written = n_heads * key_dim, n_heads * value_dim, memories * n_heads
+        self.w_q = Linear(d_model, queries)
+        self.w_k = Linear(d_model, written * key_dim)
+        self.w_v = Linear(d_model, written * value_dim)
         self.w_gate = Linear(d_model, values)
-        self.w_beta = Linear(d_model, n_heads)
-        self.w_decay = Linear(d_model, n_heads)
+        self.w_beta = Linear(d_model, written)
+        self.w_decay = Linear(d_model, written)
         self.w_out = Linear(values, d_model)
         if self.halo:
-            self.conv_q = nn.Parameter(torch.empty(keys, conv_kernel))
-            self.conv_k = nn.Parameter(torch.empty(keys, conv_kernel))
-            self.conv_v = nn.Parameter(torch.empty(values, conv_kernel))
-        self.A_log = nn.Parameter(torch.empty(n_heads))
-        self.dt_bias = nn.Parameter(torch.empty(n_heads))
+            self.conv_q = nn.Parameter(torch.empty(queries, conv_kernel))
+            self.conv_k = nn.Parameter(torch.empty(written * key_dim, conv_kernel))
+            self.conv_v = nn.Parameter(torch.empty(written * value_dim, conv_kernel))
+        self.A_log = nn.Parameter(torch.empty(written))
+        self.dt_bias = nn.Parameter(torch.empty(written))
         self.norm_weight = nn.Parameter(torch.empty(value_dim))
 
     def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
@@ -146,18 +148,22 @@ class GatedDeltaNet(RecurrentMixer):
         """Projections, convolutions and the delta rule of one tile: o_NGcW and the state after it."""
         plan = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device)
 
-        def stream(weight: Tensor, conv: Tensor, scale: float) -> Tensor:
+        def stream(weight: Tensor, conv: Tensor, scale: float, heads: int) -> Tensor:
             x, before = linear(x_BTC, weight), linear(before_BnC.to(x_BTC.dtype), weight)
-            return conv_silu_chunks(x, before, conv, plan, self.n_heads, self.chunk_size, scale)
+            return conv_silu_chunks(x, before, conv, plan, heads, self.chunk_size, scale)
 
-        q_NGcK = stream(weights.w_q, weights.conv_q, self.key_dim**-0.5)
-        k_NGcK = stream(weights.w_k, weights.conv_k, 1.0)
-        v_NGcV = stream(weights.w_v, weights.conv_v, 0.0)
+        q_NGcK = stream(weights.w_q, weights.conv_q, self.key_dim**-0.5, self.n_heads)
+        k_NGcK = stream(weights.w_k, weights.conv_k, 1.0, self.state_shape[0])
+        v_NGcV = stream(weights.w_v, weights.conv_v, 0.0, self.state_shape[0])
         beta_BTH = linear(x_BTC, weights.w_beta).to(q_NGcK.dtype).sigmoid()
         step_BTH = F.softplus(linear(x_BTC, weights.w_decay).to(q_NGcK.dtype) + weights.dt_bias)
-        log_decay_BTH = -weights.A_log.exp() * step_BTH
+        q_NGcK, beta_BTH, log_decay_BTH = self._routed(weights, x_BTC, q_NGcK, beta_BTH, -weights.A_log.exp() * step_BTH)
         beta_NGc, log_decay_NGc = (to_chunks(z.unsqueeze(-1), self.chunk_size).squeeze(-1) for z in (beta_BTH, log_decay_BTH))
         return gated_delta_rule(q_NGcK, k_NGcK, v_NGcV, beta_NGc, log_decay_NGc, state_GKW, plan.segment_NBC)
+
+    def _routed(self, weights: Any, x_BTC: Tensor, q_NGcK: Tensor, beta: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and gates [B, T, H] as the rule gets them; here as they are."""
+        return q_NGcK, beta, log_decay
 
     def _read_out(self, weights: _Weights, x_BTC: Tensor, o_NGcW: Tensor, state_GKV: Tensor) -> Tensor:
         """Add Qhat S_in, held in the columns after V, to a range's own outputs."""

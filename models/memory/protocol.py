@@ -24,9 +24,14 @@ State = dict[str, Tensor]
 """What a memory remembers, batch first. Plain tensors handed in and out, never buffers: they are not model weights."""
 
 BUILDERS: dict[str, str] = {
+    "fam": "models.memory.fam",
     "gated_deltanet": "models.memory.gated_deltanet",
     "gsa": "models.memory.gsa",
+    "infini": "models.memory.infini",
     "mamba2": "models.memory.mamba2",
+    "mom": "models.memory.mom",
+    "neurocache": "models.memory.neurocache",
+    "slots": "models.memory.slots",
     "titans": "models.memory.titans",
     "rmt": "models.memory.rmt",
 }
@@ -102,6 +107,16 @@ class Carry(Protocol):
 
     def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
         """The last n tokens [B, n, C] of the sequence, on every rank, zeros where the sequence is shorter."""
+        ...
+
+    # For states that follow one another (models/memory/sequential.py); contiguous layout only.
+
+    def arrive(self, initial: Tensor, anchor: Tensor) -> Tensor:
+        """The state that the rank before passed on, or ``initial`` on the first. ``anchor``: takes a gradient on every rank or on none."""
+        ...
+
+    def pass_on(self, state: Tensor, tied: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are, the state also to the next rank. What comes back for it waits for ``tied``, which every rank's loss needs."""
         ...
 
     # For updates that are sums over tokens: every rank works on a slice of every chunk (models/memory/chunk_plan.py).
@@ -187,6 +202,14 @@ class LocalCarry:
         for i in ranges_in_order(bounds):
             tail = last_tokens(tail, x_BTC[:, offsets[i] : offsets[i + 1]], n)
         return tail
+
+    def arrive(self, initial: Tensor, anchor: Tensor) -> Tensor:
+        """See `Carry.arrive`."""
+        return initial
+
+    def pass_on(self, state: Tensor, tied: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Carry.pass_on`."""
+        return state, tied
 
     def holders(self, bounds: Bounds) -> tuple[int, list[tuple[Range, ...]]]:
         """See `Carry.holders`."""

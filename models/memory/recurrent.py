@@ -105,8 +105,10 @@ class RecurrentMixer(MemoryModule):
 
     def wide(self, weights: Iterable[Tensor]) -> list[Tensor]:
         """Weights of projections; with tiles, low-precision ones are widened once so that tile gradients add up in float32."""
-        if not self.tile_tokens:
-            return list(weights)
+        return self.widened(weights) if self.tile_tokens else list(weights)
+
+    def widened(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        """Weights in the dtype of states."""
         dtypes = ((weight, state_dtype(weight)) for weight in weights)
         return [in_dtype(weight, dtype) if isinstance(weight, Int8Weight) else widened(weight, dtype) for weight, dtype in dtypes]
 

@@ -31,6 +31,14 @@ CONFIGS = {
     "titans": ModelConfig(
         d_model=64, n_heads=4, layers=("memory", "swa"), memory=MemoryModuleConfig(kind="titans", n_heads=2, expand_v=1.5)
     ),
+    "infini": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "infini", "n_heads": 2, "head_dim": 24}),
+    "mom": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "mom", "expand_v": 2.0, "mom": {"n_memories": 3}}),
+    "slots": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "slots", "n_heads": 2, "head_dim": 24}),
+    "lm2": ModelConfig(
+        d_model=64, layers=("memory",), memory={"kind": "slots", "n_heads": 2, "head_dim": 24, "slots": {"variant": "lm2", "n_slots": 9}}
+    ),
+    "fam": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "fam", "n_heads": 2, "head_dim": 24}),
+    "neurocache": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "neurocache", "n_heads": 2, "head_dim": 24}),
     "lact": ModelConfig(d_model=64, layers=("memory",), memory=MemoryModuleConfig(kind="titans", titans=TitansConfig(variant="lact"))),
 }
 OWNERS = {"embed": "embedding", "head": "head", "norm": "norms", "norm1": "norms", "norm2": "norms", "ffn": "ffn"}

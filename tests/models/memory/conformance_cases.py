@@ -39,6 +39,8 @@ class Case:
     """Makes the memory last (gates that hardly forget): a leak hides below rounding where an early token is forgotten anyway."""
     at_size: Mapping[str, Any] = field(default_factory=dict)
     """Settings changed where bytes and flops are measured, on longer sequences."""
+    chooses: bool = False
+    """It reads the few entries that are nearest: rounded to bfloat16 some are others, which is no error of arithmetic."""
 
 
 def _slow_deltanet(module: Any) -> None:
@@ -68,6 +70,24 @@ def _titans(expand_v: float = 1.5, **settings: Any) -> Case:
     )
 
 
+def _slow_slot_gates(module: Any) -> None:
+    module.gate_bias.fill_(4.0 if module.lm2 else -4.0)
+
+
+def _slots(variant: str) -> Case:
+    return Case(
+        {"kind": "slots", "slots": {"variant": variant, "n_slots": 5, "segment": 8}},
+        slow=_slow_slot_gates,
+        at_size={"slots": {"variant": variant, "n_slots": 16, "segment": 64}},
+    )
+
+
+def _neurocache(chooses: bool = False, **settings: Any) -> Case:
+    own = {"compression": 2, "segment": 8, **settings}
+    at_size = {**own, "compression": 4, "segment": 64, "cache_size": 1024, "top_k": 16}
+    return Case({"kind": "neurocache", "neurocache": own}, at_size={"neurocache": at_size}, chooses=chooses)
+
+
 CASES: dict[str, Case] = {
     "gated_deltanet": Case(
         {"kind": "gated_deltanet", "chunk_size": 8, "expand_v": 1.5},
@@ -89,6 +109,37 @@ CASES: dict[str, Case] = {
         slow=_slow_deltanet,
         at_size={"chunk_size": 32, "mamba2": {"state_dim": 32, "expand": 2.0, "n_groups": 2}},
     ),
+    "infini": Case(
+        {"kind": "infini", "infini": {"segment": 8}},
+        at_size={"infini": {"segment": 64}},
+    ),
+    "infini, delta": Case(
+        {"kind": "infini", "infini": {"segment": 5, "delta": True}},
+        at_size={"infini": {"segment": 64, "delta": True}},
+    ),
+    "mom": Case(
+        {"kind": "mom", "chunk_size": 8, "expand_v": 1.5, "mom": {"n_memories": 3, "top_k": 2}},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 64},
+    ),
+    "mom, one of four": Case(
+        {"kind": "mom", "chunk_size": 8, "conv_kernel": 1, "mom": {"n_memories": 4, "top_k": 1, "shared": False}},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 32},
+    ),
+    "slots": _slots("memformer"),
+    "slots, lm2": _slots("lm2"),
+    "fam": Case(
+        {"kind": "fam", "fam": {"n_feedback": 5, "block": 8, "memory_blocks": 1}},
+        at_size={"fam": {"n_feedback": 16, "block": 64}},
+    ),
+    "fam, blocks before": Case(
+        {"kind": "fam", "fam": {"n_feedback": 3, "block": 4, "memory_blocks": 2}},
+        at_size={"fam": {"n_feedback": 16, "block": 32, "memory_blocks": 2}},
+    ),
+    "neurocache": _neurocache(cache_size=64, top_k=64, neighborhood=1),
+    "neurocache, nearest": _neurocache(cache_size=44, top_k=12, neighborhood=2, chooses=True),
+    "neurocache, frozen": _neurocache(cache_size=48, top_k=12, neighborhood=4, writer="frozen", chooses=True),
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
