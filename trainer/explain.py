@@ -31,6 +31,9 @@ def explain_run(config: RunConfig, device_name: str | None = None) -> list[str]:
     else:
         near = " (a window that a shard holds: the keys before it)" if "swa" in attention else ""
         lines.append(f"sequence: {parallel.sequence} over {parallel.cp} ranks{near}, layout {config.layout}")
+    if parallel.tp > 1:
+        heads = f"{config.model.n_heads // parallel.tp} query and {config.model.kv_heads // parallel.tp} key/value heads"
+        lines.append(f"tensor parallelism: {parallel.tp} ranks with {heads} each")
     return [*lines, *_kernels(config, target_for(config, device_name).device, "swa" in attention)]
 
 
