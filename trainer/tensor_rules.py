@@ -8,6 +8,16 @@ if TYPE_CHECKING:
     from trainer.config import RunConfig
 
 
+ELEMENTWISE = ("adamw", "adamw_8bit", "adamw_4bit", "sgd")
+"""Presets that update every element by itself: on a part as on the whole."""
+ROUNDED_ALIKE = ("fp32", "bf16", "bf16_24bit")
+"""Of ``optim.weights`` those that round without chance."""
+SHARED_MEMORIES = ("gated_deltanet", "gsa", "mamba2", "titans")
+"""Kinds of ``model.memory.kind`` whose layers share a tensor-parallel group's tokens; of others it has not been shown."""
+STATE_BLOCK = 128
+"""Elements that a codec of 8 or 4 bits keeps with one scale (``optim/codecs.py``)."""
+
+
 def refusal(config: RunConfig) -> str | None:
     """Why a run with ``parallel.tp`` above 1 cannot be as ``config`` says, with the remedy; None if it can."""
     tp = config.parallel.tp
@@ -29,10 +39,23 @@ def _of_shapes(config: RunConfig, tp: int) -> str | None:
 
 
 def _of_layers(config: RunConfig, tp: int) -> str | None:
-    if "memory" in config.model.layer_kinds:
+    attach = config.model.memory.attach
+    if "memory" in config.model.layer_kinds and attach == "mac":
         return (
-            f"parallel.tp {tp}: layers of kind memory (model.memory.kind {config.model.memory.kind}) are not shared by tensor-parallel "
-            f"ranks: set parallel.tp=1 parallel.cp={tp * max(1, config.parallel.cp)}"
+            f"parallel.tp {tp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: ranks "
+            f"cannot share a sequence's tokens; set parallel.tp=1 parallel.dp_shard={tp}, or model.memory.attach=mag"
+        )
+    kind = config.model.memory.kind
+    if "memory" in config.model.layer_kinds and kind not in SHARED_MEMORIES:
+        return (
+            f"parallel.tp {tp}: model.memory.kind {kind} has not been shown to share tokens among tensor-parallel ranks: set parallel.tp=1"
+        )
+    # Ranges of a zigzag layout that neighbours share in equal parts: attention beside a memory knows none such, and an odd number of
+    # neighbours would cut them to unequal ranges.
+    if "memory" in config.model.layer_kinds and config.layout == "zigzag" and (tp % 2 or attach != "mixer"):
+        return (
+            f"parallel.tp {tp} with parallel.layout zigzag: a memory layer {'of' if attach == 'mixer' else 'beside attention and'} {tp} "
+            "tensor-parallel ranks needs each one's tokens in one piece: set parallel.layout=contiguous"
         )
     if "product_keys" in config.model.feedforward_kinds:
         return f"parallel.tp {tp}: memory layers with product keys are not shared by tensor-parallel ranks: set parallel.tp=1"
@@ -41,16 +64,36 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
 
 def _of_updates(config: RunConfig, tp: int) -> str | None:
     optim = config.optim
-    if optim.fuse_backward:
+    if optim.is_fused:
         return (
-            f"parallel.tp {tp}: optim.fuse_backward updates norms before their gradients are summed over tensor-parallel ranks: "
-            "set optim.fuse_backward=false"
+            f"parallel.tp {tp}: an update in the backward pass (optim.fuse_backward, optim.preset lomo) would move norms before their "
+            "gradients are summed over tensor-parallel ranks: set optim.fuse_backward=false"
         )
-    if not optim.is_torch_adamw or optim.preset == "auto":
+    if optim.preset not in (*ELEMENTWISE, "auto"):
         return (
-            f"parallel.tp {tp}: optim.preset {optim.preset} has not been shown to update parts of matrices as it does whole ones: "
-            "set optim.preset=adamw"
+            f"parallel.tp {tp}: optim.preset {optim.preset} updates whole matrices, of which a tensor-parallel rank has parts: set "
+            f"optim.preset to one of {', '.join(ELEMENTWISE)}, or parallel.tp=1 and parallel.dp_shard or parallel.cp to share them by rows"
         )
+    if optim.kept_weights not in ROUNDED_ALIKE:
+        return (
+            f"parallel.tp {tp}: optim.weights {optim.kept_weights} rounds by each element's place in the whole matrix, of which a "
+            f"tensor-parallel rank has a part: set optim.weights to one of {', '.join(ROUNDED_ALIKE)}"
+        )
+    return _of_blocks(config, tp) if optim.preset in ("adamw_8bit", "adamw_4bit") else None
+
+
+def _of_blocks(config: RunConfig, tp: int) -> str | None:
+    """Matrices that are shared by columns, whose states are kept in blocks along rows."""
+    model = config.model
+    widths = {"model.d_ff": model.ff_width}
+    if model.has_attention:
+        widths["model.n_heads times the size of a head"] = model.n_heads * model.attention_head_dim
+    for what, width in widths.items():
+        if width // tp % STATE_BLOCK:
+            return (
+                f"parallel.tp {tp}: optim.preset {config.optim.preset} keeps states in blocks of {STATE_BLOCK} along rows, and a rank has "
+                f"{width // tp} columns of matrices that are {width} wide ({what}): set optim.preset=adamw, or widths that divide"
+            )
     return None
 
 
@@ -58,11 +101,6 @@ def _of_memory(config: RunConfig, tp: int) -> str | None:
     memory = config.memory
     if memory.plan == "estimate":
         return f"parallel.tp {tp} needs a traced step (formulas know no tensor parallelism): set memory.plan=trace"
-    if (memory.recompute, memory.offload, memory.quantise, memory.ffn_tile_tokens) != ("none", "none", "none", 0):
-        return (
-            f"parallel.tp {tp}: tensor-parallel ranks keep everything between forward and backward so far: set memory.recompute=none "
-            "memory.offload=none memory.quantise=none memory.ffn_tile_tokens=0"
-        )
     if config.parallel.kv_residence == "host":
         return f"parallel.tp {tp}: tensor-parallel ranks hold their keys on the device so far: set parallel.kv_residence=device"
     return None
