@@ -91,6 +91,23 @@ def _machine() -> str:
     )
 
 
+def _observed(row: Row, results: _Results) -> tuple[bool, str]:
+    """Whether every test of a row ran and passed, and that in words."""
+    lines, held = [], True
+    for test in row.tests:
+        found = results.found.get(test, [])
+        passed = [seconds for outcome, seconds, _ in found if outcome == "passed"]
+        others = [f"{outcome}{': ' + reason if reason else ''}" for outcome, _, reason in found if outcome != "passed"]
+        held = held and bool(passed) and not others
+        words = (
+            f"held in {len(passed)} case{'s' * (len(passed) != 1)} ({sum(passed):.1f} s)"
+            if passed and not others
+            else "; ".join(others) or "did not run"
+        )
+        lines.append(f"{words}: {test.split('::')[1].removeprefix('test_').replace('_', ' ')}")
+    return held, "\n              ".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description="inject faults; print promised and observed")
     parser.add_argument("rows", metavar="ROW", type=int, nargs="*", help="default: all")
