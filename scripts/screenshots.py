@@ -30,10 +30,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
-    "debug_cpu", "run.name=screenshots", "parallel.cp=2", "train.steps=240", "train.eval_every_steps=20", "checkpoint.save_every_steps=40",
-    "guards.report_every_steps=20", "data.seq_len=256",
+    "debug_cpu", "run.name=screenshots", "parallel.cp=2", "train.steps=300", "train.eval_every_steps=20", "checkpoint.save_every_steps=40",
+    "guards.report_every_steps=20", "data.seq_len=1024",
 )  # fmt: skip
-WATCHED_AT = 200
+WATCHED_AT = 180
 """The step at which ``monitor`` is looked at."""
 COLUMNS, LINES = 118, 32
 PAGE = """<!doctype html><meta charset="utf-8"><body style="background:{background};margin:0;padding:14px">
@@ -50,7 +50,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures")
     args = parser.parse_args()
     try:
-        browser = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        browser = (
+            os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        )
         if browser is None:
             raise Cannot("no Chromium on PATH: apt-get install chromium, or name one by CHROMIUM=PATH")
         with tempfile.TemporaryDirectory(prefix="longstride-screenshots-") as folder:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longstride import main
+from trainer import report
 from trainer.metrics_file import encode_record
 from trainer.monitor_view import newest_log, plain, rank_lines, sparkline, view
 from trainer.report import ticks
@@ -114,6 +115,19 @@ def test_the_report_is_one_page_that_loads_and_runs_nothing(tmp_path: Path, caps
     loss = [tuple(map(float, point.split(","))) for point in (curves[0] or "").split()]
     assert loss[0] == (64, 10) and loss[-1] == (852, 198), "falls from the upper left corner to the lower right one"
     assert main(["report", str(run.path), "--output", str(tmp_path / "no" / "x.html")]) == 2
+
+
+def test_one_spike_does_not_flatten_the_gradient_norm(tmp_path: Path) -> None:
+    run = make(tmp_path, steps=4)
+    lines = [{"split": "train", "step": step, "grad_norm": norm} for step, norm in enumerate((1, 10, 1000, 1), 1)]
+    run.metrics.write_bytes(b"".join(map(encode_record, lines)))
+    page = Page(report.page(read_run(run.path), []))
+    (points,) = [attrs["points"] for tag, attrs in page.tags if tag == "polyline"]
+    heights = [float(point.split(",")[1]) for point in (points or "").split()]
+    assert heights == pytest.approx([198, 198 - 188 / 3, 10, 198], abs=0.1) and "Gradient norm, logarithmic" in page.words
+    assert all(f"{level:,}" in page.words for level in (1, 10, 100, 1000))
+    run.metrics.write_bytes(b"".join(encode_record({**line, "grad_norm": line["grad_norm"] - 1}) for line in lines))
+    assert "logarithmic" not in Page(report.page(read_run(run.path), [])).words, "a zero has no logarithm"
 
 
 @pytest.mark.parametrize(
