@@ -144,7 +144,7 @@ def tensorboard(folder: Path) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as server:
         try:
             assert server.stdout is not None
-            found = next((match for line in server.stdout if (match := re.search(r"http://[^/ ]+/", line))), None)
+            found = next((match for line in server.stdout if (match := re.search(r"\w+://(127.0.0.1|localhost):\d+/", line))), None)
             if found is None:
                 raise Cannot("tensorboard ended without serving")
             deadline = time.monotonic() + 120
