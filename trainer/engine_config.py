@@ -26,6 +26,10 @@ class DeepSpeedSection(Section):
     bucket_elements: PositiveInt = 50_000_000
     """Gradients are reduced so many elements at a time; every rank holds a buffer of them."""
 
+    def bucket_of(self, parameters: int) -> int:
+        """Elements of the buffer for a model of so many parameters."""
+        return min(self.bucket_elements, parameters)
+
     @model_validator(mode="after")
     def _check_offload(self) -> DeepSpeedSection:
         if self.offload_parameters == "cpu" and self.stage != 3:
