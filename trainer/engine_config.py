@@ -95,6 +95,11 @@ def _native_only(config: RunConfig) -> list[tuple[bool, str]]:
             f"parallel.dp_shard {parallel.dp_replicate * parallel.dp_shard}",
         ),
         (
+            parallel.tp > 1,
+            f"parallel.tp {parallel.tp}: ZeRO would take parts of a matrix for the whole; set parallel.tp 1 and "
+            f"parallel.dp_shard {parallel.tp * parallel.dp_shard}",
+        ),
+        (
             "product_keys" in config.model.feedforward_kinds,
             "memory layers with product keys update rows of a table, and ZeRO knows no rows; take model.feedforward dense",
         ),
