@@ -33,7 +33,7 @@ _NAMES: dict[Launcher, tuple[str, str, str, str]] = {
 }
 _REFUSED_ACCELERATE = {
     "ACCELERATE_USE_FSDP": "longstride shards parameters itself: start without --use_fsdp and set parallel.dp_shard",
-    "ACCELERATE_USE_DEEPSPEED": "this engine does not run under DeepSpeed: start without --use_deepspeed",
+    "ACCELERATE_USE_DEEPSPEED": "longstride calls DeepSpeed itself: start without --use_deepspeed and set engine=deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "start without --use_megatron_lm and set the degrees under parallel",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "start without accelerate's parallelism options and set the degrees under parallel",
 }
@@ -163,9 +163,11 @@ def check_launch(env: Env, precision: str, device: str, grad_accum: int, ranks: 
         )
 
 
-def name_device(index: int) -> None:
-    """Tell DeepSpeed, which reads it out of this process's environment, which of the devices that this rank sees is its own. A launcher's
-    local rank is another number where every rank sees one device."""
+def name_device(device: torch.device) -> None:
+    """Tell DeepSpeed, which reads it out of this process's environment when it is imported, this rank's device. The local rank that a
+    launcher gave is another number where every rank sees one device."""
+    index = device.index or 0
+    os.environ["DS_ACCELERATOR"] = device.type
     os.environ["LOCAL_RANK"] = str(index)
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # refused when it differs
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
