@@ -1,0 +1,31 @@
+"""What runs whose model has a memory around its stack cannot be asked for. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from models.stack_config import STACK_KINDS
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+
+def refused_segments(config: RunConfig) -> str | None:
+    """Why a sequence cannot be read segment by segment with these settings; None if it can, or is not to be."""
+    kind, parallel = config.model.memory.kind, config.parallel
+    if not config.model.memory.around_stack:
+        own = {"train.bptt_segments": config.train.bptt_segments is not None, "memory.segment_states": config.memory.segment_states != "all"}
+        asked, kinds = [name for name, is_set in own.items() if is_set], " or ".join(STACK_KINDS)
+        return f"{asked[0]} is read by memories around the stack (model.memory.kind {kinds}) only: leave it out" if asked else None
+    if parallel.cp > 1:
+        return (
+            f"parallel.cp {parallel.cp}: {kind} is not parallel inside one sequence (what one segment leaves is what the next one begins "
+            f"with); set parallel.cp=1 parallel.dp_shard={parallel.cp * max(1, parallel.dp_shard)}"
+        )
+    if parallel.tp > 1:
+        return f"parallel.tp {parallel.tp}: {kind} is not split over tensor-parallel ranks; set parallel.tp=1 and use parallel.dp_shard"
+    if config.train.engine != "native":
+        return f"train.engine {config.train.engine} runs whole sequences, and {kind} runs segments; set train.engine native"
+    if config.memory.recompute == "auto":
+        return f"memory.recompute auto plans whole sequences, and {kind} runs segments one at a time anyway; set recompute none or block"
+    return None
