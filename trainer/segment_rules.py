@@ -14,9 +14,12 @@ def refused_segments(config: RunConfig) -> str | None:
     """Why a sequence cannot be read segment by segment with these settings; None if it can, or is not to be."""
     kind, parallel = config.model.memory.kind, config.parallel
     if not config.model.memory.around_stack:
-        own = {"train.bptt_segments": config.train.bptt_segments is not None, "memory.segment_states": config.memory.segment_states != "all"}
-        asked, kinds = [name for name, is_set in own.items() if is_set], " or ".join(STACK_KINDS)
-        return f"{asked[0]} is read by memories around the stack (model.memory.kind {kinds}) only: leave it out" if asked else None
+        kept = config.memory.segment_states
+        own = (("train.bptt_segments", config.train.bptt_segments is not None), ("memory.segment_states", kept != "all"))
+        asked = [name for name, is_set in own if is_set]
+        if not asked:
+            return None
+        return f"{asked[0]} is read by memories around the stack (model.memory.kind {' or '.join(STACK_KINDS)}) only: leave it out"
     if parallel.cp > 1:
         return (
             f"parallel.cp {parallel.cp}: {kind} is not parallel inside one sequence (what one segment leaves is what the next one begins "
@@ -24,8 +27,8 @@ def refused_segments(config: RunConfig) -> str | None:
         )
     if parallel.tp > 1:
         return f"parallel.tp {parallel.tp}: {kind} is not split over tensor-parallel ranks; set parallel.tp=1 and use parallel.dp_shard"
-    if config.train.engine != "native":
-        return f"train.engine {config.train.engine} runs whole sequences, and {kind} runs segments; set train.engine native"
+    if config.engine != "native":
+        return f"engine {config.engine} runs whole sequences, and {kind} runs segments; set engine native"
     if config.memory.recompute == "auto":
         return f"memory.recompute auto plans whole sequences, and {kind} runs segments one at a time anyway; set recompute none or block"
     return None

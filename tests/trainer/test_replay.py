@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from models.batch import IGNORE_INDEX, Batch, Bounds
@@ -153,3 +154,23 @@ def test_one_segment_is_alive_at_a_time(kind):
             replayed(model, make_batch(((0,),), tokens))
         held.append(most)
     assert held[0] == held[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parallel": {"cp": 2}}, r"cp 2: rmt is not parallel inside one sequence.*set parallel.cp=1 parallel.dp_shard=2"),
+        ({"parallel": {"tp": 2}}, r"parallel.tp 2: rmt is not split over tensor-parallel ranks"),
+        ({"memory": {"recompute": "auto"}}, "recompute auto plans whole sequences"),
+        ({"model": {"layers": ["full"]}, "train": {"bptt_segments": 2}}, "train.bptt_segments is read by memories around the stack"),
+        (
+            {"model": {"layers": ["full"]}, "memory": {"segment_states": "sqrt"}},
+            "memory.segment_states is read by memories around the stack",
+        ),
+        ({"model": {"layers": ["full", "memory"], "memory": {"kind": "rmt"}}}, "stands around the whole stack and is no layer of it"),
+    ],
+    ids=str,
+)
+def test_what_segments_cannot_do_is_refused(change: dict, message: str):
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate({**settings("rmt"), **change})

@@ -152,7 +152,7 @@ def make(name: str, dtype: torch.dtype = torch.float64, slow: bool = True, d_mod
     case, heads = CASES[name], 2
     memory = MemoryModuleConfig(**{**case.settings, **changed})
     layers = ("full", "swa") if memory.around_stack else ("swa", "memory")
-    config = ModelConfig(d_model=d_model, n_heads=heads, head_dim=d_model // heads * 2, layers=layers, window=6, memory=memory)
+    config = ModelConfig(d_model=d_model, n_heads=heads, head_dim=d_model // heads * 2, layers=layers, window=d_model // 2, memory=memory)
     module = build_memory(config).to(dtype)
     if isinstance(module, StackMemory):
         module = Stacked(module, nn.ModuleList(Block(config, kind) for kind in layers), StackShapes.of(config)).to(dtype)
