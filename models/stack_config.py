@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from models.section import PositiveInt, Section
 
-STACK_KINDS = ("rmt",)
+STACK_KINDS = ("rmt", "armt")
 """Kinds of ``model.memory.kind`` that are no layers: every layer of ``model.layers`` works inside one segment of them."""
 
 
@@ -17,6 +17,19 @@ class RmtConfig(Section):
     """Tokens that the layers see at once, counted from a document's start. Part of the model: another length is another model."""
     tokens: PositiveInt = 16
     """Memory tokens, read at a segment's start and written at its end."""
+
+
+class ArmtConfig(Section):
+    """What only the Associative Recurrent Memory Transformer reads (arXiv 2407.04841)."""
+
+    segment: PositiveInt = 512
+    """Tokens that the layers see at once, counted from a document's start. Part of the model: another length is another model."""
+    tokens: PositiveInt = 16
+    """Memory tokens behind every segment, whose outputs each layer writes into its memory."""
+    key_dim: PositiveInt = 64
+    """Size of queries and keys."""
+    features: PositiveInt = 3
+    """Of the feature map: a layer's memory has 2 x key_dim x features rows of d_model numbers."""
 
 
 def refused_pattern(kind: str, layers: Sequence[str], feedforward: Sequence[str]) -> str | None:

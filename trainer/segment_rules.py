@@ -31,4 +31,6 @@ def refused_segments(config: RunConfig) -> str | None:
         return f"engine {config.engine} runs whole sequences, and {kind} runs segments; set engine native"
     if config.memory.recompute == "auto":
         return f"memory.recompute auto plans whole sequences, and {kind} runs segments one at a time anyway; set recompute none or block"
+    if kind == "armt" and config.memory.group_blocks > 1:
+        return f"memory.group_blocks {config.memory.group_blocks} runs layers together, between which armt reads and writes; leave it at 1"
     return None

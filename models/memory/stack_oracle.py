@@ -91,5 +91,35 @@ def read_rmt(memory: StackMemory, blocks: nn.ModuleList) -> ReadRow:
     return read
 
 
-ORACLES: dict[str, Callable[[StackMemory, nn.ModuleList], ReadRow]] = {"RecurrentMemory": read_rmt}
+def read_armt(memory: StackMemory, blocks: nn.ModuleList) -> ReadRow:
+    """Of an Associative Recurrent Memory Transformer, place by place."""
+
+    def phi(x_k: Tensor, features: int) -> Tensor:
+        r = torch.cat([x_k, -x_k]).clamp(min=0) / x_k.norm()
+        n = len(r)
+        return torch.stack([r[i] * r[(i - shift) % n] for shift in range(1, features + 1) for i in range(n)])
+
+    def read(x_sC: Tensor, state: State) -> tuple[Tensor, State]:
+        h, after = torch.cat([x_sC, memory.initial]), {}  # type: ignore[list-item]
+        for i, (block, own) in enumerate(zip(blocks, memory.layers, strict=True)):  # type: ignore[arg-type]
+            w, z, n = state[f"w{i}"], state[f"z{i}"], own.features
+            places = []
+            for place in h:
+                f = phi(own.w_q @ place, n)
+                places.append(place + f @ w / (f @ z + 1e-5))
+            h = layer(block, torch.stack(places))
+            new_w, new_z = w, z
+            for place in h[len(x_sC) :]:
+                t = place / (place.square().mean() + own.norm_eps).sqrt() * own.norm
+                f = phi(own.w_k @ t, n)
+                error = own.w_v @ t - f @ w / (f @ z + 1e-5)
+                new_w = new_w + torch.outer(f, torch.sigmoid(own.w_beta @ t) * error)
+                new_z = new_z + (1 - f @ z / (f @ f + 1e-5)).clamp(0, 1).detach() * f
+            after |= {f"w{i}": new_w, f"z{i}": new_z}
+        return h[: len(x_sC)], after
+
+    return read
+
+
+ORACLES: dict[str, Callable[[StackMemory, nn.ModuleList], ReadRow]] = {"RecurrentMemory": read_rmt, "AssociativeMemory": read_armt}
 """By class of the memory."""

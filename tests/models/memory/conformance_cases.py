@@ -143,6 +143,10 @@ CASES: dict[str, Case] = {
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
+    "armt": Case(
+        {"kind": "armt", "armt": {"segment": 8, "tokens": 3, "key_dim": 4, "features": 2}},
+        at_size={"armt": {"segment": 128, "tokens": 8, "key_dim": 16}},
+    ),
     "rmt": Case({"kind": "rmt", "rmt": {"segment": 8, "tokens": 3}}, at_size={"rmt": {"segment": 128, "tokens": 8}}),
 }
 
