@@ -12,6 +12,7 @@ from models.config import ModelConfig, PositiveInt, Section
 from optim.config import OptimConfig
 from parallel.config import ParallelConfig
 from trainer import tensor_rules
+from trainer.carry_rules import refused_carrying
 from trainer.engine_config import DeepSpeedSection, EngineName, refused_engine
 from trainer.evals.settings import OF_IDS, SyntheticSection
 from trainer.segment_rules import refused_segments
@@ -232,7 +233,7 @@ class RunConfig(Section):
         self._check_guards()
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
-        for refused in (self._refused_carrying(), refused_engine(self), refused_segments(self)):
+        for refused in (refused_carrying(self), refused_engine(self), refused_segments(self)):
             if refused:
                 raise ValueError(refused)
         if refused := self.optim.refused_clip():
@@ -329,29 +330,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.weights {optim.kept_weights} does not know rows that are updated alone, as those of value tables are: set it fp32"
             )
-
-    def _refused_carrying(self) -> str | None:
-        """Why states cannot be carried from sequence to sequence with these settings; None if they can, or are not to be."""
-        if self.train.carry_state == "none":
-            return None
-        wrong = [
-            remedy
-            for held, remedy in (
-                (not self.data.source.startswith("synthetic/"), "documents that go on (generated samples do not)"),
-                (
-                    "memory" in self.model.layer_kinds or self.model.memory.around_stack,
-                    "a layer of kind memory in model.layers or a memory around them",
-                ),
-                (self.data.shuffle != "sequences", "data.shuffle documents or none (shuffled sequences do not follow one another)"),
-                (not self.data.streaming, "data.streaming false (the rows of a step are neighbours in a stream)"),
-                (self.data.document_mask, "data.document_mask true (without it no document begins or ends)"),
-                (self.memory.plan != "estimate", "memory.plan trace (formulas know no carried states)"),
-                (self.guards.on_not_finite == "stop", "guards.on_not_finite stop (what passes over data leaves a gap in documents)"),
-                (self.guards.on_spike in ("report", "stop"), "guards.on_spike report or stop (likewise)"),
-            )
-            if not held
-        ]
-        return f"train.carry_state {self.train.carry_state} needs " + " and ".join(wrong) if wrong else None
 
     def _check_scheme(self) -> None:
         """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""
