@@ -143,8 +143,8 @@ class TrainSection(Section):
     """document: a memory goes on from the state in which the sequence before left it where a document runs through several sequences
     (gradients do not); every row of a step reads on where it stood in the step before. Needs data.shuffle documents or none."""
     bptt_segments: PositiveInt | None = None
-    """Of a memory around the stack (model.memory.kind rmt): gradients end at every so many-th border of segments, counted from the
-    sequence's start. null: they go through all segments of the sequence."""
+    """Of a memory around the stack (model.memory.kind rmt, armt, hmt): gradients end at every so many-th border of segments, counted from
+    the sequence's start. null: they go through all segments of the sequence."""
     micro_batch_size: PositiveInt = 1
     """Sequences per data-parallel rank in one forward and backward pass."""
     grad_accum: PositiveInt = 1

@@ -35,6 +35,7 @@ BUILDERS: dict[str, str] = {
     "titans": "models.memory.titans",
     "rmt": "models.memory.rmt",
     "armt": "models.memory.armt",
+    "hmt": "models.memory.hmt",
 }
 """``model.memory.kind`` -> module that defines ``build``; imported only when asked for."""
 

@@ -121,5 +121,34 @@ def read_armt(memory: StackMemory, blocks: nn.ModuleList) -> ReadRow:
     return read
 
 
-ORACLES: dict[str, Callable[[StackMemory, nn.ModuleList], ReadRow]] = {"RecurrentMemory": read_rmt, "AssociativeMemory": read_armt}
+def read_hmt(memory: StackMemory, blocks: nn.ModuleList) -> ReadRow:
+    """Of a Hierarchical Memory Transformer, its cache entry by entry."""
+
+    def run(*parts: Tensor) -> Tensor:
+        h = torch.cat(parts)
+        for block in blocks:
+            h = layer(block, h)
+        return h
+
+    def read(x_sC: Tensor, state: State) -> tuple[Tensor, State]:
+        before, k = state["before"], memory.sensory
+        prompt = memory.prompt
+        query = memory.w_q @ run(prompt, before[len(before) - memory.summary :], prompt)[-1]  # type: ignore[arg-type, operator]
+        entries = [entry for entry, there in zip(state["cache"], state["filled"], strict=True) if there]
+        scores = torch.stack([query @ (memory.w_k @ entry) / len(query) ** 0.5 for entry in entries])  # type: ignore[operator]
+        p = sum(weight * entry for weight, entry in zip(scores.softmax(0), entries, strict=True))[None]  # type: ignore[index]
+        h = run(p, before[len(before) - k :], x_sC, p)  # type: ignore[operator]
+        entry = normed(h[-1:], memory.norm)  # type: ignore[arg-type]
+        full, one = torch.cat([state["cache"], entry])[1:], torch.ones_like(state["filled"][:1])
+        after = {"cache": full, "filled": torch.cat([state["filled"], one])[1:], "before": torch.cat([before, x_sC])[-len(before) :]}
+        return h[1 + k : -1], after  # type: ignore[operator]
+
+    return read
+
+
+ORACLES: dict[str, Callable[[StackMemory, nn.ModuleList], ReadRow]] = {
+    "RecurrentMemory": read_rmt,
+    "AssociativeMemory": read_armt,
+    "HierarchicalMemory": read_hmt,
+}
 """By class of the memory."""

@@ -33,19 +33,27 @@ class StackShapes:
     """Of the memory of every layer; 0: layers have none."""
     features: int = 0
     """F, rows of that memory."""
+    summary: int = 0
+    """Places of the run that makes a query before each segment; 0: none is made."""
+    entries: int = 0
+    """Of the cache that the query recalls from."""
 
     @staticmethod
     def of(config: ModelConfig) -> StackShapes:
         """Of a model whose memory stands around its stack."""
         D, d, own = config.attention_head_dim, config.d_model, getattr(config.memory, config.memory.kind)
-        layers, key, around = len(config.layer_kinds), 0, 2 * own.tokens
-        state, parameters, features = own.tokens * d, (own.tokens + 1) * d, 0
-        if config.memory.kind == "armt":
-            key, around, features = own.key_dim, own.tokens, 2 * own.key_dim * own.features
-            state, parameters = layers * features * (d + 1), own.tokens * d + layers * d * (2 * key + d + 2)
+        layers = len(config.layer_kinds)
         windows = tuple(config.window if kind == "swa" else None for kind in config.layer_kinds)
-        widths = (d, config.n_heads * D, config.kv_heads * D, config.n_heads, D, config.ff_width)
-        return StackShapes(*widths, windows, own.segment, around, state, parameters, key, features)
+        stack = (d, config.n_heads * D, config.kv_heads * D, config.n_heads, D, config.ff_width, windows, own.segment)
+        if config.memory.kind == "armt":
+            features = 2 * own.key_dim * own.features
+            parameters = own.tokens * d + layers * d * (2 * own.key_dim + d + 2)
+            return StackShapes(*stack, own.tokens, layers * features * (d + 1), parameters, own.key_dim, features)
+        if config.memory.kind == "hmt":
+            state = own.cache * (d + 1) + max(own.summary_tokens, own.sensory) * d
+            summary = own.summary_tokens + 2
+            return StackShapes(*stack, own.sensory + 2, state, 3 * d + 2 * d * d, summary=summary, entries=own.cache)
+        return StackShapes(*stack, 2 * own.tokens, own.tokens * d, (own.tokens + 1) * d)
 
     @property
     def layers(self) -> int:
@@ -57,10 +65,15 @@ class StackShapes:
         whole, rest = divmod(tokens, self.size)
         return [self.size + self.around] * whole + ([rest + self.around] if rest else [])
 
+    def _runs(self, tokens: int) -> list[int]:
+        """Places of each run of the layers."""
+        segments = self._segments(tokens)
+        return segments + [self.summary] * (len(segments) if self.summary else 0)
+
     def _score_flops(self, tokens: int) -> float:
         """Two products per key that a place sees, of all layers and segments."""
         keys = 0
-        for X in self._segments(tokens):
+        for X in self._runs(tokens):
             for window in self.windows:
                 full = min(window or X, X)
                 keys += full * (full + 1) // 2 + (X - full) * full
@@ -69,12 +82,17 @@ class StackShapes:
     def flops_forward(self, tokens: int) -> float:
         """Of a row."""
         projected = self.d_model * (2 * self.query_width + 2 * self.key_width + 3 * self.ff_width)
-        dense = 2 * self.layers * projected * sum(self._segments(tokens))
-        return dense + self._score_flops(tokens) + self._queries(tokens) + self._associative(tokens)
+        dense = 2 * self.layers * projected * sum(self._runs(tokens))
+        recalled = len(self._segments(tokens)) * self._recall_flops()
+        return dense + self._score_flops(tokens) + self._queries(tokens) + self._associative(tokens) + recalled
 
     def flops_backward(self, tokens: int) -> float:
         """Of a row: twice the products; five for two of the scores' size; what is read and written once more."""
         return 2 * self.flops_forward(tokens) + self._score_flops(tokens) / 2 + self._associative(tokens)
+
+    def _recall_flops(self) -> float:
+        """Query and key of every entry are projections; scores, and the sum of the entries."""
+        return 2 * self.d_model * ((self.entries + 1) * self.d_model + 2 * self.entries) if self.entries else 0.0
 
     def _queries(self, tokens: int) -> float:
         return 2 * self.layers * self.d_model * self.key_dim * sum(self._segments(tokens))
@@ -101,9 +119,11 @@ class StackShapes:
         if replayed:
             waiting = rows * self.size * self.d_model * w  # tokens that came with the state
             return outside + waiting + rows * len(segments) * self.state_elements * w
-        places = rows * sum(segments)
-        tables = 2 * w * (self.head_dim // 2) * rows * (self.size + self.around)  # one for all whole segments
+        places = rows * sum(self._runs(tokens))
+        tables = 2 * w * (self.head_dim // 2) * rows * (self.size + self.around + self.summary)  # one for all whole segments
         written = rows * len(segments) * self.around // 2 * w  # statistics of the norm
         if self.key_dim:  # states, and the memory tokens that were written
             written = rows * len(segments) * (self.state_elements + self.layers * self.around * self.d_model) * w
+        if self.entries:  # the cache before each segment, and its keys
+            written = rows * len(segments) * 2 * self.entries * self.d_model * w
         return outside + places * self.layers * self.place_bytes(e, w) + places * self.d_model * e + tables + written

@@ -143,6 +143,10 @@ CASES: dict[str, Case] = {
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
+    "hmt": Case(
+        {"kind": "hmt", "hmt": {"segment": 8, "summary": 3, "sensory": 2, "cache": 4}},
+        at_size={"hmt": {"segment": 128, "sensory": 16, "cache": 6}},
+    ),
     "armt": Case(
         {"kind": "armt", "armt": {"segment": 8, "tokens": 3, "key_dim": 4, "features": 2}},
         at_size={"armt": {"segment": 128, "tokens": 8, "key_dim": 16}},
