@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from models.section import PositiveInt, Section
-from models.stack_config import STACK_KINDS, RmtConfig
+from models.stack_config import STACK_KINDS, ArmtConfig, HmtConfig, RmtConfig
 
 MemoryKind = Literal[
     "gated_deltanet",
@@ -20,6 +20,8 @@ MemoryKind = Literal[
     "slots",
     "fam",
     "neurocache",
+    "armt",
+    "hmt",
 ]
 """Architectures of memory: one file each in models/memory/."""
 
@@ -174,6 +176,8 @@ _UNREAD: dict[str, tuple[str, ...]] = {
     "gsa": ("chunk_size",),
     "mamba2": ("head_dim", "expand_v"),
     "titans": ("chunk_size",),
+    "hmt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach"),
+    "armt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach"),
     "rmt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach"),
     "infini": ("chunk_size", "conv_kernel", "expand_v"),
     "slots": ("chunk_size", "conv_kernel", "expand_v"),
@@ -222,6 +226,10 @@ class MemoryModuleConfig(Section):
     """What only kind fam reads."""
     neurocache: NeurocacheConfig = NeurocacheConfig()
     """What only kind neurocache reads."""
+    hmt: HmtConfig = HmtConfig()
+    """What only kind hmt reads."""
+    armt: ArmtConfig = ArmtConfig()
+    """What only kind armt reads."""
     attach: Literal["mixer", "mag", "mal", "mac"] = "mixer"
     """Where the memory sits in its layers. mixer: in place of attention; mag: beside sliding-window attention, whose output it gates; mal:
     before sliding-window attention; mac: read as context of the attention inside a segment, written with what that attention found."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,7 +31,7 @@ from models.memory.attached import MemoryAsGate, MemoryAsLayer
 from models.memory.attached_shapes import AttachedShapes
 from models.memory.context import MemoryAsContext
 from models.memory.protocol import MemoryModule, State, build_memory
-from models.memory.stack import StackMemory
+from models.memory.stack import Backbone, StackMemory
 from models.parts import Part
 from models.product_keys import ProductKeyMemory, build_tables
 from models.segments import Segment, Step, put_together
@@ -189,7 +188,7 @@ class Transformer(nn.Module):
         assert self.stack is not None
         x_BwC = self._embedded(step.take(batch.tokens_BT))
         state = self.stack.opened(None, x_BwC) if state is None else state
-        return self.stack.step(partial(self.run_blocks, self.blocks), x_BwC, state, step)
+        return self.stack.step(Backbone(self.blocks, self.run_blocks), x_BwC, state, step)
 
     def _by_segments(self, batch: Batch, use: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """``use(x_BwC, labels_Bw)`` of every step's tokens, in the order of the tokens; all steps are kept for a backward pass."""

@@ -9,12 +9,13 @@ from pydantic import Field, field_validator, model_validator
 
 from memory_mgmt.config import MemoryConfig
 from models.config import ModelConfig, PositiveInt, Section
-from models.stack_config import STACK_KINDS
 from optim.config import OptimConfig
 from parallel.config import ParallelConfig
 from trainer import tensor_rules
+from trainer.carry_rules import refused_carrying
 from trainer.engine_config import DeepSpeedSection, EngineName, refused_engine
 from trainer.evals.settings import OF_IDS, SyntheticSection
+from trainer.segment_rules import refused_segments
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -142,8 +143,8 @@ class TrainSection(Section):
     """document: a memory goes on from the state in which the sequence before left it where a document runs through several sequences
     (gradients do not); every row of a step reads on where it stood in the step before. Needs data.shuffle documents or none."""
     bptt_segments: PositiveInt | None = None
-    """Of a memory around the stack (model.memory.kind rmt): gradients end at every so many-th border of segments, counted from the
-    sequence's start. null: they go through all segments of the sequence."""
+    """Of a memory around the stack (model.memory.kind rmt, armt, hmt): gradients end at every so many-th border of segments, counted from
+    the sequence's start. null: they go through all segments of the sequence."""
     micro_batch_size: PositiveInt = 1
     """Sequences per data-parallel rank in one forward and backward pass."""
     grad_accum: PositiveInt = 1
@@ -232,7 +233,7 @@ class RunConfig(Section):
         self._check_guards()
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
-        for refused in (self._refused_carrying(), self._refused_segments(), refused_engine(self)):
+        for refused in (refused_carrying(self), refused_engine(self), refused_segments(self)):
             if refused:
                 raise ValueError(refused)
         if refused := self.optim.refused_clip():
@@ -329,54 +330,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.weights {optim.kept_weights} does not know rows that are updated alone, as those of value tables are: set it fp32"
             )
-
-    def _refused_carrying(self) -> str | None:
-        """Why states cannot be carried from sequence to sequence with these settings; None if they can, or are not to be."""
-        if self.train.carry_state == "none":
-            return None
-        wrong = [
-            remedy
-            for held, remedy in (
-                (not self.data.source.startswith("synthetic/"), "documents that go on (generated samples do not)"),
-                (
-                    "memory" in self.model.layer_kinds or self.model.memory.around_stack,
-                    "a layer of kind memory in model.layers or a memory around them",
-                ),
-                (self.data.shuffle != "sequences", "data.shuffle documents or none (shuffled sequences do not follow one another)"),
-                (not self.data.streaming, "data.streaming false (the rows of a step are neighbours in a stream)"),
-                (self.data.document_mask, "data.document_mask true (without it no document begins or ends)"),
-                (self.memory.plan != "estimate", "memory.plan trace (formulas know no carried states)"),
-                (self.guards.on_not_finite == "stop", "guards.on_not_finite stop (what passes over data leaves a gap in documents)"),
-                (self.guards.on_spike in ("report", "stop"), "guards.on_spike report or stop (likewise)"),
-            )
-            if not held
-        ]
-        return f"train.carry_state {self.train.carry_state} needs " + " and ".join(wrong) if wrong else None
-
-    def _refused_segments(self) -> str | None:
-        """Why a sequence cannot be read segment by segment with these settings; None if it can, or is not to be."""
-        kind = self.model.memory.kind
-        if not self.model.memory.around_stack:
-            asked = [
-                name
-                for name, is_set in (
-                    ("train.bptt_segments", self.train.bptt_segments is not None),
-                    ("memory.segment_states", self.memory.segment_states != "all"),
-                )
-                if is_set
-            ]
-            kinds = " or ".join(STACK_KINDS)
-            return f"{asked[0]} is read by memories around the stack (model.memory.kind {kinds}) only: leave it out" if asked else None
-        if self.parallel.tp > 1:
-            return f"parallel.tp {self.parallel.tp}: {kind} reads by segments, which tensor parallelism does not know; set parallel.tp=1"
-        if self.engine != "native":
-            return f"engine {self.engine}: {kind} runs the layers segment by segment, which only engine native does; set engine=native"
-        if self.parallel.cp > 1:
-            return (
-                f"parallel.cp {self.parallel.cp}: {kind} is not parallel inside one sequence (what one segment leaves is what the next one "
-                f"begins with); set parallel.cp=1 parallel.dp_shard={self.parallel.cp * max(1, self.parallel.dp_shard)}"
-            )
-        return None
 
     def _check_scheme(self) -> None:
         """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""

@@ -193,8 +193,8 @@ class _Sequence:
     def _running(self, i: int, anew: bool) -> Iterator[None]:
         if anew and self.chance is not None:
             self.chance.note(i)
-        repeated = None if anew else self.chance
-        with contextlib.nullcontext() if anew else again(), repeated.as_before(i) if repeated is not None else contextlib.nullcontext():
+        drawn = contextlib.nullcontext() if anew or self.chance is None else self.chance.as_before(i)
+        with contextlib.nullcontext() if anew else again(), drawn:
             yield
 
     def _note(self, i: int, nll_Bw: Tensor) -> None:

@@ -149,6 +149,8 @@ _COUNTS: dict[str, Callable[[ModelConfig], MemoryCounts]] = {
 def memory_counts(config: ModelConfig, seq_len: int = 1) -> MemoryCounts:
     """Of one layer of kind ``memory``, attention beside the memory included; ``seq_len`` matters to that attention's ``mixing`` only.
     Raises KeyError for a kind that is not counted."""
+    if config.memory.around_stack:
+        return MemoryCounts(0, 0, 0.0)  # no layer: models/memory/stack_shapes.py
     if config.memory.attach == "mac":
         return _as_context(config, seq_len)
     memory = _COUNTS[config.memory.kind](config)

@@ -34,6 +34,8 @@ BUILDERS: dict[str, str] = {
     "slots": "models.memory.slots",
     "titans": "models.memory.titans",
     "rmt": "models.memory.rmt",
+    "armt": "models.memory.armt",
+    "hmt": "models.memory.hmt",
 }
 """``model.memory.kind`` -> module that defines ``build``; imported only when asked for."""
 

@@ -12,7 +12,7 @@ Legend: B row, T token, C channel, w most new tokens of a row in a step, s most 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,23 @@ from models.memory.protocol import MemoryCost, MemoryModule, State, detached
 from models.memory.stack_shapes import StackShapes
 from models.segments import Step, padded, plan_segments, put_together, with_idle
 
-Backbone = Callable[[Tensor, Tensor, Bounds], Tensor]
-"""(x_BTC, positions_BT, bounds) -> the stream after all layers."""
+
+@dataclass(frozen=True)
+class Backbone:
+    """The layers that a memory stands around."""
+
+    blocks: nn.ModuleList
+    run: Callable[..., Tensor] | None = None
+    """(blocks, x_BTC, positions_BT, bounds) -> the stream after all of them; None: one after the other."""
+
+    def __call__(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
+        """The stream after all layers."""
+        if self.run is not None:
+            return self.run(self.blocks, x_BTC, positions_BT, bounds)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, positions_BT, bounds)
+        return x_BTC
+
 
 PENDING, COUNT = "pending", "pending_count"
 
@@ -158,21 +173,24 @@ class Stacked(MemoryModule):
         """See `MemoryModule.init_state`."""
         return self.memory.init_state(batch_size, device, dtype)
 
-    def _backbone(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
-        for block in self.blocks:
-            x_BTC = block(x_BTC, positions_BT, bounds)
-        return x_BTC
-
     def forward(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
         """See `MemoryModule.forward`."""
         steps = self.memory.plan(state, bounds)
         inner, found = self.memory.opened(state, x_BTC), []
         for step in steps:
-            body = partial(self.memory.step, self._backbone)
-            args = (step.take(x_BTC), inner, step)
-            y_BwC, inner = checkpoint(body, *args, use_reentrant=False) if self.tile_tokens else body(*args)  # type: ignore[misc]
+            y_BwC, inner = self._step(step.take(x_BTC), inner, step)
             found.append(y_BwC)
         return put_together(found, steps), self.memory.closed(inner, steps, x_BTC)
+
+    def _step(self, x_BwC: Tensor, state: State, step: Step) -> tuple[Tensor, State]:
+        backbone = Backbone(self.blocks)
+        if not self.tile_tokens:
+            return self.memory.step(backbone, x_BwC, state, step)
+
+        def body(x_BwC: Tensor, *values: Tensor) -> tuple[Tensor, State]:
+            return self.memory.step(backbone, x_BwC, dict(zip(state, values, strict=True)), step)
+
+        return checkpoint(body, x_BwC, *state.values(), use_reentrant=False)  # type: ignore[return-value]
 
     def oracle(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
         """See `MemoryModule.oracle`."""

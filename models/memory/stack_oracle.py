@@ -91,5 +91,64 @@ def read_rmt(memory: StackMemory, blocks: nn.ModuleList) -> ReadRow:
     return read
 
 
-ORACLES: dict[str, Callable[[StackMemory, nn.ModuleList], ReadRow]] = {"RecurrentMemory": read_rmt}
+def read_armt(memory: StackMemory, blocks: nn.ModuleList) -> ReadRow:
+    """Of an Associative Recurrent Memory Transformer, place by place."""
+
+    def phi(x_k: Tensor, features: int) -> Tensor:
+        r = torch.cat([x_k, -x_k]).clamp(min=0) / x_k.norm()
+        n = len(r)
+        return torch.stack([r[i] * r[(i - shift) % n] for shift in range(1, features + 1) for i in range(n)])
+
+    def read(x_sC: Tensor, state: State) -> tuple[Tensor, State]:
+        h, after = torch.cat([x_sC, memory.initial]), {}  # type: ignore[list-item]
+        for i, (block, own) in enumerate(zip(blocks, memory.layers, strict=True)):  # type: ignore[arg-type]
+            w, z, n = state[f"w{i}"], state[f"z{i}"], own.features
+            places = []
+            for place in h:
+                f = phi(own.w_q @ place, n)
+                places.append(place + f @ w / (f @ z + 1e-5))
+            h = layer(block, torch.stack(places))
+            new_w, new_z = w, z
+            for place in h[len(x_sC) :]:
+                t = place / (place.square().mean() + own.norm_eps).sqrt() * own.norm
+                f = phi(own.w_k @ t, n)
+                error = own.w_v @ t - f @ w / (f @ z + 1e-5)
+                new_w = new_w + torch.outer(f, torch.sigmoid(own.w_beta @ t) * error)
+                new_z = new_z + (1 - f @ z / (f @ f + 1e-5)).clamp(0, 1).detach() * f
+            after |= {f"w{i}": new_w, f"z{i}": new_z}
+        return h[: len(x_sC)], after
+
+    return read
+
+
+def read_hmt(memory: StackMemory, blocks: nn.ModuleList) -> ReadRow:
+    """Of a Hierarchical Memory Transformer, its cache entry by entry."""
+
+    def run(*parts: Tensor) -> Tensor:
+        h = torch.cat(parts)
+        for block in blocks:
+            h = layer(block, h)
+        return h
+
+    def read(x_sC: Tensor, state: State) -> tuple[Tensor, State]:
+        before, k = state["before"], memory.sensory
+        prompt = memory.prompt
+        query = memory.w_q @ run(prompt, before[len(before) - memory.summary :], prompt)[-1]  # type: ignore[arg-type, operator]
+        entries = [entry for entry, there in zip(state["cache"], state["filled"], strict=True) if there]
+        scores = torch.stack([query @ (memory.w_k @ entry) / len(query) ** 0.5 for entry in entries])  # type: ignore[operator]
+        p = sum(weight * entry for weight, entry in zip(scores.softmax(0), entries, strict=True))[None]  # type: ignore[index]
+        h = run(p, before[len(before) - k :], x_sC, p)  # type: ignore[operator]
+        entry = normed(h[-1:], memory.norm)  # type: ignore[arg-type]
+        full, one = torch.cat([state["cache"], entry])[1:], torch.ones_like(state["filled"][:1])
+        after = {"cache": full, "filled": torch.cat([state["filled"], one])[1:], "before": torch.cat([before, x_sC])[-len(before) :]}
+        return h[1 + k : -1], after  # type: ignore[operator]
+
+    return read
+
+
+ORACLES: dict[str, Callable[[StackMemory, nn.ModuleList], ReadRow]] = {
+    "RecurrentMemory": read_rmt,
+    "AssociativeMemory": read_armt,
+    "HierarchicalMemory": read_hmt,
+}
 """By class of the memory."""

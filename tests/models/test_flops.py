@@ -39,9 +39,12 @@ CONFIGS = {
     ),
     "fam": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "fam", "n_heads": 2, "head_dim": 24}),
     "neurocache": ModelConfig(d_model=64, n_heads=4, layers=("memory",), memory={"kind": "neurocache", "n_heads": 2, "head_dim": 24}),
+    "rmt": ModelConfig(d_model=64, n_heads=4, layers=("full", "swa"), memory={"kind": "rmt", "rmt": {"tokens": 5}}),
+    "hmt": ModelConfig(d_model=64, n_heads=4, layers=("full", "swa"), memory={"kind": "hmt"}),
+    "armt": ModelConfig(d_model=64, n_heads=4, layers=("full", "swa"), memory={"kind": "armt", "armt": {"tokens": 5, "key_dim": 8}}),
     "lact": ModelConfig(d_model=64, layers=("memory",), memory=MemoryModuleConfig(kind="titans", titans=TitansConfig(variant="lact"))),
 }
-OWNERS = {"embed": "embedding", "head": "head", "norm": "norms", "norm1": "norms", "norm2": "norms", "ffn": "ffn"}
+OWNERS = {"stack": "memory", "embed": "embedding", "head": "head", "norm": "norms", "norm1": "norms", "norm2": "norms", "ffn": "ffn"}
 
 
 def owner(name: str, config: ModelConfig) -> str:

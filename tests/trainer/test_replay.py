@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from models.batch import IGNORE_INDEX, Batch, Bounds
@@ -16,14 +17,14 @@ from trainer.replay import SegmentRunner
 
 T, VOCAB, SIZE = 45, 64, 8
 DOCUMENTS = {"one document": ((0,), (0,)), "packed": ((0, 3, 20, 37), (0, 21))}
-KINDS = ("rmt",)
+KINDS = {"rmt": {"tokens": 3}, "armt": {"tokens": 3}, "hmt": {"summary": 3, "sensory": 2, "cache": 3}}
 
 documents = pytest.mark.parametrize("starts", DOCUMENTS.values(), ids=DOCUMENTS)
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def settings(kind: str, **train) -> dict:
-    memory = {"kind": kind, kind: {"segment": SIZE, "tokens": 3}}
+    memory = {"kind": kind, kind: {"segment": SIZE, **KINDS[kind]}}
     model = {"d_model": 16, "n_heads": 2, "layers": ["full", "swa"], "window": 5, "init_std": 0.3, "memory": memory}
     return {"model": model, "data": {"seq_len": T}, "train": {"precision": "fp64", "device": "cpu", **train}}
 
@@ -32,6 +33,10 @@ def make(kind: str) -> Transformer:
     config = RunConfig.model_validate(settings(kind))
     model = Transformer(config.model, VOCAB).double()
     init_weights(model, 1)
+    with torch.no_grad():  # values begin at 0, and what was written then is not read
+        for name, p in model.named_parameters():
+            if name.endswith("w_v"):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
     return model
 
 
@@ -78,7 +83,8 @@ def test_gradients_are_those_of_backpropagation_through_all_segments(kind, start
     nll_BT, got = replayed(model, batch, states=states)
     same(nll_BT, want_nll)
     same(got, want)
-    assert want["stack.initial"].abs().max() > 1e-3  # the memory's beginning matters, through all segments after it
+    memory = want["stack.layers.0.w_k" if kind == "armt" else "stack.initial"]
+    assert memory.abs().max() > 1e-3  # the memory's beginning matters, through all segments after it
 
 
 @kinds
@@ -153,3 +159,23 @@ def test_one_segment_is_alive_at_a_time(kind):
             replayed(model, make_batch(((0,),), tokens))
         held.append(most)
     assert held[0] == held[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parallel": {"cp": 2}}, r"cp 2: rmt is not parallel inside one sequence.*set parallel.cp=1 parallel.dp_shard=2"),
+        ({"parallel": {"tp": 2}}, r"parallel.tp 2: rmt is not split over tensor-parallel ranks"),
+        ({"memory": {"recompute": "auto"}}, "recompute auto plans whole sequences"),
+        ({"model": {"layers": ["full"]}, "train": {"bptt_segments": 2}}, "train.bptt_segments is read by memories around the stack"),
+        (
+            {"model": {"layers": ["full"]}, "memory": {"segment_states": "sqrt"}},
+            "memory.segment_states is read by memories around the stack",
+        ),
+        ({"model": {"layers": ["full", "memory"], "memory": {"kind": "rmt"}}}, "stands around the whole stack and is no layer of it"),
+    ],
+    ids=str,
+)
+def test_what_segments_cannot_do_is_refused(change: dict, message: str):
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate({**settings("rmt"), **change})

@@ -143,6 +143,14 @@ CASES: dict[str, Case] = {
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
+    "hmt": Case(
+        {"kind": "hmt", "hmt": {"segment": 8, "summary": 3, "sensory": 2, "cache": 4}},
+        at_size={"hmt": {"segment": 128, "sensory": 16, "cache": 6}},
+    ),
+    "armt": Case(
+        {"kind": "armt", "armt": {"segment": 8, "tokens": 3, "key_dim": 4, "features": 2}},
+        at_size={"armt": {"segment": 128, "tokens": 8, "key_dim": 16}},
+    ),
     "rmt": Case({"kind": "rmt", "rmt": {"segment": 8, "tokens": 3}}, at_size={"rmt": {"segment": 128, "tokens": 8}}),
 }
 
@@ -152,7 +160,7 @@ def make(name: str, dtype: torch.dtype = torch.float64, slow: bool = True, d_mod
     case, heads = CASES[name], 2
     memory = MemoryModuleConfig(**{**case.settings, **changed})
     layers = ("full", "swa") if memory.around_stack else ("swa", "memory")
-    config = ModelConfig(d_model=d_model, n_heads=heads, head_dim=d_model // heads * 2, layers=layers, window=6, memory=memory)
+    config = ModelConfig(d_model=d_model, n_heads=heads, head_dim=d_model // heads * 2, layers=layers, window=d_model // 2, memory=memory)
     module = build_memory(config).to(dtype)
     if isinstance(module, StackMemory):
         module = Stacked(module, nn.ModuleList(Block(config, kind) for kind in layers), StackShapes.of(config)).to(dtype)

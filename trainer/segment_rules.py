@@ -1,0 +1,36 @@
+"""What runs whose model has a memory around its stack cannot be asked for. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from models.stack_config import STACK_KINDS
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+
+def refused_segments(config: RunConfig) -> str | None:
+    """Why a sequence cannot be read segment by segment with these settings; None if it can, or is not to be."""
+    kind, parallel = config.model.memory.kind, config.parallel
+    if not config.model.memory.around_stack:
+        kept = config.memory.segment_states
+        own = (("train.bptt_segments", config.train.bptt_segments is not None), ("memory.segment_states", kept != "all"))
+        asked = [name for name, is_set in own if is_set]
+        if not asked:
+            return None
+        return f"{asked[0]} is read by memories around the stack (model.memory.kind {' or '.join(STACK_KINDS)}) only: leave it out"
+    if parallel.cp > 1:
+        return (
+            f"parallel.cp {parallel.cp}: {kind} is not parallel inside one sequence (what one segment leaves is what the next one begins "
+            f"with); set parallel.cp=1 parallel.dp_shard={parallel.cp * max(1, parallel.dp_shard)}"
+        )
+    if parallel.tp > 1:
+        return f"parallel.tp {parallel.tp}: {kind} is not split over tensor-parallel ranks; set parallel.tp=1 and use parallel.dp_shard"
+    if config.engine != "native":
+        return f"engine {config.engine} runs whole sequences, and {kind} runs segments; set engine native"
+    if config.memory.recompute == "auto":
+        return f"memory.recompute auto plans whole sequences, and {kind} runs segments one at a time anyway; set recompute none or block"
+    if kind == "armt" and config.memory.group_blocks > 1:
+        return f"memory.group_blocks {config.memory.group_blocks} runs layers together, between which armt reads and writes; leave it at 1"
+    return None
