@@ -20,7 +20,7 @@ def initial_gate(name: str, shape: torch.Size, generator: torch.Generator) -> Te
     if name == "A_log":
         return _spread(shape, *_A_RANGE, generator).log_()
     if name == "dt_bias":
-        dt = _spread(shape, *map(math.log, _DT_RANGE), generator).exp_()
+        dt = _spread(shape, math.log(_DT_RANGE[0]), math.log(_DT_RANGE[1]), generator).exp_()
         return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
     if name.startswith("conv_"):
         bound = shape[-1] ** -0.5
