@@ -124,10 +124,15 @@ def measure_missing(file: Path, name: str, sizes: list[int]) -> None:
         )
 
 
+def measured_sizes(steps: list[dict[str, Any]]) -> str:
+    """The lengths that any model has, of those that are to be measured."""
+    return ", ".join(f"{n:,}" for n in SIZES if any(one["tokens"] == n for one in steps)) or "no"
+
+
 def report(steps: list[dict[str, Any]]) -> str:
     """Markdown: every step, what more tokens cost, and whether memory and speed are flat."""
     lines = [
-        "# One training step, 131,072 to 1,048,576 tokens",
+        f"# One training step by its length; measured so far: {measured_sizes(steps)} tokens",
         "",
         "One sequence, one process, one thread, fp32. Made by `python benchmarks/memory_million.py`, whose first lines say what is "
         "measured.",

@@ -245,6 +245,9 @@ def report(runs: Runs) -> str:
                 f"| {best['lr']:g}, {best['seed']} | {best['cpu_seconds']:.0f} | {len(made)} "
                 f"| {worst['accuracy']:.1%} to {best['accuracy']:.1%} |"
             )
+    missing = [variant for variant in VARIANTS if not runs.of(variant)]
+    if missing:
+        lines += ["", f"No run yet: {', '.join(missing)}."]
     if runs.records:
         lines += ["", f"Measured on {where(runs.records[-1]['machine'], 'torch')}; one thread per run, beside other work."]
     return "\n".join([*lines, ""])
