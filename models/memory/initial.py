@@ -14,7 +14,7 @@ _A_RANGE = (1.0, 16.0)
 def initial_gate(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
     """A ~ U(1, 16) and dt log-uniform in [1e-3, 0.1] (section 3.4 of the Mamba-2 paper), convolutions ~ U(+-kernel^-1/2), norms 1.
 
-    A head forgets exp(-A dt) per token at first, a half life of half a token to 700. Drawn independently, the two heads of a small layer are
+    A head forgets exp(-A dt) per token at first: a half life of half a token to 700. Drawn independently, both heads of a small layer are
     often both at the short end, where nothing that lies further back has a gradient to be learnt from. So A and dt are spread over heads.
     """
     if name == "A_log":
