@@ -113,6 +113,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gsa": _behind(kind="gsa", gsa={"n_slots": 32}),
     "titans_mag": _with(kind="titans", attach="mag", titans=_NETWORK),
     "titans_mac": _with(kind="titans", attach="mac", mac={"segment": 16}, titans={"expansion": 1.0}),
+    "rmt": {"layers": ["full", "full"], "memory": {"kind": "rmt", "rmt": {"segment": 24, "tokens": 8}}},
+    "neurocache": _with(kind="neurocache", neurocache={"compression": 2, "top_k": 1, "neighborhood": 2, "segment": 16, "cache_size": 64}),
+    "slots": _behind(kind="slots", n_heads=None, slots={"n_slots": 8, "segment": 16}),
     "titans_lmm": _with(kind="titans", titans=_NETWORK),
     "titans_mal": _with(kind="titans", attach="mal", titans=_NETWORK),
     "titans_linear": _with(kind="titans", titans={"chunk_size": 16, "network": "linear"}),
@@ -242,6 +245,9 @@ def report(runs: Runs) -> str:
                 f"| {best['lr']:g}, {best['seed']} | {best['cpu_seconds']:.0f} | {len(made)} "
                 f"| {worst['accuracy']:.1%} to {best['accuracy']:.1%} |"
             )
+    missing = [variant for variant in VARIANTS if not runs.of(variant)]
+    if missing:
+        lines += ["", f"No run yet: {', '.join(missing)}."]
     if runs.records:
         lines += ["", f"Measured on {where(runs.records[-1]['machine'], 'torch')}; one thread per run, beside other work."]
     return "\n".join([*lines, ""])
