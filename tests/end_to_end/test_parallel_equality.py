@@ -131,6 +131,14 @@ def test_same_training_under_every_scheme(documents: tuple[str, str], dp_shard: 
     compare(experiment(*documents, "fp64", layout, 1, dp_shard, cp, **sequence), *_REFERENCE[key])
 
 
+def test_same_training_with_documents_dealt_one_by_one(documents: tuple[str, str]) -> None:
+    plain = experiment(*documents, "fp64", "auto", 1, 1, 1)
+    without_memory = plain.model.model_copy(update={"layers": ("full", "swa", "full")})
+    wanted = train_steps(plain.model_copy(update={"model": without_memory}))
+    dealt = experiment(*documents, "fp64", "auto", 1, 1, 2).model_copy(update={"model": without_memory})
+    compare(dealt.model_copy(update={"parallel": dealt.parallel.model_copy(update={"layout": "per_document"})}), *wanted)
+
+
 def compare(config: RunConfig, losses: list[float], norms: list[float], parameters: dict[str, torch.Tensor]) -> None:
     """Train ``config`` on its ranks: every rank's numbers are those given."""
     parallel, precision = config.parallel, config.train.precision
