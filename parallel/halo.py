@@ -40,7 +40,7 @@ class Segment:
 @lru_cache(maxsize=256)
 def halo_segments(n: int, layout: Layout, seq_len: int, cp_size: int, parts: int = 1) -> tuple[Segment, ...]:
     """Every piece of every rank's halos, in the order in which both ends pack their messages. Pure integers."""
-    held = [ranges_for(layout, seq_len, rank, cp_size, parts) for rank in range(cp_size)]
+    held = [ranges_for(layout, seq_len, rank, cp_size, parts=parts) for rank in range(cp_size)]
     segments = []
     for dst, dst_ranges in enumerate(held):
         for dst_range, (first, _) in enumerate(dst_ranges):

@@ -82,7 +82,7 @@ class RingCarry:
         """See `Carry.holders`. Raises ValueError if ``bounds`` is not this rank's part."""
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         check_ranges(bounds, self.layout, rank, size, self.parts)
-        return rank, [ranges_for(self.layout, bounds.seq_len, r, size, self.parts) for r in range(size)]
+        return rank, [ranges_for(self.layout, bounds.seq_len, r, size, bounds.documents, parts=self.parts) for r in range(size)]
 
     def swap(self, x_nC: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
         """See `Carry.swap`; one all-to-all."""
