@@ -130,16 +130,11 @@ CASES: dict[str, Case] = {
     "slots": _slots("memformer"),
     "slots, lm2": _slots("lm2"),
     "fam": Case(
-        {"kind": "fam", "fam": {"n_feedback": 5, "block": 8, "memory_blocks": 1}},
-        at_size={"fam": {"n_feedback": 16, "block": 64}},
-    ),
-    "fam, blocks before": Case(
         {"kind": "fam", "fam": {"n_feedback": 3, "block": 4, "memory_blocks": 2}},
         at_size={"fam": {"n_feedback": 16, "block": 32, "memory_blocks": 2}},
     ),
     "neurocache": _neurocache(cache_size=64, top_k=64, neighborhood=1),
     "neurocache, nearest": _neurocache(cache_size=44, top_k=12, neighborhood=2, chooses=True),
-    "neurocache, frozen": _neurocache(cache_size=48, top_k=12, neighborhood=4, writer="frozen", chooses=True),
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
