@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models.errors import UserError
 from trainer import resume_rules
 from trainer.config import RunConfig
-from trainer.config_file import MAX_BYTES, changed_keys, dump, find, help_config, resolve, value_of
+from trainer.config_file import MAX_BYTES, _scalar, changed_keys, dump, find, help_config, resolve, value_of
 
 
 def write(tmp_path: Path, text: str | bytes) -> Path:
@@ -218,6 +218,11 @@ def test_dump_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, config:
 def test_dump_of_words_that_yaml_reads_otherwise(tmp_path: Path, word: str) -> None:
     config = RunConfig.model_validate({"data": {"text_field": word}})
     assert resolve(write(tmp_path, dump(config))) == config
+
+
+def test_a_section_with_a_field_named_keys_can_be_shown() -> None:
+    section = RunConfig().data.synthetic
+    assert section.keys is None and "keys: null" in _scalar(section)
 
 
 @settings(max_examples=80, deadline=None)

@@ -386,7 +386,7 @@ def _dump_section(section: BaseModel, indent: str) -> Iterator[str]:
 def _scalar(value: Any) -> str:
     """A value as YAML flow text: JSON, with plain words left unquoted."""
     if isinstance(value, BaseModel):  # an entry of a list of sections
-        value = dict(value)
+        value = {name: getattr(value, name) for name in type(value).model_fields}  # dict() would take a field named keys for a method
     if isinstance(value, str):
         plain = _PLAIN_TEXT.fullmatch(value) and value.lower() not in _YAML_WORDS
         return value if plain else _quoted(value)
