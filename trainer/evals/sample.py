@@ -28,7 +28,8 @@ class Question(NamedTuple):
     answer: np.ndarray
     """[n] the tokens to predict there."""
     depth: float
-    """Where the fact stands that it depends on, the last one if several: its position over T."""
+    """How far back the fact lies that it depends on, the last one if several: 1 - distance / T. For a question at the end, the fact's
+    place: 0 the beginning of the sample, 1 its end."""
 
 
 class Sample(NamedTuple):
@@ -86,6 +87,8 @@ class Task(Protocol):
     name: str
     answers: Answers
     """Of one question."""
+    places_facts: bool
+    """Whether it can put the facts at a given depth."""
 
     def sample(self, draws: Draws, length: int, depth: float | None = None) -> Sample:
         """A sample of ``length`` tokens; ``depth`` 0..1 says where the facts stand, for tasks that can choose it, instead of the setting.

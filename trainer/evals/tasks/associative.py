@@ -22,6 +22,7 @@ class Associative:
     """See the module. Raises ValueError for settings that cannot be."""
 
     name = "associative"
+    places_facts = False
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.pairs, self.queries, self.segment = settings["pairs"], settings["queries"], settings["segment_tokens"]
@@ -62,7 +63,7 @@ class Associative:
         for pair in draws.different(self.pairs, self.queries):
             tokens[start : start + self.fact] = joined([[self.ASK], keys[pair], [self.IS], values[pair]])
             at = start + 1 + self.key_tokens + np.arange(self.value_tokens)
-            questions.append(Question(at, values[pair], float(places[pair]) / length))
+            questions.append(Question(at, values[pair], 1 - float(at[0] - places[pair]) / length))
             start += self.fact
         return Sample(tokens[:-1], int(tokens[-1]), tuple(questions))
 

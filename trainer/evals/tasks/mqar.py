@@ -21,6 +21,7 @@ class Mqar:
     """See the module. Raises ValueError for settings that cannot be."""
 
     name = "mqar"
+    places_facts = False
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.pairs, self.gap, self.power = settings["pairs"], settings["gap"], settings["power"]
@@ -34,7 +35,7 @@ class Mqar:
         self.answers = Answers.ids(self.keys, self.values)
 
     def sample(self, draws: Draws, length: int, depth: float | None = None) -> Sample:
-        """See `Task.sample`; depths follow from the order of the pairs."""
+        """See `Task.sample`; ``depth`` has no say: queries stand where the power law puts them."""
         first = 2 * self.pairs + self.gap
         slots = (length - first) // 2
         if slots < self.queries:
@@ -46,5 +47,5 @@ class Mqar:
         at = first + 2 * draws.weighted(weights, self.queries)
         asked = draws.different(self.pairs, self.queries)
         tokens_T[at] = keys[asked]
-        questions = [Question(at[i : i + 1], values[p : p + 1], 2 * int(p) / length) for i, p in enumerate(asked)]
+        questions = [Question(at[i : i + 1], values[p : p + 1], 1 - float(at[i] - 2 * p) / length) for i, p in enumerate(asked)]
         return Sample(tokens_T, None, tuple(questions))

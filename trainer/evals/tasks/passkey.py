@@ -23,6 +23,7 @@ class Passkey:
     """See the module."""
 
     name = "passkey"
+    places_facts = True
 
     def __init__(self, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
         self.encode, self.depth = Encoder(tokenizer), settings["depth"]
@@ -37,4 +38,4 @@ class Passkey:
         fact = [encode("The pass key is "), key, encode(". Remember it. "), key, encode(" is the pass key. ")]
         page = Page(encode(HEAD), encode("\nWhat is the pass key? The pass key is "), key)
         tokens, at, places = page.compose(self.name, draws, self.background, [(depth, joined(fact))], length)
-        return Sample(tokens[:-1], int(tokens[-1]), (Question(at, key, places[0] / length),))
+        return Sample(tokens[:-1], int(tokens[-1]), (Question(at, key, 1 - (int(at[0]) - places[0]) / length),))
