@@ -7,6 +7,8 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 from models.errors import UserError
 from parallel.distributed import environment
@@ -18,7 +20,7 @@ from trainer.run_dir import RunDir
 from trainer.sweep import expanded
 
 _OF_SUITES = ("lengths", "samples", "depths", "seed", "kv_gib", "overrides")
-_OF_LOSS = ("data", "sequences")
+_OF_LOSS = ("sequences",)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -46,12 +48,14 @@ def _refuse_foreign(args: argparse.Namespace) -> None:
         if getattr(args, name) not in (None, []):
             said = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
             raise UserError(f"{said}: is read {'only with' if args.suite is None else 'without'} --suite; leave it out")
+    if args.suite is not None and args.data is not None and "position" not in args.suite.split(","):
+        raise UserError("--data: is read by the suite position and without --suite; leave it out")
     if environment().world_size > 1:
         raise UserError("longstride eval runs on one process, also for runs of many ranks: start it without torchrun or srun -n")
 
 
 def _suites(args: argparse.Namespace, run_dir: RunDir, config: RunConfig) -> int:
-    from trainer.evals import report, suites
+    from trainer.evals import positions, report, suites
 
     request = suites.Request(
         tasks=suites.tasks_of(args.suite.split(",")),
@@ -67,14 +71,23 @@ def _suites(args: argparse.Namespace, run_dir: RunDir, config: RunConfig) -> int
     kept = None if args.kv_gib is None else int(args.kv_gib * 2**30)
     reader, step, device = suites.open_model(run_dir, config, args.checkpoint, kept)
     print(f"{run_dir.path}, step {step}; answered: {report.METHOD}")
+    facts = {"run": run_dir.name, "step": step, "device": str(device)}
+
+    def keep(name: str, lines: list[str], record: dict[str, Any], picture: bytes) -> None:
+        path = report.write(run_dir.path / "evals", f"{name}_step_{step}", record, picture)
+        print("\n".join(lines), f"  {shlex.quote(str(path))} and {path.stem}.png", sep="\n", flush=True)
+
     for task, settings in tasks:
         with _shown() as shown:
             result = suites.measure(reader, task, settings, request, device, shown)
-        print("\n".join(report.lines(result)), flush=True)
-        facts = {"run": run_dir.name, "step": step, "seed": request.seed, "samples": request.samples, "device": str(device)}
-        picture = report.heat_map(result, f"{result.task}, step {step} of {run_dir.name}; guessing {result.chance:.2g}")
-        path = report.write(run_dir.path / "evals", f"{result.task}_step_{step}", report.content(result, **facts), picture)
-        print(f"  {shlex.quote(str(path))} and {path.stem}.png")
+        record = report.content(result, **facts, seed=request.seed, samples=request.samples)
+        title = f"{result.task}, step {step} of {run_dir.name}; guessing {result.chance:.2g}"
+        keep(result.task, report.lines(result), record, report.heat_map(result, title))
+    if suites.POSITION in request.tasks:
+        documents = partial(positions.long_documents, config, args.data, count=request.samples)
+        result = positions.loss_by_position(reader, lambda length: documents(length=length), request.lengths, device)
+        title = f"loss by position, step {step} of {run_dir.name}"
+        keep(result.task, positions.lines(result), positions.content(result, **facts), positions.picture(result, title))
     return 0
 
 

@@ -37,7 +37,7 @@ def lines(result: TaskResult) -> list[str]:
         values = [_percent(whole.accuracy), _percent(whole.token_accuracy), f"{whole.questions:,}"]
         memory = f"{result.peak_bytes[length] / 2**20:,.0f} MiB"
         rows.append([f"{length:,}", *values, *(_percent(cell.accuracy) for cell in cells), memory, f"{speed:,.0f}"])
-    return [f"{result.task} ({chance})", *_aligned([head, *rows])]
+    return [f"{result.task} ({chance})", *aligned([head, *rows])]
 
 
 def content(result: TaskResult, **facts: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def heat_map(result: TaskResult, title: str) -> bytes:
     axes = figure.subplots()
     axes.set_facecolor("#eceef1")  # where nothing was asked
     image = axes.imshow(np.ma.masked_invalid(share), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths], color=INK)
+    axes.set_xticks(range(len(lengths)), [short(length) for length in lengths], color=INK)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], color=INK)
     axes.set_xlabel("tokens of the sample", color=MUTED)
     axes.set_ylabel("depth of the fact", color=MUTED)
@@ -98,13 +98,15 @@ def _number(share: float | None) -> float:
     return float("nan") if share is None else share
 
 
-def _short(length: int) -> str:
+def short(length: int) -> str:
+    """``65536`` as ``64k``."""
     for unit, size in (("M", 2**20), ("k", 2**10)):
         if length % size == 0:
             return f"{length // size}{unit}"
     return f"{length:,}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines, columns to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.errors import UserError
-from trainer.evals.draws import Draws
-from trainer.evals.sample import Sample, Task
+from trainer.evals.sample import Sample, Task, TooShort, fitting
 
 Predictor = Callable[[np.ndarray, Sequence[np.ndarray]], list[np.ndarray]]
 """(tokens_BT, per row the positions asked about) -> per row the predicted next tokens."""
@@ -81,8 +80,8 @@ def score(
     for first in range(0, len(asked), at_once):
         numbers = range(first, min(first + at_once, len(asked)))
         try:
-            made = [task.sample(Draws(task.name, "eval", seed, length, repr(asked[i]), i % samples), length, asked[i]) for i in numbers]
-        except ValueError as error:
+            made = [fitting(task, length, asked[i], "eval", seed, length, repr(asked[i]), i % samples) for i in numbers]
+        except TooShort as error:
             raise UserError(f"--lengths: {error}") from None
         _count(cells, depths, made, [asked[i] for i in numbers], predict)
         if progress is not None:

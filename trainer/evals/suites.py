@@ -20,13 +20,18 @@ from trainer.build import current_device
 from trainer.config import RunConfig
 from trainer.evals.loading import alone, load_model
 from trainer.evals.registry import PREFIX, build_task, is_synthetic, tokenizer_of
-from trainer.evals.sample import Task
+from trainer.evals.sample import Task, guessing
 from trainer.evals.scoring import Cell, score
 from trainer.evals.settings import DEFAULTS, OF_IDS, SyntheticSection
 from trainer.evals.streaming import StreamedModel
 from trainer.run_dir import RunDir
 
-SUITES: dict[str, tuple[str, ...]] = {name: (name,) for name in DEFAULTS}
+SUITES: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in DEFAULTS},
+    "needle": ("needle_single", "needle_multikey", "needle_haystack"),
+    "babi": ("qa1", "qa2", "qa3", "qa4", "qa5"),
+    "lists": ("copy", "reverse", "sort"),
+}
 """By name: the tasks in it. Every task is a suite of its own."""
 POSITION = "position"
 """The suite that measures loss by position (trainer/evals/positions.py)."""
@@ -102,6 +107,8 @@ def build_tasks(request: Request, config: RunConfig) -> list[tuple[Task, Synthet
     tokenizer, ids = tokenizer_of(config.data), is_synthetic(config.data.source) and config.data.source.removeprefix(PREFIX) in OF_IDS
     found = []
     for name in request.tasks:
+        if name == POSITION:
+            continue
         settings = settings_for(name, config, request.overrides)
         if name not in OF_IDS and ids:
             raise UserError(f"--suite {name}: is in words, and the run's vocabulary is the ids of {config.data.source}; leave it out")
@@ -124,7 +131,7 @@ def measure(
     progress: Callable[[str], Progress | None] = lambda _: None,
 ) -> TaskResult:
     """``task`` at every length of the request."""
-    result = TaskResult(task.name, settings.of(task.name), task.answers.chance, task.answers.token_chance, task.places_facts)
+    result = TaskResult(task.name, settings.of(task.name), *guessing(task), task.places_facts)
     monitor = MemoryMonitor(device)
     result.memory_source = monitor.source
     for length in request.lengths:

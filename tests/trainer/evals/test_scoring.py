@@ -16,6 +16,7 @@ from trainer.config import RunConfig
 from trainer.evals import report, suites
 from trainer.evals.draws import Draws
 from trainer.evals.sample import Task
+from trainer.evals.sample import guessing as guessing_score
 from trainer.evals.scoring import Cell, Predictor, score, total
 
 
@@ -33,7 +34,7 @@ def guessing(task: Task) -> Predictor:
     def predict(tokens_BT: np.ndarray, at: Sequence[np.ndarray]) -> list[np.ndarray]:
         said = []
         for asked in at:
-            tokens = np.concatenate([task.answers.draw(draws) for _ in asked])
+            tokens = np.concatenate([task.kinds[0][1].draw(draws) for _ in asked])
             said.append(tokens[: len(asked)])
         return said
 
@@ -50,7 +51,7 @@ def test_one_who_knows_scores_all_and_one_who_guesses_scores_chance(name: str, s
     if task.places_facts:
         assert [cell.questions for cell in cells] == [8, 8, 8]
     guessed = total(score(task, guessing(task), length, depths, 60, 0), length)
-    chance = task.answers.chance
+    chance = guessing_score(task)[0]
     assert abs(guessed.answered - guessed.questions * chance) <= 5 * (guessed.questions * chance * (1 - chance)) ** 0.5 + 1e-9
 
 

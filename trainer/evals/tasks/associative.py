@@ -21,10 +21,10 @@ from trainer.evals.sample import Answers, Question, Sample, joined, too_short
 class Associative:
     """See the module. Raises ValueError for settings that cannot be."""
 
-    name = "associative"
     places_facts = False
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        self.name = name
         self.pairs, self.queries, self.segment = settings["pairs"], settings["queries"], settings["segment_tokens"]
         self.keys, self.values, self.fillers = settings["keys"], settings["values"], settings["fillers"]
         self.key_tokens, self.value_tokens = settings["key_tokens"], settings["value_tokens"]
@@ -45,7 +45,7 @@ class Associative:
         words = self.keys + self.values + self.fillers
         self.PAIR, self.ASK, self.IS = words, words + 1, words + 2
         self.vocab_size = words + 3
-        self.answers = Answers.ids(self.keys, self.values, self.value_tokens)
+        self.kinds = ((1.0, Answers.ids(self.keys, self.values, self.value_tokens)),)
 
     def sample(self, draws: Draws, length: int, depth: float | None = None) -> Sample:
         """See `Task.sample`. ``length`` counts the last token of the last answer too, which is only predicted; what does not fill a

@@ -20,10 +20,10 @@ from trainer.evals.sample import Answers, Question, Sample, too_short
 class Mqar:
     """See the module. Raises ValueError for settings that cannot be."""
 
-    name = "mqar"
     places_facts = False
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        self.name = name
         self.pairs, self.gap, self.power = settings["pairs"], settings["gap"], settings["power"]
         self.queries = settings["queries"] or self.pairs
         self.keys, self.values, self.fillers = settings["keys"], settings["values"], settings["fillers"]
@@ -32,7 +32,7 @@ class Mqar:
         if self.queries > self.pairs:
             raise ValueError(f"synthetic/mqar: queries {self.queries} exceed pairs {self.pairs}; every pair is asked for at most once")
         self.vocab_size = self.keys + self.values + self.fillers
-        self.answers = Answers.ids(self.keys, self.values)
+        self.kinds = ((1.0, Answers.ids(self.keys, self.values)),)
 
     def sample(self, draws: Draws, length: int, depth: float | None = None) -> Sample:
         """See `Task.sample`; ``depth`` has no say: queries stand where the power law puts them."""
