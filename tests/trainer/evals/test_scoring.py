@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from longstride import _parser
 from models.errors import UserError
 from tests.trainer.evals.solvers import next_token
-from tests.trainer.evals.test_tasks import CASES, IDS, made
-from trainer.commands.evaluate import _depths, _lengths
+from tests.trainer.evals.test_tasks import CASES, made
+from trainer.commands.evaluate import _depths, _lengths, _refuse_foreign
 from trainer.config import RunConfig
 from trainer.evals import report, suites
 from trainer.evals.draws import Draws
 from trainer.evals.sample import Task
 from trainer.evals.sample import guessing as guessing_score
 from trainer.evals.scoring import Cell, Predictor, score, total
+
+ONE_OF_EACH = {case[0]: case for case in reversed(CASES)}
+"""Of every task the first case."""
 
 
 def knowing(task: Task) -> Predictor:
@@ -41,16 +45,16 @@ def guessing(task: Task) -> Predictor:
     return predict
 
 
-@pytest.mark.parametrize(("name", "settings", "length"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "settings", "length"), ONE_OF_EACH.values(), ids=ONE_OF_EACH)
 def test_one_who_knows_scores_all_and_one_who_guesses_scores_chance(name: str, settings: dict[str, Any], length: int) -> None:
     task, depths = made(name, settings), (0.0, 0.5, 1.0)
-    cells = score(task, knowing(task), length, depths, 8, 0)
+    cells = score(task, knowing(task), length, depths, 4, 0)
     assert [cell.depth for cell in cells] == list(depths) and {cell.length for cell in cells} == {length}
     whole = total(cells, length)
     assert whole.questions > 0 and whole.accuracy == whole.token_accuracy == 1.0
     if task.places_facts:
-        assert [cell.questions for cell in cells] == [8, 8, 8]
-    guessed = total(score(task, guessing(task), length, depths, 60, 0), length)
+        assert [cell.questions for cell in cells] == [4, 4, 4]
+    guessed = total(score(task, guessing(task), length, depths, 20, 0), length)
     chance = guessing_score(task)[0]
     assert abs(guessed.answered - guessed.questions * chance) <= 5 * (guessed.questions * chance * (1 - chance)) ** 0.5 + 1e-9
 
@@ -131,6 +135,28 @@ def test_a_task_is_made_as_the_run_was_trained_on_it_unless_told_otherwise() -> 
 def test_what_cannot_be_measured_is_refused(run: dict[str, Any], names: list[str], words: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         suites.build_tasks(suites.Request(suites.tasks_of(names), (64,), overrides=tuple(words)), config(**run))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--lengths", "1k"], "--lengths: is read only with --suite"),
+        (["--kv-gib", "1"], "--kv-gib: is read only with --suite"),
+        (["data.synthetic.pairs=2"], "key=value: is read only with --suite"),
+        (["--suite", "mqar", "--sequences", "4"], "--sequences: is read without --suite"),
+        (["--suite", "mqar", "--data", "x"], "--data: is read by the suite position"),
+    ],
+)
+def test_words_that_would_not_be_read_are_refused(words: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        _refuse_foreign(_parser().parse_args(["eval", "run", *words]))
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="on one process"):
+        _refuse_foreign(_parser().parse_args(["eval", "run"]))
 
 
 def test_lengths_and_depths_are_read_or_refused() -> None:

@@ -129,7 +129,7 @@ def test_a_background_file_stands_around_the_facts_sentence_by_sentence(tmp_path
 
 
 def test_a_million_tokens_are_made_exactly() -> None:
-    for name in ("mqar", "needle_haystack", "qa3"):
+    for name in ("mqar", "passkey"):
         sample = made(name, {}).sample(Draws(1), 2**20, 0.5)
         assert len(sample.tokens_T) == 2**20 and sample.questions[0].at[0] < 2**20
 
@@ -137,13 +137,13 @@ def test_a_million_tokens_are_made_exactly() -> None:
 @pytest.mark.parametrize("name", ["qa1", "qa2", "qa3", "qa4", "qa5"])
 def test_every_answer_and_every_kind_of_question_comes(name: str) -> None:
     task, found = made(name, {}), Counter[bytes]()
-    for number in range(200):
-        question = task.sample(Draws(name, number), 1200).questions[0]
+    for number in range(80):
+        question = task.sample(Draws(name, number), 800).questions[0]
         found[question.answer.tobytes()] += 1
         assert 0 < question.depth < 1
     words = {word.tobytes() for _, answers in task.kinds for word in answers.parts[0]}
     assert found.keys() == words, "all that may be answered, nothing else"
-    assert max(found.values()) < 200 * 0.4, "and nothing much more often"
+    assert max(found.values()) < 80 * 0.5, "and nothing much more often"
 
 
 def test_draws_repeat_nowhere_and_choose_without_putting_back() -> None:
