@@ -81,7 +81,7 @@ def _suites(args: argparse.Namespace, run_dir: RunDir, config: RunConfig) -> int
         with _shown() as shown:
             result = suites.measure(reader, task, settings, request, device, shown)
         record = report.content(result, **facts, seed=request.seed, samples=request.samples)
-        title = f"{result.task}, step {step} of {run_dir.name}; guessing {result.chance:.2g}"
+        title = f"{result.task}, step {step} of {run_dir.name}\nanswered; guessing {result.chance:.2g}"
         keep(result.task, report.lines(result), record, report.heat_map(result, title))
     if suites.POSITION in request.tasks:
         documents = partial(positions.long_documents, config, args.data, count=request.samples)

@@ -47,14 +47,14 @@ def content(result: TaskResult, **facts: Any) -> dict[str, Any]:
 
 
 def heat_map(result: TaskResult, title: str) -> bytes:
-    """A PNG: accuracy by depth (down) and length (across)."""
+    """A PNG: accuracy by depth (down) and length (across); ``title`` in short lines."""
     from matplotlib.figure import Figure
 
     depths = list(dict.fromkeys(cell.depth for cell in result.cells))
     lengths = list(result.seconds)
     found = {(cell.depth, cell.length): cell for cell in result.cells}
     share = np.array([[_number(found[depth, length].accuracy) for length in lengths] for depth in depths])
-    figure = Figure(figsize=(2.6 + 0.85 * len(lengths), 1.9 + 0.42 * len(depths)), layout="constrained", dpi=140)
+    figure = Figure(figsize=(max(5.2, 2.6 + 0.85 * len(lengths)), 2.1 + 0.42 * len(depths)), layout="constrained", dpi=140)
     axes = figure.subplots()
     axes.set_facecolor("#eceef1")  # where nothing was asked
     image = axes.imshow(np.ma.masked_invalid(share), vmin=0, vmax=1, cmap="viridis", aspect="auto")
