@@ -86,8 +86,11 @@ class StreamedModel:
         self.model, self.device, self.precision, self.kept_bytes = model, device, precision, kept_bytes
         self.attentions: dict[str, Attention] = {}
         self.memories: dict[str, MemoryModule] = {}
-        for i, block in enumerate(model.blocks):
-            self._take(f"layer {i}", block.mixer)
+        if model.stack is not None:  # its layers see one segment at a time, whose tokens wait in its state where a chunk cuts it
+            self.memories["the stack"] = model.stack
+        else:
+            for i, block in enumerate(model.blocks):
+                self._take(f"layer {i}", block.mixer)
         self.multiple = math.lcm(*(memory.traits.granularity for memory in self.memories.values()))
         self.chunk_tokens = chunk_tokens
 
