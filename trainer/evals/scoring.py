@@ -91,7 +91,9 @@ def score(
 
 def _count(cells: list[Cell], depths: Sequence[float], made: list[Sample], asked: list[float | None], predict: Predictor) -> None:
     at = [np.sort(np.concatenate([question.at for question in sample.questions])) for sample in made]
-    predicted = predict(np.stack([sample.tokens_T for sample in made]), at)
+    # A sample of a million tokens is not copied.
+    tokens_BT = made[0].tokens_T[None] if len(made) == 1 else np.stack([sample.tokens_T for sample in made])
+    predicted = predict(tokens_BT, at)
     for sample, depth, positions, tokens in zip(made, asked, at, predicted, strict=True):
         for question in sample.questions:
             found = tokens[np.searchsorted(positions, question.at)]

@@ -53,7 +53,8 @@ class Associative:
         segments, rest = divmod(length + 1, self.segment)
         if segments < self.pairs + 1:
             raise too_short(self.name, length, (self.pairs + 1) * self.segment - 1)
-        tokens = draws.below(self.fillers, length + 1) + self.keys + self.values
+        tokens = draws.below(self.fillers, length + 1)
+        tokens += self.keys + self.values
         keys, values = self._keys(draws), draws.below(self.values, self.pairs * self.value_tokens).reshape(self.pairs, -1) + self.keys
         places = rest + np.sort(draws.different(segments - 1, self.pairs)) * self.segment
         places += draws.below(self.segment - self.fact + 1, self.pairs)

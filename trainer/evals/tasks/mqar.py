@@ -41,7 +41,8 @@ class Mqar:
         if slots < self.queries:
             raise too_short(self.name, length, first + 2 * self.queries)
         keys, values = draws.different(self.keys, self.pairs), draws.below(self.values, self.pairs) + self.keys
-        tokens_T = draws.below(self.fillers, length) + self.keys + self.values
+        tokens_T = draws.below(self.fillers, length)
+        tokens_T += self.keys + self.values
         tokens_T[0 : 2 * self.pairs : 2], tokens_T[1 : 2 * self.pairs : 2] = keys, values
         weights = self.power * np.arange(1, slots + 1, dtype=np.float64) ** (self.power - 1)
         at = first + 2 * draws.weighted(weights, self.queries)
