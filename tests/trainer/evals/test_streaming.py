@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mal": {"layers": ["memory", "memory"], "memory": {"attach": "mal", "chunk_size": 8}},
     "mac": {"layers": ["swa", "memory"], "memory": {"attach": "mac", "kind": "titans", "mac": {"segment": 8, "persistent": 2}}},
     "rmt": {"layers": ["full", "swa"], "memory": {"kind": "rmt", "rmt": {"segment": 9, "tokens": 2}}},
+    **{kind: {"layers": ["swa", "memory"], "memory": {"kind": kind}} for kind in ("infini", "mom", "slots", "fam", "neurocache")},
     "product keys": {
         "layers": ["swa"],
         "feedforward": ["product_keys"],
