@@ -162,14 +162,14 @@ class Pass:
         return mixer.rope_table(self.positions_BT, self.parts.dtype, self.bounds) if isinstance(mixer, Attention) else None
 
     def entered(self, start: int, end: int) -> list[Tensor]:
-        """q, k, v (a memory: the normed input) of these tokens, made again from the input."""
+        """q, k, v, their tokens by rank (a memory: the normed input), of these tokens, made again from the input."""
         with again(), torch.no_grad(), torch.autocast(self.positions_BT.device.type, enabled=False):
             weights = self.parts.narrow(self.parts.enter_weights())
             table = self.table()
             ranges = [(a, b) for a, b in self.ranges((start, end, self.input_cut)) if start <= a and b <= end]
 
             def make(a: int, b: int) -> list[Tensor]:
-                return self.parts.enter(self.x.part(a, b), weights, _rows(table, a, b))
+                return self.parts.enter(self.x.part(a, b), weights, self.parts.rows(table, a, b))
 
             return assemble(ranges, make, self.parts.enter_dims, self.positions_BT)
 
@@ -241,8 +241,8 @@ class _Enter(torch.autograd.Function):
         if any(grad is not None for grad in dentered):
             with torch.autocast(one.positions_BT.device.type, enabled=False):
                 for a, b in turns(one.ranges((one.input_cut,)), one.positions_BT, alike(lambda a, b: False)):
-                    slices = [grad.narrow(dim, a, b - a) for grad in dentered]  # type: ignore[union-attr]
-                    dx = parts.enter_backward(one.x.part(a, b), slices, weights, _rows(table, a, b), sums)
+                    slices = [parts.by_rank(grad).narrow(dim, a, b - a) for grad in dentered]  # type: ignore[arg-type]
+                    dx = parts.enter_backward(one.x.part(a, b), slices, weights, parts.rows(table, a, b), sums)
                     if dx_BTC is None:
                         dx_BTC = dx.new_zeros(len(dx), one.n_tokens, dx.shape[2])
                     dx_BTC.narrow(1, a, b - a).add_(dx)  # no one else sees the gradient that _Leave made
@@ -266,7 +266,8 @@ class _Leave(torch.autograd.Function):
         parts, dim = one.parts, one.parts.mixer_dim
         own = parts.leave_weights()
         weights, sums = parts.narrow(own), GradientSums(ctx.needs_input_grad[4:])
-        mixed = saving.mixed()
+        mixed = None if (found := saving.mixed()) is None else parts.by_rank(found)
+        del found
         middles, ctx.middles, ctx.saving = ctx.middles, None, None
 
         def make(a: int, b: int) -> tuple[Tensor, Tensor]:
@@ -282,20 +283,21 @@ class _Leave(torch.autograd.Function):
 
         with torch.autocast(grads[0].device.type, enabled=False):
             dx_BTC, dmixed = assemble(one.ranges(_leave_cuts(one)), make, (1, dim), grads[0], lasting=lambda a, b: (a, b) in middles)
-        return None, None, dx_BTC, dmixed, *sums.results(own)
+        return None, None, dx_BTC, parts.joined(dmixed), *sums.results(own)
 
 
 def _enter(one: Pass, x_BTC: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     narrow, table = one.parts.narrow(weights), one.table()
-    ranges = one.ranges()
-    return assemble(ranges, lambda a, b: one.parts.enter(x_BTC[:, a:b], narrow, _rows(table, a, b)), one.parts.enter_dims, x_BTC)
+    parts, ranges = one.parts, one.ranges()
+    made = assemble(ranges, lambda a, b: parts.enter(x_BTC[:, a:b], narrow, parts.rows(table, a, b)), parts.enter_dims, x_BTC)
+    return [parts.joined(made.pop(0)) for _ in range(len(made))]
 
 
 def _leave(one: Pass, x_BTC: Tensor, mixed: Tensor, weights: Sequence[Tensor], middles: dict | None) -> Tensor:
     """y_BTC. ``middles`` takes, by range, what is kept (as it is or in eight bits) or parked of it; None saves nothing."""
     parts, dim = one.parts, one.parts.mixer_dim
     narrow = parts.narrow(weights)
-    y_BTC = torch.empty_like(x_BTC)
+    y_BTC, mixed = torch.empty_like(x_BTC), parts.by_rank(mixed)
     held = 0 if middles is None else one.split["feed_forward"].held
     for a, b in turns(one.ranges(() if middles is None else _leave_cuts(one)), x_BTC, alike(lambda a, b: b <= held)):
         middle = parts.middle(x_BTC[:, a:b], mixed.narrow(dim, a, b - a), narrow)
@@ -316,10 +318,6 @@ def _leave(one: Pass, x_BTC: Tensor, mixed: Tensor, weights: Sequence[Tensor], m
 def _leave_cuts(one: Pass) -> tuple[int, ...]:
     split = one.split["feed_forward"]
     return split.swapped, split.swapped + split.kept, split.held, one.input_cut
-
-
-def _rows(table: RopeTable | None, start: int, end: int) -> RopeTable | None:
-    return None if table is None else (table[0][:, :, start:end], table[1][:, :, start:end])
 
 
 def _autocast_now(x: Tensor) -> dict[str, Any]:

@@ -59,6 +59,8 @@ class AttentionSaving:
         self._saved: list[Tensor] = []
         self._names: list[str] = []
         self._held: dict[str, Held] = {}
+        self._by_rank: set[str] = set()
+        """Of what is held: with its tokens by the ranks that share them."""
         self._whole: dict[str, Tensor] = {}
         """Values that were tensors by ranges and are wanted soon."""
         self._in_host: dict[str, Tensor] = {}
@@ -99,12 +101,17 @@ class AttentionSaving:
                     self._whole[name] = tensor.detach()
 
     def _hold(self, name: str, tensor: Tensor, swapped: int, kept: int) -> Held:
-        n = self._pass.n_tokens
-        if tensor.ndim < 3 or tensor.shape[2] != n:
+        n, parts = self._pass.n_tokens, self._pass.parts
+        if tensor.ndim < 3 or tensor.shape[2] != n * parts.tokens.ranks:
             # Not one value per token (the keys before a window): whole, where the larger part of the tokens goes.
             n, swapped = len(tensor), len(tensor) if 2 * swapped > n else 0
             return Held(tensor, 0, swapped, n - swapped, self._pass.parking, name)
-        return Held(tensor, 2, swapped, kept, self._pass.parking, name)
+        self._by_rank.add(name)
+        return Held(parts.by_rank(tensor), parts.mixer_dim, swapped, kept, self._pass.parking, name)
+
+    def _joined(self, name: str, tensor: Tensor) -> Tensor:
+        """The value of a held tensor as attention knows it."""
+        return self._pass.parts.joined(tensor) if name in self._by_rank else tensor
 
     def trim(self) -> None:
         """See `Saving.trim`."""
@@ -126,7 +133,7 @@ class AttentionSaving:
             elif name in ("q", "k", "v"):
                 self._whole |= self._projections()
             else:
-                self._whole[name] = self._held.pop(name).whole()
+                self._whole[name] = self._joined(name, self._held.pop(name).whole())
         self._uses[name] -= take
         return self._whole[name] if self._uses[name] > 0 or not take else self._whole.pop(name)
 
@@ -136,13 +143,14 @@ class AttentionSaving:
         held = {name: self._held.pop(name) for name in ("q", "k", "v") if name not in self._in_host}
         first = held["q"].missing_from
         if first == 0:
-            return dict(list(zip(("q", "k", "v"), self._pass.entered(0, n), strict=True))[: len(held)])
+            made = dict(list(zip(("q", "k", "v"), self._pass.entered(0, n), strict=True))[: len(held)])
+            return {name: self._joined(name, value) for name, value in made.items()}
         whole = {name: one.whole() for name, one in held.items()}
         if first < n:
             for name, made in zip(("q", "k", "v"), self._pass.entered(first, n), strict=True):
                 if name in whole:
-                    whole[name].narrow(2, first, n - first).copy_(made)
-        return whole
+                    whole[name].narrow(self._pass.parts.mixer_dim, first, n - first).copy_(made)
+        return {name: self._joined(name, value) for name, value in whole.items()}
 
     def _attend_again(self) -> None:
         """Run attention forward once more, for everything that it saves."""

@@ -6,7 +6,11 @@ Neither saves anything: the caller decides what to keep, and gives it back. The 
 and up. Every step is the one that autograd would take on the modules, so that on a single range results are the same bits; sums over
 ranges are float32 (float64).
 
-Legend: B row, t tokens of the range, C channel, H heads (query or key/value), D head size, F feed-forward width, O and I of a weight.
+Where tensor-parallel ranks share the block's products (``models/tokens.py``), a range is one of this rank's tokens in the residual stream,
+and the same range of every other rank's: what attention is given counts tokens along two dims, ranks and tokens of one.
+
+Legend: B row, t tokens of the range, C channel, H heads (query or key/value), D head size, F feed-forward width, O and I of a weight;
+P ranks, S = P * t their tokens of the range (t alone where one rank has all products).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from models.memory.protocol import MemoryModule
 from models.product_keys import ProductKeyMemory
 from models.repeat import again
 from models.rope import turn
+from models.tokens import ALL_TOKENS, Tokens
 from models.transformer import Block
 
 RopeTable = tuple[Tensor, Tensor]
@@ -78,14 +83,36 @@ class TokenWise:
         return isinstance(self.block.mixer, Attention)
 
     @property
+    def tokens(self) -> Tokens:
+        """How the block's products reach the tokens of other ranks."""
+        mixer = self.block.mixer if isinstance(self.block.mixer, Attention) else self.block.ffn
+        return getattr(mixer, "tokens", ALL_TOKENS)
+
+    @property
     def mixer_dim(self) -> int:
-        """Where the mixer's inputs and output count tokens: [B, H, T, D] for attention, [B, T, C] for a memory."""
-        return 2 if self.is_attention else 1
+        """Where the mixer's inputs and output, ``by_rank``, count tokens: [B, H, T, D] or [B, H, P, t, D] for attention, [B, T, C] for a
+        memory."""
+        return (2 if self.tokens.ranks == 1 else 3) if self.is_attention else 1
 
     @property
     def enter_dims(self) -> tuple[int, ...]:
         """The same for every tensor of ``enter``."""
-        return (2, 2, 2) if self.is_attention else (1,)
+        return (self.mixer_dim,) * (3 if self.is_attention else 1)
+
+    def by_rank(self, x_BHT: Tensor) -> Tensor:
+        """A tensor of attention, [B, H, T, ...], with its tokens by ranks [B, H, P, t, ...] where there are several; else as it is."""
+        return x_BHT.unflatten(2, (self.tokens.ranks, -1)) if self.is_attention and self.tokens.ranks > 1 else x_BHT
+
+    def joined(self, x: Tensor) -> Tensor:
+        """The way back of ``by_rank``: a view wherever memory allows."""
+        return x.flatten(2, 3) if self.is_attention and self.tokens.ranks > 1 else x
+
+    def rows(self, table: RopeTable | None, start: int, end: int) -> RopeTable | None:
+        """The table's part for a range of tokens."""
+        if table is None:
+            return None
+        dim = self.mixer_dim
+        return self.by_rank(table[0]).narrow(dim, start, end - start), self.by_rank(table[1]).narrow(dim, start, end - start)
 
     def enter_weights(self) -> list[Tensor]:
         """Norm; for attention also the projections of query, key and value, then their biases, then the norms of query and key, where it
@@ -112,11 +139,12 @@ class TokenWise:
     # --- enter ----------------------------------------------------------------------------------------------------------------
 
     def enter(self, x_BtC: Tensor, weights: Sequence[Tensor], table: RopeTable | None) -> list[Tensor]:
-        """q, k (rotated) and v, each [B, H, t, D]; for a memory the normed input [B, t, C]."""
+        """q, k (rotated) and v, each [B, H, t, D] (``by_rank``); for a memory the normed input [B, t, C]."""
         h_BtC, _ = rms_norm(x_BtC, weights[0], self.block.norm1.eps, self.dtype)
         if table is None:
             return [h_BtC]
-        q, k, v = (self._normed(i, self._heads(i, h_BtC, weights), weights).transpose(1, 2) for i in (1, 2, 3))
+        h_BSC = self.tokens.gathered(h_BtC)
+        q, k, v = (self.by_rank(self._normed(i, self._heads(i, h_BSC, weights), weights).transpose(1, 2)) for i in (1, 2, 3))
         return [turn(q, *table, 1.0), turn(k, *table, 1.0), v]
 
     def _heads(self, i: int, h_BtC: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -145,10 +173,12 @@ class TokenWise:
         if table is None:
             (dh_BtC,) = grads
         else:
+            with again():
+                h_BtC = self.tokens.gathered(h_BtC)
             dh_BtC = torch.empty(0)
             for i in (3, 2, 1):  # value, key, query: the order in which autograd adds them
                 grad_BHtD = grads[i - 1] if i == 3 else turn(grads[i - 1], *table, -1.0)
-                dy_BtHD = grad_BHtD.transpose(1, 2)
+                dy_BtHD = self.joined(grad_BHtD).transpose(1, 2)
                 index = self._norm_index(i)
                 if index is not None:
                     with again():
@@ -161,6 +191,7 @@ class TokenWise:
                     sums.add(i + 3, bias_gradient(dy_BtO))
                 sums.add_product(i, dy_BtO, h_BtC)
                 dh_BtC = torch.matmul(dy_BtO, weights[i]) if i == 3 else dh_BtC.add_(torch.matmul(dy_BtO, weights[i]))
+            dh_BtC = self.tokens.summed(dh_BtC)
         dx_BtC, dnorm_C = rms_norm_backward(dh_BtC, x_BtC, norm, rnorm_Bt1)
         sums.add(0, dnorm_C)
         return dx_BtC
@@ -169,14 +200,19 @@ class TokenWise:
 
     def middle(self, x_BtC: Tensor, mixed: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         """The residual stream after the mixer, gate and up: what ``leave_backward`` needs."""
-        stream_BtC = x_BtC + (F.linear(tokens_first(mixed), weights[4]) if self.is_attention else mixed)
+        stream_BtC = x_BtC + self._written(mixed, weights[4] if self.is_attention else None)
         h_BtC, _ = rms_norm(stream_BtC, weights[0], self.block.norm2.eps, self.dtype)
-        return [stream_BtC, F.linear(h_BtC, weights[1]), F.linear(h_BtC, weights[2])]
+        h_BSC = self.tokens.gathered(h_BtC)
+        return [stream_BtC, F.linear(h_BSC, weights[1]), F.linear(h_BSC, weights[2])]
+
+    def _written(self, mixed: Tensor, w_out: Tensor | None) -> Tensor:
+        """What the mixer adds to the stream: attention's output (``by_rank``) through its projection, a memory's as it is."""
+        return mixed if w_out is None else self.tokens.summed(F.linear(tokens_first(self.joined(mixed)), w_out))
 
     def leave(self, middle: Sequence[Tensor], weights: Sequence[Tensor], out_BtC: Tensor | None = None) -> Tensor:
         """The residual stream after the block, into ``out`` if given."""
-        stream_BtC, gate_BtF, up_BtF = middle
-        down_BtC = F.linear(gated_product(gate_BtF, up_BtF), weights[3])
+        stream_BtC, gate_BSF, up_BSF = middle
+        down_BtC = self.tokens.summed(F.linear(gated_product(gate_BSF, up_BSF), weights[3]))
         return torch.add(stream_BtC, down_BtC, out=out_BtC)
 
     def leave_backward(
@@ -184,25 +220,34 @@ class TokenWise:
     ) -> tuple[Tensor, Tensor]:
         """Gradients of x, in its dtype, and of the mixer's output ``mixed``, whose values only attention needs. ``weights`` and ``sums``
         in the order of ``leave_weights``."""
-        stream_BtC, gate_BtF, up_BtF = middle
+        stream_BtC, gate_BSF, up_BSF = middle
         norm, w_gate, w_up, w_down = weights[:4]
         h_BtC, rnorm_Bt1 = rms_norm(stream_BtC, norm, self.block.norm2.eps, self.dtype)
-        d_BtC = dy_BtC.to(self.dtype)
-        sums.add_product(3, d_BtC, gated_product(gate_BtF, up_BtF))
-        dgate_BtF, dup_BtF = gated_product_backward(torch.matmul(d_BtC, w_down), gate_BtF, up_BtF)
-        sums.add_product(2, dup_BtF, h_BtC)
-        sums.add_product(1, dgate_BtF, h_BtC)
-        dh_BtC = torch.matmul(dup_BtF, w_up).add_(torch.matmul(dgate_BtF, w_gate))
-        del dgate_BtF, dup_BtF, h_BtC
+        with again():
+            h_BSC = self.tokens.gathered(h_BtC)
+        del h_BtC
+        d_BSC = self.tokens.gathered(dy_BtC.to(self.dtype))
+        sums.add_product(3, d_BSC, gated_product(gate_BSF, up_BSF))
+        dgate_BSF, dup_BSF = gated_product_backward(torch.matmul(d_BSC, w_down), gate_BSF, up_BSF)
+        sums.add_product(2, dup_BSF, h_BSC)
+        sums.add_product(1, dgate_BSF, h_BSC)
+        dh_BSC = torch.matmul(dup_BSF, w_up).add_(torch.matmul(dgate_BSF, w_gate))
+        del dgate_BSF, dup_BSF, h_BSC
+        dh_BtC = self.tokens.summed(dh_BSC)
+        del dh_BSC
         dstream_BtC, dnorm_C = rms_norm_backward(dh_BtC, stream_BtC, norm, rnorm_Bt1)
         sums.add(0, dnorm_C)
         dstream_BtC.add_(dy_BtC)
         if not self.is_attention:
             return dstream_BtC, dstream_BtC.to(self.dtype, copy=True)
         assert mixed is not None
-        d_BtC = dstream_BtC.to(self.dtype)
-        sums.add_product(4, d_BtC, tokens_first(mixed))
-        return dstream_BtC, torch.matmul(d_BtC, weights[4]).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+        return dstream_BtC, self._written_backward(dstream_BtC.to(self.dtype), mixed, weights[4], 4, sums)
+
+    def _written_backward(self, d_BtC: Tensor, mixed: Tensor, w_out: Tensor, i: int, sums: GradientSums) -> Tensor:
+        """The gradient of attention's output (``by_rank``); that of its projection goes to sum ``i``."""
+        d_BSC = self.tokens.gathered(d_BtC)
+        sums.add_product(i, d_BSC, tokens_first(self.joined(mixed)))
+        return self.by_rank(torch.matmul(d_BSC, w_out).unflatten(-1, (-1, self._head_dim)).transpose(1, 2))
 
     @property
     def _attention(self) -> Attention:
@@ -234,7 +279,7 @@ class MixerOnly(TokenWise):
 
     def middle(self, x_BtC: Tensor, mixed: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         """See `TokenWise.middle`."""
-        return [x_BtC + (F.linear(tokens_first(mixed), weights[1]) if self.is_attention else mixed)]
+        return [x_BtC + self._written(mixed, weights[1] if self.is_attention else None)]
 
     def leave(self, middle: Sequence[Tensor], weights: Sequence[Tensor], out_BtC: Tensor | None = None) -> Tensor:
         """See `TokenWise.leave`."""
@@ -248,8 +293,7 @@ class MixerOnly(TokenWise):
         if not self.is_attention:
             return dy_BtC, d_BtC
         assert mixed is not None
-        sums.add_product(1, d_BtC, tokens_first(mixed))
-        return dy_BtC, torch.matmul(d_BtC, weights[1]).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+        return dy_BtC, self._written_backward(d_BtC, mixed, weights[1], 1, sums)
 
 
 def token_wise_of(block: Block, dtype: torch.dtype) -> TokenWise:

@@ -38,9 +38,9 @@ class Segment:
 
 
 @lru_cache(maxsize=256)
-def halo_segments(n: int, layout: Layout, seq_len: int, cp_size: int) -> tuple[Segment, ...]:
+def halo_segments(n: int, layout: Layout, seq_len: int, cp_size: int, parts: int = 1) -> tuple[Segment, ...]:
     """Every piece of every rank's halos, in the order in which both ends pack their messages. Pure integers."""
-    held = [ranges_for(layout, seq_len, rank, cp_size) for rank in range(cp_size)]
+    held = [ranges_for(layout, seq_len, rank, cp_size, parts) for rank in range(cp_size)]
     segments = []
     for dst, dst_ranges in enumerate(held):
         for dst_range, (first, _) in enumerate(dst_ranges):
@@ -54,7 +54,9 @@ def halo_segments(n: int, layout: Layout, seq_len: int, cp_size: int) -> tuple[S
     return tuple(segments)
 
 
-def exchange_halo(x: torch.Tensor, n: int, dim: int, bounds: Bounds, layout: Layout, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+def exchange_halo(
+    x: torch.Tensor, n: int, dim: int, bounds: Bounds, layout: Layout, group: dist.ProcessGroup | None, parts: int = 1
+) -> list[torch.Tensor]:
     """For each local range, the ``n`` tokens that precede it in the global sequence, zeros where before index 0.
 
     Args:
@@ -64,30 +66,31 @@ def exchange_halo(x: torch.Tensor, n: int, dim: int, bounds: Bounds, layout: Lay
         bounds: global coordinates; document bounds are *not* applied here.
         layout: how the ranks of ``group`` share the sequence.
         group: the sequence-parallel group; None means this process holds the whole sequence.
+        parts: neighbours that share what ``layout`` gives to one rank (``ranges_for``).
     Returns:
         one tensor per range, shaped like ``x`` with ``n`` along ``dim``. Gradients flow to the rank that holds the token.
     Raises:
         ValueError: when ``bounds`` does not describe this rank's part in ``layout``.
     """
-    return list(_ExchangeHalo.apply(x, n, dim % x.ndim, bounds, layout, group))
+    return list(_ExchangeHalo.apply(x, n, dim % x.ndim, bounds, layout, group, parts))
 
 
 class _ExchangeHalo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, n, dim, bounds, layout, group):
-        ctx.args = (n, dim, bounds, layout, group)
-        return tuple(start_halo(x, n, dim, bounds, layout, group).wait())
+    def forward(ctx, x, n, dim, bounds, layout, group, parts):
+        ctx.args = (n, dim, bounds, layout, group, parts)
+        return tuple(start_halo(x, n, dim, bounds, layout, group, parts=parts).wait())
 
     @staticmethod
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        n, dim, bounds, layout, group = ctx.args
+        n, dim, bounds, layout, group, parts = ctx.args
         shape = list(grads[0].shape)
         shape[dim] = bounds.local_len
         # Several halos may hand back the same token, so low precision is summed in fp32 and rounded once.
         dtype = torch.promote_types(grads[0].dtype, torch.float32)
         dx = grads[0].new_zeros(shape, dtype=dtype)
-        start_return(grads, n, dim, bounds, layout, group).add_to(dx)
-        return dx.to(grads[0].dtype), None, None, None, None, None
+        start_return(grads, n, dim, bounds, layout, group, parts=parts).add_to(dx)
+        return dx.to(grads[0].dtype), None, None, None, None, None, None
 
 
 @dataclass
@@ -111,10 +114,17 @@ class PendingHalo:
 
 
 def start_halo(
-    x: torch.Tensor, n: int, dim: int, bounds: Bounds, layout: Layout, group: dist.ProcessGroup | None, tag: int = HALO_TAG
+    x: torch.Tensor,
+    n: int,
+    dim: int,
+    bounds: Bounds,
+    layout: Layout,
+    group: dist.ProcessGroup | None,
+    tag: int = HALO_TAG,
+    parts: int = 1,
 ) -> PendingHalo:
     """Begin an exchange (see ``exchange_halo``; no gradient here). Exchanges in flight together need different tags."""
-    rank, segments = _segments(n, bounds, layout, group)
+    rank, segments = _segments(n, bounds, layout, group, parts)
     shape = list(x.shape)
     shape[dim] = n
     pending = PendingHalo([x.new_zeros(shape) for _ in bounds.ranges], dim)
@@ -163,9 +173,10 @@ def start_return(
     layout: Layout,
     group: dist.ProcessGroup | None,
     tag: int = RETURN_TAG,
+    parts: int = 1,
 ) -> PendingReturn:
     """Begin to send gradients of the halos (one per local range) to the ranks that hold the tokens."""
-    rank, segments = _segments(n, bounds, layout, group)
+    rank, segments = _segments(n, bounds, layout, group, parts)
     pending = PendingReturn(dim)
     outgoing: dict[int, list[Segment]] = {}
     incoming: dict[int, list[Segment]] = {}
@@ -185,13 +196,13 @@ def start_return(
     return pending
 
 
-def _segments(n: int, bounds: Bounds, layout: Layout, group: dist.ProcessGroup | None) -> tuple[int, tuple[Segment, ...]]:
+def _segments(n: int, bounds: Bounds, layout: Layout, group: dist.ProcessGroup | None, parts: int) -> tuple[int, tuple[Segment, ...]]:
     """This rank and the pieces of the whole exchange, after a check that ``bounds`` is this rank's part."""
     if n < 0:
         raise ValueError(f"a halo of {n} tokens makes no sense; n must be 0 or more")
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    check_ranges(bounds, layout, rank, size)
-    return rank, halo_segments(n, layout, bounds.seq_len, size)
+    check_ranges(bounds, layout, rank, size, parts)
+    return rank, halo_segments(n, layout, bounds.seq_len, size, parts)
 
 
 def _empty_message(like: torch.Tensor, dim: int, segments: list[Segment]) -> torch.Tensor:

@@ -72,6 +72,11 @@ class Mesh:
         return self.axes.get_group("tp")
 
     @property
+    def tokens_group(self) -> dist.ProcessGroup:
+        """Ranks that share a sequence, each with its own tokens of the residual stream; ``tp`` neighbours share those of one cp rank."""
+        return self.cp_group if self.tensor is None else self.tensor.tokens.get_group("tokens")
+
+    @property
     def data_group(self) -> dist.ProcessGroup | None:
         """Ranks with this one's part of the parameters, which together read every token once; None: all ranks."""
         return None if self.tensor is None else self.tensor.data.get_group("data")
@@ -94,11 +99,13 @@ class Mesh:
 
 @dataclass(frozen=True)
 class TensorMeshes:
-    """Views of all ranks that only tensor parallelism needs. ``model``: (dp_replicate, model), ``data``: (data, tp), ``saved``:
-    (dp_replicate, tp, dp_shard_cp), in which order a parameter is first dealt out to tensor-parallel ranks and then sharded."""
+    """Views of all ranks that only tensor parallelism needs. ``model``: (dp_replicate, model), ``data``: (data, tp), ``tokens``: (dp,
+    tokens), ``saved``: (dp_replicate, tp, dp_shard_cp), in which order a parameter is first dealt out to tensor-parallel ranks and then
+    sharded."""
 
     model: DeviceMesh
     data: DeviceMesh
+    tokens: DeviceMesh
     saved: DeviceMesh
 
     @staticmethod
@@ -106,8 +113,9 @@ class TensorMeshes:
         """Over all ranks."""
         model = init_device_mesh(device_type, (dims.dp_replicate, dims.shard * dims.tp), mesh_dim_names=("dp_replicate", "model"))
         data = init_device_mesh(device_type, (dims.dp * dims.cp, dims.tp), mesh_dim_names=("data", "tp"))
+        tokens = init_device_mesh(device_type, (dims.dp, dims.cp * dims.tp), mesh_dim_names=("dp", "tokens"))
         ranks: Any = torch.arange(dims.world_size).view(dims.dp_replicate, dims.shard, dims.tp).transpose(1, 2)
-        return TensorMeshes(model, data, DeviceMesh(device_type, ranks, mesh_dim_names=("dp_replicate", "tp", "dp_shard_cp")))
+        return TensorMeshes(model, data, tokens, DeviceMesh(device_type, ranks, mesh_dim_names=("dp_replicate", "tp", "dp_shard_cp")))
 
 
 def build_mesh(dims: ParallelDims, device_type: str) -> Mesh:

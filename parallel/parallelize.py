@@ -17,6 +17,7 @@ from parallel.config import SequenceScheme
 from parallel.fsdp import shard_parameters
 from parallel.host_keys import DEFAULT_CHUNK, HostKeysAttention, KeyStore
 from parallel.mesh import Mesh
+from parallel.ring_attention import RingAttention
 from parallel.schemes import attention_over
 from parallel.sequence import Layout
 from parallel.state_passing import RingCarry
@@ -32,8 +33,11 @@ def split_sequence(
     narrow: bool = False,
 ) -> None:
     """Fill the seams through which a layer reaches tokens of other ranks: attention by ``scheme``, and the carry of memory states, which
-    is the same under every scheme. ``narrow``: gradients of keys and values travel in their own dtype."""
-    if mesh.dims.cp == 1:
+    is the same under every scheme. ``narrow``: gradients of keys and values travel in their own dtype.
+
+    A memory layer, and attention inside of it, has of a tensor-parallel group's tokens those that its rank has in the residual stream:
+    its sequence is split over cp x tp ranks."""
+    if mesh.dims.cp * mesh.dims.tp == 1:
         return
     if model.stack is not None:
         check_layout(model.stack, layout, mesh.dims.cp)
@@ -41,11 +45,14 @@ def split_sequence(
         if not isinstance(block.mixer, (Attention, MemoryModule)):
             raise TypeError(f"no way to split a sequence over ranks is known for {type(block.mixer).__name__}")
         for mixer in block.mixer.modules():  # attention and memory may be parts of one mixer
-            if isinstance(mixer, Attention):
-                mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk, narrow)
+            if isinstance(mixer, Attention) and mixer is not block.mixer and mesh.dims.tp > 1:
+                mixer.inner_attention = RingAttention(mesh.tokens_group, layout, mixer.window, narrow=narrow)
+            elif isinstance(mixer, Attention):
+                if mesh.dims.cp > 1:
+                    mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk, narrow)
             elif isinstance(mixer, MemoryModule):
-                check_layout(mixer, layout, mesh.dims.cp)
-                mixer.carry = RingCarry(mesh.cp_group, layout)
+                check_layout(mixer, layout, mesh.dims.cp, mesh.dims.tp)
+                mixer.carry = RingCarry(mesh.tokens_group, layout, mesh.dims.tp)
 
 
 def keep_keys_in_host(model: Transformer, mesh: Mesh | None, layout: Layout, store: KeyStore, chunk: int | None, narrow: bool) -> None:
@@ -58,13 +65,14 @@ def keep_keys_in_host(model: Transformer, mesh: Mesh | None, layout: Layout, sto
             mixer.inner_attention = HostKeysAttention(group, layout, None, store, chunk or DEFAULT_CHUNK, number, narrow=narrow)
 
 
-def check_layout(memory: MemoryModule, layout: str, cp: int) -> None:
+def check_layout(memory: MemoryModule, layout: str, cp: int, tp: int = 1) -> None:
     """Raise UserError where a memory cannot be split as asked: it would be another model on every rank."""
     if layout not in memory.traits.layouts:
         served = " or ".join(sorted(memory.traits.layouts))
-        remedy = f"set parallel.layout={served}" if served else "set parallel.cp=1 and use more data-parallel ranks"
+        remedy = f"set parallel.layout={served}" if served else "set parallel.cp=1 parallel.tp=1 and use more data-parallel ranks"
+        shared = f", parallel.tp {tp}" if tp > 1 else ""
         raise UserError(
-            f"parallel.layout {layout}, parallel.cp {cp}: the state of {type(memory).__name__} cannot cross ranks exactly in it; {remedy}"
+            f"parallel.layout {layout}, parallel.cp {cp}{shared}: the state of {type(memory).__name__} cannot cross ranks exactly in it; {remedy}"
         )
 
 

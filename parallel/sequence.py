@@ -28,12 +28,16 @@ def zigzag_chunks(cp_rank: int, cp_size: int) -> list[int]:
     return [cp_rank, 2 * cp_size - 1 - cp_rank]
 
 
-def ranges_for(layout: Layout, seq_len: int, cp_rank: int, cp_size: int) -> tuple[Range, ...]:
+def ranges_for(layout: Layout, seq_len: int, cp_rank: int, cp_size: int, parts: int = 1) -> tuple[Range, ...]:
     """Half-open global token ranges held by ``cp_rank``, in local order; ``((0, seq_len),)`` when cp_size is 1.
+
+    ``parts``: so many neighbours among the ranks share what ``layout`` gives to one, in equal parts (``part_of``).
 
     Raises ValueError for an unknown layout or rank, UserError when the length cannot be divided evenly.
     """
     _check_rank(cp_rank, cp_size)
+    if parts > 1:
+        return part_of(ranges_for(layout, seq_len, cp_rank // parts, cp_size // parts), cp_rank % parts, parts)
     if layout not in ("contiguous", "zigzag"):
         raise ValueError(f"layout is {layout!r}; it must be 'contiguous' or 'zigzag' ('auto' is resolved before this point)")
     if cp_size == 1:
@@ -47,6 +51,20 @@ def ranges_for(layout: Layout, seq_len: int, cp_rank: int, cp_size: int) -> tupl
         )
     held = [cp_rank] if layout == "contiguous" else zigzag_chunks(cp_rank, cp_size)
     return tuple((i * chunk, (i + 1) * chunk) for i in held)
+
+
+def part_of(ranges: Sequence[Range], part: int, parts: int) -> tuple[Range, ...]:
+    """The tokens of ``ranges`` in their order, cut into ``parts`` equal parts: those of ``part``. Raises UserError if they do not divide."""
+    total = sum(end - start for start, end in ranges)
+    if total % parts:
+        raise UserError(f"data.seq_len: the {total} tokens of a rank cannot be split into {parts} equal parts; change data.seq_len")
+    low, high, offset, found = part * total // parts, (part + 1) * total // parts, 0, []
+    for start, end in ranges:
+        first, last = max(low, offset), min(high, offset + end - start)
+        if first < last:
+            found.append((start + first - offset, start + last - offset))
+        offset += end - start
+    return tuple(found)
 
 
 def shard_sequence(x: torch.Tensor, dim: int, cp_rank: int, cp_size: int, layout: Layout) -> torch.Tensor:
@@ -74,9 +92,9 @@ def unshard_sequence(shards: Sequence[torch.Tensor], dim: int, layout: Layout) -
     return torch.cat([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])], dim)
 
 
-def check_ranges(bounds: Bounds, layout: Layout, cp_rank: int, cp_size: int) -> None:
-    """Raise ValueError unless ``bounds`` holds what ``layout`` gives this rank."""
-    expected = ranges_for(layout, bounds.seq_len, cp_rank, cp_size)
+def check_ranges(bounds: Bounds, layout: Layout, cp_rank: int, cp_size: int, parts: int = 1) -> None:
+    """Raise ValueError unless ``bounds`` holds what ``layout`` gives this rank; ``parts`` as for ``ranges_for``."""
+    expected = ranges_for(layout, bounds.seq_len, cp_rank, cp_size, parts)
     if bounds.ranges != expected:
         raise ValueError(f"cp rank {cp_rank} got ranges {bounds.ranges}; layout {layout!r} gives it {expected}")
 

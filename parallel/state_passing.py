@@ -23,22 +23,32 @@ from torch import Tensor
 from models.batch import Bounds, Range
 from parallel.halo import exchange_halo
 from parallel.relay import arrive, pass_on
-from parallel.sequence import Layout, check_ranges, ranges_for
+from parallel.sequence import Layout, check_ranges, part_of, ranges_for
 
 
 class RingCarry:
-    """`models.memory.protocol.Carry` over a sequence-parallel group."""
+    """`models.memory.protocol.Carry` over a sequence-parallel group. ``parts``: so many neighbours of it share what ``layout`` gives to one
+    (the ranks of a tensor-parallel group, each with its tokens of the residual stream)."""
 
     local = False
 
-    def __init__(self, group: dist.ProcessGroup | None, layout: Layout) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None, layout: Layout, parts: int = 1) -> None:
+        self.group, self.parts = group, parts
         self.layout: Layout = layout
         self.ranks = dist.get_world_size(group)
 
+    def held(self, bounds: Bounds) -> Bounds:
+        """See `Carry.held`; the same object for all layers of a pass."""
+        if self.parts == 1:
+            return bounds
+        key = ("part of the tokens", self.parts)
+        if key not in bounds._cache:
+            bounds._cache[key] = bounds.with_ranges(part_of(bounds.ranges, dist.get_rank(self.group) % self.parts, self.parts))
+        return bounds._cache[key]
+
     def halo(self, x_BTC: Tensor, n: int, bounds: Bounds) -> list[Tensor]:
         """See `Carry.halo`; gradients flow to the rank that holds the token."""
-        return exchange_halo(x_BTC, n, 1, bounds, self.layout, self.group)
+        return exchange_halo(x_BTC, n, 1, bounds, self.layout, self.group, self.parts)
 
     def affine(
         self, transitions: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds
@@ -71,8 +81,8 @@ class RingCarry:
     def holders(self, bounds: Bounds) -> tuple[int, list[tuple[Range, ...]]]:
         """See `Carry.holders`. Raises ValueError if ``bounds`` is not this rank's part."""
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        check_ranges(bounds, self.layout, rank, size)
-        return rank, [ranges_for(self.layout, bounds.seq_len, r, size) for r in range(size)]
+        check_ranges(bounds, self.layout, rank, size, self.parts)
+        return rank, [ranges_for(self.layout, bounds.seq_len, r, size, self.parts) for r in range(size)]
 
     def swap(self, x_nC: Tensor, given: Sequence[int], taken: Sequence[int]) -> Tensor:
         """See `Carry.swap`; one all-to-all."""

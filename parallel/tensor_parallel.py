@@ -6,7 +6,8 @@ and head, and of the residual stream and its norms some tokens (``parallel.tp``)
 
 What a rank holds are plain parameters of smaller matrices, which FSDP2 shards like any others with the ranks that hold the same part
 (docs/decisions/0025). Every other parameter is the same on all ranks of the group; its gradient is what this rank's tokens or heads make
-of it, and ``sum_copies`` adds them up once per step. Attention sees all tokens of a sequence-parallel rank, so schemes over ``cp``,
+of it, and ``sum_copies`` adds them up once per step. Memory layers are such others: their sequence is split over cp x tp ranks, as the
+stream is, and states cross as they do between sequence-parallel ranks. Attention sees all tokens of a sequence-parallel rank, so schemes over ``cp``,
 positions and masks are what they are without it.
 
 Legend: B row, T token of the group, t of this rank, C channel, P ranks.
@@ -99,8 +100,6 @@ def share_products(model: Transformer, mesh: Mesh) -> None:
         if isinstance(module.mixer, Attention):
             _share_attention(model, f"{name}.mixer", module.mixer, mesh)
             module.mixer.tokens = tokens
-        else:
-            raise UserError(f"parallel.tp {mesh.dims.tp}: layers of {type(module.mixer).__name__} cannot be shared; set parallel.tp=1")
         if not isinstance(module.ffn, SwiGLU):
             raise UserError(f"parallel.tp {mesh.dims.tp}: layers of {type(module.ffn).__name__} cannot be shared; set parallel.tp=1")
         for key, dim in (("w_gate", 0), ("w_up", 0), ("w_down", 1)):

@@ -29,10 +29,18 @@ def _of_shapes(config: RunConfig, tp: int) -> str | None:
 
 
 def _of_layers(config: RunConfig, tp: int) -> str | None:
-    if "memory" in config.model.layer_kinds:
+    attach = config.model.memory.attach
+    if "memory" in config.model.layer_kinds and attach == "mac":
         return (
-            f"parallel.tp {tp}: layers of kind memory (model.memory.kind {config.model.memory.kind}) are not shared by tensor-parallel "
-            f"ranks: set parallel.tp=1 parallel.cp={tp * max(1, config.parallel.cp)}"
+            f"parallel.tp {tp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: ranks cannot "
+            f"share a sequence's tokens; set parallel.tp=1 parallel.dp_shard={tp}, or model.memory.attach=mag"
+        )
+    # Ranges of a zigzag layout that neighbours share in equal parts: attention beside a memory knows none such, and an odd number of
+    # neighbours would cut them to unequal ranges.
+    if "memory" in config.model.layer_kinds and config.layout == "zigzag" and (tp % 2 or attach != "mixer"):
+        return (
+            f"parallel.tp {tp} with parallel.layout zigzag: a memory layer {'of' if attach == 'mixer' else 'beside attention and'} {tp} "
+            "tensor-parallel ranks needs each one's tokens in one piece: set parallel.layout=contiguous"
         )
     if "product_keys" in config.model.feedforward_kinds:
         return f"parallel.tp {tp}: memory layers with product keys are not shared by tensor-parallel ranks: set parallel.tp=1"
@@ -58,11 +66,6 @@ def _of_memory(config: RunConfig, tp: int) -> str | None:
     memory = config.memory
     if memory.plan == "estimate":
         return f"parallel.tp {tp} needs a traced step (formulas know no tensor parallelism): set memory.plan=trace"
-    if (memory.recompute, memory.offload, memory.quantise, memory.ffn_tile_tokens) != ("none", "none", "none", 0):
-        return (
-            f"parallel.tp {tp}: tensor-parallel ranks keep everything between forward and backward so far: set memory.recompute=none "
-            "memory.offload=none memory.quantise=none memory.ffn_tile_tokens=0"
-        )
     if config.parallel.kv_residence == "host":
         return f"parallel.tp {tp}: tensor-parallel ranks hold their keys on the device so far: set parallel.kv_residence=device"
     return None

@@ -84,6 +84,10 @@ class Carry(Protocol):
     ranks: int
     """How many share the sequence."""
 
+    def held(self, bounds: Bounds) -> Bounds:
+        """The bounds of the tokens that a layer is given here, where ``bounds`` are those of this rank's batch."""
+        ...
+
     def halo(self, x_BTC: Tensor, n: int, bounds: Bounds) -> list[Tensor]:
         """For each local range the n tokens [B, n, C] before it in the global sequence, zeros where there are none."""
         ...
@@ -174,6 +178,10 @@ class LocalCarry:
 
     local = True
     ranks = 1
+
+    def held(self, bounds: Bounds) -> Bounds:
+        """See `Carry.held`: all of them."""
+        return bounds
 
     def halo(self, x_BTC: Tensor, n: int, bounds: Bounds) -> list[Tensor]:
         """See `Carry.halo`; tokens before the first range are zeros."""
@@ -304,8 +312,8 @@ class MemoryModule(nn.Module):
         return y_BTC, after
 
     def remember(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
-        """The output of `goes_on`."""
-        return self.goes_on(x_BTC, bounds)[0]
+        """The output of `goes_on` for tokens of a batch with ``bounds``, of which ``x`` may be a part (`Carry.held`)."""
+        return self.goes_on(x_BTC, self.carrier.carry.held(bounds))[0]
 
     def oracle(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
         """The same by the plain token recurrence, slow, for tests; one process, the whole sequence from its first range on."""
