@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.parts import Part
 from optim.clip import local_part
-from optim.codecs import Codec, codec_for
+from optim.codecs import Codec
 from optim.elementwise import Rule, Storage
 from optim.exchange import run_together, with_weight
 from optim.methods import Method, Projecting, StateSpec, Steps
@@ -51,6 +52,8 @@ class Lane:
     """Of the chance by which it is rounded."""
     asked: Storage | None = None
     """Where it is not ``storage``: what was asked for and cannot be."""
+    part: Part | None = None
+    """Which part the parameter is of one that tensor-parallel ranks share."""
     key: int = field(init=False)
     """The same on every mesh and in every process."""
     is_method: bool = field(init=False)
@@ -73,16 +76,13 @@ class Lane:
         self.writer = writer_for(self.parameter, self.weights, self.name)
         if isinstance(self.rule, RowSparse) and self.writer is not EXACT:
             raise ValueError(f"{self.name} is a table, whose rows are updated apart, in float32 only; set weights (optim.weights) fp32")
-        self.placed = Placed.of(self.parameter)
+        self.placed = Placed.of(self.parameter, self.part)
         self.key, self.is_method = zlib.crc32(self.name.encode()), hasattr(self.rule, "step")
         self.specs = dict(self.rule.states(self.placed.shape))  # pyright: ignore[reportArgumentType]
         self.codecs = {}
         if self.dtype == torch.float32:
-            for name, spec in self.specs.items():
-                storage = "int4_affine" if spec.codec == "basis" else self.storage
-                codec = codec_for(storage, self.placed.whole(spec.shape), spec.codec != "variance") if spec.codec != "exact" else None
-                if codec is not None and codec.name != "fp32":
-                    self.codecs[name] = codec
+            found = {name: self.placed.codec(self.storage, spec, self.name) for name, spec in self.specs.items()}
+            self.codecs = {name: codec for name, codec in found.items() if codec is not None}
         self.parts = {name: {part: f"{name}.{part}" for part in codec.parts(self.specs[name].shape)} for name, codec in self.codecs.items()}
         self.kept = self._kept()
 

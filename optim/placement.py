@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from models.parts import Part
 from models.tables import Columns, columns_of
 from optim.clip import local_part
+from optim.codecs import Codec, codec_for
+from optim.elementwise import Storage
 from optim.methods import Rows, StateSpec
 
 
@@ -27,9 +30,11 @@ class Placed:
     mesh: DeviceMesh | None = None
     placements: tuple[Placement, ...] = ()
     columns: Columns | None = None
+    part: Part | None = None
+    """Of a parameter that tensor-parallel ranks share: ``shape`` and ``rows`` are of this part."""
 
     @staticmethod
-    def of(parameter: Tensor) -> Placed:
+    def of(parameter: Tensor, part: Part | None = None) -> Placed:
         """Of a plain tensor or of a DTensor sharded along dim 0 over one axis of its mesh.
 
         Raises ValueError for any other placement.
@@ -40,20 +45,37 @@ class Placed:
             group = columns.mesh.get_group(1) if columns.mesh is not None and columns.mesh.size(1) > 1 else None
             return Placed(shape, Rows.whole(total), group, columns=columns)
         if not isinstance(parameter, DTensor):
-            return Placed(shape, Rows.whole(total))
+            return Placed(shape, Rows.whole(total), part=part)
         placed = cast(DTensor, parameter)
         mesh, placements = placed.device_mesh, tuple(placed.placements)
         axes = [axis for axis, placement in enumerate(placements) if not isinstance(placement, Replicate)]
         if not axes:
-            return Placed(shape, Rows.whole(total), None, mesh, placements)
+            return Placed(shape, Rows.whole(total), None, mesh, placements, part=part)
         if len(axes) > 1 or not (isinstance(shard := placements[axes[0]], Shard) and shard.dim == 0):
             raise ValueError(f"a parameter lies as {placements}; optimizers know Shard(0) over one axis of the mesh")
         rows = Rows.chunk(total, mesh.get_local_rank(axes[0]), mesh.size(axes[0]))
-        return Placed(shape, rows, mesh.get_group(axes[0]), mesh, placements)
+        return Placed(shape, rows, mesh.get_group(axes[0]), mesh, placements, part=part)
 
     def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of a state over all columns: what its codec is chosen by, so that every mesh chooses alike."""
+        """Of a state over all columns and parts: what its codec is chosen by, so that every mesh chooses alike."""
+        if self.part is not None:
+            return self.part.whole_shape(shape)
         return shape if self.columns is None or len(shape) < 2 else (*shape[:-1], self.columns.total)
+
+    def codec(self, storage: Storage, spec: StateSpec, name: str) -> Codec | None:
+        """What keeps a state of the parameter ``name``; None: it is kept as it is.
+
+        Raises ValueError where a part's columns do not begin with a block of the codec: it would not keep what one rank would."""
+        if spec.codec == "exact":
+            return None
+        codec = codec_for("int4_affine" if spec.codec == "basis" else storage, self.whole(spec.shape), spec.codec != "variance")
+        block = getattr(codec, "block", 1)
+        if self.part is not None and self.part.dim == 1 and spec.shape[1] % block:
+            raise ValueError(
+                f"{name}: each of {self.part.ranks} tensor-parallel ranks has {spec.shape[1]} columns of it, and codec {codec.name} keeps "
+                f"states in blocks of {block}; set optim.preset=adamw, or another parallel.tp"
+            )
+        return None if codec.name == "fp32" else codec
 
     def zeros(self, spec: StateSpec, device: torch.device) -> Tensor:
         """A state as ``spec`` says: plain where the parameter is whole, else a DTensor of its global shape."""

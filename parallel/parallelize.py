@@ -72,7 +72,8 @@ def check_layout(memory: MemoryModule, layout: str, cp: int, tp: int = 1) -> Non
         remedy = f"set parallel.layout={served}" if served else "set parallel.cp=1 parallel.tp=1 and use more data-parallel ranks"
         shared = f", parallel.tp {tp}" if tp > 1 else ""
         raise UserError(
-            f"parallel.layout {layout}, parallel.cp {cp}{shared}: the state of {type(memory).__name__} cannot cross ranks exactly in it; {remedy}"
+            f"parallel.layout {layout}, parallel.cp {cp}{shared}: the state of {type(memory).__name__} cannot cross ranks exactly in it; "
+            f"{remedy}"
         )
 
 

@@ -54,7 +54,8 @@ def ranges_for(layout: Layout, seq_len: int, cp_rank: int, cp_size: int, parts: 
 
 
 def part_of(ranges: Sequence[Range], part: int, parts: int) -> tuple[Range, ...]:
-    """The tokens of ``ranges`` in their order, cut into ``parts`` equal parts: those of ``part``. Raises UserError if they do not divide."""
+    """Of the tokens of ``ranges`` in their order, cut into ``parts`` equal parts, those of ``part``. Raises UserError where they do not
+    divide."""
     total = sum(end - start for start, end in ranges)
     if total % parts:
         raise UserError(f"data.seq_len: the {total} tokens of a rank cannot be split into {parts} equal parts; change data.seq_len")

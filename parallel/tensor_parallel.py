@@ -7,8 +7,8 @@ and head, and of the residual stream and its norms some tokens (``parallel.tp``)
 What a rank holds are plain parameters of smaller matrices, which FSDP2 shards like any others with the ranks that hold the same part
 (docs/decisions/0025). Every other parameter is the same on all ranks of the group; its gradient is what this rank's tokens or heads make
 of it, and ``sum_copies`` adds them up once per step. Memory layers are such others: their sequence is split over cp x tp ranks, as the
-stream is, and states cross as they do between sequence-parallel ranks. Attention sees all tokens of a sequence-parallel rank, so schemes over ``cp``,
-positions and masks are what they are without it.
+stream is, and states cross as they do between sequence-parallel ranks. Attention sees all tokens of a sequence-parallel rank, so schemes
+over ``cp``, positions and masks are what they are without it.
 
 Legend: B row, T token of the group, t of this rank, C channel, P ranks.
 Try alone: ``pytest tests/parallel/test_tensor_parallel.py``.
@@ -17,11 +17,12 @@ Try alone: ``pytest tests/parallel/test_tensor_parallel.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.attention import Attention
@@ -31,7 +32,7 @@ from models.linear import Linear
 from models.parts import Part
 from models.transformer import Block, Transformer
 from parallel.mesh import Mesh
-from parallel.vocabulary import share_vocabulary
+from parallel.vocabulary import SharedEmbedding, share_vocabulary
 
 
 def gather_tokens(x_BtC: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -93,33 +94,46 @@ def share_products(model: Transformer, mesh: Mesh) -> None:
     the other tokens of its group. Before FSDP2 is applied; on the meta device nothing is allocated."""
     if mesh.tensor is None:
         return
+    leave_parts(model, mesh.tp_rank, mesh.dims.tp, mesh.tensor.saved)
     tokens = SplitTokens(mesh.tp_group)
+    for block in model.blocks:
+        for module in (block.mixer, block.ffn):
+            if isinstance(module, (Attention, SwiGLU)):
+                module.tokens = tokens
+    share_vocabulary(model, tokens, mesh.tp_group)
+
+
+def leave_parts(model: Transformer, rank: int, ranks: int, mesh: DeviceMesh | None = None) -> None:
+    """Replace every matrix that ``ranks`` ranks share by the part of ``rank``, and note it in ``model.parts``; ``mesh``: see `Part`.
+
+    Raises UserError for what they cannot share."""
+    rows, columns = Part(0, rank, ranks, mesh), Part(1, rank, ranks, mesh)
     for number, module in enumerate(model.blocks):
-        assert isinstance(module, Block)
-        name = f"blocks.{number}"
-        if isinstance(module.mixer, Attention):
-            _share_attention(model, f"{name}.mixer", module.mixer, mesh)
-            module.mixer.tokens = tokens
-        if not isinstance(module.ffn, SwiGLU):
-            raise UserError(f"parallel.tp {mesh.dims.tp}: layers of {type(module.ffn).__name__} cannot be shared; set parallel.tp=1")
-        for key, dim in (("w_gate", 0), ("w_up", 0), ("w_down", 1)):
-            _share(model, f"{name}.ffn.{key}", getattr(module.ffn, key), dim, mesh)
-        module.ffn.tokens = tokens
-    share_vocabulary(model, tokens, mesh)
-
-
-def _share_attention(model: Transformer, name: str, mixer: Attention, mesh: Mesh) -> None:
-    for key, dim in (("wq", 0), ("wk", 0), ("wv", 0), ("wo", 1)):
-        _share(model, f"{name}.{key}", getattr(mixer, key), dim, mesh)
-
-
-def _share(model: Transformer, name: str, linear: Linear, dim: int, mesh: Mesh) -> None:
-    """Keep this rank's rows (dim 0: outputs, with their biases) or columns (dim 1: inputs) of a product."""
-    keep_part(model, linear, name, "weight", Part(dim, mesh.tp_rank, mesh.dims.tp, mesh.tensor and mesh.tensor.saved))
-    linear.out_features, linear.in_features = linear.weight.shape
-    if linear.bias is not None:
-        assert dim == 0, "a bias is added once, not by every rank"
-        keep_part(model, linear, name, "bias", Part(0, mesh.tp_rank, mesh.dims.tp, mesh.tensor and mesh.tensor.saved))
+        block = cast(Block, module)
+        if not isinstance(block.ffn, SwiGLU):
+            raise UserError(f"parallel.tp {ranks}: layers of {type(block.ffn).__name__} cannot be shared; set parallel.tp=1")
+        shared: dict[str, tuple[Linear, Part]] = {
+            "ffn.w_gate": (block.ffn.w_gate, rows),
+            "ffn.w_up": (block.ffn.w_up, rows),
+            "ffn.w_down": (block.ffn.w_down, columns),
+        }
+        if isinstance(mixer := block.mixer, Attention):
+            shared |= {f"mixer.{key}": (getattr(mixer, key), rows) for key in ("wq", "wk", "wv")} | {"mixer.wo": (mixer.wo, columns)}
+        for name, (linear, part) in shared.items():
+            keep_part(model, linear, f"blocks.{number}.{name}", "weight", part)
+            if linear.bias is not None:
+                assert part is rows, "a bias is added once, not by every rank"
+                keep_part(model, linear, f"blocks.{number}.{name}", "bias", part)
+            linear.out_features, linear.in_features = linear.weight.shape
+    if model.vocab_size % ranks:
+        raise UserError(
+            f"parallel.tp {ranks} does not divide model.vocab_size {model.vocab_size} (null: the tokenizer's, rounded up to 64); "
+            f"set model.vocab_size={-(-model.vocab_size // ranks) * ranks}"
+        )
+    model.embed = SharedEmbedding(model.embed, rows)
+    model.parts["embed.weight"] = rows
+    if model.head is not None:
+        keep_part(model, model.head, "head", "weight", rows)
 
 
 def keep_part(model: Transformer, module: nn.Module, name: str, key: str, part: Part) -> None:
@@ -147,8 +161,12 @@ def sum_copies(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> 
 def as_saved(value: Tensor, part: Part) -> Tensor:
     """A part of a parameter, or of a state that lies like it, as this rank's shard of the whole: what a checkpoint knows, whatever ``tp``
     it was saved with. It shares its memory. Numbers without dims are the same on all ranks and stay as they are."""
-    if value.ndim <= part.dim or part.mesh is None:
+    if not value.ndim or part.mesh is None:
         return value
+    if value.ndim <= part.dim:
+        raise ValueError(
+            f"a state of shape {tuple(value.shape)} has no dim {part.dim}, along which tensor-parallel ranks share its parameter"
+        )
     local = value.to_local() if isinstance(value, DTensor) else value
     shape = torch.Size(part.whole_shape(value.shape))
     stride = torch.empty(shape, device="meta").stride()

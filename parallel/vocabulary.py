@@ -19,21 +19,20 @@ from torch import Tensor
 
 from models.batch import IGNORE_INDEX
 from models.embedding import Embedding
-from models.errors import UserError
 from models.loss import How, Sweep
 from models.parts import Part
-from models.tokens import Tokens
+from models.tokens import ALL_TOKENS, Tokens
 from models.transformer import Transformer
-from parallel.mesh import Mesh
 
 
 class SharedEmbedding(Embedding):
     """This rank's ``num_embeddings`` rows of the vocabulary, from row ``first`` on."""
 
-    def __init__(self, like: Embedding, part: Part, tokens: Tokens) -> None:
+    def __init__(self, like: Embedding, part: Part) -> None:
         rows = like.num_embeddings // part.ranks
         super().__init__(rows, like.embedding_dim, device=like.weight.device, dtype=like.weight.dtype)
-        self.first, self.tokens = part.rank * rows, tokens
+        self.first = part.rank * rows
+        self.tokens: Tokens = ALL_TOKENS
 
     def forward(self, input: Tensor) -> Tensor:
         """tokens_BT -> x_BtC, this rank's tokens."""
@@ -91,20 +90,10 @@ class SharedSweep(Sweep):
         return row_t1.masked_fill_(elsewhere_t1, 0), elsewhere_t1
 
 
-def share_vocabulary(model: Transformer, tokens: Tokens, mesh: Mesh) -> None:
-    """Leave this rank its rows of embedding and head; their values are undefined then."""
-    part = Part(0, mesh.tp_rank, mesh.dims.tp, mesh.tensor and mesh.tensor.saved)
-    if model.vocab_size % part.ranks:
-        raise UserError(
-            f"parallel.tp {part.ranks} does not divide model.vocab_size {model.vocab_size} (null: the tokenizer's, rounded up to 64); "
-            f"set model.vocab_size={-(-model.vocab_size // part.ranks) * part.ranks}"
-        )
-    sweep = partial(SharedSweep, group=mesh.tp_group)
-    model.embed = SharedEmbedding(model.embed, part, tokens)
-    model.parts["embed.weight"] = part
-    model.sweep = sweep
+def share_vocabulary(model: Transformer, tokens: Tokens, group: dist.ProcessGroup) -> None:
+    """Fill the seams of embedding and loss, where this rank has its rows of both (``tensor_parallel.leave_parts``)."""
+    assert isinstance(model.embed, SharedEmbedding)
+    model.embed.tokens = tokens
+    model.sweep = partial(SharedSweep, group=group)
     if model.head is not None:
-        weight = model.head.weight
-        model.head.weight = torch.nn.Parameter(torch.empty_like(part.of(weight), memory_format=torch.contiguous_format))
-        model.head.sweep = sweep
-        model.parts["head.weight"] = part
+        model.head.sweep = model.sweep

@@ -46,7 +46,12 @@ def optimizer_plan(config: RunConfig, vocab_size: int) -> OptimizerPlan:
     Raises UserError where the optimizer refuses the model, with its reason.
     """
     parallel = config.parallel
-    request = {"config": config.model_dump(mode="json"), "vocab_size": vocab_size, "shards": parallel.dp_shard * parallel.cp}
+    request = {
+        "config": config.model_dump(mode="json"),
+        "vocab_size": vocab_size,
+        "shards": parallel.dp_shard * parallel.cp,
+        "tp": parallel.tp,
+    }
     return _answer(json.dumps(request))
 
 

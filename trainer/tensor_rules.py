@@ -8,6 +8,14 @@ if TYPE_CHECKING:
     from trainer.config import RunConfig
 
 
+ELEMENTWISE = ("adamw", "adamw_8bit", "adamw_4bit", "sgd")
+"""Presets that update every element by itself: on a part as on the whole."""
+ROUNDED_ALIKE = ("fp32", "bf16", "bf16_24bit")
+"""Of ``optim.weights`` those that round without chance."""
+STATE_BLOCK = 128
+"""Elements that a codec of 8 or 4 bits keeps with one scale (``optim/codecs.py``)."""
+
+
 def refusal(config: RunConfig) -> str | None:
     """Why a run with ``parallel.tp`` above 1 cannot be as ``config`` says, with the remedy; None if it can."""
     tp = config.parallel.tp
@@ -32,8 +40,8 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
     attach = config.model.memory.attach
     if "memory" in config.model.layer_kinds and attach == "mac":
         return (
-            f"parallel.tp {tp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: ranks cannot "
-            f"share a sequence's tokens; set parallel.tp=1 parallel.dp_shard={tp}, or model.memory.attach=mag"
+            f"parallel.tp {tp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: ranks "
+            f"cannot share a sequence's tokens; set parallel.tp=1 parallel.dp_shard={tp}, or model.memory.attach=mag"
         )
     # Ranges of a zigzag layout that neighbours share in equal parts: attention beside a memory knows none such, and an odd number of
     # neighbours would cut them to unequal ranges.
@@ -49,16 +57,36 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
 
 def _of_updates(config: RunConfig, tp: int) -> str | None:
     optim = config.optim
-    if optim.fuse_backward:
+    if optim.is_fused:
         return (
-            f"parallel.tp {tp}: optim.fuse_backward updates norms before their gradients are summed over tensor-parallel ranks: "
-            "set optim.fuse_backward=false"
+            f"parallel.tp {tp}: an update in the backward pass (optim.fuse_backward, optim.preset lomo) would move norms before their "
+            "gradients are summed over tensor-parallel ranks: set optim.fuse_backward=false"
         )
-    if not optim.is_torch_adamw or optim.preset == "auto":
+    if optim.preset not in (*ELEMENTWISE, "auto"):
         return (
-            f"parallel.tp {tp}: optim.preset {optim.preset} has not been shown to update parts of matrices as it does whole ones: "
-            "set optim.preset=adamw"
+            f"parallel.tp {tp}: optim.preset {optim.preset} updates whole matrices, of which a tensor-parallel rank has parts: set "
+            f"optim.preset to one of {', '.join(ELEMENTWISE)}, or parallel.tp=1 and parallel.dp_shard or parallel.cp to share them by rows"
         )
+    if optim.kept_weights not in ROUNDED_ALIKE:
+        return (
+            f"parallel.tp {tp}: optim.weights {optim.kept_weights} rounds by each element's place in the whole matrix, of which a "
+            f"tensor-parallel rank has a part: set optim.weights to one of {', '.join(ROUNDED_ALIKE)}"
+        )
+    return _of_blocks(config, tp) if optim.preset in ("adamw_8bit", "adamw_4bit") else None
+
+
+def _of_blocks(config: RunConfig, tp: int) -> str | None:
+    """Matrices that are shared by columns, whose states are kept in blocks along rows."""
+    model = config.model
+    widths = {"model.d_ff": model.ff_width}
+    if model.has_attention:
+        widths["model.n_heads times the size of a head"] = model.n_heads * model.attention_head_dim
+    for what, width in widths.items():
+        if width // tp % STATE_BLOCK:
+            return (
+                f"parallel.tp {tp}: optim.preset {config.optim.preset} keeps states in blocks of {STATE_BLOCK} along rows, and a rank has "
+                f"{width // tp} columns of matrices that are {width} wide ({what}): set optim.preset=adamw, or widths that divide"
+            )
     return None
 
 
