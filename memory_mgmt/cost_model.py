@@ -12,7 +12,7 @@ clock for computation and one for each of NVLink, network, and the two direction
   backward pass two (keys, and gradients one hop behind), and a stretch ends only when its transfers have arrived;
 * of all-to-alls by stages of heads and of gathered keys so many are under way beside computation as the code says
   (``TracedOp.in_flight``); the oldest has arrived before another starts, and all before the stretch ends;
-* all other collectives (state passing, norms) are waited for at once;
+* all other collectives (tensor parallelism, state passing, norms) are waited for at once;
 * copies to host memory run beside the computation of this stretch and the next and are waited for after that (two rounding buffers);
   copies back are recorded where their prefetch starts and are waited for when the next stretch begins;
 * an offloaded optimizer's stretches are its buckets: one comes in the buffer that the bucket before the present one leaves;
@@ -119,7 +119,20 @@ def predict_step(
         host_bytes_per_node=trace.peak("host")[0] * topology.ranks_per_node,
         copied_bytes=round(total(lambda s: sum(moved_bytes(work.op) for work in s.work if work.kind in COPIES))),
         source=rates.source,
+        tensor_bytes=round(total(lambda s: sum(_sent_bytes(work) for work in s.work if _is_tensor_parallel(work, topology)))),
+        tensor_seconds=total(lambda s: sum(work.seconds for work in s.work if _is_tensor_parallel(work, topology))),
     )
+
+
+def _is_tensor_parallel(work: _Work, topology: Topology) -> bool:
+    """Whether this is a message of a tensor-parallel group: its ranks are neighbours, those of every other group lie ``tp`` apart."""
+    return topology.tp > 1 and work.kind in COMMUNICATION and (work.op.group_size, work.op.group_stride) == (topology.tp, 1)
+
+
+def _sent_bytes(work: _Work) -> float:
+    """By one rank, of a message among the ranks of a group: all but its own share (an all-reduce: of the summands, then of the result)."""
+    shared = work.op.message_bytes * (work.op.group_size - 1) / work.op.group_size
+    return 2 * shared if work.kind == "all_reduce" else shared
 
 
 def step_schedule(trace: Trace, rates: Rates, topology: Topology) -> list[Stretch]:
@@ -267,7 +280,7 @@ class _Schedule:
     def _occupy(self, work: _Work, channel: str | None = None, ready: float = 0.0) -> float:
         """Put work on its link, behind what is there and not before ``ready``; gives the time at which it is done."""
         if channel is None:
-            channel = "network" if self.topology.crosses_nodes(work.op.group_size) else "link"
+            channel = "network" if self.topology.crosses_nodes(work.op.group_size, stride=work.op.group_stride) else "link"
         self.free[channel] = max(self.free[channel], self.now, ready) + work.seconds
         return self.free[channel]
 

@@ -93,7 +93,7 @@ def op_seconds(op: TracedOp, rates: Rates, topology: Topology) -> float:
     if kind == "nothing":
         return 0.0
     if kind in COMMUNICATION:
-        return op.repeats * communication_seconds(kind, op.message_bytes // op.repeats, op.group_size, rates, topology)
+        return op.repeats * communication_seconds(kind, op.message_bytes // op.repeats, op.group_size, rates, topology, op.group_stride)
     if kind in COPIES:
         return op.repeats * copy_seconds(kind, moved_bytes(op) // op.repeats, rates, topology)
     traffic = (rates.math if kind == "math" else rates.elementwise).seconds(op.bytes * _passes(op) / op.repeats)
@@ -125,7 +125,7 @@ def copy_seconds(kind: OpClass, moved: int, rates: Rates, topology: Topology) ->
     return moved / min(alone / on_link, rates.host_bandwidth / on_numa_node) + rates.launch_seconds
 
 
-def communication_seconds(kind: OpClass, message: int, group_size: int, rates: Rates, topology: Topology) -> float:
+def communication_seconds(kind: OpClass, message: int, group_size: int, rates: Rates, topology: Topology, stride: int = 0) -> float:
     """Time of one collective or one send/receive on an idle network.
 
     n ranks in the group, m of them per node, k = n / m nodes, message of M bytes (gathered, unreduced, or all that a rank sends):
@@ -137,7 +137,7 @@ def communication_seconds(kind: OpClass, message: int, group_size: int, rates: R
     """
     if group_size < 2:
         return 0.0
-    members = topology.members_per_node(group_size, kind in ("send", "receive"))
+    members = topology.members_per_node(group_size, kind in ("send", "receive"), stride)
     crosses = members < group_size
     latency = rates.network_latency if crosses else rates.link_latency
     nodes = group_size / members

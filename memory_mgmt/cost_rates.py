@@ -222,7 +222,8 @@ def cpu_rates(cores: int) -> Rates:
 
 @dataclass(frozen=True)
 class Topology:
-    """Which ranks share a node. Rank order as in ``parallel/dims.py``: ``cp`` varies fastest, then ``dp_shard``, then ``dp_replicate``."""
+    """Which ranks share a node. Rank order as in ``parallel/dims.py``: ``tp`` varies fastest, then ``cp``, ``dp_shard`` and
+    ``dp_replicate``."""
 
     ranks_per_node: int
     cp: int = 1
@@ -230,38 +231,43 @@ class Topology:
     dp_replicate: int = 1
     ulysses: int = 1
     """Of the cp ranks, neighbours that exchange heads; a ring joins ranks that lie so far apart."""
+    tp: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.ranks_per_node, self.cp, self.dp_shard, self.dp_replicate, self.ulysses) < 1:
+        if min(self.ranks_per_node, self.cp, self.dp_shard, self.dp_replicate, self.ulysses, self.tp) < 1:
             raise ValueError(f"every degree and ranks_per_node must be at least 1, not {self}")
 
     @staticmethod
     def of(dims: ParallelDims, ranks_per_node: int) -> Topology:
         """The topology of a mesh; a run smaller than a node uses a part of it."""
-        return Topology(min(ranks_per_node, dims.world_size), dims.cp, dims.dp_shard, dims.dp_replicate, dims.ulysses)
+        return Topology(min(ranks_per_node, dims.world_size), dims.cp, dims.dp_shard, dims.dp_replicate, dims.ulysses, dims.tp)
 
     @property
     def ranks(self) -> int:
         """All ranks."""
-        return self.cp * self.dp_shard * self.dp_replicate
+        return self.tp * self.cp * self.dp_shard * self.dp_replicate
 
     @property
     def shard(self) -> int:
         """Ranks that share one copy of the parameters."""
         return self.cp * self.dp_shard
 
-    def members_per_node(self, group_size: int, ring: bool = False) -> int:
+    def members_per_node(self, group_size: int, ring: bool = False, stride: int = 0) -> int:
         """How many ranks of one group are on the same node. ``ring``: of send and receive, where ring and Ulysses groups may be as large.
 
-        Groups are consecutive ranks that begin with a node's first, except those that join the copies of one shard: these are told by
-        their size (``dp_replicate``, where neither ``cp`` nor the shard group has it) and their ranks lie ``shard`` apart.
+        Ranks of a group lie ``stride`` apart, from a node's first on. Where that is not known (0), those of a shard group or a part of
+        one lie ``tp`` apart, except those of a ring of Ulysses groups (``ulysses`` times that), and those that join the copies of one
+        shard: these are told by their size (``dp_replicate``, where neither ``cp`` nor the shard group has it) and lie ``shard`` times
+        that apart.
         """
-        if ring and self.ulysses < self.cp and group_size == self.cp // self.ulysses:
-            return min(group_size, max(1, self.ranks_per_node // self.ulysses))
-        replicas = group_size == self.dp_replicate and group_size not in (self.cp, self.shard)
-        on_node = max(1, self.ranks_per_node // self.shard) if replicas else self.ranks_per_node
-        return min(group_size, on_node)
+        if not stride:
+            stride = self.tp
+            if ring and self.ulysses < self.cp and group_size == self.cp // self.ulysses:
+                stride *= self.ulysses
+            elif group_size == self.dp_replicate and group_size not in (self.cp, self.shard):
+                stride *= self.shard
+        return min(group_size, max(1, self.ranks_per_node // stride))
 
-    def crosses_nodes(self, group_size: int, ring: bool = False) -> bool:
+    def crosses_nodes(self, group_size: int, ring: bool = False, stride: int = 0) -> bool:
         """Whether such a group spans several nodes."""
-        return self.members_per_node(group_size, ring) < group_size
+        return self.members_per_node(group_size, ring, stride) < group_size

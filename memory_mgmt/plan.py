@@ -77,6 +77,10 @@ class Prediction:
     """Moved by one rank to host memory in a step, and back."""
     source: str = ""
     """Where the rates come from: data sheet with assumed efficiencies, or a calibration."""
+    tensor_bytes: int = 0
+    """That one rank sends to the others of its tensor-parallel group in a step."""
+    tensor_seconds: float = 0.0
+    """Of those messages; computation waits for all of them."""
 
 
 @dataclass(frozen=True)

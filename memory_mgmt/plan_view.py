@@ -197,6 +197,9 @@ def prediction_lines(prediction: Prediction | None) -> list[tuple[str, str]]:
     split = ", ".join(f"{name} {seconds(t)} ({percent(t / p.step_seconds)})" for name, t in parts.items() if t > 0)
     rate = f"{p.tokens_per_second:,.0f} tokens/s" + (f", MFU {100 * p.mfu:.1f} %" if p.mfu is not None else "")
     lines = [("predicted step", f"{seconds(p.step_seconds)}: {split}"), ("speed", rate)]
+    if p.tensor_bytes:
+        sent = f"{gib(p.tensor_bytes)} sent per rank and step in {seconds(p.tensor_seconds)}, waited for"
+        lines.append(("tensor parallel", sent))
     return lines + ([("rates", p.source)] if p.source else [])
 
 

@@ -80,6 +80,8 @@ class TracedOp:
     """Times it was done in a row; ``flops``, ``bytes`` and ``message_bytes`` are those of all of them together."""
     message_bytes: int = 0
     """Of a collective: bytes of this rank's whole (gathered or unreduced) message; of send/receive and host copies: bytes moved."""
+    group_stride: int = 0
+    """Of a collective: by how much the ranks of neighbours in its group differ; 0: not known, or not the same for all."""
     in_flight: int = 0
     """Of a collective: messages of its layer, itself included, that may be on their way beside computation; 0: waited for at once."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -335,7 +336,8 @@ class StepRecorder(TorchDispatchMode):
         # Each list or tensor among the arguments is one side of the message; the larger one is the whole.
         sides = [sum(x.numel() * x.element_size() for x in _tensors((argument,))) for argument in args]
         op = self._op(name, layer, 0, sum(sides), work_dtype(inputs), "communication")
-        op.group_size, op.message_bytes = max((_group_size(x) for x in args), default=1), max(sides, default=0) * op.repeats
+        op.group_size, op.group_stride = max((_group(x) for x in args), default=(1, 0))
+        op.message_bytes = max(sides, default=0) * op.repeats
         op.in_flight = IN_FLIGHT.get()
         self._ops.append(op)
 
@@ -416,8 +418,11 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _group_size(x: Any) -> int:
-    """Ranks of the process group among an operator's arguments; 1 for other arguments."""
+def _group(x: Any) -> tuple[int, int]:
+    """(ranks, distance of neighbours) of the process group among an operator's arguments; (1, 0) for other arguments."""
     if not isinstance(x, torch.ScriptObject) or "ProcessGroup" not in x._type().qualified_name():
-        return 1
-    return dist.ProcessGroup.unbox(x).size()
+        return 1, 0
+    group = dist.ProcessGroup.unbox(x)
+    ranks = dist.get_process_group_ranks(group)
+    strides = {b - a for a, b in pairwise(ranks)}
+    return group.size(), strides.pop() if len(strides) == 1 else 0

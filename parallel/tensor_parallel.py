@@ -146,6 +146,17 @@ def keep_part(model: Transformer, module: nn.Module, name: str, key: str, part: 
     model.parts[f"{name}.{key}"] = part
 
 
+def sent_bytes(tokens: int, width: int, ranks: int, itemsize: int, kept: bool = True) -> tuple[int, int]:
+    """Bytes that one rank sends for a dense block of attention and feed-forward, (forward, backward). ``tokens``: of the group, all rows
+    together; ``itemsize``: of what products read.
+
+    Every message is a gather or a reduction of ``tokens`` of ``width``, of which a rank sends all but its share. Forward has two of each;
+    so has backward where autograd ``kept`` what was gathered. Where a memory policy keeps nothing but a block's input, backward gathers
+    what the three projections, the feed-forward and their gradients read (again), and sums attention's output for the stream again."""
+    message = tokens * width * itemsize * (ranks - 1) // ranks
+    return 4 * message, (4 if kept else 9) * message
+
+
 def sum_copies(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Add up, in place, the gradients of parameters that every rank of ``group`` has a copy of; in float32 (float64), in one message."""
     gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]

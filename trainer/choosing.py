@@ -50,7 +50,8 @@ def setting_of(
     shapes = Shapes(
         config=config.model,
         rows=config.train.micro_batch_size,
-        tokens=config.data.seq_len // config.parallel.cp,
+        # Of a tensor-parallel rank: a part of the tokens with all heads and columns, or all of them with a part, are as many bytes.
+        tokens=config.data.seq_len // (config.parallel.cp * config.parallel.tp),
         precision=config.train.precision,
         residual=config.train.residual,
         cp=config.parallel.cp,
@@ -60,7 +61,7 @@ def setting_of(
     return Setting(
         model=config.model,
         shapes=shapes,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size // config.parallel.tp,
         rates=rates,
         topology=Topology.of(dims, ranks_per_node),
         budget_bytes=budget,

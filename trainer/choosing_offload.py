@@ -44,7 +44,7 @@ def places(config: RunConfig, room: int | None = None, parameters: int = 0) -> l
     pairs = [(s, p) for p in where for s in states if p == "none" or s == "host"]
     found = [_with(config, *pair) for pair in pairs]
     if room is not None and movable:
-        ranks = config.parallel.dp_shard * config.parallel.cp
+        ranks = config.parallel.dp_shard * config.parallel.cp * config.parallel.tp
         while len(found) > 1 and _least_bytes(found[0]) * parameters > room * ranks:
             del found[0]
     return found

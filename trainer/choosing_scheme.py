@@ -56,14 +56,14 @@ def _choice(config: RunConfig, device_name: str | None, possible: list[tuple[Seq
     parallel, model = config.parallel, config.model
     rows = config.train.micro_batch_size
     problem = SequenceProblem(
-        n_heads=model.n_heads,
-        n_kv_heads=model.kv_heads,
+        n_heads=model.n_heads // parallel.tp,
+        n_kv_heads=model.kv_heads // parallel.tp,
         head_dim=model.attention_head_dim,
         tokens=rows * config.data.seq_len // parallel.cp,
         rows=rows,
         value_bytes=_VALUE_BYTES[config.train.precision],
         precision=config.train.precision,
-        topology=Topology(min(target.ranks_per_node, target.ranks), parallel.cp, parallel.dp_shard, parallel.dp_replicate),
+        topology=Topology(min(target.ranks_per_node, target.ranks), parallel.cp, parallel.dp_shard, parallel.dp_replicate, tp=parallel.tp),
         rates=rates,
         narrow=parallel.kv_gradient_dtype == "compute",
     )

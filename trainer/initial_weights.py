@@ -15,7 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from models.errors import UserError
 from models.int8_weight import dequantised, group_of, packed_shape
+from models.parts import Part
 from models.transformer import Transformer
+from parallel.tensor_parallel import as_saved
 from trainer.checkpoint import CheckpointManager, Refused
 from trainer.checkpoint_reader import load_tensors, read_checkpoint_metadata
 from trainer.config import RunConfig
@@ -31,7 +33,7 @@ def check_init_from(config: RunConfig, vocab_size: int) -> None:
         return
     checkpoint = _checkpoint(config.train.init_from)
     with torch.device("meta"):
-        model = Transformer(config.model, vocab_size)
+        model = Transformer(config.model, vocab_size)  # whole: no rank has its part yet
     _, metadata = read_checkpoint_metadata(checkpoint)
     _check(checkpoint, {name: parameter.shape for name, parameter in model.named_parameters()}, metadata)
 
@@ -49,9 +51,11 @@ def fill_from(init_from: str, model: Transformer, checkpoints: CheckpointManager
     def read() -> None:
         _, metadata = read_checkpoint_metadata(path)
         parameters = dict(model.named_parameters())
-        _check(path, {name: parameter.shape for name, parameter in parameters.items()}, metadata)
+        parts = model.parts
+        whole = {name: p.shape if name not in parts else torch.Size(parts[name].whole_shape(p.shape)) for name, p in parameters.items()}
+        _check(path, whole, metadata)
         for name, parameter in parameters.items():
-            _fill(path, name, parameter, metadata)
+            _fill(path, name, parameter, whole[name], parts.get(name), metadata)
 
     checkpoints.ranks.each(f"load {path}", read)
     return path
@@ -92,14 +96,21 @@ def _is_packed(found: TensorStorageMetadata, shape: torch.Size) -> bool:
     return possible and tuple(found.size) == packed_shape(*shape)
 
 
-def _fill(path: Path, name: str, parameter: Tensor, metadata: Metadata) -> None:
+def _fill(path: Path, name: str, parameter: Tensor, whole: torch.Size, part: Part | None, metadata: Metadata) -> None:
     found = metadata.state_dict_metadata[_ENTRY + name]
     assert isinstance(found, TensorStorageMetadata)
-    packed = found.size != parameter.shape
+    packed = found.size != whole
+    if packed and part is not None:
+        raise UserError(
+            f"train.init_from: '{_ENTRY}{name}' of {path} is in eight bits, which are not dealt out in parts: set parallel.tp=1"
+        )
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
     shape = (local.shape[0], found.size[1]) if packed else local.shape
     values = torch.empty(shape, dtype=found.properties.dtype, device=local.device)
-    load_tensors(path, {_ENTRY + name: _placed_like(parameter, values, found.size)}, metadata)
+    placed = (
+        _placed_like(parameter, values, found.size) if part is None else as_saved(_placed_like(parameter, values, parameter.shape), part)
+    )
+    load_tensors(path, {_ENTRY + name: placed}, metadata)
     with torch.no_grad():
         local.copy_(dequantised(values, parameter.shape[1], torch.float32) if packed else values)
 

@@ -5,7 +5,8 @@ Imports no torch.
 
 The first preset of ``optim.allowed`` with a mesh that fits is taken, and of its meshes the one with the fastest step. Degrees never
 change the experiment: the sequences of a step stay what ``auto`` degrees of 1 would make them, so more data-parallel ranks do fewer
-passes each. Try alone: ``longstride plan debug_cpu parallel.cp=auto parallel.dp_shard=auto parallel.ranks=4``.
+passes each. ``parallel.tp`` is never chosen: it stays what it is given as. Try alone:
+``longstride plan debug_cpu parallel.cp=auto parallel.dp_shard=auto parallel.ranks=4``.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def _words(config: RunConfig, asked: RunConfig) -> str:
 def degrees_of(config: RunConfig) -> str:
     """``dp_shard 2 x cp 4``; degrees of 1 are left out except ``cp``."""
     parallel = config.parallel
-    degrees = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard, "cp": parallel.cp}
+    degrees = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard, "cp": parallel.cp, "tp": parallel.tp}
     return " x ".join(f"{name} {degree or 'auto'}" for name, degree in degrees.items() if degree != 1 or name == "cp")
 
 
@@ -191,8 +192,11 @@ def _possible(config: RunConfig, ranks: int, device_name: str | None) -> tuple[l
 
 
 def _factors(config: RunConfig, ranks: int) -> Iterator[tuple[int, int, int]]:
-    """(dp_replicate, dp_shard, cp) with ``ranks`` as product and the given degrees as they are."""
+    """(dp_replicate, dp_shard, cp) with ``ranks / tp`` as product and the given degrees as they are."""
     parallel = config.parallel
+    if ranks % parallel.tp:
+        raise UserError(f"parallel.tp {parallel.tp} does not divide {ranks} ranks; set it to a divisor, or start a multiple of it")
+    ranks //= parallel.tp
     for cp in _divisors(ranks, parallel.cp):
         for shard in _divisors(ranks // cp, parallel.dp_shard):
             replicate = ranks // cp // shard

@@ -3,9 +3,9 @@
 An axis is ``key=value,value,...`` where the key is any setting, or
 
 - ``device``: names of the device table;
-- ``gpus``: numbers of ranks. With D = parallel.dp_replicate x parallel.dp_shard of the combination, ``parallel.cp`` becomes gpus / D
-  where D divides it; otherwise all ranks share one sequence: parallel.cp = gpus and both other degrees 1. Degrees that are auto are
-  chosen for so many ranks instead. The table shows the degrees.
+- ``gpus``: numbers of ranks. With D = parallel.dp_replicate x parallel.dp_shard x parallel.tp of the combination, ``parallel.cp`` becomes
+  gpus / D where D divides it; otherwise all ranks share one sequence: parallel.cp = gpus and the other degrees 1. Degrees that are auto
+  are chosen for so many ranks instead. The table shows the degrees.
 
 Whole numbers may end in k or m (1k = 1024, 1m = 1024k). Try alone: ``longstride plan million --sweep data.seq_len=256k,1m gpus=1,2``.
 """
@@ -187,7 +187,7 @@ def _with_ranks(path: Path, overrides: Sequence[str], gpus: int | None) -> RunCo
         overrides = [*overrides, f"parallel.ranks={gpus}"]
     elif gpus is not None:
         other = _other_degrees(path, overrides)
-        fixed = ["parallel.dp_replicate=1", "parallel.dp_shard=1"] if gpus % other else []
+        fixed = ["parallel.dp_replicate=1", "parallel.dp_shard=1", "parallel.tp=1"] if gpus % other else []
         overrides = [*overrides, *fixed, f"parallel.cp={gpus if fixed else gpus // other}"]
     return config_file.resolve(path, overrides)
 
@@ -200,9 +200,9 @@ def _leaves_degrees_open(path: Path, overrides: Sequence[str]) -> bool:
 
 
 def _other_degrees(path: Path, overrides: Sequence[str]) -> int:
-    """dp_replicate x dp_shard, read with ``parallel.cp=1`` so that a length that only more ranks refuse does not stand in the way."""
+    """dp_replicate x dp_shard x tp, read with ``parallel.cp=1`` so that a length that only more ranks refuse does not stand in the way."""
     parallel = config_file.resolve(path, [*overrides, "parallel.cp=1"]).parallel
-    return parallel.dp_replicate * parallel.dp_shard
+    return parallel.dp_replicate * parallel.dp_shard * parallel.tp
 
 
 def _reason(error: Exception, path: Path | None) -> str:

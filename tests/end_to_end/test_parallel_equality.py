@@ -67,7 +67,8 @@ def train_steps(config: RunConfig) -> tuple[list[float], list[float], dict[str, 
         norms.append(engine.step(config.optim.lr))
         if step == STEPS:
             break
-    parameters = {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in engine.model.named_parameters()}
+    saved = engine.state_dict()["model"]  # where tensor-parallel ranks have parts: as the whole
+    parameters = {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in saved.items()}
     return losses, norms, parameters
 
 
@@ -131,12 +132,60 @@ def test_same_training_under_every_scheme(documents: tuple[str, str], dp_shard: 
     compare(experiment(*documents, "fp64", layout, 1, dp_shard, cp, **sequence), *_REFERENCE[key])
 
 
+def train_all(configs: list[RunConfig]) -> list[tuple]:
+    """``train_steps`` of one after the other, on the same ranks."""
+    return [train_steps(config) for config in configs]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (
+            2,
+            [
+                ("fp64", 1, 1, 1, "auto", {}, {}),
+                ("fp32", 1, 1, 1, "auto", {}, {}),
+                ("fp64", 1, 1, 1, "auto", {}, {"recompute": "mixer", "ffn_tile_tokens": 7}),
+                ("fp64", 1, 1, 1, "auto", {}, {"recompute": "block", "group_blocks": 2}),
+                ("fp64", 1, 1, 1, "auto", {}, {"offload_optimizer": "host", "offload_parameters": "host"}),
+            ],
+        ),
+        (
+            4,
+            [
+                ("fp64", 1, 1, 2, "zigzag", {}, {}),
+                ("fp32", 1, 1, 2, "zigzag", {}, {"recompute": "block", "ffn_tile_tokens": 8}),
+                ("fp64", 1, 1, 2, "contiguous", {"sequence": "ulysses"}, {}),
+                ("fp64", 1, 1, 2, "zigzag", {"sequence": "allgather_kv"}, {}),
+                ("fp64", 1, 2, 1, "auto", {}, {}),
+                ("fp64", 2, 1, 1, "auto", {}, {}),
+            ],
+        ),
+    ],
+)
+def test_same_training_with_tensor_parallel_ranks(documents: tuple[str, str], ranks: int, cases: list[tuple]) -> None:
+    configs = []
+    for precision, replicate, shard, cp, layout, sequence, memory in cases:
+        key = (precision, Path(documents[0]))
+        if key not in _REFERENCE:
+            _REFERENCE[key] = train_steps(experiment(*documents, precision, "auto", 1, 1, 1))
+        one = experiment(*documents, precision, layout, replicate, shard, cp, tp=2, **sequence).model_dump()
+        configs.append(RunConfig.model_validate({**one, "memory": {**one["memory"], **memory}}))
+        assert configs[-1].parallel.ranks_asked == ranks
+    for answers in run_distributed(train_all, ranks, configs):
+        for config, found in zip(configs, answers, strict=True):
+            check(config.train.precision, found, *_REFERENCE[config.train.precision, Path(documents[0])])
+
+
 def compare(config: RunConfig, losses: list[float], norms: list[float], parameters: dict[str, torch.Tensor]) -> None:
     """Train ``config`` on its ranks: every rank's numbers are those given."""
-    parallel, precision = config.parallel, config.train.precision
-    for rank_losses, rank_norms, rank_parameters in run_distributed(
-        train_steps, parallel.dp_replicate * parallel.dp_shard * parallel.cp, config
-    ):
+    for found in run_distributed(train_steps, config.parallel.ranks_asked, config):
+        check(config.train.precision, found, losses, norms, parameters)
+
+
+def check(precision: str, found: tuple, losses: list[float], norms: list[float], parameters: dict[str, torch.Tensor]) -> None:
+    """What one rank found, against the numbers given."""
+    for rank_losses, rank_norms, rank_parameters in [found]:
         tolerance = 1e-9 if precision == "fp64" else 1e-5
         assert rank_losses == pytest.approx(losses, rel=tolerance, abs=0)
         assert rank_norms == pytest.approx(norms, rel=tolerance, abs=0)

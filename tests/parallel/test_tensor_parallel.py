@@ -3,17 +3,22 @@ what cannot be shared is refused by name."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from models.batch import IGNORE_INDEX
+from models.batch import IGNORE_INDEX, Batch, Bounds
 from models.loss import chunked_cross_entropy
-from parallel.tensor_parallel import SplitTokens
+from optim.codecs import codec_named
+from parallel.tensor_parallel import SplitTokens, sent_bytes
 from parallel.vocabulary import SharedSweep
 from tests.distributed import run_distributed
+from trainer.build import build_model, mesh_for
 from trainer.config import RunConfig
+from trainer.tensor_rules import STATE_BLOCK
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 2, 12, 6, 10
 
@@ -35,10 +40,34 @@ def losses(x_BtC, weight_VC, norm_C, labels_BT, scale_BT, **sweep):  # type: ign
     return nll_BT.detach(), x_BtC.grad, weight_VC.grad, norm_C.grad
 
 
+def sent(layers: int, recompute: str) -> int:
+    """Bytes that this rank sends to its tensor-parallel group in one forward and backward pass of a model of ``layers``."""
+    settings = {"model": {"d_model": 16, "n_heads": 2, "layers": ["full"] * layers}, "train": {"precision": "fp64", "device": "cpu"}}
+    parallel, memory = {"tp": dist.get_world_size()}, {"recompute": recompute, "loss_tile_tokens": 8}
+    config = RunConfig.model_validate({**settings, "data": {"seq_len": TOKENS}, "parallel": parallel, "memory": memory})
+    mesh = mesh_for(config, torch.device("cpu"))
+    assert mesh is not None
+    model, total = build_model(config, 64, mesh, torch.device("cpu")), 0
+    originals = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+
+    def counted(original, out, value, *args, group=None, **more):  # type: ignore[no-untyped-def]
+        nonlocal total
+        if group is mesh.tp_group:
+            shared = value.numel() * value.element_size()
+            total += shared * (mesh.dims.tp - 1) // (1 if original is originals[0] else mesh.dims.tp)
+        return original(out, value, *args, group=group, **more)
+
+    dist.all_gather_into_tensor, dist.reduce_scatter_tensor = (partial(counted, original) for original in originals)
+    try:
+        zeros_BT = torch.zeros(1, TOKENS, dtype=torch.long)
+        model(Batch(zeros_BT, zeros_BT, torch.arange(TOKENS)[None], Bounds.whole(1, TOKENS))).sum().backward()
+    finally:
+        dist.all_gather_into_tensor, dist.reduce_scatter_tensor = originals
+    return total
+
+
 def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
     """Of this rank's part: losses and gradients, the norm's summed over ranks."""
-    from functools import partial
-
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     assert group is not None
     tokens = SplitTokens(group)
@@ -57,7 +86,8 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
     own_BtC = tokens.summed(y_BTC * (rank + 1))
     own_BtC.square().sum().backward()
     assert x_BtC.grad is not None
-    return [*found, (y_BTC.detach(), own_BtC.detach(), x_BtC.grad)]
+    counted = tuple(sent(layers, recompute) for recompute in ("none", "block") for layers in (1, 3))
+    return [*found, (y_BTC.detach(), own_BtC.detach(), x_BtC.grad), counted]
 
 
 def test_a_shared_vocabulary_gives_the_loss_of_the_whole_and_tokens_come_back() -> None:
@@ -78,6 +108,13 @@ def test_a_shared_vocabulary_gives_the_loss_of_the_whole_and_tokens_come_back() 
         torch.testing.assert_close(summed, 3 * x_BTC[:, mine])
         torch.testing.assert_close(grad, 2 * 9 * x_BTC[:, mine])
 
+    message, per_token = TOKENS * 16 * 8 // 2, 2 * TOKENS * 8
+    ends = 2 * message + 2 * message + per_token  # embedding; normed tokens and their gradient, and two numbers of each
+    for counts in (answer[3] for answer in answers):
+        for (one, three), kept in zip((counts[:2], counts[2:]), (True, False), strict=True):
+            block = sum(sent_bytes(TOKENS, 16, 2, 8, kept))
+            assert (one, three) == (ends + block, ends + 3 * block), "bytes sent are those of the formula"
+
 
 @pytest.mark.parametrize(
     ("settings", "words"),
@@ -90,10 +127,18 @@ def test_a_shared_vocabulary_gives_the_loss_of_the_whole_and_tokens_come_back() 
         ({"optim": {"preset": "muon"}}, "optim.preset muon"),
         ({"optim": {"preset": "sgd", "fuse_backward": True, "clip_norm": None}}, "optim.fuse_backward"),
         ({"memory": {"plan": "estimate"}}, "memory.plan=trace"),
+        ({"optim": {"preset": "adamw_8bit"}}, "blocks of 128"),
+        ({"optim": {"preset": "sgd", "weights": "bf16_stochastic"}, "train": {"precision": "bf16"}}, "optim.weights bf16_stochastic"),
+        ({"model": {"layers": ["memory", "swa"], "memory": {"kind": "titans", "attach": "mac"}}}, "attach mac"),
+        ({"model": {"layers": ["memory", "full"], "memory": {"attach": "mag"}}, "parallel": {"cp": 2}}, "parallel.layout=contiguous"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_by_name(settings: dict, words: str) -> None:
     settings = {**settings, "model": {"layers": ["full"], **settings.get("model", {})}}
     RunConfig.model_validate(settings)
     with pytest.raises(ValidationError, match=words):
-        RunConfig.model_validate({**settings, "parallel": {"tp": 2}})
+        RunConfig.model_validate({**settings, "parallel": {**settings.get("parallel", {}), "tp": 2}})
+
+
+def test_the_blocks_of_states_are_those_of_the_codecs() -> None:
+    assert {codec_named(name).block for name in ("int8", "int4")} == {STATE_BLOCK}  # type: ignore[attr-defined]

@@ -207,10 +207,12 @@ def test_traced_peak_is_the_allocators(name):
             "train": {"carry_state": "document"},
         },
         {"model": {"layers": ["full"] * 3}, "memory": {"offload_optimizer": "host", "offload_parameters": "host"}},
+        {"model": {"layers": ["full", "memory"]}, "parallel": {"tp": 2}},
+        {"model": {"layers": ["full", "full"]}, "memory": {"recompute": "block"}, "parallel": {"tp": 2}},
     ],
 )
 def test_traced_peak_is_the_allocators_on_two_ranks(sections):
-    cfg = config(**sections, parallel={"cp": 2})
+    cfg = config(**{"parallel": {"cp": 2}, **sections})
     traced = trace_request(request(cfg)).peak()[0]
     measured = run_distributed(real_peak_of_ranks, 2, cfg.model_dump(mode="json"), None)
     assert traced == pytest.approx(max(measured), rel=1e-3)

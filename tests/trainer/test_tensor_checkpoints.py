@@ -1,0 +1,91 @@
+"""Checkpoints of tensor-parallel ranks: the same bits on the same mesh, and the whole of every tensor on any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from models.batch import Batch, Bounds
+from tests.distributed import run_distributed
+from trainer.build import build_engine, mesh_for
+from trainer.checkpoint import CheckpointManager
+from trainer.config import RunConfig
+from trainer.engine import Engine
+from trainer.initial_weights import fill_from
+from trainer.run_dir import RunDir
+
+VOCABULARY, TOKENS = 128, 32
+MODEL = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "d_ff": 256, "layers": ["full", "memory"], "qkv_bias": True}
+
+
+def settings(preset: str, seed: int = 0, **parallel: int) -> RunConfig:
+    sections = {"data": {"seq_len": TOKENS}, "train": {"device": "cpu", "seed": seed}, "optim": {"preset": preset, "lr": 1e-2}}
+    return RunConfig.model_validate({"model": MODEL, **sections, "parallel": parallel})
+
+
+def engine_of(config: RunConfig, init_from: Path | None = None, checkpoints: CheckpointManager | None = None) -> Engine:
+    device = torch.device("cpu")
+    mesh = mesh_for(config, device) if dist.is_initialized() else None
+    fill = None if init_from is None or checkpoints is None else lambda model: fill_from(str(init_from), model, checkpoints)
+    return build_engine(config, VOCABULARY, mesh, device, fill=fill)
+
+
+def step(engine: Engine, number: int) -> float:
+    torch.manual_seed(number)
+    tokens_BT = torch.randint(VOCABULARY, (1, TOKENS))
+    batch = Batch(tokens_BT, tokens_BT.roll(-1, 1), torch.arange(TOKENS)[None], Bounds.whole(1, TOKENS))
+    loss = engine.forward_backward([batch]).loss
+    engine.step(1e-2)
+    return loss
+
+
+def whole(engine: Engine) -> dict[str, torch.Tensor]:
+    """Parameters and states, each the whole tensor."""
+    state = engine.state_dict()
+    named = {f"{entry}.{name}": value for entry, values in state.items() for name, value in values.items()}
+    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for name, v in named.items()}
+
+
+def on_two_ranks(folder: str, preset: str) -> dict:
+    """Two steps on two tensor-parallel ranks, saved; what the next step is there, from the checkpoint there, and on two cp ranks."""
+    checkpoints = CheckpointManager(RunDir(folder), settings(preset).checkpoint)
+    trained = engine_of(settings(preset, tp=2))
+    for number in range(2):
+        step(trained, number)
+    checkpoints.save(2, trained.state_dict())
+    found = {"saved": whole(trained), "next": (step(trained, 2), whole(trained))}
+    path = RunDir(folder).checkpoint(2)
+    for name, config in (("tp", settings(preset, seed=1, tp=2)), ("cp", settings(preset, seed=1, cp=2))):
+        other = engine_of(config)
+        checkpoints.load(path, other.state_dict())
+        found[name] = whole(other), (step(other, 2), whole(other))
+    begun = engine_of(settings(preset, seed=1, tp=2), path, checkpoints)
+    found["begun"] = {name: value for name, value in whole(begun).items() if name.startswith("model.")}
+    checkpoints.close()
+    return found
+
+
+@pytest.mark.parametrize("preset", ["adamw", "adamw_8bit"])
+def test_a_checkpoint_of_parts_is_that_of_the_whole(tmp_path: Path, preset: str) -> None:
+    for found in run_distributed(on_two_ranks, 2, str(tmp_path), preset):
+        saved, (loss, after) = found["saved"], found["next"]
+        assert any(not torch.equal(saved[name], after[name]) for name in saved)
+        for name in ("tp", "cp"):
+            assert same(found[name][0], saved), f"what is loaded with {name} is what was saved"
+        assert found["tp"][1][0] == loss and same(found["tp"][1][1], after), "the same mesh goes on with the same bits"
+        assert found["cp"][1][0] == pytest.approx(loss, rel=1e-6)
+        assert same(found["begun"], {name: saved[name] for name in found["begun"]})
+    alone, checkpoints = engine_of(settings(preset, seed=1)), CheckpointManager(RunDir(tmp_path), settings(preset).checkpoint)
+    checkpoints.load(RunDir(tmp_path).checkpoint(2), alone.state_dict())
+    assert same(whole(alone), saved)
+    assert step(alone, 2) == pytest.approx(loss, rel=1e-6)
+    checkpoints.close()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether both hold the same bits under the same names."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
