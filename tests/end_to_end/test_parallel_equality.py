@@ -17,6 +17,7 @@ from tests.distributed import run_distributed
 from trainer.build import build_engine, mesh_for
 from trainer.config import RunConfig
 from trainer.data.build import build_data
+from trainer.tensor_rules import SHOWN_MEMORIES
 
 STEPS = 5
 SEQUENCES_PER_STEP = 4
@@ -175,6 +176,21 @@ def test_same_training_with_tensor_parallel_ranks(documents: tuple[str, str], ra
     for answers in run_distributed(train_all, ranks, configs):
         for config, found in zip(configs, answers, strict=True):
             check(config.train.precision, found, *_REFERENCE[config.train.precision, Path(documents[0])])
+
+
+def test_same_training_of_every_memory_that_tensor_parallel_ranks_share(documents: tuple[str, str]) -> None:
+    attached = {"layers": ["memory", "swa"], "memory": {"attach": "mag", "chunk_size": 16}}
+    models = [{"layers": ["full", "memory"], "memory": {"kind": kind}} for kind in SHOWN_MEMORIES if kind != "gated_deltanet"]
+    plain = [experiment(*documents, "fp64", "auto", 1, 1, 1).model_dump() for _ in [*models, attached]]
+    for one, changed in zip(plain, [*models, attached], strict=True):
+        one["model"] |= {**changed, "memory": one["model"]["memory"] | changed["memory"]}
+        one["train"]["steps"] = STEPS
+    shared = [RunConfig.model_validate({**one, "parallel": {"tp": 2, "layout": "contiguous"}}) for one in plain]
+    answers = run_distributed(train_all, 2, shared)
+    for i, one in enumerate(plain):
+        expected = train_steps(RunConfig.model_validate(one))
+        for found in answers:
+            check("fp64", found[i], *expected)
 
 
 def compare(config: RunConfig, losses: list[float], norms: list[float], parameters: dict[str, torch.Tensor]) -> None:

@@ -65,7 +65,7 @@ def perplexity(run_dir: RunDir, step: int | None = None, data_path: str | None =
 def _alone(config: RunConfig, data_path: str | None) -> RunConfig:
     """The same model and data on one rank."""
     values = config.model_dump()
-    values["parallel"] |= {"dp_replicate": 1, "dp_shard": 1, "cp": 1}
+    values["parallel"] |= {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
     values["train"] |= {"eval_sequences": max(1, config.train.eval_sequences)}
     if data_path is not None:
         values["data"] |= {"valid_path": data_path}
