@@ -183,8 +183,7 @@ def test_same_training_of_every_memory_that_tensor_parallel_ranks_share(document
     models = [{"layers": ["full", "memory"], "memory": {"kind": kind}} for kind in SHOWN_MEMORIES if kind != "gated_deltanet"]
     plain = [experiment(*documents, "fp64", "auto", 1, 1, 1).model_dump() for _ in [*models, attached]]
     for one, changed in zip(plain, [*models, attached], strict=True):
-        one["model"] |= {**changed, "memory": one["model"]["memory"] | changed["memory"]}
-        one["train"]["steps"] = STEPS
+        one["model"] |= changed
     shared = [RunConfig.model_validate({**one, "parallel": {"tp": 2, "layout": "contiguous"}}) for one in plain]
     answers = run_distributed(train_all, 2, shared)
     for i, one in enumerate(plain):

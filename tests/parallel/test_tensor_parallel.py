@@ -69,7 +69,7 @@ def sent(layers: int, recompute: str) -> int:
     return total
 
 
-def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
+def on_a_rank() -> list[tuple]:
     """Of this rank's part: losses and gradients, the norm's summed over ranks."""
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     assert group is not None

@@ -225,6 +225,7 @@ def test_a_plan_counts_the_bytes_of_tensor_parallel_ranks():
     layers, tokens, width = 2, 1024, 64
     cfg = config(model={"layers": ["full"] * layers}, parallel={"tp": 2, "cp": 2, "layout": "contiguous"}, train={"device": "cpu"})
     found = predict(target_of(cfg, DEVICES["h100"]), trace_request(request(cfg)))
+    assert found is not None
     message = tokens // 2 * width * 4 // 2
     blocks = layers * sum(sent_bytes(tokens // 2, width, 2, 4))
     ends, norms = 4 * message + 2 * tokens // 2 * 4, (2 * layers + 1) * width // 2 * 4  # norms are sharded over cp
