@@ -1,6 +1,7 @@
 # make quickstart   install and train a small model on real text: about 10 minutes on two cores
 # make million      two optimizer steps on one sequence of 1,048,576 tokens
 # make slurm-demo   the quickstart as a job of a Slurm brought up here, interrupted, resumed by itself (root on Debian or Ubuntu)
+# make screenshots  the pictures of docs/monitoring.md, from a small run (Chromium)
 # make test         lint and test                 make lint      only ruff, pyright and the import rules
 # make install      only the environment          make clean     remove what the others made, runs excepted
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ PYTEST_ARGS ?=
 SLURM_PACKAGES := slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
 DEMO ?=
 
-.PHONY: help install quickstart million slurm-demo test lint clean
+.PHONY: help install quickstart million slurm-demo screenshots test lint clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -40,6 +41,9 @@ million: install
 slurm-demo: install
 	@[ -x /usr/sbin/slurmctld ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES) >/dev/null; }
 	@$(BIN)/python scripts/slurm_demo.py $(DEMO)
+
+screenshots: install
+	@$(BIN)/python scripts/screenshots.py
 
 # Three workers, also on two cores: ranks and jobs are waited for. The suite is a few long files that start ranks, which come first
 # (tests/conftest.py), and many short ones. A file stays in one worker, its runs are shared.

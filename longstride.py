@@ -184,11 +184,23 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="FILE", help="where to write it (default: report.html in the run directory)")
     report.set_defaults(run="slurm.commands:write_report")
 
-    evaluate = verbs.add_parser("eval", help="perplexity of a run's checkpoint on held-out data")
+    evaluate = verbs.add_parser("eval", help="held-out loss of a run's checkpoint, or its accuracy on generated recall tasks")
     _add_run(evaluate)
     evaluate.add_argument("--checkpoint", type=int, metavar="STEP", help="step of the checkpoint (default: the newest good one)")
     evaluate.add_argument("--data", metavar="PATH", help="held-out data of the run's source kind (default: the run's own)")
     evaluate.add_argument("--sequences", type=int, metavar="N", help="held-out sequences (default: train.eval_sequences of the run)")
+    tasks = evaluate.add_argument_group("generated tasks instead of held-out data", "see docs/evaluation.md")
+    tasks.add_argument("--suite", metavar="NAME,...", help="mqar, associative, passkey ...")
+    tasks.add_argument("--lengths", metavar="N,...", help="tokens of a sample, such as 1k,64k,1m (default: data.seq_len of the run)")
+    tasks.add_argument(
+        "--samples", type=int, metavar="N", help="samples of each length, and of each depth where depth is chosen (default: 20)"
+    )
+    tasks.add_argument("--depths", metavar="X,...", help="where facts stand, 0 the beginning, 1 the end (default: 0,0.25,0.5,0.75,1)")
+    tasks.add_argument("--seed", type=int, metavar="N", help="other samples (default: 0)")
+    tasks.add_argument(
+        "--kv-gib", type=float, metavar="X", help="keys and values of full attention may take so much (default: half of what is free)"
+    )
+    _add_overrides(evaluate, "settings of the tasks, such as data.synthetic.pairs=16")
     evaluate.set_defaults(run="trainer.commands.evaluate:evaluate")
 
     importing = verbs.add_parser("import", help="make a directory that runs can begin from out of a Hugging Face model")

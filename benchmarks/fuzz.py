@@ -2,7 +2,8 @@
 
     python benchmarks/fuzz.py                       writes benchmarks/fuzz.json and fuzz.md; exit code 1 if anything failed
     python benchmarks/fuzz.py --only JSONL --inputs 5000 --seed 7
-    python benchmarks/fuzz.py --atheris 60          besides, 60 seconds per target led by coverage (where atheris is installed)
+    python benchmarks/fuzz.py --atheris 60          besides, 60 seconds per target led by coverage (pip install atheris)
+    python benchmarks/fuzz.py --atheris 60 --led-only     only that, written beside what the last run has found
 
 Each target runs in a process of its own, in an empty directory, with 8 GiB of address space: a crash is seen and its input kept. An audit
 hook reports every process that is started and every connection; inputs carry commands that would leave a file behind. What counts as a
@@ -252,6 +253,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="TARGET", help="this one, and write nothing")
     parser.add_argument("--jobs", type=int, default=2, help="targets at a time (default: 2)")
     parser.add_argument("--atheris", type=int, default=0, metavar="SECONDS")
+    parser.add_argument("--led-only", action="store_true", help="with --atheris: keep the other results of the last run")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -259,23 +261,30 @@ def main() -> int:
     names = names_and_weights()
     if args.only:
         names = {name: 1 for name in names if name == args.only} or parser.error(f"--only: one of {', '.join(names)}")
+    if args.led_only and not args.atheris:
+        parser.error("--led-only: give the seconds of each target with --atheris")
     whole, rows = sum(names.values()), []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda name: run(name, -(-args.inputs * names[name] // whole), args.seed), names):
+        for row in pool.map(lambda name: run(name, -(-args.inputs * names[name] // whole), args.seed), () if args.led_only else names):
             rows.append(row)
             told = f"{row['inputs']:,} inputs, {row['accepted']:,} accepted, {row['refused']:,} refused, {row['failed']} failed"
             print(f"{row['target']}: {told}, {row['cpu_seconds']} s", flush=True)
-        led = list(pool.map(lambda name: run(name, 0, args.seed, args.atheris), names if args.atheris else ()))
+        led = []
+        for row in pool.map(lambda name: run(name, 0, args.seed, args.atheris), names if args.atheris else ()):
+            led.append(row)
+            print(f"{row['target']}, led by coverage: {row['inputs']:,} inputs, {row['failed']} failed", flush=True)
     for row in [*rows, *led]:
         for why, data in row.get("failures", {}).items():
             print(f"FAILED {row['target']}: {why}\n  input (base64): {data[:400]}")
     if not args.only:
         import hypothesis
 
+        last = json.loads((HERE / "fuzz.json").read_text()) if args.led_only else {}
         result = {
             "inputs": args.inputs, "seed": args.seed, "python": platform.python_version(),
             "hypothesis": hypothesis.__version__, "atheris_seconds": args.atheris, "targets": rows, "guided": led,
         }  # fmt: skip
+        result |= {name: last[name] for name in ("inputs", "seed", "python", "hypothesis", "targets") if name in last}
         (HERE / "fuzz.json").write_text(json.dumps(result, indent=1) + "\n")
         (HERE / "fuzz.md").write_text(table(result))
     return 1 if any(row["failed"] for row in [*rows, *led]) else 0

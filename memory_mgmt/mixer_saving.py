@@ -143,8 +143,8 @@ class AttentionSaving:
         held = {name: self._held.pop(name) for name in ("q", "k", "v") if name not in self._in_host}
         first = held["q"].missing_from
         if first == 0:
-            made = dict(list(zip(("q", "k", "v"), self._pass.entered(0, n), strict=True))[: len(held)])
-            return {name: self._joined(name, value) for name, value in made.items()}
+            made = zip(("q", "k", "v"), self._pass.entered(0, n), strict=True)
+            return {name: self._joined(name, value) for name, value in made if name in held}
         whole = {name: one.whole() for name, one in held.items()}
         if first < n:
             for name, made in zip(("q", "k", "v"), self._pass.entered(first, n), strict=True):

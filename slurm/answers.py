@@ -11,6 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+ENDED = {
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "REVOKED",
+    "LAUNCH_FAILED", "RECONFIG_FAIL",
+}  # fmt: skip
+"""States that a job does not leave."""
+
 
 @dataclass(frozen=True)
 class QueuedJob:
@@ -49,29 +55,44 @@ def queued_from_text(text: str) -> list[QueuedJob] | None:
 def ended_from_text(text: str) -> list[EndedJob] | None:
     """``sacct --parsable2 --format=JobID,State,ExitCode,NodeList,JobName,Comment``, without lines that are not that; None when none is.
 
-    A name may hold the separator: it is read between the fields that may not."""
+    A name may hold the separator: it is read between the fields that may not. Jobs that have not ended (one that the controller has
+    forgotten stays PENDING for ever) are left out."""
     rows = [line.split("|") for line in text.splitlines() if line.strip()]
     good = [row for row in rows if len(row) >= 6 and row[0].split("_")[0].isdigit()]
-    jobs = [EndedJob(row[0], "|".join(row[4:-1]), _first_word(row[1]), row[2], row[3], row[-1]) for row in good]
-    return jobs if jobs or not rows else None
+    jobs = [EndedJob(row[0], "|".join(row[4:-1]), _first_word(row[1]), row[2], _no_none(row[3]), row[-1]) for row in good]
+    return [job for job in jobs if job.state in ENDED] if jobs or not rows else None
 
 
 def queued_from_json(text: str) -> list[QueuedJob]:
-    """``squeue --json`` of any release."""
+    """``squeue --json`` of any release; it shows jobs for some minutes after their end, which are left out."""
     return [
-        QueuedJob(_text(job.get("job_id")), state, _nodes(job), _text(job.get("state_reason")), _comment(job))
+        QueuedJob(number, state, _nodes(job), _text(job.get("state_reason")), _comment(job))
         for job in _jobs(text)
-        if (state := _state(job.get("job_state"))) and _text(job.get("job_id"))
+        if (state := _state(job.get("job_state"))) and state not in ENDED and (number := _number(job))
     ]
 
 
 def ended_from_json(text: str) -> list[EndedJob]:
-    """``sacct --json`` of any release."""
-    return [
-        EndedJob(_text(job.get("job_id")), _text(job.get("name")), state, _exit_code(job.get("exit_code")), _nodes(job), _comment(job))
-        for job in _jobs(text)
-        if (state := _state(job.get("state"))) and _text(job.get("job_id"))
-    ]
+    """``sacct --json`` of any release: the latest record of each job (a requeued one has several), if it has ended."""
+    latest: dict[str, tuple[int, EndedJob]] = {}
+    for job in _jobs(text):
+        if (state := _state(job.get("state"))) and (number := _number(job)):
+            times = job.get("time")
+            submitted = _text(times.get("submission")) if isinstance(times, dict) else ""
+            when = int(submitted) if submitted.isdecimal() else 0
+            found = EndedJob(number, _text(job.get("name")), state, _exit_code(job.get("exit_code")), _nodes(job), _comment(job))
+            if number not in latest or when >= latest[number][0]:
+                latest[number] = (when, found)
+    return [job for _, job in latest.values() if job.state in ENDED]
+
+
+def _number(job: dict[str, Any]) -> str:
+    """``41``, or ``41_3`` of a task of an array, as in text. squeue: ``array_job_id`` and ``array_task_id``; sacct: both in ``array``."""
+    array = job.get("array")
+    within = array if isinstance(array, dict) else {}
+    first = _text(job.get("array_job_id")) or _text(within.get("job_id"))
+    task = _text(job.get("array_task_id")) or _text(within.get("task_id"))
+    return f"{first}_{task}" if first not in ("", "0") and task else _text(job.get("job_id"))
 
 
 def _jobs(text: str) -> Iterable[dict[str, Any]]:
@@ -104,10 +125,15 @@ def _nodes(job: dict[str, Any]) -> str:
     resources = job.get("job_resources")
     for value in (job.get("nodes"), resources.get("nodes") if isinstance(resources, dict) else None):
         if isinstance(value, str) and value:
-            return value if value != "None assigned" else ""
+            return _no_none(value)
         if isinstance(value, dict) and isinstance(value.get("list"), str):
             return value["list"]
     return ""
+
+
+def _no_none(nodes: str) -> str:
+    """Accounting says so of a job that never started."""
+    return "" if nodes == "None assigned" else nodes
 
 
 def _comment(job: dict[str, Any]) -> str:

@@ -172,6 +172,13 @@ def test_one_rank_runs_in_this_process(place: Path) -> None:
     assert "one\tdone\t2/2" in run("runs", cwd=place).stdout
     evaluated = run("eval", "one", "--sequences", "1", cwd=place)
     assert evaluated.returncode == 0 and evaluated.stdout.startswith("step 2: "), evaluated.stderr
+    asked = run("eval", "one", "--suite", "mqar,position", "--lengths", "300", "--samples", "2", "data.synthetic.pairs=3", cwd=place)
+    assert asked.returncode == 0, asked.stderr
+    kept = sorted(path.name for path in (run_dir / "evals").iterdir())
+    assert kept == ["mqar_step_2.json", "mqar_step_2.png", "position_step_2.json", "position_step_2.png"]
+    found = json.loads((run_dir / "evals" / "mqar_step_2.json").read_text())
+    assert found["settings"]["pairs"] == 3 and sum(cell["questions"] for cell in found["cells"]) == 6
+    assert f"mqar (guessing: {found['chance']:.1%}" in asked.stdout and "0 to 64" in asked.stdout and "256 to 300" in asked.stdout
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -22,6 +22,7 @@ def make(*arguments: str) -> str:
 def test_targets_call_what_they_promise() -> None:
     assert "scripts/install.sh .venv\n" in make("install")
     assert ".venv/bin/longstride train quickstart" in make("quickstart")
+    assert ".venv/bin/python scripts/screenshots.py\n" in make("screenshots")
     tests = make("test")
     for gate in ("ruff check", "ruff format --check", "pyright", "lint-imports", "-m pytest"):
         assert gate in tests

@@ -47,7 +47,19 @@ class DataSection(Section):
         "hub",
         "synthetic/mqar",
         "synthetic/associative",
+        "synthetic/copy",
+        "synthetic/reverse",
+        "synthetic/sort",
         "synthetic/passkey",
+        "synthetic/needle_single",
+        "synthetic/needle_multikey",
+        "synthetic/needle_haystack",
+        "synthetic/variables",
+        "synthetic/qa1",
+        "synthetic/qa2",
+        "synthetic/qa3",
+        "synthetic/qa4",
+        "synthetic/qa5",
     ] = "python_stdlib"
     """python_stdlib: the running Python's standard library, one package one document; text, jsonl, parquet, arrow: local
     files or folders at data.path; hub: a data set name for the datasets library; synthetic/TASK: generated (docs/evaluation.md)."""

@@ -33,6 +33,8 @@ RECENT_STEPS = 50
 """Over which speed is a median."""
 WIDTH = 60
 _BARS = "▁▂▃▄▅▆▇█"
+STATUS_STYLE = {"running": "green", "done": "green", "failed": "red", "died": "red", "queued": "yellow", "starting": "yellow"}
+"""Colours on a terminal."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def view(row: RunRow, *, now: float | None = None) -> View:
         first, last = train[0]["step"], train[-1]["step"]
         facts += [("loss", _loss(train)), (f"{first} to {last}", sparkline(losses, WIDTH)), ("speed", _speed(train))]
         if isinstance(train[-1].get("memory_peak_bytes"), int):
-            facts.append(("memory", memory_fact(train[-1])))
+            facts.append(("memory", memory_fact(train[-1]).removeprefix("mem ")))
     if valid and (held_out := number(valid[-1], "loss")) is not None:
         facts.append(("held-out", f"loss {held_out:.4f} at step {valid[-1]['step']}"))
     facts += [("ranks" if i == 0 else "", line) for i, line in enumerate(rank_lines(run_dir))]
@@ -77,7 +79,9 @@ def render(shown: View) -> Group:
     """The same for a terminal."""
     table = Table.grid(padding=(0, 2))
     for name, text in shown.facts:
-        table.add_row(Text(name, style="dim"), Text(text))
+        first = text.split(":")[0]
+        style = STATUS_STYLE.get(first, "") if name == "status" else "cyan" if text and set(text) <= {*_BARS, "!"} else ""
+        table.add_row(Text(name, style="dim"), Text(text, style=style))
     parts = [Panel(table, title=Text(shown.title), title_align="left")]
     if shown.log_name:
         parts.append(Panel(Text("\n".join(shown.log), no_wrap=True, overflow="ellipsis"), title=Text(shown.log_name), title_align="left"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from memory_mgmt.plan import MemoryPlan
@@ -26,8 +26,9 @@ _COLOURS = ("#1f6feb", "#d1242f", "#6e7781", "#1a7f37")
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:940px;margin:2em auto;padding:0 1em;color:#1f2328}
 td,th{padding:.1em 1em .1em 0;text-align:left;vertical-align:top} pre{background:#f6f8fa;padding:1em;overflow:auto;font-size:12px}
-svg{width:100%;height:auto} svg text{font-size:11px;fill:#57606a} h2{font-size:1.1em;margin-top:2em}
+svg{width:100%;height:auto} svg text{font-size:12px;fill:#57606a} h2{font-size:1.1em;margin-top:2em}
 """
+WIDE_RATIO = 30.0
 Curve = list[tuple[int, float]]
 """Points (step, value)."""
 
@@ -41,7 +42,7 @@ def page(row: RunRow, attempts: Sequence[dict[str, Any]], *, now: float | None =
     train = [record for record in records if record.get("split") == "train"]
     valid = [record for record in records if record.get("split") == "valid"]
     parts.append(_figure("Loss, nats per token", {"training": _curve(train, "loss"), "held-out": _curve(valid, "loss")}))
-    parts.append(_figure("Gradient norm", {"before clipping": _curve(train, "grad_norm")}))
+    parts.append(_figure("Gradient norm", {"before clipping": _curve(train, "grad_norm")}, logarithmic=True))
     parts.append(_figure("Tokens per second", {"training": _curve(train, "tokens_per_second")}))
     memory = {name: _curve(train, f"memory_{key}_bytes", 1 / GIB) for name, key in _MEMORY.items()}
     parts.append(_figure("Memory of rank 0, GiB", memory))
@@ -84,37 +85,59 @@ def _curve(records: Sequence[dict[str, Any]], name: str, scale: float = 1.0) -> 
     return [*finite[::every], *(finite[-1:] if (len(finite) - 1) % every else [])]
 
 
-def _figure(title: str, curves: dict[str, Curve]) -> str:
-    """A heading and a drawing, nothing where no curve has a point."""
+def _figure(title: str, curves: dict[str, Curve], *, logarithmic: bool = False) -> str:
+    """A heading and a drawing, nothing where no curve has a point. ``logarithmic``: where values, all positive, differ by more than
+    ``WIDE_RATIO``; one spike would flatten the rest."""
     drawn = {name: curve for name, curve in curves.items() if curve}
     if not drawn:
         return ""
     values = [value for curve in drawn.values() for _, value in curve]
     steps = [step for curve in drawn.values() for step, _ in curve]
     low, high, first, last = min(values), max(values), min(steps), max(steps)
+    wide = logarithmic and 0 < low * WIDE_RATIO < high < math.inf
+    scaled: Callable[[float], float] = math.log10 if wide else float
+    bottom, span = scaled(low), scaled(high) - scaled(low)
 
-    def place(step: int, value: float) -> str:
-        x = LEFT + (WIDTH - LEFT - 8) * (step - first) / max(1, last - first)
-        y = 10 + (HEIGHT - BOTTOM - 10) * (1 - ((value - low) / (high - low) if high > low else 0.5))
-        return f"{x:.1f},{y:.1f}"
+    def across(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - 8) * (step - first) / max(1, last - first)
+
+    def down(value: float) -> float:
+        return 10 + (HEIGHT - BOTTOM - 10) * (1 - ((scaled(value) - bottom) / span if span > 0 else 0.5))
 
     lines, legend = [], []
     for (name, curve), colour in zip(drawn.items(), _COLOURS, strict=False):
-        points = " ".join(place(step, value) for step, value in curve)
+        points = " ".join(f"{across(step):.1f},{down(value):.1f}" for step, value in curve)
         if len(curve) == 1:
             x, y = points.split(",")
             lines.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
         else:
             lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        legend.append(f'<span style="color:{colour}">&#9632;</span> {html.escape(name)} {curve[-1][1]:.5g}')
-    axis = [
-        f'<text x="0" y="14">{high:.5g}</text>',
-        f'<text x="0" y="{HEIGHT - BOTTOM}">{low:.5g}</text>',
-        f'<text x="{LEFT}" y="{HEIGHT - 4}">step {first}</text>',
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 4}" text-anchor="end">step {last}</text>',
+        legend.append(f'<span style="color:{colour}">&#9632;</span> {html.escape(name)} {curve[-1][1]:.4g}')
+    levels = [10.0**power for power in ticks(scaled(low), scaled(high)) if power == round(power)] if wide else ticks(low, high)
+    grid = [
+        f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{down(tick):.1f}" y2="{down(tick):.1f}" stroke="#d8dee4"/>'
+        f'<text x="{LEFT - 8}" y="{down(tick) + 4:.1f}" text-anchor="end">{tick:,.6g}</text>'
+        for tick in levels
     ]
-    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join([*axis, *lines])}</svg>'
-    return f"<h2>{html.escape(title)}</h2><p>{' &nbsp; '.join(legend)}</p>{drawing}"
+    grid += [f'<text x="{LEFT}" y="{HEIGHT - 4}">step {first}</text>']
+    for tick in ticks(first, last):
+        if tick == round(tick) and across(tick) > LEFT + 60:
+            anchor = "end" if across(tick) > WIDTH - 30 else "middle"
+            grid.append(f'<text x="{across(tick):.1f}" y="{HEIGHT - 4}" text-anchor="{anchor}">{tick:,.0f}</text>')
+    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join([*grid, *lines])}</svg>'
+    scale = ", logarithmic" if wide else ""
+    return f"<h2>{html.escape(title)}{scale}</h2><p>{' &nbsp; '.join(legend)}</p>{drawing}"
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """A few round numbers (1, 2 or 5 times a power of ten apart) from ``low`` to ``high``; where there is nothing between them, ``low``."""
+    span = high - low
+    if not max(1e-300, 1e-9 * max(abs(low), abs(high))) < span < 1e300:
+        return [low]
+    unit = 10.0 ** math.floor(math.log10(span / 6))
+    apart = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= 6)
+    found = [number * apart for number in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
+    return [tick for tick in found if low <= tick <= high]
 
 
 def _table(facts: Sequence[tuple[str, str]]) -> str:

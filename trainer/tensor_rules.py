@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 ELEMENTWISE = ("adamw", "adamw_8bit", "adamw_4bit", "sgd")
 """Presets that update every element by itself: on a part as on the whole."""
-SHOWN_MEMORIES = ("gated_deltanet", "gsa", "mamba2", "titans")
-"""Kinds of memory whose sequence tensor-parallel ranks share in the tests."""
 ROUNDED_ALIKE = ("fp32", "bf16", "bf16_24bit")
 """Of ``optim.weights`` those that round without chance."""
+SHARED_MEMORIES = ("gated_deltanet", "gsa", "mamba2", "titans")
+"""Kinds of ``model.memory.kind`` whose layers share a tensor-parallel group's tokens; of others it has not been shown."""
 STATE_BLOCK = 128
 """Elements that a codec of 8 or 4 bits keeps with one scale (``optim/codecs.py``)."""
 
@@ -46,10 +46,10 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
             f"cannot share a sequence's tokens; set parallel.tp=1 parallel.dp_shard={tp}, or model.memory.attach=mag"
         )
     kind = config.model.memory.kind
-    if "memory" in config.model.layer_kinds and kind not in SHOWN_MEMORIES:
+    if "memory" in config.model.layer_kinds and kind not in SHARED_MEMORIES:
         return (
             f"parallel.tp {tp}: model.memory.kind {kind} has not been shown to be exact over tensor-parallel ranks, those of "
-            f"{', '.join(SHOWN_MEMORIES)} have; set parallel.tp=1 and parallel.cp or parallel.dp_shard"
+            f"{', '.join(SHARED_MEMORIES)} have; set parallel.tp=1 and parallel.cp or parallel.dp_shard"
         )
     if config.train.carry_state != "none":
         return f"parallel.tp {tp}: states carried from sequence to sequence have not been shown to be exact: set train.carry_state=none"

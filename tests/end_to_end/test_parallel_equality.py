@@ -17,7 +17,7 @@ from tests.distributed import run_distributed
 from trainer.build import build_engine, mesh_for
 from trainer.config import RunConfig
 from trainer.data.build import build_data
-from trainer.tensor_rules import SHOWN_MEMORIES
+from trainer.tensor_rules import SHARED_MEMORIES
 
 STEPS = 5
 SEQUENCES_PER_STEP = 4
@@ -180,7 +180,7 @@ def test_same_training_with_tensor_parallel_ranks(documents: tuple[str, str], ra
 
 def test_same_training_of_every_memory_that_tensor_parallel_ranks_share(documents: tuple[str, str]) -> None:
     attached = {"layers": ["memory", "swa"], "memory": {"attach": "mag", "chunk_size": 16}}
-    models = [{"layers": ["full", "memory"], "memory": {"kind": kind}} for kind in SHOWN_MEMORIES if kind != "gated_deltanet"]
+    models = [{"layers": ["full", "memory"], "memory": {"kind": kind}} for kind in SHARED_MEMORIES if kind != "gated_deltanet"]
     plain = [experiment(*documents, "fp64", "auto", 1, 1, 1).model_dump() for _ in [*models, attached]]
     for one, changed in zip(plain, [*models, attached], strict=True):
         one["model"] |= changed

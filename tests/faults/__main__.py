@@ -1,4 +1,5 @@
-"""The fault battery: ``python -m tests.faults [ROW ...]`` injects each fault and prints what was promised and what was observed.
+"""The fault battery: ``python -m tests.faults [ROW ...] [--table FILE]`` injects each fault and prints what was promised and what was
+observed; FILE gets the same as a table in Markdown, with machine and versions.
 
 Slurm's rows need root and Slurm's packages (``tests/slurm/cluster.py``). Everything takes about half an hour on two idle cores. Exit code 1
 when a promise does not hold.
@@ -6,14 +7,23 @@ when a promise does not hold.
 
 from __future__ import annotations
 
+import argparse
+import os
+import platform
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 import pytest
 
 from tests.faults.rows import ROWS, Row
+from tests.slurm.cluster import SEARCH
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,23 +41,54 @@ class _Results:
             self.found.setdefault(report.nodeid.split("[")[0], []).append((outcome, report.duration, reason))
 
 
-def run(rows: Sequence[Row], stream: TextIO) -> int:
-    """Inject the faults of ``rows``, print the table; 1 if one did not hold."""
+def run(rows: Sequence[Row], stream: TextIO, table: Path | None = None) -> int:
+    """Inject the faults of ``rows``, print what was seen and write it to ``table``; 1 if a promise did not hold."""
+    started = time.monotonic()
     results = _Results()
     tests = list(dict.fromkeys(test for row in rows for test in row.tests))
     pytest.main(
         ["-q", "-n0", "-p", "no:cacheprovider", "--show-capture=no", f"--rootdir={ROOT}", *(str(ROOT / t) for t in tests)],
         plugins=[results],
     )
-    broken = 0
+    broken, lines = 0, []
     for row in rows:
         held, text = _observed(row, results)
         broken += not held
+        lines.append(_line(row, held, text))
         print(f"\n{row.number:>2}  {row.fault}   [{row.injected}]\n    promised: {row.promised}\n    observed: {text}", file=stream)
         if row.not_injected:
             print(f"    not injected: {row.not_injected}", file=stream)
-    print(f"\n{len(rows)} faults, {len(rows) - broken} promises held", file=stream, flush=True)
+    summary = f"{len(rows)} faults, {len(rows) - broken} promises held"
+    print(f"\n{summary}", file=stream, flush=True)
+    if table is not None:
+        minutes = (time.monotonic() - started) / 60
+        table.write_text(f"{HEAD}\n{summary}, in {minutes:.0f} minutes, on {_machine()}.\n\n" + "\n".join([*COLUMNS, *lines, ""]))
     return int(broken > 0)
+
+
+HEAD = """# Fault battery
+
+Written by `python -m tests.faults --table docs/faults.md` (root, Slurm's packages): every fault is injected, by the means named, and the
+promise is what the tests under *observed* assert. `python -m tests.faults 8 26` injects some of them.
+"""
+COLUMNS = ("| # | fault | injected by | promised | observed |", "|---|---|---|---|---|")
+
+
+def _line(row: Row, held: bool, text: str) -> str:
+    observed = ["" if held else "**DOES NOT HOLD**", *text.split("\n"), f"not injected: {row.not_injected}" if row.not_injected else ""]
+    cells = [str(row.number), row.fault, row.injected, row.promised, "<br>".join(part.strip() for part in observed if part)]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _machine() -> str:
+    """Where and with what the battery ran."""
+    slurmd = shutil.which("slurmd", path=SEARCH)
+    slurm = subprocess.run([slurmd, "-V"], capture_output=True, text=True, check=True).stdout.strip() if slurmd else "no Slurm"
+    memory = psutil.virtual_memory().total / 2**30
+    return (
+        f"{os.cpu_count()} CPU cores and {memory:.0f} GiB of memory (load average {os.getloadavg()[2]:.0f}), {platform.system()} "
+        f"{platform.release()}, Python {platform.python_version()}, torch {version('torch')}, {slurm}, {time.strftime('%Y-%m-%d')}"
+    )
 
 
 def _observed(row: Row, results: _Results) -> tuple[bool, str]:
@@ -68,5 +109,10 @@ def _observed(row: Row, results: _Results) -> tuple[bool, str]:
 
 
 if __name__ == "__main__":
-    wanted = {int(word) for word in sys.argv[1:]}
-    sys.exit(run([row for row in ROWS if not wanted or row.number in wanted], sys.stdout))
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description="inject faults; print promised and observed")
+    parser.add_argument("rows", metavar="ROW", type=int, nargs="*", help="default: all")
+    parser.add_argument("--table", metavar="FILE", type=Path, help="write a table in Markdown, too")
+    args = parser.parse_args()
+    if unknown := set(args.rows) - {row.number for row in ROWS}:
+        parser.error(f"no such row: {', '.join(map(str, sorted(unknown)))}; there are 1 to {len(ROWS)}")
+    sys.exit(run([row for row in ROWS if not args.rows or row.number in args.rows], sys.stdout, args.table))

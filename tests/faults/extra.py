@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,59 +21,79 @@ from slurm.attempts import read_records
 from tests.distributed import _forkserver, _worker, run_distributed
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_on_a_cluster import ROOT, SETTINGS, Place, losses, place, placed, state_of, steps  # noqa: F401 (a fixture)
-from tests.trainer.guarded_run import make_run, train, trajectory
+from tests.trainer.guarded_run import go_on, make_run, points, train, trajectory
 from trainer import engine
 from trainer.checkpoint import CheckpointManager
 from trainer.config import CheckpointSection
+from trainer.metrics_file import decode_record
 from trainer.run_dir import RunDir
 
 pytestmark = pytest.mark.timeout(900)
 
 
-KILLS, SAVE_EVERY = 50, 2
+KILLS, SAVE_EVERY = 25, 2
+"""Moments for each way of saving, and steps between saves."""
 
 
-def _go_on(folder: str) -> str:
-    with contextlib.redirect_stdout(io.StringIO()):
-        return train(RunDir(folder), resume=True)
+def _kill_ranks(run_dir: RunDir, store: Path, moment: Callable[[], bool], seconds: float = 0.0) -> None:
+    """Two ranks begin the run or go on in it; ``seconds`` after ``moment`` both are killed."""
+    results = _forkserver().Queue()  # nobody reads it
+    arguments = [(go_on, rank, 2, str(store), (str(run_dir.path),), 300.0, results) for rank in range(2)]
+    processes = [_forkserver().Process(target=_worker, args=each, daemon=True) for each in arguments]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 300
+    while not moment():
+        assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
+        time.sleep(0.002)
+    time.sleep(seconds)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["saving", "saving in the background"])
 def test_fifty_kills_at_random(tmp_path: Path, asynchronous: bool) -> None:
-    """A run of two ranks that saves at every other step, all its ranks killed at 50 moments around saves. After each the newest
-    checkpoint is whole and near the last step, and the run goes on from it; in the end it is the run that was never killed, bit for bit."""
-    settings = ["parallel.cp=2", "train.steps=500", f"checkpoint.save_every_steps={SAVE_EVERY}", "checkpoint.keep_last=2"]
-    whole = make_run(tmp_path, "whole", *settings, "checkpoint.save_every_steps=500")
-    assert run_distributed(_go_on, 2, str(whole.path)) == ["", ""]
-    run_dir = make_run(tmp_path, "killed", *settings, f"checkpoint.asynchronous={str(asynchronous).lower()}")
-    chance, results, left = random.Random(int(asynchronous)), _forkserver().Queue(), []
+    """A run of two ranks that saves at every other step, both killed at 25 moments around saves, and as many for one that saves in the
+    background. After each the newest checkpoint is whole and near the last step, and the run goes on from it: as if it never had been
+    killed, bit for bit."""
+    settings = ["parallel.cp=2", "train.steps=100000", "checkpoint.keep_last=2", f"checkpoint.asynchronous={str(asynchronous).lower()}"]
+    run_dir = make_run(tmp_path, "killed", *settings, f"checkpoint.save_every_steps={SAVE_EVERY}")
+    chance, left = random.Random(int(asynchronous)), []
     for number in range(KILLS):
-        arguments = [(_go_on, rank, 2, str(tmp_path / f"store{number}"), (str(run_dir.path),), 120.0, results) for rank in range(2)]
-        before = set(os.listdir(run_dir.checkpoints))
-        processes = [_forkserver().Process(target=_worker, args=each, daemon=True) for each in arguments]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + 120
-        while not set(os.listdir(run_dir.checkpoints)) - before:  # the first save of this attempt has begun
-            assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.1))
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-            assert process.exitcode == -signal.SIGKILL, "the run was over before it was killed"
-        left.append(" ".join(sorted(name.split("_")[0] for name in os.listdir(run_dir.checkpoints) if name.startswith("."))))
-        lost = trajectory(run_dir)[-1][0]
+
+        def first_save_has_begun(before: frozenset[tuple[str, int]] = frozenset(_folders(run_dir))) -> bool:
+            return bool(_folders(run_dir) - before)
+
+        _kill_ranks(run_dir, tmp_path / f"store{number}", first_save_has_begun, chance.uniform(0, 0.1))
+        left.append(sorted({name.split("_")[0] for name in os.listdir(run_dir.checkpoints)}))
+        lost = len(whole_lines(run_dir))
         if steps := run_dir.checkpoint_steps():
             good = CheckpointManager(run_dir, CheckpointSection()).latest_good()
             assert good is not None and good.refused == [] and good.step == steps[-1], "the newest one is good"
             lost -= good.step
         assert 0 <= lost <= SAVE_EVERY * (1 + asynchronous)
-    assert run_distributed(_go_on, 2, str(run_dir.path)) == ["", ""]
-    assert trajectory(run_dir) == trajectory(whole) and run_dir.checkpoint_steps()[-1] == 500
-    print({kind: left.count(kind) for kind in left})
-    assert sum(".tmp-step" in kind for kind in left) >= 5, "kills hit the middle of saves"
+    reached = len(whole_lines(run_dir))
+    _kill_ranks(run_dir, tmp_path / "last", lambda: len(whole_lines(run_dir)) > reached)
+    found = whole_lines(run_dir)
+    whole = make_run(tmp_path, "whole", *settings)
+    _kill_ranks(whole, tmp_path / "whole_store", lambda: len(whole_lines(whole)) >= len(found))
+    assert whole_lines(whole)[: len(found)] == found and [step for step, *_ in found] == list(range(1, len(found) + 1))
+    assert sum(".tmp-step" in names for names in left) >= 5, f"kills hit the middle of saves: {left}"
+
+
+def _folders(run_dir: RunDir) -> set[tuple[str, int]]:
+    """What lies beside the checkpoints, by name and inode: a save that is tried again takes the name of the one that was killed."""
+    with os.scandir(run_dir.checkpoints) as found:
+        return {(entry.name, entry.inode()) for entry in found}
+
+
+def whole_lines(run_dir: RunDir) -> list[tuple[int, str, str, int]]:
+    """``trajectory`` of a run whose last line may be torn, or which has none yet."""
+    lines = run_dir.metrics.read_bytes().splitlines(keepends=True) if run_dir.metrics.exists() else []
+    return points([record for line in lines if (record := decode_record(line)) is not None])
 
 
 def _sleeping(folder: str) -> str:
@@ -137,15 +158,24 @@ def test_the_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_time_limit_crossed_twice(place: Place) -> None:  # noqa: F811
     """Slurm looks at limits now and then: the warning comes 30 to 60 s before the end of the only minute."""
-    run_dir, job = place.submit("limited", "parallel.cp=1", "train.steps=1000000", "--time", "1", nodes=1)
+    endless = ["parallel.cp=1", "train.steps=1000000"]
+    run_dir, job = place.submit("limited", *endless, "--time", "1", nodes=1)
     place.wait(run_dir, job, lambda: place.cluster.restarts(job) >= 1, "first requeue at the limit")
     place.wait(run_dir, job, lambda: place.cluster.restarts(job) >= 2, "second requeue at the limit")
+    place.wait_step(run_dir, job, run_dir.checkpoint_steps()[-1] + 1)
     place.cluster.run("scancel", job)
     place.wait_state(run_dir, job, "CANCELLED")
     place.wait(run_dir, job, lambda: not place.cluster.run("squeue", "-h").strip(), "empty queue")
     decisions = [record["decision"] for record in read_records(run_dir) if "decision" in record]
     assert decisions[:2] == ["requeue", "requeue"], place.account(run_dir, job)
-    assert steps(run_dir) == list(range(1, len(steps(run_dir)) + 1)), "no step lost or doubled"
+    found = losses(run_dir)
+    assert [step for step, *_ in found] == list(range(1, len(found) + 1)), "no step lost or doubled"
+    command = [sys.executable, str(ROOT / "longstride.py"), "train", "debug_cpu", "run.name=unlimited", *SETTINGS, *endless]
+    whole = RunDir(place.folder / "runs" / "unlimited")
+    with subprocess.Popen(command, cwd=place.folder, env=place.env, stdout=subprocess.DEVNULL) as process:
+        place.wait(run_dir, job, lambda: len(steps(whole)) >= len(found), "as many steps of a run without a limit")
+        process.terminate()
+    assert losses(whole)[: len(found)] == found
 
 
 def test_nodes_are_lost_drained_and_set_down(tmp_path: Path) -> None:

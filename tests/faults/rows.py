@@ -37,7 +37,11 @@ class Row:
 ROWS = (
     Row(1, "warning signal in mid-run", "saved at the step, requeued, resumed bit for bit", "real Slurm, USR1", (STORMY,)),
     Row(
-        2, "time limit, crossed twice", "saved and requeued each time", "real Slurm, --time 1", (EXTRA + "test_a_time_limit_crossed_twice",)
+        2,
+        "time limit, crossed twice",
+        "saved and requeued each time, bit for bit",
+        "real Slurm, --time 1",
+        (EXTRA + "test_a_time_limit_crossed_twice",),
     ),
     Row(
         3,
@@ -74,7 +78,7 @@ ROWS = (
     Row(
         8,
         "kill -9 of all ranks in a save",
-        "a loadable checkpoint at every moment",
+        "a loadable checkpoint at every moment, near the last step; resumed bit for bit",
         "SIGKILL at every file operation, and 50 times at random",
         (KILL + "test_killed_before_every_file_operation_of_a_save", EXTRA + "test_fifty_kills_at_random"),
     ),
@@ -223,12 +227,10 @@ ROWS = (
     ),
     Row(
         26,
-        "node down; node not fit",
-        "requeued; left out",
-        "real Slurm, a failing check",
-        (CLUSTER + "test_the_tasks_of_a_sweep_leave_a_node_that_is_not_fit",),
-        "State=DOWN: twice out of two on a busy machine this Slurm held the requeued job (launch_failed_requeued_held), why is not known; "
-        "by hand: pytest tests/faults/extra.py -k node_goes_down",
+        "node lost, drained, set DOWN; node not fit",
+        "requeued, to another node; left out; bit for bit",
+        "real Slurm: all of a node killed, its states set, a failing check",
+        (EXTRA + "test_nodes_are_lost_drained_and_set_down", CLUSTER + "test_the_tasks_of_a_sweep_leave_a_node_that_is_not_fit"),
     ),
     Row(
         27,

@@ -63,12 +63,14 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_min_interval=100000,batch_sched_delay=0,sched_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-AccountingStorageType=accounting_storage/none
-JobAcctGatherType=jobacct_gather/none
+{accounting}
 NodeName=n[1-{nodes}] NodeHostname=localhost Port=[{first_port}-{last_port}] CPUs=4 RealMemory=4000 State=UNKNOWN
 PartitionName=low  Nodes=n[1-{nodes}] PriorityTier=1  PreemptMode=REQUEUE GraceTime={grace} MaxTime=INFINITE Default=YES State=UP
 PartitionName=high Nodes=n[1-{nodes}] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
+
+
+NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none\nJobAcctGatherType=jobacct_gather/none"
 
 
 class CannotStart(Exception):
@@ -95,6 +97,7 @@ class Cluster:
             raise CannotStart("slurmd needs root")
         self._write_files()
         self._munged()
+        self._before_controller()
         self._daemon("slurmctld", [])
         for node in range(1, NODES + 1):
             self.start_node(f"n{node}")
@@ -112,14 +115,16 @@ class Cluster:
         for process in self._processes:
             with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
                 process.wait(timeout=5)
-        for process in psutil.process_iter(["cmdline", "environ"]):  # steps that outlived their slurmd
-            words = process.info["cmdline"] or []
-            if words and "slurmstepd" in words[0] and (process.info["environ"] or {}).get("SLURM_CONF", "").startswith(str(self.folder)):
+        for process in psutil.process_iter(["name", "cwd"]):  # steps that outlived their slurmd; they have no environment
+            if process.info["name"] == "slurmstepd" and (process.info["cwd"] or "").startswith(str(self.folder)):
                 process.kill()
         for process in self._processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _before_controller(self) -> None:
+        """Start what the controller needs."""
 
     def start_node(self, node: str) -> None:
         """Start the slurmd of a virtual node."""
@@ -167,18 +172,22 @@ class Cluster:
         return next(word.split("=", 1)[1] for word in words if word.startswith(f"{name}="))
 
     def _write_files(self) -> None:
-        ports = list(_free_ports(1 + NODES))
+        ports = list(_free_ports(2 + NODES))
         for name in ("state", *(f"spool-n{node}" for node in range(1, NODES + 1))):
             (self.folder / name).mkdir()
         conf = CONF.format(
-            folder=self.folder, user=getpass.getuser(), nodes=NODES, ctld_port=ports[0], first_port=ports[1], last_port=ports[-1],
-            grace=self._grace, slurmd_seconds=self._slurmd_seconds,
+            folder=self.folder, user=getpass.getuser(), nodes=NODES, ctld_port=ports[0], first_port=ports[1], last_port=ports[NODES],
+            grace=self._grace, slurmd_seconds=self._slurmd_seconds, accounting=self._accounting(ports[-1]),
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
+
+    def _accounting(self, port: int) -> str:
+        """What slurm.conf says of accounting; ``port`` is for slurmdbd."""
+        return NO_ACCOUNTING
 
     def _munged(self) -> None:
         files = {

@@ -56,12 +56,33 @@ def test_sacct_in_json(job: dict[str, Any]) -> None:
     assert ended_from_json(json.dumps({"jobs": [common | job]})) == [ENDED]
 
 
+@pytest.mark.parametrize("task", [1, number(1)], ids=["22.05", "24.05"])
+def test_tasks_and_repeated_records_in_json(task: Any) -> None:
+    """As text shows them: a task by its array, and of a requeued job the last record."""
+    state = {"job_state": ["RUNNING"], "nodes": "n[1-2]", "state_reason": "None", "comment": "longstride abc"}
+    queued = {"job_id": 43, "array_job_id": 41, "array_task_id": task, **state}
+    ended = {**queued, "job_id": 44, "array_task_id": 0, "job_state": ["COMPLETED"]}
+    single = {"job_id": 45, "array_job_id": 0, "array_task_id": {"set": False, "number": 0} if isinstance(task, dict) else None, **state}
+    assert [job.id for job in queued_from_json(json.dumps({"jobs": [ended, queued, single]}))] == ["41_1", "45"]
+
+    def record(when: int, state: str) -> dict[str, Any]:
+        array = {"job_id": 41, "task_id": task}
+        return {"job_id": 43, "array": array, "name": "a", "state": {"current": state}, "time": {"submission": when}, "nodes": "n1"}
+
+    shown = [record(5, "NODE_FAIL"), record(9, "TIMEOUT"), record(7, "PREEMPTED")]
+    assert ended_from_json(json.dumps({"jobs": shown})) == [EndedJob("41_1", "a", "TIMEOUT", "", "n1", "")]
+    assert ended_from_json(json.dumps({"jobs": [*shown, record(9, "PENDING")]})) == []
+
+
 def test_text() -> None:
     assert queued_from_text("41|RUNNING|n[1-2]|None|longstride abc\n") == [QUEUED]
     assert queued_from_text("42|PENDING||Priority|two\nlines | of | it\n41|RUNNING|n[1-2]|None|longstride abc\n")[1:] == [QUEUED]  # type: ignore[index]
     assert queued_from_text("") == [] and queued_from_text("slurm said something else\n") is None
     assert ended_from_text("41|TIMEOUT|0:15|n[1-2]|a|longstride abc\n") == [ENDED]
     assert ended_from_text("7|CANCELLED by 1000|0:0||a|b|\n") == [EndedJob("7", "a|b", "CANCELLED", "0:0", "", "")]
+    assert ended_from_text("7|CANCELLED by 0|0:0|None assigned|a|b\n8|PENDING|0:0|None assigned|a|\n9|REQUEUED|0:0|n1|a|\n") == [
+        EndedJob("7", "a", "CANCELLED", "0:0", "", "b")
+    ]
     assert ended_from_text("\n") == [] and ended_from_text("{}\n") is None
 
 

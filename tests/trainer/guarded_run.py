@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def train(run_dir: RunDir, resume: bool = False) -> str:
         return str(error)
 
 
+def go_on(folder: str) -> str:
+    """``train`` on a rank of its own: begin or go on, and print nothing."""
+    with redirect_stdout(io.StringIO()):
+        return train(RunDir(folder), resume=True)
+
+
 @contextmanager
 def faults(run_dir: RunDir, factors: dict[int, float], on_rank: int | None = None) -> Iterator[None]:
     """The loss of the data of the n-th step (from 0, of all data in their order) is multiplied by ``factors[n]``, on one rank or all."""
@@ -88,7 +95,12 @@ def records(run_dir: RunDir) -> list[dict[str, Any]]:
 
 def trajectory(run_dir: RunDir) -> list[tuple[int, str, str, int]]:
     """Of each training step: loss and gradient norm in every bit, and the sequences consumed after it."""
-    train = [record for record in records(run_dir) if record["split"] == "train"]
+    return points(records(run_dir))
+
+
+def points(records: Sequence[dict[str, Any]]) -> list[tuple[int, str, str, int]]:
+    """``trajectory`` of lines of metrics.jsonl."""
+    train = [record for record in records if record["split"] == "train"]
     return [(r["step"], float(r["loss"]).hex(), float(r["grad_norm"]).hex(), r["data_cursor"]["sequences"]) for r in train]
 
 

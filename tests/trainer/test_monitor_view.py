@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longstride import main
+from trainer import report
 from trainer.metrics_file import encode_record
 from trainer.monitor_view import newest_log, plain, rank_lines, sparkline, view
+from trainer.report import ticks
 from trainer.run_dir import RunDir
 from trainer.runs_table import read_run
 
@@ -40,7 +42,7 @@ def test_what_it_says(tmp_path: Path) -> None:
     assert facts["step"] == "100 of 200 (50%), 3:20 to go"
     assert facts["loss"] == "2.0000, grad_norm 0.5, lr 0.001"
     assert facts["speed"] == "1,076 tokens/s, MFU 25.0%, 2 s a step", "the median of the last 50 steps"
-    assert facts["memory"] == "mem 3.00 of 4.00 GiB, planned 2.00"
+    assert facts["memory"] == "3.00 of 4.00 GiB, planned 2.00"
     assert facts["held-out"] == "loss 2.5000 at step 100" and facts["saved"] == "step 80, 1:05 ago"
     assert text[-3:] == ["--- logs/rank_0.log", "one", "two"]
     curve = facts["1 to 100"]
@@ -113,6 +115,45 @@ def test_the_report_is_one_page_that_loads_and_runs_nothing(tmp_path: Path, caps
     loss = [tuple(map(float, point.split(","))) for point in (curves[0] or "").split()]
     assert loss[0] == (64, 10) and loss[-1] == (852, 198), "falls from the upper left corner to the lower right one"
     assert main(["report", str(run.path), "--output", str(tmp_path / "no" / "x.html")]) == 2
+
+
+def test_one_spike_does_not_flatten_the_gradient_norm(tmp_path: Path) -> None:
+    run = make(tmp_path, steps=4)
+    lines = [{"split": "train", "step": step, "grad_norm": norm} for step, norm in enumerate((1, 10, 1000, 1), 1)]
+    run.metrics.write_bytes(b"".join(map(encode_record, lines)))
+    page = Page(report.page(read_run(run.path), []))
+    (points,) = [attrs["points"] for tag, attrs in page.tags if tag == "polyline"]
+    heights = [float(point.split(",")[1]) for point in (points or "").split()]
+    assert heights == pytest.approx([198, 198 - 188 / 3, 10, 198], abs=0.1) and "Gradient norm, logarithmic" in page.words
+    assert all(f"{level:,}" in page.words for level in (1, 10, 100, 1000))
+    run.metrics.write_bytes(b"".join(encode_record({**line, "grad_norm": line["grad_norm"] - 1}) for line in lines))
+    assert "logarithmic" not in Page(report.page(read_run(run.path), [])).words, "a zero has no logarithm"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "found"),
+    [
+        (1.5943, 5.8228, [2, 3, 4, 5]),
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (216.65, 3561.3, [1000, 2000, 3000]),
+        (-0.35, 0.35, [-0.2, 0, 0.2]),
+        (7, 7, [7]),
+        (5e-324, 1e-320, [5e-324]),
+        (-1.7e308, 1.7e308, [-1.7e308]),
+        (1, 240, [50, 100, 150, 200]),
+    ],
+)
+def test_round_numbers_along_an_axis(low: float, high: float, found: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(found)
+    assert all(low <= tick <= high for tick in ticks(low, high))
+
+
+@given(st.floats(-1e30, 1e30), st.floats(-1e30, 1e30))
+def test_an_axis_of_any_numbers_has_a_few_round_ones(one: float, other: float) -> None:
+    low, high = min(one, other), max(one, other)
+    found = ticks(low, high)
+    assert len(found) <= 7 and found == sorted(set(found)) and all(low <= tick <= high for tick in found)
+    assert len(found) >= 2 or high - low <= 1e-9 * max(abs(low), abs(high))
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

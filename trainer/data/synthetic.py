@@ -14,9 +14,8 @@ from models.batch import IGNORE_INDEX
 from models.errors import UserError
 from trainer.config import DataSection
 from trainer.data.packing import PackedSequence
-from trainer.evals.draws import Draws
 from trainer.evals.registry import PREFIX, task_of
-from trainer.evals.sample import Sample, Task
+from trainer.evals.sample import Sample, Task, TooShort, fitting
 
 ENDLESS = 2**62
 """Sequences of the one epoch there is."""
@@ -41,7 +40,7 @@ class SyntheticSequences:
         """Sequence ``n`` of the run."""
         step = n // self.per_step if self.split == "train" else max(self._stages)
         task, length = self._stages[max(first for first in self._stages if first <= step)]
-        samples = [task.sample(Draws(self.name, self.split, self.seed, n, i), length) for i in range(self.seq_len // length)]
+        samples = [fitting(task, length, None, self.split, self.seed, n, i) for i in range(self.seq_len // length)]
         return packed(samples, self.seq_len, self.data.document_mask, self.pad_id, self.data.synthetic.loss == "all")
 
     def fingerprint(self) -> str:
@@ -62,8 +61,8 @@ class SyntheticSequences:
             )
         task = task_of(self.data, settings)
         try:
-            task.sample(Draws("tried"), length)
-        except ValueError as error:
+            fitting(task, length, None, "tried")
+        except TooShort as error:
             raise UserError(f"data.synthetic: {error} (data.synthetic.length, or data.seq_len where that is null)") from None
         return task, length
 

@@ -226,7 +226,8 @@ def _opened_parquet(path: Path) -> Iterator[Any]:
 
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        _ = file.schema_arrow.names  # in a damaged file they need not be text
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _Unreadable(path, error) from error
     with file:
         yield file
@@ -246,7 +247,7 @@ def _opened_arrow(path: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
                 file = pa.ipc.open_file(mapped)
                 names, batches = file.schema.names, (file.get_batch(i) for i in range(file.num_record_batches))
             yield names, batches
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _Unreadable(path, error) from error
 
 

@@ -17,6 +17,9 @@ T = TypeVar("T")
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+BLOCK = 65_536
+
+
 class Draws:
     """Numbers drawn one after the other for ``purpose`` (task, seed, number of the sample ...)."""
 
@@ -36,7 +39,10 @@ class Draws:
 
     def below(self, limit: int, n: int) -> np.ndarray:
         """``n`` whole numbers in 0..limit-1, int64, any of them more than once."""
-        return (self.uniform(n) * limit).astype(np.int64)
+        found = np.empty(n, dtype=np.int64)
+        for start in range(0, n, BLOCK):  # a million tokens are drawn without much beside them
+            found[start : start + BLOCK] = self.uniform(min(BLOCK, n - start)) * limit
+        return found
 
     def one(self, limit: int) -> int:
         """A whole number in 0..limit-1."""

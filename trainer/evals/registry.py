@@ -25,9 +25,13 @@ PREFIX = "synthetic/"
 _CLASSES = {
     "mqar": "trainer.evals.tasks.mqar:Mqar",
     "associative": "trainer.evals.tasks.associative:Associative",
+    **dict.fromkeys(("copy", "reverse", "sort"), "trainer.evals.tasks.lists:Lists"),
     "passkey": "trainer.evals.tasks.passkey:Passkey",
+    **dict.fromkeys(("needle_single", "needle_multikey", "needle_haystack"), "trainer.evals.tasks.needle:Needle"),
+    "variables": "trainer.evals.tasks.variables:Variables",
+    **dict.fromkeys(("qa1", "qa2", "qa3", "qa4", "qa5"), "trainer.evals.tasks.babi:Babi"),
 }
-"""Made from the settings, and for tasks in words the tokenizer."""
+"""Made from the task's name, the settings, and for tasks in words the tokenizer."""
 
 
 class IdTokenizer:
@@ -60,7 +64,7 @@ def build_task(name: str, settings: SyntheticSection, tokenizer: Tokenizer | Non
     module, _, cls = _CLASSES[name].partition(":")
     build, values = getattr(importlib.import_module(module), cls), settings.of(name)
     try:
-        return build(values) if name in OF_IDS else build(values, tokenizer)
+        return build(name, values) if name in OF_IDS else build(name, values, tokenizer)
     except ValueError as error:
         raise UserError(f"data.synthetic: {error}") from None
 

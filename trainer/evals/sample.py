@@ -9,6 +9,7 @@ Legend: T tokens of a sample, n tokens of an answer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -28,7 +29,10 @@ class Question(NamedTuple):
     answer: np.ndarray
     """[n] the tokens to predict there."""
     depth: float
-    """Where the fact stands that it depends on, the last one if several: its position over T."""
+    """How far back the fact lies that it depends on, the last one if several: 1 - distance / T. For a question at the end, the fact's
+    place: 0 the beginning of the sample, 1 its end."""
+    kind: int = 0
+    """Which of the task's kinds of answers it has."""
 
 
 class Sample(NamedTuple):
@@ -55,7 +59,8 @@ class Answers:
 
     def draw(self, draws: Draws) -> np.ndarray:
         """One of them."""
-        return np.concatenate([draws.choice(part) for part in self.parts])
+        chosen = draws.uniform(len(self.parts)) * [len(part) for part in self.parts]
+        return np.concatenate([part[int(i)] for part, i in zip(self.parts, chosen, strict=True)])
 
     @property
     def chance(self) -> float:
@@ -63,8 +68,8 @@ class Answers:
         return 1 / prod(len(part) for part in self.parts)
 
     @property
-    def token_chance(self) -> float:
-        """Expected share of an answer's tokens that a guess has right at their places, over answers and guesses.
+    def hits_and_tokens(self) -> tuple[float, float]:
+        """Expected tokens of an answer that a guess has right at their places, over answers and guesses, and expected tokens.
 
         Exact where the choices of every part but the last are equally long."""
         hits, tokens = 0.0, 0.0
@@ -77,26 +82,51 @@ class Answers:
                 _, counts = np.unique(column[column >= 0], return_counts=True)
                 hits += float((counts.astype(float) ** 2).sum()) / len(part) ** 2
             tokens += float(np.mean([len(choice) for choice in part]))
-        return hits / tokens
+        return hits, tokens
 
 
 class Task(Protocol):
     """A generator of samples."""
 
     name: str
-    answers: Answers
-    """Of one question."""
+    kinds: tuple[tuple[float, Answers], ...]
+    """The kinds of answers that are asked for, each with its share of the questions."""
+    places_facts: bool
+    """Whether it can put the facts at a given depth."""
 
     def sample(self, draws: Draws, length: int, depth: float | None = None) -> Sample:
         """A sample of ``length`` tokens; ``depth`` 0..1 says where the facts stand, for tasks that can choose it, instead of the setting.
 
-        Raises ValueError with the way out where ``length`` is too short."""
+        Raises TooShort with the way out where ``length`` is too short."""
         ...
 
 
-def too_short(task: str, length: int, needed: int) -> ValueError:
+def guessing(task: Task) -> tuple[float, float]:
+    """What one scores who knows which answers there are and nothing else: share of questions, and of tokens."""
+    chances = [(share, answers.chance, *answers.hits_and_tokens) for share, answers in task.kinds]
+    hits, tokens = (sum(share * numbers[i] for share, *numbers in chances) for i in (1, 2))
+    return sum(share * chance for share, chance, *_ in chances), hits / tokens
+
+
+TELLINGS = 20
+
+
+def fitting(task: Task, length: int, depth: float | None, *purpose: int | str) -> Sample:
+    """The sample of ``task`` for ``purpose``. One that comes out longer than ``length`` by chance (long names, long words) is drawn anew;
+    raises TooShort when that has happened ``TELLINGS`` times."""
+    for telling in range(TELLINGS - 1):
+        with contextlib.suppress(TooShort):
+            return task.sample(Draws(task.name, *purpose, telling), length, depth)
+    return task.sample(Draws(task.name, *purpose, TELLINGS - 1), length, depth)
+
+
+class TooShort(ValueError):
+    """A length in which a sample does not fit."""
+
+
+def too_short(task: str, length: int, needed: int) -> TooShort:
     """The error of a sample that does not fit."""
-    return ValueError(f"synthetic/{task} needs {needed} tokens a sample with these settings, not {length}: raise its length, or ask less")
+    return TooShort(f"synthetic/{task} needs {needed} tokens a sample with these settings, not {length}: raise its length, or ask less")
 
 
 def joined(pieces: Sequence[ArrayLike]) -> np.ndarray:

@@ -19,15 +19,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "associative": {
         "pairs": 4, "queries": 1, "keys": 16, "values": 16, "fillers": 16, "key_tokens": 1, "value_tokens": 1, "segment_tokens": 16,
     },
+    **{name: {"pairs": 8, "values": 16, "fillers": 16, "gap": 0, "depth": None} for name in ("copy", "reverse", "sort")},
     "passkey": {"digits": 5, "depth": None, "background": None},
+    "needle_single": {"digits": 7, "depth": None, "background": None},
+    "needle_multikey": {"pairs": 4, "digits": 7, "depth": None, "background": None},
+    "needle_haystack": {"digits": 7, "depth": None},
+    "variables": {"pairs": 1, "hops": 4, "background": None},
+    **{name: {"facts": n, "background": None} for name, n in (("qa1", 6), ("qa2", 10), ("qa3", 14), ("qa4", 2), ("qa5", 8))},
 }  # fmt: skip
 """By task: the settings it reads, besides those that every task reads, and their defaults."""
 
-OF_IDS = ("mqar", "associative")
+OF_IDS = ("mqar", "associative", "copy", "reverse", "sort")
 """Tasks with a vocabulary of their own; the others are in the words of ``data.tokenizer``."""
 
 _EVERY_TASK = ("length", "loss", "curriculum")
-_IN_STAGES = ("length", "pairs", "queries", "gap")
+_IN_STAGES = ("length", "pairs", "queries", "gap", "hops", "facts")
 
 
 class Stage(Section):
@@ -43,6 +49,10 @@ class Stage(Section):
     """Instead of synthetic.queries."""
     gap: Count | None = None
     """Instead of synthetic.gap."""
+    hops: PositiveInt | None = None
+    """Instead of synthetic.hops."""
+    facts: PositiveInt | None = None
+    """Instead of synthetic.facts."""
 
 
 class SyntheticSection(Section):
@@ -53,17 +63,17 @@ class SyntheticSection(Section):
     loss: Literal["answers", "all"] = "answers"
     """answers: only the tokens of answers are predicted; all: every next token too (tasks in words)."""
     pairs: PositiveInt | None = None
-    """mqar, associative: key-value pairs of a sample."""
+    """mqar, associative: key-value pairs of a sample; needle_multikey: needles; copy, reverse, sort: symbols; variables: chains."""
     queries: PositiveInt | None = None
     """mqar, associative: pairs that are asked for (mqar: all, associative: 1)."""
     keys: PositiveInt | None = None
     """mqar: different keys; associative: symbols that keys are made of."""
     values: PositiveInt | None = None
-    """mqar: different values; associative: symbols that values are made of."""
+    """mqar: different values; associative: symbols that values are made of; copy, reverse, sort: different symbols."""
     fillers: PositiveInt | None = None
-    """mqar, associative: different tokens that stand between."""
+    """Tasks of ids: different tokens that stand between."""
     gap: Count | None = None
-    """mqar: filler tokens between the last pair and the first query, at least."""
+    """mqar: filler tokens between the last pair and the first query, at least; copy, reverse, sort: between the symbols and the answer."""
     power: float | None = Field(default=None, gt=0)
     """mqar: queries stand at distances from the pairs that follow a power law, density power * distance^(power - 1)."""
     key_tokens: PositiveInt | None = None
@@ -73,11 +83,15 @@ class SyntheticSection(Section):
     segment_tokens: PositiveInt | None = None
     """associative: tokens of one segment, which holds one pair at most; the last one holds the queries."""
     digits: Annotated[int, Field(gt=0, le=64)] | None = None
-    """passkey: digits of the number."""
+    """passkey, needle_*: digits of the number."""
+    hops: PositiveInt | None = None
+    """variables: assignments of a chain after its first."""
+    facts: PositiveInt | None = None
+    """qa1 to qa5: sentences that are told about the world."""
     depth: float | None = Field(default=None, ge=0, le=1)
-    """passkey: where the fact stands, 0 the beginning, 1 the end; null: anywhere, evenly."""
+    """passkey, needle_*, copy, reverse, sort: where the fact stands, 0 the beginning, 1 the end; null: anywhere, evenly."""
     background: str | None = None
-    """passkey: a text file whose sentences stand around the facts; null: sentences of the task's own."""
+    """Tasks in words but needle_haystack: a text file whose sentences stand around the facts; null: sentences of the task's own."""
     curriculum: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
     """Stages {from_step: 0, pairs: 1}, {from_step: 500, pairs: 4} ... in order of from_step; held-out data are of the last one."""
 

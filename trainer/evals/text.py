@@ -53,7 +53,7 @@ class Background:
     """cycle: over and over from the first; text: from any one on, in order; drawn: each by chance."""
 
     def take(self, draws: Draws, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Exactly ``n`` tokens, the last sentence cut, and where sentences begin in them (0 and n included)."""
+        """Exactly ``n`` tokens, the last sentence cut, and where sentences begin in them (n too where none is cut)."""
         lengths = np.array([len(sentence) for sentence in self.sentences])
         if self.order == "drawn":
             chosen = draws.below(len(lengths), n // int(lengths.min()) + 1)
@@ -64,7 +64,7 @@ class Background:
         starts = np.concatenate(([0], np.cumsum(lengths[chosen])))
         used = int(np.searchsorted(starts, n))
         tokens = joined([self.sentences[i] for i in chosen[:used]] or [np.zeros(0, np.int64)])[:n]
-        return tokens, np.minimum(starts[: used + 1], n)
+        return tokens, starts[: used + 1][starts[: used + 1] <= n]
 
 
 def background_of(encode: Encoder, path: str | None, own: Sequence[str], order: Literal["cycle", "text", "drawn"]) -> Background:

@@ -213,6 +213,20 @@ def test_arrow_stream_cut_between_batches_is_damaged(tmp_path: Path) -> None:
     assert "no end marker" in the_bad_one(open_source("arrow", str(path))).detail
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "arrow file"])
+def test_names_of_columns_that_are_no_text_make_a_damaged_file(tmp_path: Path, kind: str) -> None:
+    path, table = tmp_path / f"t.{kind.split()[0]}", pa.table({"first": [1], "text": ["a"]})
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        make = pa.ipc.new_stream if kind == "arrow" else pa.ipc.new_file
+        with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema) as writer:
+            writer.write_table(table)
+    path.write_bytes(path.read_bytes().replace(b"first", b"fi\x8ast"))
+    bad = the_bad_one(open_source(kind.split()[0], str(path)))  # type: ignore[arg-type]
+    assert (bad.reason, bad.origin) == ("unreadable", str(path)) and "damaged" in bad.detail
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_bad_table_rows_and_columns_are_named(tmp_path: Path, kind: str) -> None:
     def written(table: pa.Table) -> Source:

@@ -160,3 +160,13 @@ def test_the_model_is_counted_as_before():
     heads = (4 + 2 * 2) * 8 + 2 * 8
     assert parameter_count(more, 320).total - parameter_count(config, 320).total == 2 * heads
     assert parameter_count(more, 320).matmul == parameter_count(config, 320).matmul
+
+
+def test_a_run_on_ids_leaves_without_a_tokenizer(tmp_path):
+    """Its ids are no bytes: what would decode them as text is not written."""
+    data = {"source": "synthetic/mqar", "seq_len": 64, "synthetic": {"keys": 40, "values": 30, "fillers": 10}}
+    _, run_dir, _ = run_of(tmp_path / "run", data=data)
+    export_model(run_dir, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*token*.json"))
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["eos_token_id"] == content["pad_token_id"] == 80 and content["vocab_size"] == 320

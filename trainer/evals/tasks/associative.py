@@ -21,9 +21,10 @@ from trainer.evals.sample import Answers, Question, Sample, joined, too_short
 class Associative:
     """See the module. Raises ValueError for settings that cannot be."""
 
-    name = "associative"
+    places_facts = False
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        self.name = name
         self.pairs, self.queries, self.segment = settings["pairs"], settings["queries"], settings["segment_tokens"]
         self.keys, self.values, self.fillers = settings["keys"], settings["values"], settings["fillers"]
         self.key_tokens, self.value_tokens = settings["key_tokens"], settings["value_tokens"]
@@ -44,7 +45,7 @@ class Associative:
         words = self.keys + self.values + self.fillers
         self.PAIR, self.ASK, self.IS = words, words + 1, words + 2
         self.vocab_size = words + 3
-        self.answers = Answers.ids(self.keys, self.values, self.value_tokens)
+        self.kinds = ((1.0, Answers.ids(self.keys, self.values, self.value_tokens)),)
 
     def sample(self, draws: Draws, length: int, depth: float | None = None) -> Sample:
         """See `Task.sample`. ``length`` counts the last token of the last answer too, which is only predicted; what does not fill a
@@ -52,7 +53,8 @@ class Associative:
         segments, rest = divmod(length + 1, self.segment)
         if segments < self.pairs + 1:
             raise too_short(self.name, length, (self.pairs + 1) * self.segment - 1)
-        tokens = draws.below(self.fillers, length + 1) + self.keys + self.values
+        tokens = draws.below(self.fillers, length + 1)
+        tokens += self.keys + self.values
         keys, values = self._keys(draws), draws.below(self.values, self.pairs * self.value_tokens).reshape(self.pairs, -1) + self.keys
         places = rest + np.sort(draws.different(segments - 1, self.pairs)) * self.segment
         places += draws.below(self.segment - self.fact + 1, self.pairs)
@@ -62,7 +64,7 @@ class Associative:
         for pair in draws.different(self.pairs, self.queries):
             tokens[start : start + self.fact] = joined([[self.ASK], keys[pair], [self.IS], values[pair]])
             at = start + 1 + self.key_tokens + np.arange(self.value_tokens)
-            questions.append(Question(at, values[pair], float(places[pair]) / length))
+            questions.append(Question(at, values[pair], 1 - float(at[0] - places[pair]) / length))
             start += self.fact
         return Sample(tokens[:-1], int(tokens[-1]), tuple(questions))
 

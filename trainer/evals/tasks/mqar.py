@@ -20,9 +20,10 @@ from trainer.evals.sample import Answers, Question, Sample, too_short
 class Mqar:
     """See the module. Raises ValueError for settings that cannot be."""
 
-    name = "mqar"
+    places_facts = False
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        self.name = name
         self.pairs, self.gap, self.power = settings["pairs"], settings["gap"], settings["power"]
         self.queries = settings["queries"] or self.pairs
         self.keys, self.values, self.fillers = settings["keys"], settings["values"], settings["fillers"]
@@ -31,20 +32,21 @@ class Mqar:
         if self.queries > self.pairs:
             raise ValueError(f"synthetic/mqar: queries {self.queries} exceed pairs {self.pairs}; every pair is asked for at most once")
         self.vocab_size = self.keys + self.values + self.fillers
-        self.answers = Answers.ids(self.keys, self.values)
+        self.kinds = ((1.0, Answers.ids(self.keys, self.values)),)
 
     def sample(self, draws: Draws, length: int, depth: float | None = None) -> Sample:
-        """See `Task.sample`; depths follow from the order of the pairs."""
+        """See `Task.sample`; ``depth`` has no say: queries stand where the power law puts them."""
         first = 2 * self.pairs + self.gap
         slots = (length - first) // 2
         if slots < self.queries:
             raise too_short(self.name, length, first + 2 * self.queries)
         keys, values = draws.different(self.keys, self.pairs), draws.below(self.values, self.pairs) + self.keys
-        tokens_T = draws.below(self.fillers, length) + self.keys + self.values
+        tokens_T = draws.below(self.fillers, length)
+        tokens_T += self.keys + self.values
         tokens_T[0 : 2 * self.pairs : 2], tokens_T[1 : 2 * self.pairs : 2] = keys, values
         weights = self.power * np.arange(1, slots + 1, dtype=np.float64) ** (self.power - 1)
         at = first + 2 * draws.weighted(weights, self.queries)
         asked = draws.different(self.pairs, self.queries)
         tokens_T[at] = keys[asked]
-        questions = [Question(at[i : i + 1], values[p : p + 1], 2 * int(p) / length) for i, p in enumerate(asked)]
+        questions = [Question(at[i : i + 1], values[p : p + 1], 1 - float(at[i] - 2 * p) / length) for i, p in enumerate(asked)]
         return Sample(tokens_T, None, tuple(questions))

@@ -22,19 +22,20 @@ NOISE = ("The grass is green. ", "The sky is blue. ", "The sun is yellow. ", "He
 class Passkey:
     """See the module."""
 
-    name = "passkey"
+    places_facts = True
 
-    def __init__(self, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
+    def __init__(self, name: str, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
+        self.name = name
         self.encode, self.depth = Encoder(tokenizer), settings["depth"]
         self.background = background_of(self.encode, settings["background"], NOISE, "cycle")
-        self.answers = Answers((tuple(self.encode(digit) for digit in "0123456789"),) * settings["digits"])
+        self.kinds = ((1.0, Answers((tuple(self.encode(digit) for digit in "0123456789"),) * settings["digits"])),)
 
     def sample(self, draws: Draws, length: int, depth: float | None = None) -> Sample:
         """See `Task.sample`."""
         depth = self.depth if depth is None else depth
         depth = float(draws.uniform(1)[0]) if depth is None else depth
-        key, encode = self.answers.draw(draws), self.encode
+        key, encode = self.kinds[0][1].draw(draws), self.encode
         fact = [encode("The pass key is "), key, encode(". Remember it. "), key, encode(" is the pass key. ")]
         page = Page(encode(HEAD), encode("\nWhat is the pass key? The pass key is "), key)
         tokens, at, places = page.compose(self.name, draws, self.background, [(depth, joined(fact))], length)
-        return Sample(tokens[:-1], int(tokens[-1]), (Question(at, key, places[0] / length),))
+        return Sample(tokens[:-1], int(tokens[-1]), (Question(at, key, 1 - (int(at[0]) - places[0]) / length),))
