@@ -354,7 +354,13 @@ def model_vocab_size(config: RunConfig, tokenizer_vocab: int) -> int:
     """Rows of the embedding; raises UserError when model.vocab_size is too small for the tokenizer."""
     configured = config.model.vocab_size
     if configured is None:
-        return -(-tokenizer_vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        rounded, tp = -(-tokenizer_vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, config.parallel.tp
+        if rounded % tp:
+            raise UserError(
+                f"parallel.tp {tp} does not divide the {rounded} rows of the embedding (model.vocab_size null: the tokenizer's "
+                f"{tokenizer_vocab}, rounded up to {VOCAB_MULTIPLE}); set model.vocab_size={-(-rounded // tp) * tp}, or another parallel.tp"
+            )
+        return rounded
     if configured < tokenizer_vocab:
         raise UserError(
             f"model.vocab_size: {configured} is smaller than the {tokenizer_vocab} tokens of data.tokenizer '{config.data.tokenizer}'; "

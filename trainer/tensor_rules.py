@@ -48,8 +48,11 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
     kind = config.model.memory.kind
     if "memory" in config.model.layer_kinds and kind not in SHARED_MEMORIES:
         return (
-            f"parallel.tp {tp}: model.memory.kind {kind} has not been shown to share tokens among tensor-parallel ranks: set parallel.tp=1"
+            f"parallel.tp {tp}: model.memory.kind {kind} has not been shown to be exact over tensor-parallel ranks, those of "
+            f"{', '.join(SHARED_MEMORIES)} have; set parallel.tp=1 and parallel.cp or parallel.dp_shard"
         )
+    if config.train.carry_state != "none":
+        return f"parallel.tp {tp}: states carried from sequence to sequence have not been shown to be exact: set train.carry_state=none"
     # Ranges of a zigzag layout that neighbours share in equal parts: attention beside a memory knows none such, and an odd number of
     # neighbours would cut them to unequal ranges.
     if "memory" in config.model.layer_kinds and config.layout == "zigzag" and (tp % 2 or attach != "mixer"):

@@ -17,6 +17,7 @@ from tests.distributed import run_distributed
 from trainer.build import build_engine, mesh_for
 from trainer.config import RunConfig
 from trainer.data.build import build_data
+from trainer.tensor_rules import SHARED_MEMORIES
 
 STEPS = 5
 SEQUENCES_PER_STEP = 4
@@ -183,6 +184,20 @@ def test_same_training_with_documents_dealt_one_by_one(documents: tuple[str, str
     wanted = train_steps(plain.model_copy(update={"model": without_memory}))
     dealt = experiment(*documents, "fp64", "auto", 1, 1, 2).model_copy(update={"model": without_memory})
     compare(dealt.model_copy(update={"parallel": dealt.parallel.model_copy(update={"layout": "per_document"})}), *wanted)
+
+
+def test_same_training_of_every_memory_that_tensor_parallel_ranks_share(documents: tuple[str, str]) -> None:
+    attached = {"layers": ["memory", "swa"], "memory": {"attach": "mag", "chunk_size": 16}}
+    models = [{"layers": ["full", "memory"], "memory": {"kind": kind}} for kind in SHARED_MEMORIES if kind != "gated_deltanet"]
+    plain = [experiment(*documents, "fp64", "auto", 1, 1, 1).model_dump() for _ in [*models, attached]]
+    for one, changed in zip(plain, [*models, attached], strict=True):
+        one["model"] |= changed
+    shared = [RunConfig.model_validate({**one, "parallel": {"tp": 2, "layout": "contiguous"}}) for one in plain]
+    answers = run_distributed(train_all, 2, shared)
+    for i, one in enumerate(plain):
+        expected = train_steps(RunConfig.model_validate(one))
+        for found in answers:
+            check("fp64", found[i], *expected)
 
 
 def compare(config: RunConfig, losses: list[float], norms: list[float], parameters: dict[str, torch.Tensor]) -> None:

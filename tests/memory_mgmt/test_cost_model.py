@@ -149,6 +149,9 @@ def test_collectives_between_nodes() -> None:
 
 def test_topology_of_a_mesh() -> None:
     assert Topology.of(ParallelDims(cp=2), 8) == Topology(2, cp=2)
+    shared = Topology.of(ParallelDims(cp=8, tp=2), 8)
+    assert shared.ranks == 16 and shared.members_per_node(8) == 4, "ranks of a cp group lie tp apart"
+    assert not shared.crosses_nodes(2, stride=1) and shared.crosses_nodes(2, stride=8), "what is known of a group counts"
     topology = Topology.of(ParallelDims(dp_replicate=2, dp_shard=2, cp=4), 8)
     assert (topology.ranks, topology.shard, topology.ranks_per_node) == (16, 8, 8)
     assert not topology.crosses_nodes(8) and topology.crosses_nodes(16)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from models.batch import IGNORE_INDEX, Batch, Bounds
+from models.errors import UserError
 from models.loss import chunked_cross_entropy
 from optim.codecs import codec_named
 from parallel.tensor_parallel import SplitTokens, sent_bytes
@@ -18,6 +19,8 @@ from parallel.vocabulary import SharedSweep
 from tests.distributed import run_distributed
 from trainer.build import build_model, mesh_for
 from trainer.config import RunConfig
+from trainer.planning import model_vocab_size
+from trainer.settling import settled
 from trainer.tensor_rules import STATE_BLOCK
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 2, 12, 6, 10
@@ -66,7 +69,7 @@ def sent(layers: int, recompute: str) -> int:
     return total
 
 
-def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
+def on_a_rank() -> list[tuple]:
     """Of this rank's part: losses and gradients, the norm's summed over ranks."""
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     assert group is not None
@@ -138,6 +141,21 @@ def test_what_cannot_be_shared_is_refused_by_name(settings: dict, words: str) ->
     RunConfig.model_validate(settings)
     with pytest.raises(ValidationError, match=words):
         RunConfig.model_validate({**settings, "parallel": {**settings.get("parallel", {}), "tp": 2}})
+
+
+def test_degrees_that_are_chosen_leave_tp_alone() -> None:
+    config = RunConfig.model_validate({"model": {"layers": ["full"]}, "parallel": {"tp": 2, "cp": "auto"}})
+    with pytest.raises(UserError, match=r"parallel\.tp 2 does not divide 3 ranks"):
+        settled(config, "cpu", 3)
+    assert settled(config, "cpu", 2).config.parallel.model_dump(include={"cp", "tp"}) == {"cp": 1, "tp": 2}
+
+
+def test_a_vocabulary_that_the_data_brings_is_refused_by_name() -> None:
+    config = RunConfig.model_validate(
+        {"model": {"layers": ["full"], "n_heads": 3, "d_model": 48, "d_ff": 96}, "data": {"seq_len": 96}, "parallel": {"tp": 3}}
+    )
+    with pytest.raises(UserError, match=r"parallel\.tp 3 does not divide the 320 rows .* model\.vocab_size=321"):
+        model_vocab_size(config, 300)
 
 
 def test_the_blocks_of_states_are_those_of_the_codecs() -> None:

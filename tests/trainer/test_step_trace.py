@@ -9,15 +9,18 @@ import torch
 import torch.distributed as dist
 
 from memory_mgmt.allocator_log import record_cpu_allocations
+from memory_mgmt.devices import DEVICES
 from memory_mgmt.offload import HostStore
 from memory_mgmt.policy import KEEP, RECOMPUTE, LayerPolicy, Policy, Split
 from memory_mgmt.policy_settings import policy_of
 from memory_mgmt.trace import Trace, by_kind
 from memory_mgmt.trace_extend import shorten
 from memory_mgmt.traced_plan import stretches
+from parallel.tensor_parallel import sent_bytes
 from tests.distributed import run_distributed
 from trainer.build import build_engine, host_store, mesh_for
 from trainer.config import RunConfig
+from trainer.planning import predict, target_of
 from trainer.step_trace import _batch, trace_request
 from trainer.tracing import TraceRequest
 
@@ -216,6 +219,18 @@ def test_traced_peak_is_the_allocators_on_two_ranks(sections):
     traced = trace_request(request(cfg)).peak()[0]
     measured = run_distributed(real_peak_of_ranks, 2, cfg.model_dump(mode="json"), None)
     assert traced == pytest.approx(max(measured), rel=1e-3)
+
+
+def test_a_plan_counts_the_bytes_of_tensor_parallel_ranks():
+    layers, tokens, width = 2, 1024, 64
+    cfg = config(model={"layers": ["full"] * layers}, parallel={"tp": 2, "cp": 2, "layout": "contiguous"}, train={"device": "cpu"})
+    found = predict(target_of(cfg, DEVICES["h100"]), trace_request(request(cfg)))
+    assert found is not None
+    message = tokens // 2 * width * 4 // 2
+    blocks = layers * sum(sent_bytes(tokens // 2, width, 2, 4))
+    ends, norms = 4 * message + 2 * tokens // 2 * 4, (2 * layers + 1) * width // 2 * 4  # norms are sharded over cp
+    assert found.tensor_bytes == blocks + ends + norms
+    assert 0 < found.tensor_seconds <= found.exposed_communication_seconds
 
 
 def test_swapped_tensors_count_as_host_memory():
