@@ -14,7 +14,7 @@ Try alone: ``pytest tests/models/test_transformer.py``.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(model: Transformer, seed: int, mup_base_width: int | None = None) -> None:
+def init_weights(model: Transformer, seed: int, mup_base_width: int | None = None, only: Collection[nn.Parameter] | None = None) -> None:
     """Fill every parameter in place: a pure function of (seed, its name), whatever device, dtype or sharding it has.
 
     The whole tensor is drawn on the CPU in float32 from a generator of its own; a DTensor takes its shard of it without
@@ -214,13 +214,15 @@ def init_weights(model: Transformer, seed: int, mup_base_width: int | None = Non
 
     ``mup_base_width``: the width at which ``init_std`` was found. With m times that width, the standard deviation of hidden linear layers
     is divided by the root of m and that of the output matrix by m (arXiv 2203.03466, table 3, as table 8 but for its multiplier); raises
-    ValueError with tied embeddings, which cannot be both.
+    ValueError with tied embeddings, which cannot be both. ``only``: the parameters to fill, where the others have no memory yet.
     """
     if mup_base_width is not None and model.head is None:
         raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
     wider = 1.0 if mup_base_width is None else model.config.d_model / mup_base_width
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if only is not None and not any(parameter is one for one in only):
+                continue
             full_name = f"{module_name}.{name}" if module_name else name
             digest = hashlib.sha256(f"{seed}/{full_name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -163,9 +163,11 @@ def check_launch(env: Env, precision: str, device: str, grad_accum: int, ranks: 
         )
 
 
-def name_device(index: int) -> None:
-    """Tell DeepSpeed, which reads it out of this process's environment, which of the devices that this rank sees is its own. A launcher's
-    local rank is another number where every rank sees one device."""
+def name_device(device: torch.device) -> None:
+    """Tell DeepSpeed, which reads it out of this process's environment when it is imported, this rank's device. The local rank that a
+    launcher gave is another number where every rank sees one device."""
+    index = device.index or 0
+    os.environ["DS_ACCELERATOR"] = device.type
     os.environ["LOCAL_RANK"] = str(index)
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # refused when it differs
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)

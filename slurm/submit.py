@@ -19,7 +19,17 @@ from slurm.script import Job, render
 from slurm.site import Site, read_site
 from slurm.submission import Submission, has_submission, job_of, read_submission, write_submission
 from trainer import config_file, resume_rules
-from trainer.commands.open_run import check_init_from, kept_plan, new_run, open_run, refuse_existing, refuse_imported, settle, with_values
+from trainer.commands.open_run import (
+    check_engine,
+    check_init_from,
+    kept_plan,
+    new_run,
+    open_run,
+    refuse_existing,
+    refuse_imported,
+    settle,
+    with_values,
+)
 from trainer.commands.places import HOME, find_run
 from trainer.config import RunConfig
 from trainer.planning import plan_run
@@ -35,6 +45,7 @@ def submit(args: argparse.Namespace) -> int:
     config = config_file.resolve(path, args.overrides)
     if config.run.name is not None:
         refuse_existing(Path(config.run.root) / config.run.name)
+    check_engine(config)
     check_init_from(config)
     site = read_site()
     options = options_of(args, {})
@@ -63,6 +74,7 @@ def resubmit(args: argparse.Namespace) -> int:
     old = config_file.resolve(run_dir.config)
     new = config_file.resolve(run_dir.config, args.overrides)
     resume_rules.check(old, new, args.allow)
+    check_engine(new)
     site = read_site()
     before = read_submission(run_dir) if has_submission(run_dir) else None
     options = options_of(args, before.options if before else {})

@@ -10,6 +10,8 @@ LONG = (
     "trainer/test_settling",
     "trainer/test_choosing",
     "trainer/test_checkpoint",
+    "trainer/test_deepspeed",
+    "optim/test_zero",
     "optim/test_fused_backward",
     "optim/test_driver",
 )

@@ -10,8 +10,9 @@ import hashlib
 import importlib
 import math
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer, quantise_matrices_
 from optim.fused_backward import fuse_backward
 from parallel.dims import ParallelDims
+from parallel.distributed import name_device
 from parallel.log_lines import at_step
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import keep_keys_in_host, parallelize, split_sequence
@@ -61,6 +63,9 @@ from trainer.watchdog import Watchdog
 _DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 """Of parameters that ``optim.weights`` does not keep in fewer bits."""
 
+Fill = Callable[..., object]
+"""``fill(model, only=None)`` gives every parameter of a model its value, or ``only`` some, where the others have no memory yet."""
+
 
 def build_model(
     config: RunConfig,
@@ -69,7 +74,7 @@ def build_model(
     device: torch.device,
     policy: Policy | None = None,
     store: HostStore | None = None,
-    fill: Callable[[Transformer], object] | None = None,
+    fill: Fill | None = None,
 ) -> Transformer:
     """The model on ``device`` with initial weights: built without memory, wrapped, split and sharded, then materialised.
 
@@ -83,8 +88,8 @@ def build_model(
     return model
 
 
-def _by_chance(config: RunConfig) -> Callable[[Transformer], object]:
-    return lambda model: init_weights(model, config.train.seed, config.optim.mup_base_width)
+def _by_chance(config: RunConfig) -> Fill:
+    return lambda model, only=None: init_weights(model, config.train.seed, config.optim.mup_base_width, only)
 
 
 def shaped_model(
@@ -97,13 +102,14 @@ def shaped_model(
         quantise_matrices_(model)
     model.residual_dtype = torch.bfloat16 if config.train.residual == "bf16" else None
     apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
-    assert config.parallel.sequence != "auto" or mesh is None, "settled before"
     narrow = config.parallel.kv_gradient_dtype == "compute"
-    if mesh is not None and config.engine == "deepspeed":
-        split_sequence(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, narrow)
-    elif mesh is not None:
-        gather_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-        parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, narrow)
+    if mesh is not None:
+        assert config.parallel.sequence != "auto", "settled before"
+        if config.engine == "deepspeed":  # which deals out parameters itself
+            split_sequence(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, narrow)
+        else:
+            gather_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+            parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, narrow)
     if config.parallel.kv_residence == "host":
         assert store is not None, "host_store makes one"
         keep_keys_in_host(model, mesh, config.layout, store, config.parallel.kv_chunk, narrow)
@@ -128,14 +134,14 @@ def build_engine(
     device: torch.device,
     policy: Policy | None = None,
     store: HostStore | None = None,
-    fill: Callable[[Transformer], object] | None = None,
+    fill: Fill | None = None,
 ) -> Engine:
     """Model and optimizer of ``config`` on this rank; ``policy``, ``store`` and ``fill`` as for ``build_model``."""
     if config.engine == "deepspeed":
         assert mesh is not None, "mesh_for starts a process group"
-        # By name: the package is optional, and takes seconds to import.
-        build = importlib.import_module("trainer.deepspeed_engine").build_deepspeed_engine
-        return build(config, build_model(config, vocab_size, mesh, device, policy, store, fill), mesh, device)
+        with torch.device("meta"):
+            model = shaped_model(config, vocab_size, mesh, policy, store)
+        return _deepspeed_engine(device).build_deepspeed_engine(config, model, fill or _by_chance(config), mesh, device)
     if config.parallel.kv_residence == "host":
         store = store or HostStore(device)
     if config.memory.offload_parameters == "none":
@@ -147,6 +153,12 @@ def build_engine(
     with offloaded.in_place():
         (fill or _by_chance(config))(model)
     return engine_for(config, model, mesh, device, store, offloaded)
+
+
+def _deepspeed_engine(device: torch.device) -> ModuleType:
+    """The module, by name: its package is optional, and takes seconds to import."""
+    name_device(device)
+    return importlib.import_module("trainer.deepspeed_engine")
 
 
 def host_store(
@@ -269,6 +281,8 @@ def _build_trainer(
         cleanup.callback(dist.destroy_process_group)
     dp_rank, dp_size = (mesh.dp_rank, mesh.dims.dp) if mesh else (0, 1)
     data = build_data(config, dp_rank, dp_size)
+    if config.engine == "deepspeed":
+        _deepspeed_engine(device)
     monitor = MemoryMonitor(device)  # before the model: its baseline is the process without one
     vocab_size = model_vocab_size(config, data.vocab_size)
     policy = plan.policy or policy_of(config.memory, config.model.layer_kinds)
@@ -326,18 +340,23 @@ def _build_trainer(
     )
 
 
-def _beginning(
-    config: RunConfig, run_dir: RunDir, checkpoints: CheckpointManager
-) -> tuple[Callable[[Transformer], object] | None, list[str]]:
+def _beginning(config: RunConfig, run_dir: RunDir, checkpoints: CheckpointManager) -> tuple[Fill | None, list[str]]:
     """What gives a run without checkpoints of its own its first weights, and notes that it fills in; None: chance, or a checkpoint."""
     init_from = config.train.init_from
     if init_from is None or checkpoints.ranks.first_does("list checkpoints", run_dir.checkpoint_steps):
         return None, []
     notes: list[str] = []
-    return lambda model: notes.append(f"begins with the weights of {fill_from(init_from, model, checkpoints)}"), notes
+
+    def fill(model: Transformer, only: Collection[torch.nn.Parameter] | None = None) -> None:
+        path = fill_from(init_from, model, checkpoints, only, checked=bool(notes))
+        notes[:] = [f"begins with the weights of {path}"]
+
+    return fill, notes
 
 
 def _resident(engine: Engine) -> dict[str, int]:
+    if not engine.by_parameter:
+        return {}  # DeepSpeed's flat tensors: not counted one by one
     state = engine.state_dict()
     found = {"parameters": tensor_bytes(state["model"])} if engine.offloaded is None else {}
     # Offloaded states count with the store's host memory.

@@ -9,29 +9,29 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import deepspeed  # pyright: ignore[reportMissingImports]
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import set_accelerator  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
 from models.batch import Batch
-from models.errors import UserError
-from models.transformer import Block, LossHead, Transformer
+from models.transformer import Block, Transformer
 from optim.build import parameter_groups
 from optim.clip import square_sum
-from optim.routing import route
-from parallel.distributed import name_device
+from optim.routing import Routed, route
 from parallel.mesh import Mesh
 from trainer.config import RunConfig
 from trainer.engine import Engine, LossSums, _RunningSums, forward
 from trainer.tensor_pieces import PiecewiseTensor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_REFUSED = -1.0
+"""A norm with which DeepSpeed drops gradients instead of updating: its own sign for one that is not finite."""
 
 
 class Fragment(NamedTuple):
@@ -74,6 +74,10 @@ class Partitions:
         """Of the whole parameter."""
         return parameter.shape
 
+    def ask_norm(self, norm: Callable[[], Tensor]) -> None:
+        """Have ``norm`` say how large gradients are when an update begins, and whether there is to be one."""
+        self.zero.scaled_global_norm = norm
+
     def before_writing(self) -> None:
         """Nobody keeps copies of what is going to be written into ``flats``."""
 
@@ -103,6 +107,9 @@ class PartitionsOfParameters(Partitions):
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.ds_shape  # pyright: ignore[reportAttributeAccessIssue]
 
+    def ask_norm(self, norm: Callable[[], Tensor]) -> None:
+        self.zero._get_norm_groups = lambda: [norm()]
+
     def before_writing(self) -> None:
         self.zero._partition_all_parameters()
 
@@ -111,60 +118,57 @@ class PartitionsOfParameters(Partitions):
             self.zero._reassign_or_swap_out_partitioned_parameters(flat)
 
 
-def build_deepspeed_engine(config: RunConfig, model: Transformer, mesh: Mesh, device: torch.device) -> DeepSpeedEngine:
-    """The engine of ``config`` around ``model``, which is whole on this rank's ``device`` with its initial weights. All ranks together.
-
-    Raises UserError where what DeepSpeed compiles for offload cannot be compiled.
-    """
-    _start(device)
-    optimizer = _optimizer(model, config)
+def build_deepspeed_engine(
+    config: RunConfig, model: Transformer, fill: Callable[..., object], mesh: Mesh, device: torch.device
+) -> DeepSpeedEngine:
+    """The engine of ``config`` around ``model``, whose parameters have no memory yet. All ranks together; the process's environment names
+    ``device`` (``parallel.distributed.name_device``). ``fill`` gives parameters their values (``trainer.build``)."""
+    _start()
+    routed = route(model)  # while parameters have their shapes, which ZeRO-3 takes
+    settings = zero_settings(config, model, pinned=device.type == "cuda")
     if config.deepspeed.stage == 3:
+        _materialise_shares(model, fill, device, settings)
         _gather_by_block(model)
-    settings = zero_settings(config, largest_unit(model), pinned=device.type == "cuda")
+    else:
+        model.to_empty(device=device)
+        fill(model)
+    optimizer = _optimizer(model, routed, config)
     wrapped = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)[0]
     kind = PartitionsOfParameters if config.deepspeed.stage == 3 else Partitions
     return DeepSpeedEngine(config, wrapped, optimizer, kind(wrapped.optimizer), mesh, device)
 
 
-def _start(device: torch.device) -> None:
-    """Have DeepSpeed use this rank's device and the process group that is there."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+def _start() -> None:
+    """Have DeepSpeed use the process group that is there, and be quiet about what is no concern of a user's."""
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # A reduction in shared memory for inference: compiling it takes a minute, and nothing here calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device.type == "cpu":
-        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # pyright: ignore[reportMissingImports]
-
-        set_accelerator(CPU_Accelerator())
-    name_device(device.index or 0)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
-def _optimizer(model: Transformer, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW with the groups of the native engine; DeepSpeed's own where states are in host memory."""
+def _optimizer(model: Transformer, routed: list[Routed], config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW with the groups of the native engine, by torch's kernel for the device that states are on; DeepSpeed's own for CPUs would have
+    to be compiled first (docs/decisions/0023)."""
     settings = config.optim
-    groups = parameter_groups(model, route(model), settings)
-    if config.deepspeed.offload_optimizer == "none":
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
-    from deepspeed.ops.adam import DeepSpeedCPUAdam  # pyright: ignore[reportMissingImports]
-
-    try:
-        return DeepSpeedCPUAdam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adamw_mode=True)
-    except RuntimeError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()
-        raise UserError(
-            f"deepspeed.offload_optimizer cpu: DeepSpeed could not compile its AdamW ({reason[-1] if reason else error}); it needs "
-            "g++ and Python's headers (Debian, Ubuntu: apt-get install g++ python3-dev), or set deepspeed.offload_optimizer none"
-        ) from error
+    now = dict(model.named_parameters())
+    groups = parameter_groups(model, [replace(one, parameter=now[one.name]) for one in routed], settings)
+    # Without temporaries of the size of a flat tensor. ZeRO's pieces of a parameter depend on the number of ranks, and this kernel rounds
+    # the elements at a tensor's end otherwise than the rest: another number of ranks is equal to rounding, not to the bit.
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
-def largest_unit(model: nn.Module) -> int:
-    """Elements of the parameters that are gathered together at most: of a block, or of an embedding or head."""
-    return max(sum(parameter.numel() for parameter in unit.parameters()) for unit in _units(model))
+def _units(model: Transformer) -> list[nn.Module]:
+    """What is gathered together; all of the model in all."""
+    return [model.embed, *model.blocks, model.norm, *([] if model.head is None else [model.head])]
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
-    units = [module for module in model.modules() if isinstance(module, Block | LossHead | nn.Embedding)]
-    return units or [model]
+def _materialise_shares(model: Transformer, fill: Callable[..., object], device: torch.device, settings: dict[str, Any]) -> None:
+    """Give ``model`` its values one unit after the other, of which this rank keeps its share: it never holds the whole."""
+    for unit in _units(model):
+        unit.to_empty(device=device)
+        fill(model, only=set(unit.parameters()))
+        deepspeed.zero.Init(module=unit, config_dict_or_path=settings, dtype=torch.float32)
 
 
 def _gather_by_block(model: Transformer) -> None:
@@ -176,20 +180,22 @@ def _gather_by_block(model: Transformer) -> None:
         deepspeed.zero.register_external_parameter(model, model.embed.weight)
 
 
-def zero_settings(config: RunConfig, unit: int, pinned: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration. ``unit``: elements gathered together at most; ``pinned``: host memory is page-locked."""
+def zero_settings(config: RunConfig, model: Transformer, pinned: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for ``model``. ``pinned``: host memory is page-locked."""
     asked = config.deepspeed
+    sizes = [sum(parameter.numel() for parameter in unit.parameters()) for unit in _units(model)]
+    bucket = asked.bucket_of(sum(sizes))
     zero: dict[str, Any] = {
         "stage": asked.stage,
-        "reduce_bucket_size": asked.bucket_elements,
-        "allgather_bucket_size": asked.bucket_elements,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket + bucket % 2,
         "overlap_comm": False,
     }
     if asked.stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": 0,
-            "stage3_prefetch_bucket_size": unit,
-            "stage3_max_live_parameters": 2 * unit,
+            "stage3_prefetch_bucket_size": max(sizes),  # one block ahead
+            "stage3_max_live_parameters": 2 * max(sizes),
             "stage3_max_reuse_distance": 0,
         }
     if asked.offload_optimizer == "cpu":
@@ -201,12 +207,15 @@ def zero_settings(config: RunConfig, unit: int, pinned: bool) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,  # the engine says itself which pass is a step's last
         "zero_optimization": zero,
         "gradient_clipping": 0.0,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,
     }
 
 
 class DeepSpeedEngine(Engine):
     """See the module; made by ``build_deepspeed_engine``."""
+
+    by_parameter = False
 
     def __init__(
         self,
@@ -220,17 +229,13 @@ class DeepSpeedEngine(Engine):
         super().__init__(wrapped.module, optimizer, mesh, device, config.train.precision, config.layout, config.optim.clip_norm)
         self.wrapped = wrapped
         self.partitions = partitions
-        self._passed_over = False
+        self._norm = torch.zeros(())
         self._step = torch.zeros(())
-        wrapped.optimizer.has_overflow = lambda *_, **__: self._passed_over  # what it asks before an update; the norm has told
+        partitions.ask_norm(lambda: self._norm)
         for flat in partitions.flats:
             # Now instead of in the first step: a checkpoint can be loaded into them, and a run that does not fit fails before it.
             moments = {name: torch.zeros_like(flat, requires_grad=False) for name in _MOMENTS}
-            optimizer.state[flat] = {"step": self._as_counted(0.0), **moments}
-
-    def _as_counted(self, step: float) -> Tensor | int:
-        """Steps as the optimizer keeps them."""
-        return torch.tensor(step) if isinstance(self.optimizer, torch.optim.AdamW) else int(step)
+            optimizer.state[flat] = {"step": torch.zeros(()), **moments}
 
     def forward_backward(self, micro_batches: list[Batch], lr: float | None = None) -> LossSums:
         """As `Engine`'s; ``lr`` is not read."""
@@ -259,7 +264,7 @@ class DeepSpeedEngine(Engine):
             scale = torch.clamp(self.clip_norm / (norm + 1e-12), max=1.0).float()
             for gradient in gradients:
                 gradient.mul_(scale.to(gradient.device))
-        self._passed_over = not accept(float(norm))
+        self._norm = (norm if accept(float(norm)) else torch.full_like(norm, _REFUSED)).float()
         self._set_rates(lr)
         self.wrapped.step()
         return float(norm)
@@ -270,7 +275,7 @@ class DeepSpeedEngine(Engine):
         model: dict[str, Tensor] = {}
         optim: dict[str, Tensor] = {}
         states = [self.optimizer.state[flat] for flat in self.partitions.flats]
-        self._step = torch.tensor(float(states[0]["step"]))
+        self._step = states[0]["step"].clone()
         for name, parameter in self.parameters.items():
             fragment, shape = self.partitions.fragment(parameter), self.partitions.shape(parameter)
 
@@ -286,5 +291,5 @@ class DeepSpeedEngine(Engine):
     def loaded(self) -> None:
         """Compute and count steps from what was written into ``state_dict``'s tensors."""
         for flat in self.partitions.flats:
-            self.optimizer.state[flat]["step"] = self._as_counted(float(self._step))
+            self.optimizer.state[flat]["step"].copy_(self._step)
         self.partitions.publish()

@@ -139,6 +139,9 @@ class Engine:
     """See the module. ``mesh`` None means one process without a process group. ``fused``: updates inside the backward pass, and clips;
     ``clip_norm`` is not read then."""
 
+    by_parameter = True
+    """Whether gradients and states are tensors of their parameter's shape, sharded or not."""
+
     def __init__(
         self,
         model: Transformer,

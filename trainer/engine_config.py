@@ -26,6 +26,10 @@ class DeepSpeedSection(Section):
     bucket_elements: PositiveInt = 50_000_000
     """Gradients are reduced so many elements at a time; every rank holds a buffer of them."""
 
+    def bucket_of(self, parameters: int) -> int:
+        """Elements of the buffer for a model of so many parameters."""
+        return min(self.bucket_elements, parameters)
+
     @model_validator(mode="after")
     def _check_offload(self) -> DeepSpeedSection:
         if self.offload_parameters == "cpu" and self.stage != 3:
@@ -93,6 +97,10 @@ def _native_only(config: RunConfig) -> list[tuple[bool, str]]:
             parallel.dp_replicate > 1,
             f"parallel.dp_replicate {parallel.dp_replicate}: ZeRO shares the model among all ranks; set parallel.dp_replicate 1 and "
             f"parallel.dp_shard {parallel.dp_replicate * parallel.dp_shard}",
+        ),
+        (
+            parallel.kv_residence == "host",
+            "parallel.kv_residence host is not known to work there; set parallel.kv_residence device",
         ),
         (
             "product_keys" in config.model.feedforward_kinds,

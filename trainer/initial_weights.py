@@ -6,6 +6,7 @@ learning rate's schedule begin anew. The checkpoint is another run's, or what ``
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -38,14 +39,22 @@ def check_init_from(config: RunConfig, vocab_size: int) -> None:
     _check(checkpoint, {name: parameter.shape for name, parameter in model.named_parameters()}, metadata)
 
 
-def fill_from(init_from: str, model: Transformer, checkpoints: CheckpointManager) -> Path:
+def fill_from(
+    init_from: str,
+    model: Transformer,
+    checkpoints: CheckpointManager,
+    only: Collection[torch.nn.Parameter] | None = None,
+    *,
+    checked: bool = False,
+) -> Path:
     """Give ``model``'s parameters, as they lie on this rank, the values of ``init_from``; all ranks together. Returns the checkpoint.
 
-    One parameter at a time: besides the model a rank holds its share of one. Raises UserError for a checkpoint that is damaged or of
+    One parameter at a time: besides the model a rank holds its share of one. ``only``: the parameters to fill, where the others have no
+    memory, and perhaps no shape. ``checked``: this checkpoint was read before. Raises UserError for a checkpoint that is damaged or of
     another model.
     """
     path = checkpoints.ranks.first_does("find train.init_from", lambda: _checkpoint(init_from))
-    if problems := checkpoints.problems(path):
+    if not checked and (problems := checkpoints.problems(path)):
         raise UserError(f"train.init_from: checkpoint {path} is damaged: {Refused(path, problems)}")
 
     def read() -> None:
@@ -53,8 +62,11 @@ def fill_from(init_from: str, model: Transformer, checkpoints: CheckpointManager
         parameters = dict(model.named_parameters())
         parts = model.parts
         whole = {name: p.shape if name not in parts else torch.Size(parts[name].whole_shape(p.shape)) for name, p in parameters.items()}
-        _check(path, whole, metadata)
+        if not checked:
+            _check(path, whole, metadata)
         for name, parameter in parameters.items():
+            if only is not None and not any(parameter is one for one in only):
+                continue
             _fill(path, name, parameter, whole[name], parts.get(name), metadata)
 
     checkpoints.ranks.each(f"load {path}", read)

@@ -35,6 +35,7 @@ from trainer.config import RunConfig
 from trainer.evals.registry import tokenizer_of
 from trainer.optimizer_plan import optimizer_plan
 from trainer.tracing import TraceRequest, trace_step, trace_steps
+from trainer.zero_plan import with_zero
 
 VOCAB_MULTIPLE = 64
 """Embedding rows are rounded up to a multiple of this, so that they shard and tile evenly."""
@@ -186,6 +187,8 @@ def bare_plan(target: Target, trace: Trace) -> MemoryPlan:
         correction=target.correction,
         arena=target.config.memory.arena,
     )
+    if target.config.engine == "deepspeed":
+        plan = with_zero(plan, target.config.deepspeed, target.room[1], target.ranks, target.device.is_cuda)
     return _with_host(target, plan, sum(b.size for b in trace.of("host") if b.kind in ("optimizer", "parameter")))
 
 
@@ -291,7 +294,8 @@ def _options(target: Target) -> list[tuple[str, RunConfig, str]]:
     """(command-line overrides, the changed configuration, cost in words): single memory settings and all of them, or for a policy that
     is chosen host memory; twice the ranks."""
     config, memory = target.config, target.config.memory
-    movable = target.device.is_cuda and config.optim.is_torch_adamw and not config.optim.is_fused  # the optimizer's states
+    native = config.engine == "native"
+    movable = native and target.device.is_cuda and config.optim.is_torch_adamw and not config.optim.is_fused  # the optimizer's states
     if memory.recompute == "auto":
         options = [({"offload": "kept"}, "copies to host memory")] if memory.offload == "none" else []
         options += offload_options(memory, cuda=movable)

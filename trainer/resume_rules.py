@@ -10,8 +10,9 @@ from models.errors import UserError
 from trainer.config import RunConfig
 from trainer.config_file import changed_keys, value_of
 
-LAWFUL_SECTIONS = ("parallel.", "checkpoint.", "memory.", "guards.")
+LAWFUL_SECTIONS = ("parallel.", "checkpoint.", "memory.", "guards.", "deepspeed.")
 LAWFUL_KEYS = (
+    "engine",  # the same updates, in the same checkpoints
     "train.steps",
     "train.device",
     "train.deterministic",

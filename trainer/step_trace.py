@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memory_mgmt.offload import HostStore
@@ -96,7 +97,10 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
     with FakeTensorMode():
         store = HostStore(device, fake_empty=recorder.host_empty)
         with torch.device(device):
-            model = shaped_model(config, request["vocab_size"], mesh, policy, store)
+            model = shaped_model(_traced_in_place(config), request["vocab_size"], mesh, policy, store)
+        if config.engine == "deepspeed" and config.deepspeed.stage < 3:
+            for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
+                unit.set_reshard_after_forward(False)
         recorder.watch(model)
         with recorder:
             offloaded = OffloadedParameters(model, store, device) if config.memory.offload_parameters == "host" else None
@@ -112,6 +116,11 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
             _step(recorder, engine, batches)
             recorder.finish()
     return recorder
+
+
+def _traced_in_place(config: RunConfig) -> RunConfig:
+    """DeepSpeed does not run on fake tensors; FSDP2 deals out the same shares (``trainer/zero_plan.py`` counts what differs)."""
+    return config.model_copy(update={"engine": "native"})
 
 
 def _step(recorder: StepRecorder, engine: Engine, batches: list[Batch]) -> None:

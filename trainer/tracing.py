@@ -59,6 +59,8 @@ class TraceRequest:
             memory = {key: memory[key] for key in ("offload_optimizer", "offload_parameters")}
         return {
             "config": {
+                "engine": config["engine"],
+                "deepspeed": config["deepspeed"],
                 "model": config["model"],
                 "data": {"seq_len": config["data"]["seq_len"]} | _ORDER_TO_CARRY[config["train"]["carry_state"]],
                 "train": {key: config["train"][key] for key in _RELATED_TRAIN},

@@ -1,4 +1,4 @@
-"""One rank of a DeepSpeed run that tests/optim/test_zero.py starts: ``torchrun ... zero_run.py STAGE``."""
+"""One rank of the DeepSpeed runs that tests/optim/test_zero.py starts: ``torchrun ... zero_run.py STAGE ...``."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ def alone(preset: str, steps: int) -> Tiny:
     return model
 
 
-def main(stage: int) -> None:
-    torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo")
+def check(stage: int) -> None:
     exact = engine_of(stage, "adamw")
     train(exact, range(4))
     for name, value in alone("adamw", 4).named_parameters():
@@ -75,10 +73,18 @@ def main(stage: int) -> None:
     start, one = dict(make().named_parameters()), dict(alone("adamw_8bit", 4).named_parameters())
     for name, value in weights(few).items():
         assert (value - one[name]).norm() < 0.1 * (one[name] - start[name]).norm(), name
-    print("as one process", flush=True)
+    print(f"stage {stage} as one process", flush=True)
+
+
+def main(stages: list[int]) -> None:
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes, and not called in training
+    deepspeed.init_distributed(dist_backend="gloo")
+    for stage in stages:
+        check(stage)
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main([int(stage) for stage in sys.argv[1:]])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import re
 import sys
 import time
 from pathlib import Path
@@ -17,6 +19,9 @@ from trainer.evals.registry import tokenizer_of
 from trainer.planning import calibration_path, model_vocab_size, plan_run, same_step
 from trainer.run_dir import RunDir, write_atomic
 from trainer.settling import open_settings, settled
+
+DEEPSPEED = "0.19.8"
+"""The release that ``trainer/deepspeed_engine.py`` was written for, and the oldest; pyproject.toml says the same."""
 
 
 def refuse_existing(path: Path) -> None:
@@ -59,6 +64,19 @@ def check_init_from(config: RunConfig) -> None:
         vocab_size = model_vocab_size(config, tokenizer_of(config.data).vocab_size)
         # By name, as verbs are: whoever has no such weights does not wait for torch.
         importlib.import_module("trainer.initial_weights").check_init_from(config, vocab_size)
+
+
+def check_engine(config: RunConfig) -> None:
+    """Refuse an engine whose package is not installed, or not in a release whose inside is known, before anything is planned or made."""
+    if config.engine == "native":
+        return
+    remedy = f"{sys.executable} -m pip install 'deepspeed>={DEEPSPEED},<0.20', or set engine native"
+    try:
+        found = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"engine: deepspeed is not installed; {remedy}") from None
+    if not found.startswith("0.19.") or tuple(map(int, re.findall(r"\d+", found)[:3])) < tuple(map(int, DEEPSPEED.split("."))):
+        raise UserError(f"engine: deepspeed {found} is installed, and ZeRO's partitions are known as {DEEPSPEED} has them; {remedy}")
 
 
 def refuse_imported(run_dir: RunDir) -> None:

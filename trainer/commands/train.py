@@ -26,6 +26,7 @@ from parallel.launcher import join_launcher, launch_local
 from trainer import config_file, out_of_memory, resume_rules, trace_workers
 from trainer.commands.guard import guarded
 from trainer.commands.open_run import (
+    check_engine,
     check_init_from,
     checked_plan,
     kept_plan,
@@ -91,6 +92,7 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
         refuse_existing(Path(config.run.root) / config.run.name)
     if env.accelerate is not None and env.accelerate.use_cpu and config.train.device == "auto":  # cuda is refused below
         config = with_values(config, "train", device="cpu")
+    check_engine(config)
     if run_dir is None and env.rank == 0:
         check_init_from(config)
     config = _settled_by_one(config, started, env)
