@@ -17,7 +17,7 @@ from trainer import resume_rules
 from trainer.commands.open_run import check_engine
 from trainer.config import RunConfig
 from trainer.engine_config import DeepSpeedSection
-from trainer.zero_plan import with_zero
+from trainer.zero_plan import CPU_MODULES, with_zero
 
 
 def config(**sections: Any) -> RunConfig:
@@ -42,6 +42,10 @@ def config(**sections: Any) -> RunConfig:
         ({"memory": {"arena": True}}, "memory.arena"),
         ({"parallel": {"dp_shard": "auto"}}, "parallel.dp_shard auto .* give a number"),
         ({"parallel": {"dp_replicate": 2, "dp_shard": 3}}, "parallel.dp_replicate 2.* parallel.dp_shard 6"),
+        (
+            {"model": {"layers": ["full"]}, "parallel": {"tp": 2, "dp_shard": 3}},
+            "parallel.tp 2.* set parallel.tp 1 and parallel.dp_shard 6",
+        ),
         (
             {"train": {"carry_state": "document"}, "data": {"shuffle": "none"}, "model": {"layers": ["memory"]}},
             "train.carry_state document",
@@ -111,7 +115,7 @@ def test_every_stage_holds_what_zero_says(cuda: bool, gradients: int) -> None:
     bucket = 4 * 100
     for stage, resident in ((1, 4 * N + SHARE + 2 * SHARE), (2, gradients + SHARE + 2 * SHARE), (3, SHARE + 2 * SHARE)):
         plan = planned(cuda, gradients, stage=stage)
-        assert plan.peak_bytes == SHARE + resident + bucket, stage
+        assert plan.peak_bytes == SHARE + resident + bucket + (0 if cuda else CPU_MODULES), stage
         assert plan.host_bytes == 0
         assert plan.moments[0].bytes == plan.peak_bytes
 
@@ -122,7 +126,7 @@ def test_what_is_offloaded_leaves_a_gpu_and_stays_on_a_cpu() -> None:
     assert gpu.host_bytes == (2 + 1 + 1 + 1) * SHARE  # states, parameters, the update's weights and gradients
     cpu = planned(False, SHARE, stage=3, offload_optimizer="cpu", offload_parameters="cpu")
     assert cpu.host_bytes == 0
-    assert cpu.peak_bytes == gpu.peak_bytes + gpu.host_bytes
+    assert cpu.peak_bytes == gpu.peak_bytes + gpu.host_bytes + CPU_MODULES
     second = planned(True, SHARE, stage=2, offload_optimizer="cpu")
     assert second.host_bytes == (2 + 1 + 1 + 1) * SHARE  # states, weights, gradients, copies on their way back
     assert second.by_kind()["parameters"] == SHARE
