@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import deepspeed  # pyright: ignore[reportMissingImports]
 import torch
@@ -226,7 +226,8 @@ class DeepSpeedEngine(Engine):
         mesh: Mesh,
         device: torch.device,
     ) -> None:
-        super().__init__(wrapped.module, optimizer, mesh, device, config.train.precision, config.layout, config.optim.clip_norm)
+        model = cast(Transformer, wrapped.module)
+        super().__init__(model, optimizer, mesh, device, config.train.precision, config.layout, config.optim.clip_norm)
         self.wrapped = wrapped
         self.partitions = partitions
         self._norm = torch.zeros(())
@@ -235,7 +236,7 @@ class DeepSpeedEngine(Engine):
         for flat in partitions.flats:
             # Now instead of in the first step: a checkpoint can be loaded into them, and a run that does not fit fails before it.
             moments = {name: torch.zeros_like(flat, requires_grad=False) for name in _MOMENTS}
-            optimizer.state[flat] = {"step": torch.zeros(()), **moments}
+            optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
 
     def forward_backward(self, micro_batches: list[Batch], lr: float | None = None) -> LossSums:
         """As `Engine`'s; ``lr`` is not read."""
@@ -246,7 +247,7 @@ class DeepSpeedEngine(Engine):
         sums = _RunningSums(micro_batches[0].bounds.seq_len, self.device)
         for number, shard in enumerate(shards, start=1):
             self.wrapped.set_gradient_accumulation_boundary(number == len(shards))
-            nll_BT = forward(self.wrapped, shard, self.device, self.precision)
+            nll_BT = forward(cast(Transformer, self.wrapped), shard, self.device, self.precision)
             self.wrapped.backward(nll_BT.sum() / max(valid_tokens, 1) * scale, scale_wrt_gas=False)
             sums.add(nll_BT, shard)
         return sums.total(distributed=True)
@@ -275,7 +276,7 @@ class DeepSpeedEngine(Engine):
         model: dict[str, Tensor] = {}
         optim: dict[str, Tensor] = {}
         states = [self.optimizer.state[flat] for flat in self.partitions.flats]
-        self._step = states[0]["step"].clone()
+        self._step = states[0]["step"].detach().to("cpu", copy=True)
         for name, parameter in self.parameters.items():
             fragment, shape = self.partitions.fragment(parameter), self.partitions.shape(parameter)
 
