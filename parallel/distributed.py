@@ -33,7 +33,7 @@ _NAMES: dict[Launcher, tuple[str, str, str, str]] = {
 }
 _REFUSED_ACCELERATE = {
     "ACCELERATE_USE_FSDP": "longstride shards parameters itself: start without --use_fsdp and set parallel.dp_shard",
-    "ACCELERATE_USE_DEEPSPEED": "this engine does not run under DeepSpeed: start without --use_deepspeed",
+    "ACCELERATE_USE_DEEPSPEED": "longstride calls DeepSpeed itself: start without --use_deepspeed and set engine=deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "start without --use_megatron_lm and set the degrees under parallel",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "start without accelerate's parallelism options and set the degrees under parallel",
 }
