@@ -99,15 +99,6 @@ def _native_only(config: RunConfig) -> list[tuple[bool, str]]:
             f"parallel.dp_shard {parallel.dp_replicate * parallel.dp_shard}",
         ),
         (
-            parallel.kv_residence == "host",
-            "parallel.kv_residence host is not known to work there; set parallel.kv_residence device",
-        ),
-        (
-            config.model.memory.around_stack,
-            f"model.memory.kind {config.model.memory.kind} runs all blocks several times in a step, which ZeRO has not been shown to follow; "
-            "take another kind",
-        ),
-        (
             parallel.tp > 1,
             f"parallel.tp {parallel.tp}: ZeRO would take parts of a matrix for the whole; set parallel.tp 1 and "
             f"parallel.dp_shard {parallel.tp * parallel.dp_shard}",
