@@ -102,17 +102,17 @@ def shaped_model(
         quantise_matrices_(model)
     model.residual_dtype = torch.bfloat16 if config.train.residual == "bf16" else None
     apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
+    narrow = config.parallel.kv_gradient_dtype == "compute"
     if mesh is not None:
         assert config.parallel.sequence != "auto", "settled before"
-        narrow = config.parallel.kv_gradient_dtype == "compute"
         if config.engine == "deepspeed":  # which deals out parameters itself
             split_sequence(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, narrow)
-            return model
-        gather_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
-        parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, narrow)
+        else:
+            gather_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+            parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, narrow)
     if config.parallel.kv_residence == "host":
         assert store is not None, "host_store makes one"
-        keep_keys_in_host(model, mesh, config.layout, store, config.parallel.kv_chunk, config.parallel.kv_gradient_dtype == "compute")
+        keep_keys_in_host(model, mesh, config.layout, store, config.parallel.kv_chunk, narrow)
     return model
 
 

@@ -46,6 +46,8 @@ def config(**sections: Any) -> RunConfig:
             {"model": {"layers": ["full"]}, "parallel": {"tp": 2, "dp_shard": 3}},
             "parallel.tp 2.* set parallel.tp 1 and parallel.dp_shard 6",
         ),
+        ({"model": {"layers": ["full"]}, "parallel": {"kv_residence": "host"}}, "parallel.kv_residence host.* set .* device"),
+        ({"model": {"layers": ["full"], "memory": {"kind": "rmt"}}}, "rmt runs the layers segment by segment.* set engine=native"),
         (
             {"train": {"carry_state": "document"}, "data": {"shuffle": "none"}, "model": {"layers": ["memory"]}},
             "train.carry_state document",
