@@ -47,9 +47,9 @@ class ParallelConfig(Section):
     tp: PositiveInt = 1
     """Tensor-parallel ranks: each has some heads of every attention, some columns of every feed-forward, some rows of embedding and head,
     and of the tokens of its sequence-parallel rank, in the residual stream and norms, an equal part. Keep it within a node."""
-    layout: Literal["auto", "contiguous", "zigzag"] = "auto"
-    """Which tokens a sequence-parallel rank holds; auto: zigzag when the model has full attention and the scheme needs it for equal work
-    (all but ulysses), else contiguous."""
+    layout: Literal["auto", "contiguous", "zigzag", "per_document"] = "auto"
+    """Which tokens a sequence-parallel rank holds. per_document: every packed document dealt head to tail by itself, for the ring. auto:
+    zigzag when the model has full attention and the scheme needs it for equal work (all but ulysses), else contiguous."""
     sequence: Literal["auto", "ring", "double_ring", "ulysses", "ring_x_ulysses", "allgather_kv"] = "ring"
     """How attention reaches the tokens of other ranks. ring: keys travel; double_ring: inside rings of neighbours, and beside
     that across them; ulysses: all-to-all, every rank has all tokens of some heads;

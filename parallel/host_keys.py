@@ -120,7 +120,7 @@ class HostKeysAttention:
         key = ("host keys", self.layout, self.window, self.cp_size, self.chunk, limits, self.narrow)
         if key not in bounds._cache:
             check_ranges(bounds, self.layout, self.cp_rank, self.cp_size)
-            held = [ranges_for(self.layout, bounds.seq_len, rank, self.cp_size) for rank in range(self.cp_size)]
+            held = [ranges_for(self.layout, bounds.seq_len, rank, self.cp_size, documents=bounds.documents) for rank in range(self.cp_size)]
             spans = self._spans(bounds.local_len)
             plans = [plan_chunk(held, self.cp_rank, span, bounds, self.window, limits)._replace(narrow=self.narrow) for span in spans]
             bounds._cache[key] = plans

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ from parallel.tensor_parallel import share_products
 def split_sequence(
     model: Transformer,
     mesh: Mesh,
-    layout: Literal["contiguous", "zigzag"],
+    layout: Layout,
     scheme: SequenceScheme = "ring",
     head_chunk: int | None = None,
     narrow: bool = False,
@@ -87,7 +86,7 @@ def most(mesh: Mesh, n: int) -> int:
 def parallelize(
     model: Transformer,
     mesh: Mesh,
-    layout: Literal["contiguous", "zigzag"],
+    layout: Layout,
     scheme: SequenceScheme = "ring",
     head_chunk: int | None = None,
     gather_dtype: torch.dtype | None = None,

@@ -14,6 +14,7 @@ Legend: B batch row, H query heads, G key/value heads, T local tokens, S receive
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -105,8 +106,8 @@ class RingAttention:
         key = ("ring attention", self.layout, self.window, self.cp_size, self.links.width, limits)
         if key not in bounds._cache:
             check_ranges(bounds, self.layout, self.cp_rank, self.cp_size)
-            held = [ranges_for(self.layout, bounds.seq_len, rank, self.cp_size) for rank in range(self.cp_size)]
-            if fits_halo(self.window, bounds):
+            held = [ranges_for(self.layout, bounds.seq_len, r, self.cp_size, documents=bounds.documents) for r in range(self.cp_size)]
+            if fits_halo(self.window, bounds) and self.layout != "per_document":
                 assert self.window is not None
                 bounds._cache[key] = plan_halo(held, self.cp_rank, bounds.documents, self.window, limits)
             else:
@@ -135,13 +136,16 @@ def plan_ring(
     """
     size, inner = len(held), width or len(held)
     masks = set(zip(documents, prefixes or [()] * len(documents), strict=True))
-    n_hops = max(
-        hop for hop in range(size) if any(any_sees(held[r], held[keys_of(r, hop, size, inner)], masks, window) for r in range(size))
-    )
-    plans = []
+
+    def needed(hop: int) -> bool:
+        return any(any_sees(held[r], held[keys_of(r, hop, size, inner)], masks, window) for r in range(size))
+
+    n_hops = next(hop for hop in reversed(range(size)) if needed(hop))  # hop 0 is: every token sees itself
+    plans, seq_len = [], sum(end - start for ranges in held for start, end in ranges)
     for hop in range(n_hops + 1):
         q_ranges, k_ranges = held[cp_rank], held[keys_of(cp_rank, hop, size, inner)]
-        pairs = [Pair(q, q0, k, k0) for q, q0 in local_offsets(q_ranges) for k, k0 in local_offsets(k_ranges)]
+        keys = local_offsets(k_ranges)
+        pairs = [Pair(q, q0, k, k0) for q, q0 in local_offsets(q_ranges) for k, k0 in near(q, keys, documents, seq_len)]
         plans.append(plan_rows(documents, pairs, window, limits, prefixes))
     return RingPlan(tuple(plans))
 
@@ -165,6 +169,15 @@ def any_sees(
     q_ranges: Sequence[Range], k_ranges: Sequence[Range], masks: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], window: int | None
 ) -> bool:
     return any(sees(q, k, starts, window, ends) for q in q_ranges for k in k_ranges for starts, ends in masks)
+
+
+def near(
+    q_range: Range, keys: Sequence[tuple[Range, int]], documents: Sequence[tuple[int, ...]], seq_len: int
+) -> Sequence[tuple[Range, int]]:
+    """Of ranges of keys, those that share a document with the queries in some row; the rest are not worth a look."""
+    low = min(starts[bisect_right(starts, q_range[0]) - 1] for starts in documents)
+    high = max(next(iter(starts[bisect_left(starts, q_range[1]) :]), seq_len) for starts in documents)
+    return [(k, k0) for k, k0 in keys if k[0] < high and low < k[1]]
 
 
 def local_offsets(ranges: Sequence[Range]) -> list[tuple[Range, int]]:

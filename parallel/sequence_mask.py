@@ -49,6 +49,8 @@ def sequence_bounds(
         ValueError: (on all ranks) for ids that decrease, for a prefix that does not begin its document, for wrong shapes or dtypes.
         UserError: for a number of tokens that the layout cannot split.
     """
+    if layout == "per_document":
+        raise ValueError("layout 'per_document' follows from the documents of the whole sequence; pass bounds that hold them")
     groups = list(group) if isinstance(group, Sequence) else [group]
     cp_rank, cp_size = place_in(groups)
     seq_len = tokens * cp_size

@@ -275,6 +275,7 @@ class RunConfig(Section):
                 f"{reason}: set offload_parameters none"
             )
         self._check_kv_residence()
+        self._check_per_document()
         parallel = self.parallel
         if parallel.tp > 1 and (refused := tensor_rules.refusal(self)):
             raise ValueError(refused)
@@ -427,8 +428,25 @@ class RunConfig(Section):
                 "memory.recompute none, mixer or block, or kv_residence device"
             )
 
+    def _check_per_document(self) -> None:
+        """Refuse to deal out every document by itself where another layer or scheme needs to know where tokens are without documents."""
+        if self.parallel.layout != "per_document":
+            return
+        wrong = [
+            remedy
+            for held, remedy in (
+                (self.parallel.sequence in ("ring", "double_ring"), "parallel.sequence=ring or double_ring"),
+                (self.train.micro_batch_size == 1, "train.micro_batch_size=1 (rows differ in their documents)"),
+                (self.data.document_mask, "data.document_mask=true (else there is one document: zigzag)"),
+                ("memory" not in self.model.layer_kinds, "layers without memory (its state and convolution cross few, ordered ranges)"),
+            )
+            if not held
+        ]
+        if wrong:
+            raise ValueError(f"parallel.layout per_document needs {', '.join(wrong)}; or set parallel.layout=zigzag")
+
     @property
-    def layout(self) -> Literal["contiguous", "zigzag"]:
+    def layout(self) -> Literal["contiguous", "zigzag", "per_document"]:
         """Sequence layout after resolving ``auto``."""
         if self.parallel.layout != "auto":
             return self.parallel.layout

@@ -30,7 +30,7 @@ from optim.fused_backward import FusedBackward
 from parallel.columns import as_whole
 from parallel.fsdp import reshard
 from parallel.mesh import Mesh
-from parallel.sequence import shard_batch
+from parallel.sequence import Layout, shard_batch
 from parallel.tensor_parallel import as_saved, sum_copies
 from trainer.carried_states import CarriedStates
 from trainer.replay import Around, SegmentRunner
@@ -149,7 +149,7 @@ class Engine:
         mesh: Mesh | None,
         device: torch.device,
         precision: Precision,
-        layout: Literal["contiguous", "zigzag"],
+        layout: Layout,
         clip_norm: float | None,
         fused: FusedBackward | None = None,
         offloaded: OffloadedParameters | None = None,
@@ -165,7 +165,7 @@ class Engine:
         self.mesh = mesh
         self.device = device
         self.precision: Precision = precision
-        self.layout: Literal["contiguous", "zigzag"] = layout
+        self.layout: Layout = layout
         self.clip_norm = clip_norm
         self.offloaded = offloaded
         """Where the parameters' values are, if that is host memory."""
