@@ -55,7 +55,7 @@ def setting_of(
         precision=config.train.precision,
         residual=config.train.residual,
         cp=config.parallel.cp,
-        ranges=2 if config.layout == "zigzag" and config.parallel.cp > 1 else 1,
+        ranges=2 if config.layout != "contiguous" and config.parallel.cp > 1 else 1,
         cuda=cuda,
     )
     return Setting(

@@ -161,7 +161,7 @@ def _adopt(recorder: StepRecorder, engine: Engine) -> None:
 
 def _warm_up_batch(config: RunConfig) -> Batch:
     """A short one. Every range of a rank is a document of its own, so that no keys travel: only parameters matter here."""
-    ranges = config.parallel.cp * (2 if config.layout == "zigzag" else 1)
+    ranges = config.parallel.cp * (1 if config.layout == "contiguous" else 2)
     tokens = min(config.data.seq_len, WARM_UP_TOKENS * ranges)
     return _batch(config, tokens, tuple(range(0, tokens, max(1, tokens // ranges))))
 

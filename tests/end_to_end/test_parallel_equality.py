@@ -177,6 +177,14 @@ def test_same_training_with_tensor_parallel_ranks(documents: tuple[str, str], ra
             check(config.train.precision, found, *_REFERENCE[config.train.precision, Path(documents[0])])
 
 
+def test_same_training_with_documents_dealt_one_by_one(documents: tuple[str, str]) -> None:
+    plain = experiment(*documents, "fp64", "auto", 1, 1, 1)
+    without_memory = plain.model.model_copy(update={"layers": ("full", "swa", "full")})
+    wanted = train_steps(plain.model_copy(update={"model": without_memory}))
+    dealt = experiment(*documents, "fp64", "auto", 1, 1, 2).model_copy(update={"model": without_memory})
+    compare(dealt.model_copy(update={"parallel": dealt.parallel.model_copy(update={"layout": "per_document"})}), *wanted)
+
+
 def compare(config: RunConfig, losses: list[float], norms: list[float], parameters: dict[str, torch.Tensor]) -> None:
     """Train ``config`` on its ranks: every rank's numbers are those given."""
     for found in run_distributed(train_steps, config.parallel.ranks_asked, config):

@@ -46,7 +46,7 @@ def test_every_token_has_one_rank_and_all_ranks_have_equally_many(cp: int) -> No
 
 def _work(layout: str, starts: tuple[int, ...], seq_len: int, cp: int) -> list[list[int]]:
     """Visible pairs by hop and rank."""
-    held = [ranges_for(layout, seq_len, rank, cp, (starts,)) for rank in range(cp)]  # type: ignore[arg-type]
+    held = [ranges_for(layout, seq_len, rank, cp, documents=(starts,)) for rank in range(cp)]  # type: ignore[arg-type]
     plans = [plan_ring(held, rank, [starts], None, DEFAULT_LIMITS) for rank in range(cp)]
 
     def pairs(tile: Any) -> int:

@@ -86,6 +86,14 @@ def test_formulas_and_unsettled_schemes_are_refused() -> None:
     estimated = given.model_copy(update={"memory": given.memory.model_copy(update={"plan": "estimate"})})
     with pytest.raises(UserError, match=r"parallel\.sequence: ulysses needs a traced step"):
         plan_run(estimated, "h100")
+    for parallel, words in (
+        ({"kv_residence": "host"}, "kv_residence: host"),
+        ({"cp": 2, "layout": "per_document"}, "layout: per_document"),
+    ):
+        other = config(**parallel)
+        estimated = other.model_copy(update={"memory": other.memory.model_copy(update={"plan": "estimate"})})
+        with pytest.raises(UserError, match=f"parallel.{words} needs a traced step"):
+            plan_run(estimated, "h100")
     with pytest.raises(UserError, match=r"parallel\.sequence: auto has not been resolved"):
         ParallelDims.from_config(config(cp=2, sequence="auto").parallel)
 
