@@ -41,7 +41,7 @@ def test_every_token_has_one_rank_and_all_ranks_have_equally_many(cp: int) -> No
         assert sorted(i for ranges in held for start, end in ranges for i in range(start, end)) == list(range(seq_len))
         assert all(a[1] < b[0] for ranges in held for a, b in pairwise(ranges)), "rising, apart"
     with pytest.raises(ValueError, match="shared equally"):
-        document_ranges((0,), 7 * cp + 1, 0, max(cp, 2) * 2)
+        document_ranges((0,), 8 * cp + 1, 0, 2 * cp)
 
 
 def _work(layout: str, starts: tuple[int, ...], seq_len: int, cp: int) -> list[list[int]]:
@@ -117,6 +117,7 @@ def test_a_batch_is_split_by_its_documents_and_rows_must_agree() -> None:
     ("settings", "text"),
     [
         ({"parallel": {"sequence": "ulysses", "cp": 2}}, "parallel.sequence=ring or double_ring"),
+        ({"parallel": {"tp": 2}}, "parallel.tp=1"),
         ({"train": {"micro_batch_size": 2}}, "train.micro_batch_size=1"),
         ({"data": {"document_mask": False}}, "data.document_mask=true"),
         ({"model": {"layers": ["full", "memory"]}}, "layers without memory"),

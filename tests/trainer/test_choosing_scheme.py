@@ -72,7 +72,8 @@ def test_what_a_scheme_cannot_do_is_refused_by_name(parallel: dict[str, Any], he
 
 
 def test_two_rings_are_refused_where_they_are_one_and_offered_across_nodes() -> None:
-    for wrong in ({"cp": 8, "ring_inner": 3}, {"cp": 8, "ring_inner": 8}, {"cp": 5, "ring_inner": 5}):
+    cases: list[dict[str, Any]] = [{"cp": 8, "ring_inner": 3}, {"cp": 8, "ring_inner": 8}, {"cp": 5, "ring_inner": 5}]
+    for wrong in cases:
         with pytest.raises(ValidationError, match=r"set (parallel\.ring_inner one of 2, 4, or )?parallel\.sequence=ring"):
             config(sequence="double_ring", **wrong)
     with pytest.raises(ValidationError, match=r"parallel\.ring_inner 2 is the inner ring of double_ring"):
@@ -86,10 +87,11 @@ def test_formulas_and_unsettled_schemes_are_refused() -> None:
     estimated = given.model_copy(update={"memory": given.memory.model_copy(update={"plan": "estimate"})})
     with pytest.raises(UserError, match=r"parallel\.sequence: ulysses needs a traced step"):
         plan_run(estimated, "h100")
-    for parallel, words in (
+    settings: list[tuple[dict[str, Any], str]] = [
         ({"kv_residence": "host"}, "kv_residence: host"),
         ({"cp": 2, "layout": "per_document"}, "layout: per_document"),
-    ):
+    ]
+    for parallel, words in settings:
         other = config(**parallel)
         estimated = other.model_copy(update={"memory": other.memory.model_copy(update={"plan": "estimate"})})
         with pytest.raises(UserError, match=f"parallel.{words} needs a traced step"):
