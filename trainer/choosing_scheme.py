@@ -78,9 +78,9 @@ def _possible(config: RunConfig) -> tuple[list[tuple[SequenceScheme, int]], str]
     inner = [n for n in range(2, cp) if cp % n == 0]
     hybrids: list[tuple[SequenceScheme, int]] = [("ring_x_ulysses", n) for n in inner]
     doubles: list[tuple[SequenceScheme, int]] = [("double_ring", n) for n in inner]
-    nested = [*hybrids, *doubles]
+    nested: list[tuple[SequenceScheme, int]] = [*hybrids, *doubles]
     every: list[tuple[SequenceScheme, int]] = [("ring", 1), ("allgather_kv", 1), ("ulysses", cp), *nested]
-    asked = [(scheme, n) for scheme, n in nested if scheme == config.parallel.sequence]
+    asked: list[tuple[SequenceScheme, int]] = [(scheme, n) for scheme, n in nested if scheme == config.parallel.sequence]
     found = []
     for scheme, ulysses in every if config.parallel.sequence == "auto" else asked:
         try:
