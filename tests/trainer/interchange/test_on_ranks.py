@@ -45,7 +45,7 @@ def begin(base: dict, folder: str) -> dict[str, tuple[float, float, dict[str, to
     found = {}
     checkpoints = CheckpointManager(RunDir(folder), RunConfig().checkpoint)
     for name, changes in CASES.items():
-        values = {section: {**base[section], **changes.get(section, {})} for section in base}
+        values = {key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value for key, value in base.items()}
         config = RunConfig.model_validate(values)
         device = torch.device("cpu")
         mesh = mesh_for(config, device)
