@@ -37,7 +37,7 @@ from torch import nn  # noqa: E402
 
 from models.config import ModelConfig  # noqa: E402
 from models.transformer import Transformer  # noqa: E402
-from optim.build import build_optimizer  # noqa: E402
+from optim.build import build_optimizer, quantise_matrices_  # noqa: E402
 from optim.config import READ  # noqa: E402
 from optim.plan import plan  # noqa: E402
 
@@ -73,11 +73,14 @@ def wide() -> Workload:
 
 def published_shapes() -> list[dict[str, Any]]:
     """State bytes per parameter of a LLaMA of 1B (GaLore's configuration: rank 512), by storage on the meta device."""
-    with torch.device("meta"):
-        model = Transformer(ModelConfig(d_model=2048, d_ff=5461, n_layers=24, n_heads=32, layers=("full",)), 32_000)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    shape = ModelConfig(d_model=2048, d_ff=5461, n_layers=24, n_heads=32, layers=("full",))
     rows = []
     for preset in PRESETS:
+        with torch.device("meta"):
+            model = Transformer(shape, 32_000)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if preset == "q_galore":
+            quantise_matrices_(model)
         rank: dict[str, Any] = {"rank": 512} if "rank" in READ.get(preset, ()) and preset != "apollo_mini" else {}
         of_all = plan(build_optimizer(model, preset=preset, **rank))
         held, planned = sum(row.measured_bytes or 0 for row in of_all), sum(row.planned_bytes for row in of_all)
