@@ -117,7 +117,7 @@ def test_plan_as_json_is_the_plan(tmp_path: Path) -> None:
 
 def test_runs_into_a_closed_pipe(tmp_path: Path) -> None:
     done = subprocess.run(f"{' '.join(COMMAND)} train --help-config | head -1", shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "run\n" and "Traceback" not in done.stderr
+    assert done.stdout == "  engine  (native | deepspeed; default native)\n" and "Traceback" not in done.stderr
 
 
 # --- small real runs

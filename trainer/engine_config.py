@@ -94,10 +94,6 @@ def _native_only(config: RunConfig) -> list[tuple[bool, str]]:
             f"parallel.{next(iter(parallel.chosen_by_plan), '')} auto is chosen for the native engine; give a number",
         ),
         (
-            parallel.tp > 1,
-            f"parallel.tp {parallel.tp} shares products in the native engine's step; set parallel.tp 1 and parallel.cp {parallel.tp}",
-        ),
-        (
             parallel.dp_replicate > 1,
             f"parallel.dp_replicate {parallel.dp_replicate}: ZeRO shares the model among all ranks; set parallel.dp_replicate 1 and "
             f"parallel.dp_shard {parallel.dp_replicate * parallel.dp_shard}",

@@ -120,11 +120,15 @@ def test_where_everything_hides_memory_decides() -> None:
 
 
 def test_short_shards_on_several_nodes_use_the_links_inside_a_node() -> None:
+    single = choose_scheme(problem(32, 2048), [one for one in allowed(32) if one[0] != "double_ring"])
+    assert single.chosen.scheme == "ring_x_ulysses" and single.chosen.ulysses in (2, 4, 8)
     choice = choose_scheme(problem(32, 2048), allowed(32))
-    assert choice.chosen.scheme == "ring_x_ulysses" and choice.chosen.ulysses in (2, 4, 8)
     assert "spans nodes" in choice.reasons[0] and len(choice.reasons) == 2 + len(choice.costs)
     by_name = {cost.name: cost for cost in choice.costs}
-    assert by_name["ring"].exposed > 5 * choice.chosen.exposed
+    assert by_name["ring"].exposed > 5 * single.chosen.exposed
+    assert choice.chosen.name == "double_ring (ring_inner 8)", "nearly as fast, in smaller buffers"
+    near = single.chosen.exposed + 0.02 * sum(problem(32, 2048).attention_seconds())
+    assert choice.chosen.exposed < near and choice.chosen.buffers < single.chosen.buffers / 2
     assert by_name["double_ring (ring_inner 8)"].exposed < by_name["ring"].exposed / 2, "each adapter carries a shard per turn"
 
 

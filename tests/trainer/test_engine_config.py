@@ -47,7 +47,6 @@ def config(**sections: Any) -> RunConfig:
             "parallel.tp 2.* set parallel.tp 1 and parallel.dp_shard 6",
         ),
         ({"model": {"layers": ["full"]}, "parallel": {"kv_residence": "host"}}, "parallel.kv_residence host.* set .* device"),
-        ({"model": {"layers": ["full"], "memory": {"kind": "rmt"}}}, "rmt runs the layers segment by segment.* set engine=native"),
         (
             {"train": {"carry_state": "document"}, "data": {"shuffle": "none"}, "model": {"layers": ["memory"]}},
             "train.carry_state document",
@@ -62,6 +61,13 @@ def test_refused_by_name(sections: dict[str, Any], words: str) -> None:
     config(**sections)  # lawful with the native engine
     with pytest.raises(ValidationError, match=f"engine deepspeed: {words}"):
         config(engine="deepspeed", **sections)
+
+
+def test_memories_around_the_stack_are_refused_by_name() -> None:
+    segments: dict[str, Any] = {"model": {"layers": ["full"], "memory": {"kind": "rmt"}}}
+    config(**segments)
+    with pytest.raises(ValidationError, match="engine deepspeed runs whole sequences, and rmt runs segments; set engine native"):
+        config(engine="deepspeed", **segments)
 
 
 def test_settings_that_nobody_would_read_are_refused() -> None:
