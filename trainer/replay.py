@@ -17,17 +17,20 @@ import contextlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from memory_mgmt.apply import draws_random_numbers
 from models.batch import Batch
+from models.layer_segments import LayerSegments
 from models.memory.protocol import State, detached
 from models.repeat import again, turns
 from models.segments import Segment, Step
-from models.transformer import Transformer
+from models.transformer import Block, Transformer
 from parallel.fsdp import held_together
+from trainer.config import RunConfig
 
 Call = Callable[[Batch, Segment], tuple[Tensor, State]]
 """(shard, segment) -> (nll_Bw, state after it), as `Transformer.forward`, in the run's precision."""
@@ -106,6 +109,15 @@ class SegmentRunner:
         assert state is not None
         self.segmented.hand_on(state, steps, shard.tokens_BT)
         return one.nll_BT
+
+
+def segment_runner(config: RunConfig, model: Transformer) -> SegmentRunner | None:
+    """What runs the segments of a sequence of ``model``, which is told of ``train.segment_tokens``; None: it is read at once."""
+    if config.train.segment_tokens is not None:
+        model.layer_segments = LayerSegments([cast(Block, block).mixer for block in model.blocks], config.train.segment_tokens)
+    if model.segmented is None:
+        return None
+    return SegmentRunner(model, config.train.bptt_segments, config.memory.segment_states, draws=draws_random_numbers(model))
 
 
 @dataclass(frozen=True)
