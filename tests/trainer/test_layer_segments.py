@@ -76,9 +76,8 @@ def make_batch(starts=PACKED, tokens: int = T) -> Batch:
 
 
 @kinds
-@pytest.mark.parametrize("starts", [((0,), (0,)), PACKED], ids=["one document", "packed"])
-def test_gradients_are_those_of_the_whole_sequence(kind, starts):
-    model, batch = make(kind), make_batch(starts)
+def test_gradients_are_those_of_the_whole_sequence(kind):
+    model, batch = make(kind), make_batch()
     want_nll, want = through_all(model, batch)
     for states in ("all", "sqrt"):
         nll_BT, got = replayed(model, batch, states=states)
@@ -89,10 +88,9 @@ def test_gradients_are_those_of_the_whole_sequence(kind, starts):
     assert all(memory.handed is None for memory in model.layer_segments.states.memories.values())
 
 
-@pytest.mark.parametrize("kind", ["gated_deltanet", "mag"])
-@pytest.mark.parametrize("states", ["all", "sqrt"])
-@pytest.mark.parametrize("window", [1, 2, 4])
-def test_a_window_of_segments_truncates(kind, states, window):
+@pytest.mark.parametrize("kind", ["gated_deltanet", "mal"])
+@pytest.mark.parametrize(("window", "states"), [(1, "all"), (2, "all"), (4, "sqrt")])
+def test_a_window_of_segments_truncates(kind, window, states):
     """Against every border's state, and keys, cut loose by hand; what is cut matters."""
     model, batch = make(kind), make_batch()
     state, total = None, torch.zeros((), dtype=torch.float64)
@@ -105,6 +103,7 @@ def test_a_window_of_segments_truncates(kind, states, window):
     want = gradients(model)
     _, whole = replayed(model, batch)
     assert max((whole[name] - want[name]).abs().max() for name in want) > 1e-3
+    model.zero_grad()
     same(replayed(model, batch, window=window, states=states)[1], want)
 
 
@@ -172,19 +171,19 @@ def test_what_runs_again_draws_the_same_random_numbers():
         assert torch.equal(after, found[0][2])
 
 
-@pytest.mark.parametrize("kind", ["window", "gated_deltanet", "mag"])
+@pytest.mark.parametrize("kind", ["gated_deltanet", "mag"])
 @pytest.mark.parametrize("policy", ["tiles", "block, tiles"])
 def test_one_segment_is_alive_at_a_time(kind, policy):
     """Bytes that autograd holds between forward and backward, at most, whatever the length."""
     held = []
-    for tokens in (3 * SIZE, 12 * SIZE):
+    for tokens in (3 * SIZE, 9 * SIZE):
         model, alive, most = make(kind), 0, 0
         apply_policy(model, policy_of(MemoryConfig(**POLICIES[policy]), model.config.layer_kinds))
 
         class Saved:
             def __init__(self, x):
                 nonlocal alive, most
-                self.x = x
+                self.x = x.detach()  # with its node it would hold the graph that holds it
                 alive += x.numel()
                 most = max(most, alive)
 
@@ -206,7 +205,7 @@ SWA = {"layers": ["swa"], "window": 5}
     [
         ({"model": {"layers": ["swa", "full"]}}, "train.segment_tokens 8 needs model.layers of kind swa and memory"),
         ({"model": {"layers": ["memory"], "memory": {"kind": "titans", "attach": "mac"}}}, "needs model.memory.attach mixer, mag or mal"),
-        ({"model": {"memory": {"kind": "rmt"}}}, "rmt has segments of its own .model.memory.rmt.segment.; leave it out"),
+        ({"model": {**SWA, "memory": {"kind": "rmt"}}}, "rmt has segments of its own .model.memory.rmt.segment.; leave it out"),
         ({"parallel": {"cp": 3}, "model": SWA}, "needs parallel.cp=1 .*parallel.dp_shard=3"),
         ({"parallel": {"tp": 5}, "model": SWA}, "needs parallel.tp=1"),
         ({"engine": "deepspeed"}, "engine native"),
