@@ -11,6 +11,7 @@ Segments are counted from the sequence's start: states may be handed on anywhere
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -43,6 +44,16 @@ class LayerStates:
             elif name not in self.memories:
                 self.others[name] = mixer
         self.windows = {name: WindowKeys(layer.window) for name, layer in self.attentions.items() if layer.window is not None}
+
+    @property
+    def without_window(self) -> dict[str, Attention]:
+        """The layers that attend to the whole sequence."""
+        return {name: layer for name, layer in self.attentions.items() if layer.window is None}
+
+    @property
+    def granularity(self) -> int:
+        """Of how many tokens a segment has to be a multiple."""
+        return math.lcm(*(memory.traits.granularity for memory in self.memories.values()))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -82,7 +93,7 @@ class LayerStates:
         return state
 
     def hand_on(self, state: State) -> None:
-        """Leave what memories remember after the last segment to the next sequence, where states are carried; it sees no keys of this one."""
+        """Leave what memories remember after the last segment to the next sequence, where states are carried; keys are not."""
         for name, memory in self.memories.items():
             if memory.carried is not None:
                 memory.carried.left = detached(self._of(name, state))

@@ -22,8 +22,8 @@ def refused_segments(config: RunConfig) -> str | None:
         if not asked:
             return None
         return (
-            f"{asked[0]} is read where a sequence is in segments, with train.segment_tokens or a memory around the stack (model.memory.kind "
-            f"{' or '.join(STACK_KINDS)}): leave it out or set train.segment_tokens"
+            f"{asked[0]} is read where a sequence is in segments, with train.segment_tokens or a memory around the stack "
+            f"(model.memory.kind {' or '.join(STACK_KINDS)}): leave it out or set train.segment_tokens"
         )
     if parallel.cp > 1:
         return (

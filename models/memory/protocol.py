@@ -261,7 +261,7 @@ class Carried:
 
 
 class Handed:
-    """A memory's state between two segments of one sequence, part of the graph. ``given``: to the present one; None: nothing is before it."""
+    """A memory's state between two segments of a sequence, in the graph. ``given``: to the present one; None: nothing is before it."""
 
     def __init__(self, given: State | None) -> None:
         self.given = given
@@ -284,9 +284,10 @@ class MemoryModule(nn.Module):
     """Base of all memory architectures.
 
     ``carried`` is where a trainer that carries states from sequence to sequence hands them in; None: every sequence begins afresh.
-    ``handed`` is the same between segments of one sequence (`models.layer_segments`). ``carry`` is the seam that parallel/ fills; ``tile_tokens`` and ``run_tile`` those memory_mgmt/ fills. ``tile_tokens`` 0: whole
-    shard at once, otherwise tiles of that many tokens with the state carried. ``run_tile(first, n_tokens, body, *args)`` runs a tile
-    whose first token is the shard's ``first``; without it each tile is recomputed in backward.
+    ``handed`` is the same between segments of one sequence (`models.layer_segments`). ``carry`` is the seam that parallel/ fills;
+    ``tile_tokens`` and ``run_tile`` those memory_mgmt/ fills. ``tile_tokens`` 0: whole shard at once, otherwise tiles
+    of that many tokens with the state carried. ``run_tile(first, n_tokens, body, *args)`` runs a tile whose first token is the shard's
+    ``first``; without it each tile is recomputed in backward.
     """
 
     traits: MemoryTraits
