@@ -89,7 +89,7 @@ class LayerStates:
             state |= {f"{name}.keys": keys.k_BGnD, f"{name}.values": keys.v_BGnD}
         for name, memory in self.memories.items():
             assert memory.handed is not None, "begin comes first"
-            state |= {f"{name}.{key}": value for key, value in memory.handed.take().items()}
+            state |= {f"{name}.{key}": _alone(value) for key, value in memory.handed.take().items()}
         return state
 
     def hand_on(self, state: State) -> None:
@@ -135,3 +135,8 @@ class LayerSegments:
         )
         self.states.begin(state)
         return run(piece), self.states.take()
+
+
+def _alone(x: Tensor) -> Tensor:
+    """The value, copied where it is a small part of something: a layer's last inputs would keep the whole segment's alive."""
+    return x.clone() if x.untyped_storage().nbytes() > 2 * x.numel() * x.element_size() else x
