@@ -1,8 +1,10 @@
 """Peak memory and speed of one training step from 131,072 to 1,048,576 tokens: one sequence, one process, this machine's CPU.
 
-Gated DeltaNet + sliding window and Titans (memory as gate) + sliding window, under a policy that keeps block inputs only and works in
-tiles. Every case is a fresh process that first takes a step of 2,048 tokens, so that libraries and optimizer states exist; memory is the
-growth of peak resident memory in the measured step above the process before the model was built. Speed is tokens per CPU second, which
+Gated DeltaNet + sliding window and Titans (memory as gate) + sliding window, the whole sequence at once and in segments
+(``train.segment_tokens``), and a Recurrent Memory Transformer around sliding windows, which always runs in segments; under a policy that
+keeps block inputs only and works in tiles. Every case is a fresh process that first takes a step of 2,048 tokens, so that libraries and optimizer states exist; memory is the
+growth of peak resident memory in the measured step above the process before the model was built, the batch (tokens and labels as one text,
+positions: 16 bytes per token) included. Speed is tokens per CPU second, which
 other work on the machine disturbs least. Measured steps are kept one by one in memory_million.jsonl beside this script: whatever ends it,
 the next call does only what is missing.
 
@@ -36,9 +38,16 @@ WARM_UP_TOKENS = 2_048
 VOCAB_SIZE = 256
 _SHAPE: dict[str, Any] = {"d_model": 32, "n_heads": 1, "d_ff": 64, "window": 64, "layers": ["memory", "swa"]}
 _TITANS = {"chunk_size": 1024, "network": "linear"}
+_MAG = {**_SHAPE, "memory": {"kind": "titans", "attach": "mag", "titans": _TITANS}}
+SEGMENT_TOKENS = 65_536
+"""Of the cases in segments."""
+_RMT = {**_SHAPE, "layers": ["swa", "swa"], "memory": {"kind": "rmt", "rmt": {"segment": SEGMENT_TOKENS, "tokens": 16}}}
 MODELS = {
     "gated_deltanet": ModelConfig.model_validate(_SHAPE),
-    "titans_mag": ModelConfig.model_validate({**_SHAPE, "memory": {"kind": "titans", "attach": "mag", "titans": _TITANS}}),
+    "titans_mag": ModelConfig.model_validate(_MAG),
+    "gated_deltanet_segments": ModelConfig.model_validate(_SHAPE),
+    "titans_mag_segments": ModelConfig.model_validate(_MAG),
+    "rmt_segments": ModelConfig.model_validate(_RMT),
 }
 POLICY = MemoryConfig(recompute="block", loss_tile_tokens=4096, ffn_tile_tokens=8192, memory_tile_tokens=8192)
 FLAT = 0.10
@@ -53,7 +62,10 @@ def run_case(name: str, tokens: int) -> dict[str, Any]:
     from memory_mgmt.monitor import MemoryMonitor
     from memory_mgmt.policy_settings import policy_of
     from models.batch import Batch, Bounds
+    from models.layer_segments import LayerSegments
     from models.transformer import Transformer, init_weights
+    from trainer.engine import forward
+    from trainer.replay import SegmentRunner
 
     return_freed_memory()  # otherwise holes of the heap are measured, not the step
     torch.set_num_threads(1)
@@ -61,6 +73,13 @@ def run_case(name: str, tokens: int) -> dict[str, Any]:
     model = Transformer(MODELS[name], VOCAB_SIZE)
     init_weights(model, 0)
     apply_policy(model, policy_of(POLICY, MODELS[name].layer_kinds))
+    if name.endswith("_segments") and model.stack is None:
+        model.layer_segments = LayerSegments([block.mixer for block in model.blocks], SEGMENT_TOKENS)
+    runner = SegmentRunner(model) if model.segmented is not None else None
+
+    def one_segment(shard: Batch, segment: Any) -> Any:
+        return forward(model, shard, torch.device("cpu"), "fp32", segment)
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
     result: dict[str, Any] = {}
@@ -69,8 +88,11 @@ def run_case(name: str, tokens: int) -> dict[str, Any]:
         monitor.reset()
         begun, cpu = time.perf_counter(), time.process_time()
         batch = Batch(text[:, :-1], text[:, 1:], torch.arange(n).unsqueeze(0), Bounds.whole(1, n))
-        loss = model(batch).sum() / n
-        loss.backward()
+        if runner is not None:
+            loss = runner(one_segment, batch, n).sum() / n
+        else:
+            loss = model(batch).sum() / n
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -82,7 +104,12 @@ def run_case(name: str, tokens: int) -> dict[str, Any]:
 def protocol() -> dict[str, Any]:
     """What makes measured steps comparable."""
     models = {name: model.model_dump(mode="json", exclude_defaults=True) for name, model in MODELS.items()}
-    return {"models": models, "policy": POLICY.model_dump(mode="json", exclude_defaults=True), "vocab_size": VOCAB_SIZE}
+    return {
+        "models": models,
+        "segment_tokens": SEGMENT_TOKENS,
+        "policy": POLICY.model_dump(mode="json", exclude_defaults=True),
+        "vocab_size": VOCAB_SIZE,
+    }
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -46,8 +46,9 @@ class MemoryConfig(Section):
     memory_tile_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens per tile of a memory layer, recomputed in backward with the state carried; 0 processes the whole shard at once."""
     segment_states: Literal["all", "sqrt"] = "all"
-    """Of a memory around the stack (model.memory.kind rmt, armt, hmt), what of the states between a sequence's n segments is kept for the
-    backward pass. all: every one. sqrt: about the root of n of them; those between are made again by one more forward pass."""
+    """Where a sequence is read in segments (train.segment_tokens, or a memory around the stack: rmt, armt, hmt), what of the states between
+    its n segments is kept for the backward pass. all: every one. sqrt: about the root of n of them; those between are made again by one
+    more forward pass."""
     arena: bool = False
     """Serve the tensors of a training step from one region at planned addresses (memory_mgmt/arena.py). CUDA: those of
     1 MiB and more, in front of torch's caching allocator."""

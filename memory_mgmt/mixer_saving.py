@@ -209,7 +209,9 @@ class MemorySaving:
         self._swapped, self._recomputed_from = tokens.swapped, tokens.held
         self._output_wanted = one.split["feed_forward"].recomputed > 0
         recomputed = self._recomputed_from == 0
-        self._run_again = recomputed and self._output_wanted and output.recomputed > 0 and not one.run.keep_rng
+        # A run inside an autograd node has no graph for a state that is handed on: then tiles run again, and the output is kept.
+        in_graph = one.run.keep_rng or mixer.carrier.handed is not None
+        self._run_again = recomputed and self._output_wanted and output.recomputed > 0 and not in_graph
         self._output_swapped = output.swapped if recomputed else self._swapped
         self._park_now, self._count = False, 0
         self._output: Held | None = None

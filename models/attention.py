@@ -136,7 +136,7 @@ class LocalAttention:
         if plan is None:
             whole = (0, bounds.seq_len)
             plan = bounds._cache[key] = plan_rows(bounds.documents, [Pair(whole, 0, whole, 0)], self.window, limits, bounds.prefixes)
-        return _TiledAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan)  # pyright: ignore[reportReturnType]
+        return attended(q_BHTD, k_BGTD, v_BGTD, plan)
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -152,6 +152,11 @@ class _TiledAttention(torch.autograd.Function):
         q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT = ctx.saved_tensors
         grads = attend_all_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, ctx.plan)
         return *(grad.to(dout_BHTD.dtype) for grad in grads), None
+
+
+def attended(q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """out_BHTD of `attend_all`, differentiable."""
+    return _TiledAttention.apply(q_BHTD, k_BGSD, v_BGSD, plan)  # pyright: ignore[reportReturnType]
 
 
 def attend_all(q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from models.batch import Bounds
 
+NO_PREFIX = "a segment does not see the later ones, so that no document can have a prefix that all its tokens see"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -125,7 +127,7 @@ def plan_segments(bounds: Bounds, size: int, before: Sequence[int], whole: bool 
     if len(bounds.ranges) != 1:
         raise ValueError(f"segments follow one another, and ranges {bounds.ranges} are not one stretch of tokens; set parallel.cp=1")
     if bounds.prefixes:
-        raise ValueError("a segment does not see the later ones, so that no document can have a prefix that all its tokens see")
+        raise ValueError(NO_PREFIX)
     ((first, last),) = bounds.ranges
     rows = [_row(set(starts), first, last, size, had, whole) for starts, had in zip(bounds.documents, before, strict=True)]
     idle, cache, steps, pending = Part(last, last), {}, [], False
@@ -133,6 +135,20 @@ def plan_segments(bounds: Bounds, size: int, before: Sequence[int], whole: bool 
         pending = pending or any(part.new and not part.closes for part in parts)
         steps.append(Step(parts, first, pending, cache))
     return steps
+
+
+def plan_stretches(bounds: Bounds, size: int) -> list[Step]:
+    """The tokens that ``bounds`` holds in stretches of ``size``, the same for all rows whatever documents they hold.
+
+    Raises ValueError where they are not the whole sequence in order, or a document has a prefix that all its tokens see.
+    """
+    if bounds.ranges != ((0, bounds.seq_len),):
+        raise ValueError(f"segments follow one another, and ranges {bounds.ranges} are not the whole sequence; set parallel.cp=1")
+    if bounds.prefixes:
+        raise ValueError(NO_PREFIX)
+    cache: dict = {}
+    edges = [*range(0, bounds.seq_len, size), bounds.seq_len]
+    return [Step((Part(start, end, closes=True),) * len(bounds.documents), 0, False, cache) for start, end in pairwise(edges)]
 
 
 def _row(starts: set[int], first: int, last: int, size: int, before: int, whole: bool) -> list[Part]:

@@ -26,6 +26,7 @@ from models.batch import IGNORE_INDEX, Batch, Bounds
 from models.config import LayerKind, ModelConfig
 from models.embedding import Embedding
 from models.feedforward import RMSNorm, SwiGLU
+from models.layer_segments import LayerSegments
 from models.loss import Sweep, chunked_cross_entropy
 from models.memory.attached import MemoryAsGate, MemoryAsLayer
 from models.memory.attached_shapes import AttachedShapes
@@ -140,6 +141,9 @@ class Transformer(nn.Module):
         self.run_blocks: Callable[..., Tensor] = run_in_order
         self.stack = cast(StackMemory, build_memory(config)) if config.memory.around_stack else None
         """A memory around all layers, which then run on one segment at a time."""
+        self.layer_segments: LayerSegments | None = None
+        """A seam: runs all layers on one segment at a time, those that remember inside handing on what they do. A whole sequence is read
+        so without gradients; with them, segments are run one by one (``trainer/replay.py``)."""
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else LossHead(vocab_size, config.d_model)
 
@@ -151,11 +155,24 @@ class Transformer(nn.Module):
 
     def stream(self, batch: Batch) -> Tensor:
         """x_BTC after the last block: what the final norm reads."""
+        if (segmented := self._whole_by) is not None:
+            return self._by_segments(segmented, batch, lambda x_BTC, _labels_BT: x_BTC)
+        return self._layers(batch)
+
+    def _layers(self, batch: Batch) -> Tensor:
         for table in self.value_tables:
             cast(ValueTable, table).begin(batch.bounds)
-        if self.stack is not None:
-            return self._by_segments(batch, lambda x_BTC, _labels_BT: x_BTC)
         return self.run_blocks(self.blocks, self._embedded(batch.tokens_BT), batch.positions_BT, batch.bounds)
+
+    @property
+    def segmented(self) -> StackMemory | LayerSegments | None:
+        """What runs the segments of a sequence, where it is read so."""
+        return self.layer_segments if self.stack is None else self.stack
+
+    @property
+    def _whole_by(self) -> StackMemory | LayerSegments | None:
+        """What runs a whole sequence's segments in one call."""
+        return None if self.stack is None and torch.is_grad_enabled() else self.segmented
 
     def _embedded(self, tokens_BT: Tensor) -> Tensor:
         x_BTC = self.embed(tokens_BT)
@@ -169,13 +186,13 @@ class Transformer(nn.Module):
         """nll_BT: negative log likelihood per token, float32 (float64), 0 where there is no label. A memory around the stack goes on from
         the state it carries, if it does.
 
-        With ``segment``, of a model with such a memory: nll_Bw of this step's tokens alone, and the state after it.
+        With ``segment``, of a model that is read in segments: nll_Bw of this step's tokens alone, and the state after it.
         """
         if segment is not None:
             x_BwC, state = self._segment(batch, segment.state, segment.step)
             return self._loss(x_BwC, segment.step.take(batch.labels_BT, IGNORE_INDEX)), state
-        if self.stack is not None:
-            return self._by_segments(batch, self._loss)
+        if (segmented := self._whole_by) is not None:
+            return self._by_segments(segmented, batch, self._loss)
         return self._loss(self.stream(batch), batch.labels_BT)
 
     def _loss(self, x_BTC: Tensor, labels_BT: Tensor) -> Tensor:
@@ -185,21 +202,23 @@ class Transformer(nn.Module):
         return chunked_cross_entropy(x_BTC, self.embed.weight, labels_BT, self.loss_tile_tokens, norm, self.sweep)
 
     def _segment(self, batch: Batch, state: State | None, step: Step) -> tuple[Tensor, State]:
-        assert self.stack is not None
+        if self.stack is None:
+            assert self.layer_segments is not None
+            return self.layer_segments.step(self._layers, batch, state, step)
         x_BwC = self._embedded(step.take(batch.tokens_BT))
         state = self.stack.opened(None, x_BwC) if state is None else state
         return self.stack.step(Backbone(self.blocks, self.run_blocks), x_BwC, state, step)
 
-    def _by_segments(self, batch: Batch, use: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _by_segments(self, segmented: StackMemory | LayerSegments, batch: Batch, use: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """``use(x_BwC, labels_Bw)`` of every step's tokens, in the order of the tokens; all steps are kept for a backward pass."""
-        assert self.stack is not None
-        steps = self.stack.plan_carried(batch.bounds)
+        steps = segmented.plan_carried(batch.bounds)
         state, found = None, []
-        for step in steps:
-            x_BwC, state = self._segment(batch, state, step)
-            found.append(use(x_BwC, step.take(batch.labels_BT, IGNORE_INDEX)))
+        with segmented.in_place():
+            for step in steps:
+                x_BwC, state = self._segment(batch, state, step)
+                found.append(use(x_BwC, step.take(batch.labels_BT, IGNORE_INDEX)))
         assert state is not None
-        self.stack.hand_on(state, steps, batch.tokens_BT)
+        segmented.hand_on(state, steps, batch.tokens_BT)
         return put_together(found, steps)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from memory_mgmt.apply import apply_policy, draws_random_numbers
+from memory_mgmt.apply import apply_policy
 from memory_mgmt.arena import build_arena
 from memory_mgmt.arena_cuda import use_expandable_segments
 from memory_mgmt.host_allocator import return_freed_memory
@@ -53,7 +53,7 @@ from trainer.metrics import MetricsWriter
 from trainer.planning import model_vocab_size
 from trainer.preemption import StopSignal
 from trainer.rank_watch import RankWatch
-from trainer.replay import SegmentRunner
+from trainer.replay import segment_runner
 from trainer.run_dir import RunDir
 from trainer.state import TrainState
 from trainer.throughput import peak_flops
@@ -203,14 +203,9 @@ def engine_for(
     if config.train.carry_state == "document":
         wide = torch.float64 if config.train.precision == "fp64" else torch.float32
         carried = CarriedStates(model, config.train.micro_batch_size, config.train.grad_accum, device, wide, mesh)
-    runner = segment_runner(config, model) if model.stack is not None else None
+    runner = segment_runner(config, model)
     how = (config.train.precision, config.layout, settings.clip_norm)
     return Engine(model, optimizer, mesh, device, *how, fused, offloaded, carried, runner)
-
-
-def segment_runner(config: RunConfig, model: Transformer) -> SegmentRunner:
-    """What runs the segments of ``model``, which has a memory around its stack."""
-    return SegmentRunner(model, config.train.bptt_segments, config.memory.segment_states, draws=draws_random_numbers(model))
 
 
 def current_device(config: RunConfig) -> torch.device:

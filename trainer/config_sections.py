@@ -136,8 +136,11 @@ class TrainSection(Section):
     """document: a memory goes on from the state in which the sequence before left it where a document runs through several sequences
     (gradients do not); every row of a step reads on where it stood in the step before. Needs data.shuffle documents or none."""
     bptt_segments: PositiveInt | None = None
-    """Of a memory around the stack (model.memory.kind rmt, armt, hmt): gradients end at every so many-th border of segments, counted from
-    the sequence's start. null: they go through all segments of the sequence."""
+    """Where a sequence is read in segments (segment_tokens, or a memory around the stack: model.memory.kind rmt, armt, hmt): gradients end
+    at every so many-th border of segments, counted from the sequence's start. null: they go through all segments of the sequence."""
+    segment_tokens: PositiveInt | None = None
+    """Layers of kind swa and memory read a sequence in segments of so many tokens, each through all layers before the next one: a step's
+    activations are those of one segment, whatever data.seq_len, for one more forward pass. null: the whole sequence at once."""
     micro_batch_size: PositiveInt = 1
     """Sequences per data-parallel rank in one forward and backward pass."""
     grad_accum: PositiveInt = 1

@@ -144,8 +144,9 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
                 "parallel.kv_residence: host needs a traced step (formulas keep keys on the device); leave memory.plan at trace"
             )
         asked = target.config.model.memory
-        if asked.around_stack:
-            raise UserError(f"model.memory.kind: {asked.kind} runs segment by segment and needs a traced step; leave memory.plan at trace")
+        if asked.around_stack or target.config.train.segment_tokens is not None:
+            what = f"model.memory.kind: {asked.kind} runs" if asked.around_stack else "train.segment_tokens: a sequence is read"
+            raise UserError(f"{what} segment by segment and needs a traced step; leave memory.plan at trace")
         if "memory" in target.config.model.layer_kinds and (asked.kind not in KNOWN_MEMORIES or asked.attach != "mixer"):
             known, key = " and ".join(KNOWN_MEMORIES), "kind" if asked.kind not in KNOWN_MEMORIES else "attach"
             raise UserError(

@@ -17,17 +17,20 @@ import contextlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from memory_mgmt.apply import draws_random_numbers
 from models.batch import Batch
+from models.layer_segments import LayerSegments
 from models.memory.protocol import State, detached
 from models.repeat import again, turns
 from models.segments import Segment, Step
-from models.transformer import Transformer
+from models.transformer import Block, Transformer
 from parallel.fsdp import held_together
+from trainer.config import RunConfig
 
 Call = Callable[[Batch, Segment], tuple[Tensor, State]]
 """(shard, segment) -> (nll_Bw, state after it), as `Transformer.forward`, in the run's precision."""
@@ -55,7 +58,7 @@ class Kept:
     def get(self, place: int) -> State:
         """What ``put`` was given, as leaves that ask for a gradient."""
         state = {name: value[place] for name, value in self.stacked.items()} | self.others.get(place, {})
-        return {name: value.detach().requires_grad_() for name, value in state.items()}
+        return {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in state.items()}
 
 
 @dataclass
@@ -88,15 +91,15 @@ class SegmentRunner:
     """
 
     def __init__(self, model: Transformer, window: int | None = None, states: Literal["all", "sqrt"] = "all", draws: bool = False) -> None:
-        assert model.stack is not None
-        self.model, self.stack, self.window, self.states, self.draws = model, model.stack, window, states, draws
+        assert model.segmented is not None
+        self.model, self.segmented, self.window, self.states, self.draws = model, model.segmented, window, states, draws
 
     def __call__(self, call: Call, shard: Batch, divisor: float, around: Around | None = None) -> Tensor:
         """nll_BT without a graph; adds the gradient of ``nll_BT.sum() / divisor`` to every parameter's."""
-        steps = self.stack.plan_carried(shard.bounds)
+        steps = self.segmented.plan_carried(shard.bounds)
         size = self.window or len(steps)
         windows = [range(start, min(start + size, len(steps))) for start in range(0, len(steps), size)]
-        with held_together(self.model) as reduce:
+        with held_together(self.model) as reduce, self.segmented.in_place():
             chance = Chance(shard.tokens_BT.device) if self.draws else None
             one = _Sequence(call, shard, divisor, steps, chance, _Last(windows[-1].start, around, reduce))
             state: State | None = None
@@ -104,8 +107,17 @@ class SegmentRunner:
                 n = len(window)
                 state = one.run(window, state, math.isqrt(n - 1) if self.states == "sqrt" and n > 3 else 1)
         assert state is not None
-        self.stack.hand_on(state, steps, shard.tokens_BT)
+        self.segmented.hand_on(state, steps, shard.tokens_BT)
         return one.nll_BT
+
+
+def segment_runner(config: RunConfig, model: Transformer) -> SegmentRunner | None:
+    """What runs the segments of a sequence of ``model``, which is told of ``train.segment_tokens``; None: it is read at once."""
+    if config.train.segment_tokens is not None:
+        model.layer_segments = LayerSegments([cast(Block, block).mixer for block in model.blocks], config.train.segment_tokens)
+    if model.segmented is None:
+        return None
+    return SegmentRunner(model, config.train.bptt_segments, config.memory.segment_states, draws=draws_random_numbers(model))
 
 
 @dataclass(frozen=True)

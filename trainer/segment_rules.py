@@ -1,4 +1,4 @@
-"""What runs whose model has a memory around its stack cannot be asked for. Imports no torch."""
+"""What runs that read a sequence segment after segment cannot be asked for. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ if TYPE_CHECKING:
 def refused_segments(config: RunConfig) -> str | None:
     """Why a sequence cannot be read segment by segment with these settings; None if it can, or is not to be."""
     kind, parallel = config.model.memory.kind, config.parallel
+    if config.train.segment_tokens is not None:
+        return _refused_of_layers(config)
     if not config.model.memory.around_stack:
         kept = config.memory.segment_states
         own = (("train.bptt_segments", config.train.bptt_segments is not None), ("memory.segment_states", kept != "all"))
         asked = [name for name, is_set in own if is_set]
         if not asked:
             return None
-        return f"{asked[0]} is read by memories around the stack (model.memory.kind {' or '.join(STACK_KINDS)}) only: leave it out"
+        return (
+            f"{asked[0]} is read where a sequence is in segments, with train.segment_tokens or a memory around the stack "
+            f"(model.memory.kind {' or '.join(STACK_KINDS)}): leave it out or set train.segment_tokens"
+        )
     if parallel.cp > 1:
         return (
             f"parallel.cp {parallel.cp}: {kind} is not parallel inside one sequence (what one segment leaves is what the next one begins "
@@ -34,3 +39,28 @@ def refused_segments(config: RunConfig) -> str | None:
     if kind == "armt" and config.memory.group_blocks > 1:
         return f"memory.group_blocks {config.memory.group_blocks} runs layers together, between which armt reads and writes; leave it at 1"
     return None
+
+
+def _refused_of_layers(config: RunConfig) -> str | None:
+    """Why `train.segment_tokens` cannot be with these settings."""
+    model, parallel = config.model, config.parallel
+    if model.memory.around_stack:
+        kind = model.memory.kind
+        return f"train.segment_tokens: {kind} has segments of its own (model.memory.{kind}.segment); leave it out"
+    wrong = [
+        remedy
+        for held, remedy in (
+            ("full" not in model.layer_kinds, "model.layers of kind swa and memory (full attention sees keys of the whole sequence)"),
+            (
+                "memory" not in model.layer_kinds or model.memory.attach != "mac",
+                "model.memory.attach mixer, mag or mal (mac cannot be cut inside its own segments)",
+            ),
+            (parallel.cp <= 1, f"parallel.cp=1 (a rank has whole sequences; parallel.dp_shard={parallel.cp} shares the parameters)"),
+            (parallel.tp <= 1, "parallel.tp=1 (with parallel.dp_shard)"),
+            (config.engine == "native", "engine native (others run whole sequences)"),
+            (config.memory.recompute != "auto", "memory.recompute none, mixer or block (auto plans whole sequences)"),
+            (config.memory.group_blocks == 1, "memory.group_blocks 1 (a state is handed on inside of a group)"),
+        )
+        if not held
+    ]
+    return f"train.segment_tokens {config.train.segment_tokens} needs " + " and ".join(wrong) if wrong else None

@@ -25,7 +25,16 @@ HOME = Path(__file__).resolve().parent.parent
 CODE = ("models", "parallel", "optim", "memory_mgmt", "trainer")
 KEPT_TRACES = 200
 _UNRELATED_MEMORY = ("budget_gib", "host_gib", "offload_dir", "plan", "replan_on_oom", "arena")
-_RELATED_TRAIN = ("carry_state", "precision", "residual", "micro_batch_size", "grad_accum", "deterministic")
+_RELATED_TRAIN = (
+    "carry_state",
+    "precision",
+    "residual",
+    "micro_batch_size",
+    "grad_accum",
+    "deterministic",
+    "segment_tokens",
+    "bptt_segments",
+)
 
 _ORDER_TO_CARRY: dict[str, dict[str, str]] = {"none": {}, "document": {"shuffle": "documents"}}
 """An order that carrying states allows; which one it is, changes no trace."""

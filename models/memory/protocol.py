@@ -260,13 +260,34 @@ class Carried:
     left: State | None = None
 
 
+class Handed:
+    """A memory's state between two segments of a sequence, in the graph. ``given``: to the present one; None: nothing is before it."""
+
+    def __init__(self, given: State | None) -> None:
+        self.given = given
+        self._left: State | None = None
+        self._taken = False
+
+    def leave(self, state: State) -> None:
+        """The state after the segment. Work that is done again in a backward pass, after `take`, leaves nothing."""
+        if not self._taken:
+            self._left = state
+
+    def take(self) -> State:
+        """What goes on."""
+        assert self._left is not None, "the memory has not run"
+        left, self._left, self._taken = self._left, None, True
+        return left
+
+
 class MemoryModule(nn.Module):
     """Base of all memory architectures.
 
     ``carried`` is where a trainer that carries states from sequence to sequence hands them in; None: every sequence begins afresh.
-    ``carry`` is the seam that parallel/ fills; ``tile_tokens`` and ``run_tile`` those memory_mgmt/ fills. ``tile_tokens`` 0: whole
-    shard at once, otherwise tiles of that many tokens with the state carried. ``run_tile(first, n_tokens, body, *args)`` runs a tile
-    whose first token is the shard's ``first``; without it each tile is recomputed in backward.
+    ``handed`` is the same between segments of one sequence (`models.layer_segments`). ``carry`` is the seam that parallel/ fills;
+    ``tile_tokens`` and ``run_tile`` those memory_mgmt/ fills. ``tile_tokens`` 0: whole shard at once, otherwise tiles
+    of that many tokens with the state carried. ``run_tile(first, n_tokens, body, *args)`` runs a tile whose first token is the shard's
+    ``first``; without it each tile is recomputed in backward.
     """
 
     traits: MemoryTraits
@@ -274,6 +295,7 @@ class MemoryModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.carried: Carried | None = None
+        self.handed: Handed | None = None
         self.carry: Carry = LocalCarry()
         self.tile_tokens: int = 0
         self.run_tile: Callable[..., Any] | None = None
@@ -306,7 +328,11 @@ class MemoryModule(nn.Module):
         return self
 
     def goes_on(self, x_BTC: Tensor, bounds: Bounds) -> tuple[Tensor, State]:
-        """`forward` from the state that is ``carried``, if one is, leaving one there; else from the beginning."""
+        """`forward` from the state that is ``handed`` or ``carried``, if one is, leaving one there; else from the beginning."""
+        if self.handed is not None:
+            y_BTC, after = self(x_BTC, self.handed.given, bounds)
+            self.handed.leave(after)
+            return y_BTC, after
         if self.carried is None:
             return self(x_BTC, None, bounds)
         y_BTC, after = self(x_BTC, self.reset(self.carried.given, self.carried.fresh_B), bounds)

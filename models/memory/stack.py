@@ -11,6 +11,7 @@ Legend: B row, T token, C channel, w most new tokens of a row in a step, s most 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,6 +106,10 @@ class StackMemory(MemoryModule):
         empty = torch.zeros(len(like), self.size, self.width, device=like.device, dtype=dtype)
         count = torch.tensor(counts, dtype=torch.int64, device=like.device)
         return {**state, PENDING: state.get(PENDING, empty).to(dtype), COUNT: count}
+
+    def in_place(self) -> contextlib.AbstractContextManager[None]:
+        """Around all steps of a sequence, forward and backward: nothing is to be put anywhere."""
+        return contextlib.nullcontext()
 
     def hand_on(self, state: State, steps: Sequence[Step], like: Tensor) -> None:
         """Leave the state after the last step to the next sequence, where states are carried."""

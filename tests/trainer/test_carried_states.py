@@ -47,6 +47,12 @@ def segmented(dp: int = 1, micro: int = 2, accum: int = 2, carry: str = "documen
     return config(dp, 1, micro, accum, carry, ("full", "swa"), kind="rmt", rmt={"segment": 6, "tokens": 2})
 
 
+def in_segments(*topology: int) -> RunConfig:
+    """As `config`, sequences read in segments of which the last is short."""
+    settings = config(*topology)
+    return settings.model_copy(update={"train": settings.train.model_copy(update={"segment_tokens": 6})})
+
+
 def steps(settings: RunConfig, dp_rank: int = 0, consumed: int = 0):
     lanes = settings.global_batch_sequences
     sequences = StoredSequences(
@@ -120,6 +126,7 @@ def all_on_ranks(folder: str) -> dict:
     found = {name: trained(config(*case)) for name, case in cases[ranks].items()}
     if ranks == 2:
         found["resumed"] = trained(config(2, 1, 2, 1), folder)
+        found["in segments, dp 2"] = trained(in_segments(2, 1, 1, 2))
         found["around, dp 2"] = trained(segmented(2, 1, 2))
         found["around, dp 2, other passes"] = trained(segmented(2, 2, 1))
     return found

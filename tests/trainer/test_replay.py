@@ -167,10 +167,10 @@ def test_one_segment_is_alive_at_a_time(kind):
         ({"parallel": {"cp": 2}}, r"cp 2: rmt is not parallel inside one sequence.*set parallel.cp=1 parallel.dp_shard=2"),
         ({"parallel": {"tp": 2}}, r"parallel.tp 2: rmt is not split over tensor-parallel ranks"),
         ({"memory": {"recompute": "auto"}}, "recompute auto plans whole sequences"),
-        ({"model": {"layers": ["full"]}, "train": {"bptt_segments": 2}}, "train.bptt_segments is read by memories around the stack"),
+        ({"model": {"layers": ["full"]}, "train": {"bptt_segments": 2}}, "train.bptt_segments is read where a sequence is in segments"),
         (
             {"model": {"layers": ["full"]}, "memory": {"segment_states": "sqrt"}},
-            "memory.segment_states is read by memories around the stack",
+            "memory.segment_states is read where a sequence is in segments",
         ),
         ({"model": {"layers": ["full", "memory"], "memory": {"kind": "rmt"}}}, "stands around the whole stack and is no layer of it"),
     ],

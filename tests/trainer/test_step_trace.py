@@ -176,6 +176,15 @@ CASES = {
         ),
         None,
     ),
+    "in segments through all layers": (
+        config(
+            model={"layers": ["swa", "memory"], "memory": {"chunk_size": 32}},
+            data={"seq_len": 500},
+            train={"segment_tokens": 96},
+            memory={"recompute": "block", "memory_tile_tokens": 64},
+        ),
+        None,
+    ),
     "a policy by token range": (config(model={"layers": ["full", "full"]}), MIXED),
 }
 

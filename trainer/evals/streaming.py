@@ -9,21 +9,21 @@ Legend: B rows, T tokens of a chunk, S keys kept, H query heads, G key/value hea
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Generator, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.attention import Attention, attend_all, check_shapes, tile_limits
+from models.attention import attend_all, check_shapes, tile_limits
 from models.attention_plan import Pair, plan_rows
 from models.batch import IGNORE_INDEX, Batch, Bounds
 from models.errors import UserError
 from models.int8_weight import in_dtype
-from models.memory.attached import AttachedMemory
-from models.memory.protocol import Carried, MemoryModule, State
-from models.transformer import Transformer
+from models.layer_segments import LayerStates
+from models.memory.protocol import Carried, State
+from models.transformer import Block, Transformer
 from trainer.engine import Precision
 
 CHUNK_TOKENS = 8192
@@ -31,12 +31,12 @@ CHUNK_TOKENS = 8192
 
 
 class StreamedAttention:
-    """The seam of an attention layer while a sequence is read in chunks: ``(q_BHTD, k_BGTD, v_BGTD, bounds) -> out_BHTD``.
+    """The seam of an attention layer without a window while a sequence is read in chunks: ``(q_BHTD, k_BGTD, v_BGTD, bounds) -> out_BHTD``.
 
-    ``window``: tokens a query sees, whose keys are kept; None: all of them are, in room for ``length`` tokens that is taken at once."""
+    All keys are kept, in room for ``length`` tokens that is taken at once."""
 
-    def __init__(self, window: int | None, length: int) -> None:
-        self.window, self.length = window, length
+    def __init__(self, length: int) -> None:
+        self.length = length
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 
@@ -44,29 +44,14 @@ class StreamedAttention:
         """Of one chunk; chunks come in order, from the first token on."""
         check_shapes(q_BHTD, k_BGTD, bounds)
         ((start, end),) = bounds.ranges
-        limits = tile_limits(q_BHTD, self.window)
-        if self.window is None:
-            kept, k, v = start, *self._appended(k_BGTD, v_BGTD, start, end)
-            pairs = [Pair((start, end), 0, (start, end), start), Pair((start, end), 0, (0, start), 0)]
-        else:
-            k, v = self._after_window(k_BGTD, v_BGTD)
-            kept = k.shape[2] - k_BGTD.shape[2]
-            pairs = [Pair((start, end), 0, (start, end), kept), Pair((start, end), 0, (start - kept, start), 0)]
-        key = ("streamed attention", self.window, limits)
+        limits = tile_limits(q_BHTD, None)
+        k, v = self._appended(k_BGTD, v_BGTD, start, end)
+        key = ("streamed attention", limits)
         plan = bounds._cache.get(key)
         if plan is None:
-            plan = bounds._cache[key] = plan_rows(bounds.documents, pairs[: 1 if kept == 0 else 2], self.window, limits)
-        out_BHTD = attend_all(q_BHTD, k, v, plan)[0]
-        if self.window is not None:
-            keep = min(self.window - 1, k.shape[2])
-            # Copies: a view would keep the whole chunk's keys alive.
-            self._keys, self._values = k[:, :, k.shape[2] - keep :].clone(), v[:, :, v.shape[2] - keep :].clone()
-        return out_BHTD
-
-    def _after_window(self, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._values is None:
-            return k_BGTD, v_BGTD
-        return torch.cat([self._keys, k_BGTD], dim=2), torch.cat([self._values, v_BGTD], dim=2)
+            pairs = [Pair((start, end), 0, (start, end), start), Pair((start, end), 0, (0, start), 0)]
+            plan = bounds._cache[key] = plan_rows(bounds.documents, pairs[: 1 if start == 0 else 2], None, limits)
+        return attend_all(q_BHTD, k, v, plan)[0]
 
     def _appended(self, k_BGTD: Tensor, v_BGTD: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         if self._keys is None or self._values is None:
@@ -84,14 +69,14 @@ class StreamedModel:
         self, model: Transformer, device: torch.device, precision: Precision, kept_bytes: int, chunk_tokens: int = CHUNK_TOKENS
     ) -> None:
         self.model, self.device, self.precision, self.kept_bytes = model, device, precision, kept_bytes
-        self.attentions: dict[str, Attention] = {}
-        self.memories: dict[str, MemoryModule] = {}
-        if model.stack is not None:  # its layers see one segment at a time, whose tokens wait in its state where a chunk cuts it
-            self.memories["the stack"] = model.stack
-        else:
-            for i, block in enumerate(model.blocks):
-                self._take(f"layer {i}", block.mixer)
-        self.multiple = math.lcm(*(memory.traits.granularity for memory in self.memories.values()))
+        # A memory around the stack gives its layers one segment at a time, whose tokens wait in its state where a chunk cuts it.
+        blocks = () if model.stack is not None else model.blocks
+        self.states = LayerStates({f"layer {i}": cast(Block, block).mixer for i, block in enumerate(blocks)})
+        for name, mixer in self.states.others.items():
+            raise UserError(
+                f"{name} ({type(mixer).__name__}) hands no state on from chunk to chunk: this model cannot be evaluated in a stream"
+            )
+        self.multiple = self.states.granularity
         self.chunk_tokens = chunk_tokens
 
     @property
@@ -101,7 +86,7 @@ class StreamedModel:
 
     def refused(self, length: int) -> str | None:
         """Why a sequence of ``length`` tokens cannot be read; None if it can."""
-        full = {name: layer for name, layer in self.attentions.items() if layer.window is None}
+        full = self.states.without_window
         item = 8 if self.precision == "fp64" else 2 if self.precision == "bf16" else 4
         needed = sum(2 * length * layer.wk.weight.shape[0] * item for layer in full.values())
         if needed <= self.kept_bytes:
@@ -166,41 +151,33 @@ class StreamedModel:
     @contextlib.contextmanager
     def _streaming(self, rows: int, length: int) -> Iterator[None]:
         wide = torch.float64 if self.precision == "fp64" else torch.float32
-        seams = {name: layer.inner_attention for name, layer in self.attentions.items()}
+        stack, full = self.model.stack, self.states.without_window
+        seams = {name: layer.inner_attention for name, layer in full.items()}
         training = self.model.training
         self.model.eval()
         try:
-            for layer in self.attentions.values():
-                layer.inner_attention = StreamedAttention(layer.window, length)
-            for memory in self.memories.values():
+            for layer in full.values():
+                layer.inner_attention = StreamedAttention(length)
+            if stack is not None:
                 with torch.no_grad():
-                    state: State = memory.init_state(rows, self.device, wide)
-                memory.carried = Carried(state, torch.ones(rows, dtype=torch.bool, device=self.device))
-            yield
+                    state: State = stack.init_state(rows, self.device, wide)
+                stack.carried = Carried(state, torch.ones(rows, dtype=torch.bool, device=self.device))
+            with self.states.in_place():
+                self.states.begin(None)
+                yield
         finally:
-            for name, layer in self.attentions.items():
+            for name, layer in full.items():
                 layer.inner_attention = seams[name]
-            for memory in self.memories.values():
-                memory.carried = None
+            if stack is not None:
+                stack.carried = None
             self.model.train(training)
 
     def _hand_on(self) -> None:
-        for name, memory in self.memories.items():
-            carried = memory.carried
-            assert carried is not None and carried.left is not None, f"the memory of {name} left no state"
-            memory.carried = Carried(carried.left, torch.zeros_like(carried.fresh_B))
-
-    def _take(self, name: str, mixer: object) -> None:
-        if isinstance(mixer, Attention):
-            self.attentions[name] = mixer
-        elif isinstance(mixer, MemoryModule) and mixer.traits.carry != "stack":
-            self.memories[name] = mixer.carrier
-            if isinstance(mixer, AttachedMemory):
-                self.attentions[name] = mixer.attention
-        else:
-            raise UserError(
-                f"{name} ({type(mixer).__name__}) hands no state on from chunk to chunk: this model cannot be evaluated in a stream"
-            )
+        if (stack := self.model.stack) is None:
+            self.states.begin(self.states.take())
+            return
+        assert stack.carried is not None and stack.carried.left is not None, "the memory around the stack left no state"
+        stack.carried = Carried(stack.carried.left, torch.zeros_like(stack.carried.fresh_B))
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.precision != "bf16":
