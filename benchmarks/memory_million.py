@@ -2,10 +2,10 @@
 
 Gated DeltaNet + sliding window and Titans (memory as gate) + sliding window, the whole sequence at once and in segments
 (``train.segment_tokens``), and a Recurrent Memory Transformer around sliding windows, which always runs in segments; under a policy that
-keeps block inputs only and works in tiles. Every case is a fresh process that first takes a step of 2,048 tokens, so that libraries and optimizer states exist; memory is the
-growth of peak resident memory in the measured step above the process before the model was built, the batch (tokens and labels as one text,
-positions: 16 bytes per token) included. Speed is tokens per CPU second, which
-other work on the machine disturbs least. Measured steps are kept one by one in memory_million.jsonl beside this script: whatever ends it,
+keeps block inputs only and works in tiles. Every case is a fresh process that first takes a step of 2,048 tokens, so that libraries and
+optimizer states exist; memory is the growth of peak resident memory in the measured step above the process before the model was built, the
+batch (tokens and labels as one text, positions: 16 bytes per token) included. Speed is tokens per CPU second, which other work on the
+machine disturbs least. Measured steps are kept one by one in memory_million.jsonl beside this script: whatever ends it,
 the next call does only what is missing.
 
   python benchmarks/memory_million.py                          # all that is missing, then the page and the picture
