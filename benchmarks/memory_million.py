@@ -23,7 +23,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # run as a script, not as a module
@@ -63,7 +63,7 @@ def run_case(name: str, tokens: int) -> dict[str, Any]:
     from memory_mgmt.policy_settings import policy_of
     from models.batch import Batch, Bounds
     from models.layer_segments import LayerSegments
-    from models.transformer import Transformer, init_weights
+    from models.transformer import Block, Transformer, init_weights
     from trainer.engine import forward
     from trainer.replay import SegmentRunner
 
@@ -74,7 +74,7 @@ def run_case(name: str, tokens: int) -> dict[str, Any]:
     init_weights(model, 0)
     apply_policy(model, policy_of(POLICY, MODELS[name].layer_kinds))
     if name.endswith("_segments") and model.stack is None:
-        model.layer_segments = LayerSegments([block.mixer for block in model.blocks], SEGMENT_TOKENS)
+        model.layer_segments = LayerSegments([cast(Block, block).mixer for block in model.blocks], SEGMENT_TOKENS)
     runner = SegmentRunner(model) if model.segmented is not None else None
 
     def one_segment(shard: Batch, segment: Any) -> Any:

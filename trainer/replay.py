@@ -155,10 +155,14 @@ class _Sequence:
         groups = [window[k : k + every] for k in range(0, len(window), every)]
         kept = Kept(len(groups))
         before = state = None if state is None else detached(state)
+
+        def is_kept(i: int) -> bool:
+            return (i + 1 - window.start) % every == 0
+
         with torch.no_grad():
-            for i in self.turns(window[:-1]):
+            for i in turns(window[:-1], self.shard.tokens_BT, lambda i: (self.kind([i]), is_kept(i))):
                 state = self.forward(i, state, anew=True)
-                if (i + 1 - window.start) % every == 0:
+                if is_kept(i):
                     kept.put((i + 1 - window.start) // every, state)
         gradients: State = {}
         left: State | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from models.layer_segments import LayerSegments
 from models.memory.attached import positions
 from models.memory.protocol import detached
 from models.segments import Segment
-from models.transformer import Transformer, init_weights
+from models.transformer import Block, Transformer, init_weights
 from tests.trainer.test_replay import gradients, replayed, same, through_all
 from trainer.carried_states import CarriedStates
 from trainer.config import RunConfig
@@ -62,8 +62,13 @@ def make(kind: str, size: int = SIZE) -> Transformer:
     finally:
         torch.set_default_dtype(torch.float32)
     init_weights(model, 1)
-    model.layer_segments = LayerSegments([block.mixer for block in model.blocks], size)
+    model.layer_segments = LayerSegments([cast(Block, block).mixer for block in model.blocks], size)
     return model
+
+
+def segments_of(model: Transformer) -> LayerSegments:
+    assert model.layer_segments is not None
+    return model.layer_segments
 
 
 def make_batch(starts=PACKED, tokens: int = T) -> Batch:
@@ -85,7 +90,7 @@ def test_gradients_are_those_of_the_whole_sequence(kind):
         same(got, want)
     with torch.no_grad():
         same(model(batch), want_nll)
-    assert all(memory.handed is None for memory in model.layer_segments.states.memories.values())
+    assert all(memory.handed is None for memory in segments_of(model).states.memories.values())
 
 
 @pytest.mark.parametrize("kind", ["gated_deltanet", "mal"])
@@ -94,8 +99,8 @@ def test_a_window_of_segments_truncates(kind, window, states):
     """Against every border's state, and keys, cut loose by hand; what is cut matters."""
     model, batch = make(kind), make_batch()
     state, total = None, torch.zeros((), dtype=torch.float64)
-    with model.layer_segments.in_place():
-        for i, step in enumerate(model.layer_segments.plan_carried(batch.bounds)):
+    with segments_of(model).in_place():
+        for i, step in enumerate(segments_of(model).plan_carried(batch.bounds)):
             state = detached(state) if state is not None and i % window == 0 else state
             nll_Bw, state = model(batch, Segment(step, state))
             total = total + nll_Bw.sum()
@@ -158,9 +163,9 @@ def test_what_runs_again_draws_the_same_random_numbers():
         torch.manual_seed(3)
         found.append([*replayed(model, batch, states=states, draws=True), torch.rand(1)])
     torch.manual_seed(3)
-    with model.layer_segments.in_place():  # all kept
+    with segments_of(model).in_place():  # all kept
         state, total = None, torch.zeros((), dtype=torch.float64)
-        for step in model.layer_segments.plan_carried(batch.bounds):
+        for step in segments_of(model).plan_carried(batch.bounds):
             nll_Bw, state = model(batch, Segment(step, state))
             total = total + nll_Bw.sum()
     (total / 7.0).backward()
@@ -224,4 +229,4 @@ def test_prefixes_are_refused():
     batch = make_batch()
     bounds = replace(batch.bounds, prefixes=((2, 3, 16, 37), (0, 21)))
     with pytest.raises(ValueError, match="no document can have a prefix"):
-        make("window").layer_segments.plan_carried(bounds)
+        segments_of(make("window")).plan_carried(bounds)

@@ -180,8 +180,8 @@ CASES = {
         config(
             model={"layers": ["swa", "memory"], "memory": {"chunk_size": 32}},
             data={"seq_len": 500},
-            train={"segment_tokens": 96},
-            memory={"recompute": "block", "memory_tile_tokens": 64},
+            train={"segment_tokens": 48},
+            memory={"recompute": "block", "memory_tile_tokens": 64, "segment_states": "sqrt"},
         ),
         None,
     ),
