@@ -203,6 +203,8 @@ def draw(steps: list[dict[str, Any]], file: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
     for name in MODELS:
         mine = sorted((one for one in steps if one["model"] == name), key=lambda one: one["tokens"])
+        if not mine:
+            continue
         tokens = [one["tokens"] for one in mine]
         left.plot(tokens, [one["peak_bytes"] / 2**20 for one in mine], marker="o", label=name)
         right.plot(tokens, [one["tokens"] / one["cpu_seconds"] for one in mine], marker="o", label=name)
@@ -211,8 +213,8 @@ def draw(steps: list[dict[str, Any]], file: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens")
         axes.set_ylabel(label)
-        axes.legend()
-    figure.tight_layout()
+    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(file, dpi=110)
 
 
