@@ -20,6 +20,8 @@ class RunSection(Section):
     """Directory that holds run directories."""
     name: str | None = None
     """Name of the run directory; null makes one from the config file's name and the time."""
+    private: bool = True
+    """Only you can look into the run directory (0700). false: others too, as your umask says."""
 
     @field_validator("name")
     @classmethod
@@ -63,6 +65,8 @@ class DataSection(Section):
     """Configuration (subset) name of a hub data set."""
     hub_split: str = "train"
     """Split of a hub data set."""
+    allow_download: bool = False
+    """data.source hub may ask the network for a data set by its name, and download it; false: local folders only."""
     text_field: str = "text"
     """Column or JSON key that holds the document."""
     valid_path: str | None = None

@@ -73,6 +73,7 @@ def test_a_submitted_run_has_everything_a_job_needs(slurm: FakeSlurm, capsys: py
     assert run_dir.config.is_file() and run_dir.memory_plan.is_file()
     for file in ("longstride.py", "slurm/job.sbatch", "memory_mgmt/timeline_page.html"):
         assert (run_dir.code / file).is_file()
+    assert run_dir.path.stat().st_mode & 0o777 == 0o700, "the settings may name what is nobody else's business"
     state = run_dir.read_state()
     assert state is not None and (state.status, state.reason) == ("queued", "job 41")
     assert read_submission(run_dir).token in script
@@ -136,6 +137,8 @@ def test_changes_of_the_experiment_need_to_be_allowed(slurm: FakeSlurm, capsys: 
     assert "--allow optim.beta1: this setting is not changed" in capsys.readouterr().err
     assert main(["resume", "a", "optim.lr=1e-5", "--allow", "optim.lr", "--submit"]) == 0
     assert (run_dir.path / "config.before_resume_1.yaml").read_text() == before and run_dir.config.read_text() != before
+    assert main(["resume", "a", "run.private=false", "--submit"]) == 0
+    assert run_dir.path.stat().st_mode & 0o777 == 0o755
     assert main(["resume", "a", "--nodes", "2"]) == 2
     assert "--nodes: is of a Slurm job; add --submit" in capsys.readouterr().err
 

@@ -235,6 +235,7 @@ def _open_source(data: DataSection, key: ValidOrTrain) -> Source:
         hub_config=data.hub_config,
         hub_split=data.hub_split,
         streaming=data.streaming and train,
+        allow_download=data.allow_download,
         key=key,
     )
 

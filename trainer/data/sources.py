@@ -35,11 +35,12 @@ def open_source(
     hub_config: str | None = None,
     hub_split: str = "train",
     streaming: bool = False,
+    allow_download: bool = False,
     key: str = "data.path",
 ) -> Source:
     """The source that the ``data`` settings name; ``key`` is the setting that error messages name.
 
-    Raises UserError when there is no such file, folder or data set.
+    Raises UserError when there is no such file, folder or data set, or when it is to come from the network and must not.
     """
     if kind == "python_stdlib":
         return StdlibSource(path, key)
@@ -54,6 +55,8 @@ def open_source(
         case "arrow":
             return ArrowSource.open(path, text_field, key)
         case "hub":
+            if not allow_download and not Path(path).expanduser().exists():
+                raise UserError(f"{key}: {path!r} is no local folder, and nothing is downloaded; allow it with data.allow_download=true")
             return HubSource(path, hub_config, hub_split, text_field, streaming, key)
 
 
