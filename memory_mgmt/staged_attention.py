@@ -110,21 +110,32 @@ class StagedProjections:
             slices = [grad.narrow(2, a, b - a) for grad in grads]
             dx = parts.enter_backward(self._x(a, b), slices, weights, parts.rows(self._table, a, b), of_stage)
             dx_BTC.narrow(1, a, b - a).add_(dx)
-        for i, index in enumerate(rows):
-            sums.add_rows(i, of_stage.taken(i), index, self._weights[i])
+        for i, own in enumerate(rows):
+            sums.add_rows(i, of_stage.taken(i), own, self._weights[i])
 
-    def _of_heads(self, q_heads: list[int], kv_heads: list[int]) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _of_heads(self, q_heads: list[int], kv_heads: list[int]) -> tuple[list[Tensor], list[list[Range] | None]]:
         """The weights of these heads, in the order of ``TokenWise.enter_weights``, and of each which rows they are (None: all)."""
         q, kv = (self._rows(heads) for heads in (q_heads, kv_heads))
-        rows: list[Tensor | None] = [None, q, kv, kv]
+        rows: list[list[Range] | None] = [None, q, kv, kv]
         rows += [q, kv, kv] if self._biased else []
         rows += [None] * (len(self._weights) - len(rows))
-        return [x if index is None else x.index_select(0, index) for x, index in zip(self._weights, rows, strict=True)], rows
+        return [x if own is None else _taken(x, own) for x, own in zip(self._weights, rows, strict=True)], rows
 
-    def _rows(self, heads: list[int]) -> Tensor:
-        values = torch.arange(self._head_dim, device=self._weights[0].device)
-        starts = torch.tensor(heads, dtype=torch.long, device=values.device) * self._head_dim
-        return (starts[:, None] + values).flatten()
+    def _rows(self, heads: list[int]) -> list[Range]:
+        """Those of some heads, which ascend, as few ranges."""
+        found: list[Range] = []
+        for head in heads:
+            start, end = head * self._head_dim, (head + 1) * self._head_dim
+            if found and found[-1][1] == start:
+                found[-1] = (found[-1][0], end)
+            else:
+                found.append((start, end))
+        return found
+
+
+def _taken(weight: Tensor, rows: Sequence[Range]) -> Tensor:
+    """These rows; a view where they are one range."""
+    return weight[slice(*rows[0])] if len(rows) == 1 else torch.cat([weight[:0], *(weight[start:end] for start, end in rows)])
 
 
 def _union(by_rank: Sequence[Range]) -> tuple[list[int], list[Range]]:

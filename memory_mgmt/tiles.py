@@ -67,8 +67,8 @@ class GradientSums:
         total, self._sums[i] = self._sums[i], None
         return total
 
-    def add_rows(self, i: int, grad: Tensor | None, rows: Tensor | None, whole: Tensor) -> None:
-        """A finished gradient of some ``rows`` (None: all) of weight ``i``, which is as large as ``whole``."""
+    def add_rows(self, i: int, grad: Tensor | None, rows: Sequence[tuple[int, int]] | None, whole: Tensor) -> None:
+        """A finished gradient of some ``rows``, ranges one after another (None: all), of weight ``i``, which is as large as ``whole``."""
         if grad is None:
             return
         if rows is None:
@@ -77,7 +77,8 @@ class GradientSums:
         total = self._sums[i]
         if total is None:
             total = self._sums[i] = torch.zeros_like(whole, dtype=torch.promote_types(grad.dtype, torch.float32))
-        total.index_add_(0, rows, grad)
+        for (start, end), part in zip(rows, grad.split([end - start for start, end in rows]), strict=True):
+            total[start:end].add_(part)
 
     def results(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         """The sums, which they leave, in what the gradients of their weights are kept in."""

@@ -19,8 +19,8 @@ from parallel import head_exchange
 from parallel.hybrid import HybridAttention
 from parallel.sequence import shard_batch
 from parallel.ulysses import UlyssesAttention
-from tests.memory_mgmt.test_execution import VOCAB, assert_same, fill, gradients, make
 from tests.memory_mgmt.measured import peak_allocated
+from tests.memory_mgmt.test_execution import VOCAB, assert_same, fill, make
 from tests.parallel.simulated import Group, run_simulated
 
 TOKENS = 96
@@ -83,7 +83,8 @@ def _cases() -> list[dict[str, Any]]:
             tiles = {"ffn_tile_tokens": rng.choice([0, 10])}
             grouped = {"group_blocks": 2} if policy is RECOMPUTE_BLOCK and rng.random() < 0.5 else {}
             found.append({"cp": cp, "degree": degree, "config": config, "policy": Policy((policy,) * 2, **tiles, **grouped),
-                          "layout": rng.choice(["zigzag", "contiguous"]), "head_chunk": rng.choice([1, 1, 2, 3]), "bf16": False})  # fmt: skip
+                          "layout": rng.choice(["zigzag", "contiguous"]), "head_chunk": rng.choice([1, 1, 2, 3]),
+                          "bf16": False})  # fmt: skip
     return found
 
 
