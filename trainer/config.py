@@ -14,6 +14,7 @@ from trainer import tensor_rules
 from trainer.carry_rules import refused_carrying
 from trainer.config_sections import RUN_NAME, CheckpointSection, DataSection, GuardsSection, RunSection, TrainSection
 from trainer.engine_config import DeepSpeedSection, EngineName, refused_engine
+from trainer.prefix_rules import refused_prefixes
 from trainer.segment_rules import refused_segments
 
 __all__ = ["RUN_NAME", "CheckpointSection", "DataSection", "GuardsSection", "RunConfig", "RunSection", "TrainSection"]
@@ -40,7 +41,7 @@ class RunConfig(Section):
         self._check_guards()
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
-        for refused in (refused_carrying(self), refused_engine(self), refused_segments(self)):
+        for refused in (refused_carrying(self), refused_engine(self), refused_segments(self), refused_prefixes(self)):
             if refused:
                 raise ValueError(refused)
         if refused := self.optim.refused_clip():
