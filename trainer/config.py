@@ -183,10 +183,10 @@ class RunConfig(Section):
             return
         if "full" not in self.model.layer_kinds:
             raise ValueError("parallel.kv_residence host moves keys and values of full attention, and model.layers has none: set it device")
-        if self.parallel.tp > 1 or self.model.memory.around_stack or self.engine != "native":
-            other = f"parallel.tp {self.parallel.tp}, model.memory.kind {self.model.memory.kind} and engine {self.engine}"
+        if self.model.memory.around_stack or self.engine != "native":
+            other = f"model.memory.kind {self.model.memory.kind} and engine {self.engine}"
             raise ValueError(
-                "parallel.kv_residence host has only been shown with parallel.tp 1, layers read once per sequence and engine native, "
+                "parallel.kv_residence host has only been shown with layers read once per sequence and engine native, "
                 f"not with {other}: set it device"
             )
         if self.memory.recompute == "auto":
@@ -204,7 +204,6 @@ class RunConfig(Section):
             for held, remedy in (
                 (self.parallel.sequence in ("ring", "double_ring"), "parallel.sequence=ring or double_ring"),
                 (self.train.micro_batch_size == 1, "train.micro_batch_size=1 (rows differ in their documents)"),
-                (self.parallel.tp == 1, "parallel.tp=1"),
                 (self.data.document_mask, "data.document_mask=true (else there is one document: zigzag)"),
                 ("memory" not in self.model.layer_kinds, "layers without memory (its state and convolution cross few, ordered ranges)"),
             )

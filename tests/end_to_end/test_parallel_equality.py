@@ -55,8 +55,8 @@ def experiment(
     )
 
 
-def train_steps(config: RunConfig) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses and gradient norms of STEPS steps, and the whole final parameters."""
+def train_steps(config: RunConfig, steps: int = STEPS) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses and gradient norms of so many steps, and the whole final parameters."""
     device = torch.device("cpu")
     mesh = mesh_for(config, device) if dist.is_initialized() and dist.get_world_size() > 1 else None
     dp_rank, dp_size = (mesh.dp_rank, mesh.dims.dp) if mesh else (0, 1)
@@ -66,7 +66,7 @@ def train_steps(config: RunConfig) -> tuple[list[float], list[float], dict[str, 
     for step, (micro_batches, _) in enumerate(data.train(), start=1):
         losses.append(engine.forward_backward(micro_batches).loss)
         norms.append(engine.step(config.optim.lr))
-        if step == STEPS:
+        if step == steps:
             break
     saved = engine.state_dict()["model"]  # where tensor-parallel ranks have parts: as the whole
     parameters = {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in saved.items()}
@@ -133,9 +133,9 @@ def test_same_training_under_every_scheme(documents: tuple[str, str], dp_shard: 
     compare(experiment(*documents, "fp64", layout, 1, dp_shard, cp, **sequence), *_REFERENCE[key])
 
 
-def train_all(configs: list[RunConfig]) -> list[tuple]:
+def train_all(configs: list[RunConfig], steps: int = STEPS) -> list[tuple]:
     """``train_steps`` of one after the other, on the same ranks."""
-    return [train_steps(config) for config in configs]
+    return [train_steps(config, steps) for config in configs]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from trainer.data.tokenizers import Tokenizer
 PREFIX = np.dtype([("tokens", "<i8"), ("bytes", "<i8")])
 """Of one document's prefix: its tokens, and the UTF-8 bytes that they stand for."""
 
+
 @dataclass(frozen=True)
 class Prefixes:
     """Where a source says how long each document's prefix is, and in what it counts."""
@@ -74,7 +75,7 @@ CAUSAL = PrefixUse(mask=False, loss=True)
 
 
 def left_of(prefix: int, start: int, stop: int) -> int:
-    """How many of a document's tokens [start, stop) are of its prefix of ``prefix`` tokens. One that a sequence's end cuts goes on as one."""
+    """How many of a document's tokens [start, stop) are of its prefix of ``prefix`` tokens; one that a sequence's end cuts goes on."""
     return min(max(prefix - start, 0), stop - start)
 
 

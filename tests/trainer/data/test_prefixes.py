@@ -1,4 +1,4 @@
-"""Prefixes from the data to the batch: in characters and tokens, through packing and streams, with labels as asked for; bad ones refused."""
+"""Prefixes from the data to the batch: in characters and tokens, through packing and streams, with labels as asked for."""
 
 import json
 from itertools import islice
@@ -203,7 +203,7 @@ def test_a_table_without_the_column_or_with_text_in_it_is_refused(tmp_path: Path
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(settings: dict[str, Any], words: str) -> None:
-    data = {"path": "x", **({"source": "jsonl", "prefix_key": "p"} if "data" not in settings else settings["data"])}
+    data = {"path": "x", **settings.get("data", {"source": "jsonl", "prefix_key": "p"})}
     if data.get("source", "").startswith("synthetic"):
         del data["path"]
     with pytest.raises(ValidationError, match=words):
