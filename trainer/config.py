@@ -14,6 +14,7 @@ from trainer import tensor_rules
 from trainer.carry_rules import refused_carrying
 from trainer.config_sections import RUN_NAME, CheckpointSection, DataSection, GuardsSection, RunSection, TrainSection
 from trainer.engine_config import DeepSpeedSection, EngineName, refused_engine
+from trainer.prefix_rules import refused_prefixes
 from trainer.segment_rules import refused_segments
 
 __all__ = ["RUN_NAME", "CheckpointSection", "DataSection", "GuardsSection", "RunConfig", "RunSection", "TrainSection"]
@@ -40,7 +41,7 @@ class RunConfig(Section):
         self._check_guards()
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
-        for refused in (refused_carrying(self), refused_engine(self), refused_segments(self)):
+        for refused in (refused_carrying(self), refused_engine(self), refused_segments(self), refused_prefixes(self)):
             if refused:
                 raise ValueError(refused)
         if refused := self.optim.refused_clip():
@@ -182,10 +183,10 @@ class RunConfig(Section):
             return
         if "full" not in self.model.layer_kinds:
             raise ValueError("parallel.kv_residence host moves keys and values of full attention, and model.layers has none: set it device")
-        if self.parallel.tp > 1 or self.model.memory.around_stack or self.engine != "native":
-            other = f"parallel.tp {self.parallel.tp}, model.memory.kind {self.model.memory.kind} and engine {self.engine}"
+        if self.model.memory.around_stack or self.engine != "native":
+            other = f"model.memory.kind {self.model.memory.kind} and engine {self.engine}"
             raise ValueError(
-                "parallel.kv_residence host has only been shown with parallel.tp 1, layers read once per sequence and engine native, "
+                "parallel.kv_residence host has only been shown with layers read once per sequence and engine native, "
                 f"not with {other}: set it device"
             )
         if self.memory.recompute == "auto":
@@ -203,7 +204,6 @@ class RunConfig(Section):
             for held, remedy in (
                 (self.parallel.sequence in ("ring", "double_ring"), "parallel.sequence=ring or double_ring"),
                 (self.train.micro_batch_size == 1, "train.micro_batch_size=1 (rows differ in their documents)"),
-                (self.parallel.tp == 1, "parallel.tp=1"),
                 (self.data.document_mask, "data.document_mask=true (else there is one document: zigzag)"),
                 ("memory" not in self.model.layer_kinds, "layers without memory (its state and convolution cross few, ordered ranges)"),
             )

@@ -167,9 +167,11 @@ def _warm_up_batch(config: RunConfig) -> Batch:
 
 
 def _batch(config: RunConfig, tokens: int, documents: tuple[int, ...] = (0,)) -> Batch:
-    """One micro-batch; on fake tensors only the shape counts. ``documents``: where they begin."""
+    """One micro-batch; on fake tensors only the shape counts. ``documents``: where they begin. Where data have prefixes, half of a
+    sequence that is one document is one: so there are queries that see keys after them, and others that do not."""
     rows = config.train.micro_batch_size
-    bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows)
+    prefixes = ((tokens // 2,),) * rows if config.data.bidirectional_prefixes and documents == (0,) else ()
+    bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows, prefixes)
     positions_BT = torch.arange(tokens).expand(rows, tokens).contiguous()
     return Batch(
         torch.zeros(rows, tokens, dtype=torch.long), torch.zeros(rows, tokens, dtype=torch.long), positions_BT, bounds, (True,) * rows

@@ -12,8 +12,6 @@ ELEMENTWISE = ("adamw", "adamw_8bit", "adamw_4bit", "sgd")
 """Presets that update every element by itself: on a part as on the whole."""
 ROUNDED_ALIKE = ("fp32", "bf16", "bf16_24bit")
 """Of ``optim.weights`` those that round without chance."""
-SHARED_MEMORIES = ("gated_deltanet", "gsa", "mamba2", "titans")
-"""Kinds of ``model.memory.kind`` whose layers share a tensor-parallel group's tokens; of others it has not been shown."""
 STATE_BLOCK = 128
 """Elements that a codec of 8 or 4 bits keeps with one scale (``optim/codecs.py``)."""
 
@@ -45,14 +43,6 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
             f"parallel.tp {tp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: ranks "
             f"cannot share a sequence's tokens; set parallel.tp=1 parallel.dp_shard={tp}, or model.memory.attach=mag"
         )
-    kind = config.model.memory.kind
-    if "memory" in config.model.layer_kinds and kind not in SHARED_MEMORIES:
-        return (
-            f"parallel.tp {tp}: model.memory.kind {kind} has not been shown to be exact over tensor-parallel ranks, those of "
-            f"{', '.join(SHARED_MEMORIES)} have; set parallel.tp=1 and parallel.cp or parallel.dp_shard"
-        )
-    if config.train.carry_state != "none":
-        return f"parallel.tp {tp}: states carried from sequence to sequence have not been shown to be exact: set train.carry_state=none"
     # Ranges of a zigzag layout that neighbours share in equal parts: attention beside a memory knows none such, and an odd number of
     # neighbours would cut them to unequal ranges.
     if "memory" in config.model.layer_kinds and config.layout == "zigzag" and (tp % 2 or attach != "mixer"):
@@ -104,6 +94,4 @@ def _of_memory(config: RunConfig, tp: int) -> str | None:
     memory = config.memory
     if memory.plan == "estimate":
         return f"parallel.tp {tp} needs a traced step (formulas know no tensor parallelism): set memory.plan=trace"
-    if config.parallel.kv_residence == "host":
-        return f"parallel.tp {tp}: tensor-parallel ranks hold their keys on the device so far: set parallel.kv_residence=device"
     return None
