@@ -52,7 +52,7 @@ def measure(case: Any, repeats: int, peers: str, smoke: bool) -> dict[str, dict[
     size = SMOKE if smoke else case.sizes
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], list[Any]]] = {}
-    shared = case.exact(size)() if case.exact else None
+    known: dict[Any, list[Any]] = {}
     for system in case.systems:
         if smoke and system.package:
             continue
@@ -60,15 +60,17 @@ def measure(case: Any, repeats: int, peers: str, smoke: bool) -> dict[str, dict[
         try:
             step = system.prepare(size, torch.float32)
             found = step()
-            exact = shared or (system.exact or partial(system.prepare, dtype=torch.float64))(size)()
-            row["errors"] = errors(found, exact, len(case.results))
+            exact = system.exact or case.exact or partial(system.prepare, dtype=torch.float64)
+            if exact not in known:
+                known[exact] = exact(size)()
+            row["errors"] = errors(found, known[exact], len(case.results))
             steps[key(system)] = step
         except Exception as error:  # a peer's, whatever it raises: that is the result
             row["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
             if not system.package:
                 raise
-        found = exact = None
-    del shared
+        found = None
+    del known
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():

@@ -43,7 +43,7 @@ class Size:
     slots: int = 64
     chunk: int = 64
     segment: int = 512
-    n_keys: int = 256
+    n_keys: int = 128
 
     @property
     def width(self) -> int:
@@ -257,11 +257,25 @@ def _own_titans(network: str, size: Size, dtype: torch.dtype, oracle: bool = Fal
     module: Any = _initialised(build_memory(config), dtype)
     module.tile_tokens = tile
     bounds = Bounds.whole(1, size.tokens)
-    return _module_step(
-        list(module.parameters()),
-        _inputs(size, dtype),
-        lambda x: (module.oracle(x, None, bounds) if oracle else module(x, None, bounds))[0],
-    )
+    read = partial(_by_oracle, module, bounds) if oracle else lambda x_BTC: module(x_BTC, None, bounds)[0]
+    return _module_step(list(module.parameters()), _inputs(size, dtype), read)
+
+
+def _by_oracle(module: Any, bounds: Bounds, x_BTC: Tensor) -> Tensor:
+    """A memory's oracle, stretch by stretch, each run again in the backward pass: it keeps states of every token."""
+    state, outputs = module.init_state(1, x_BTC.device, x_BTC.dtype), []
+    for start in range(0, x_BTC.shape[1], 32):
+        piece = x_BTC[:, start : start + 32]
+        here = bounds.with_ranges(((start, start + piece.shape[1]),))
+
+        def stretch(piece: Tensor, *values: Tensor, here: Bounds = here, names: tuple[str, ...] = tuple(state)) -> tuple[Tensor, ...]:
+            out, after = module.oracle(piece, dict(zip(names, values, strict=True)), here)
+            return out, *(after[name] for name in names)
+
+        out, *values = checkpoint(stretch, piece, *state.values(), use_reentrant=False)
+        state = dict(zip(state, values, strict=True))
+        outputs.append(out)
+    return torch.cat(outputs, 1)
 
 
 def _titans_pytorch(depth: int, per_chunk: bool, size: Size, dtype: torch.dtype) -> Step:
@@ -301,7 +315,7 @@ def _own_keys(size: Size, dtype: torch.dtype, oracle: bool = False) -> Step:
         table.begin(bounds)
         return layer(x_BTC, bounds)
 
-    return _module_step(parameters, _inputs(size, dtype), read, stretch=64 if oracle else None)
+    return _module_step(parameters, _inputs(size, dtype), read, stretch=32 if oracle else None)
 
 
 def _product_key_memory(size: Size, dtype: torch.dtype) -> Step:
@@ -393,18 +407,20 @@ def _rmt_pytorch(replay: bool, size: Size, dtype: torch.dtype) -> Step:
 
 def _titans_case(network: str, depth: int, about: str) -> Case:
     own = partial(_own_titans, network)
+    exact = partial(own, dtype=torch.float64, oracle=True)
     systems = [
-        System("titans", "", own, partial(own, dtype=torch.float64, oracle=True)),
-        System("titans, tiles of 256", "", partial(own, tile=256), partial(own, dtype=torch.float64, oracle=True)),
+        System("titans", "", own, exact),
+        System("titans, tiles of 256", "", partial(own, tile=256), exact),
         System("NeuralMemory", "titans-pytorch", partial(_titans_pytorch, depth, True), note="batch_size = chunk_size, as the paper"),
         System("NeuralMemory, one batch", "titans-pytorch", partial(_titans_pytorch, depth, False), note="gradients at the first weights"),
     ]
-    return Case(f"Titans, {network}", about, Size(2048), systems)
+    return Case(f"Titans, {network}", about, Size(1024), systems)
 
 
 _SUMS = ("naive_chunk_simple_gla", "naive_recurrent_simple_gla", "naive_parallel_simple_gla")
 _SUM_RESULTS = ("out", "dq", "dk", "dv", "dbeta", "dlog_decay")
 
+_RMT_EXACT = partial(_own_rmt, "plain", dtype=torch.float64)
 CASES = (
     Case(
         "Gated DeltaNet",
@@ -447,9 +463,9 @@ CASES = (
         f"{LAYERS} layers, segments of 512 tokens, {MEMORY_TOKENS} memory tokens, vocabulary {VOCABULARY}",
         Size(4096),
         (
-            System("rmt, replay", "", partial(_own_rmt, "replay"), partial(_own_rmt, "plain", dtype=torch.float64)),
-            System("rmt, replay, recompute: block", "", partial(_own_rmt, "lean"), partial(_own_rmt, "plain", dtype=torch.float64)),
-            System("rmt, all segments kept", "", partial(_own_rmt, "plain")),
+            System("rmt, replay", "", partial(_own_rmt, "replay"), _RMT_EXACT),
+            System("rmt, replay, recompute: block", "", partial(_own_rmt, "lean"), _RMT_EXACT),
+            System("rmt, all segments kept", "", partial(_own_rmt, "plain"), _RMT_EXACT),
             System("memory_replay_backprop", "recurrent-memory-transformer-pytorch", partial(_rmt_pytorch, True)),
             System("all segments kept", "recurrent-memory-transformer-pytorch", partial(_rmt_pytorch, False)),
         ),
@@ -457,7 +473,7 @@ CASES = (
     ),
     Case(
         "Memory layer",
-        "65,536 values by product keys, 4 heads, the best 32 of each",
+        "16,384 values by product keys, 4 heads, the best 32 of each",
         Size(2048),
         (
             System("product_keys", "", _own_keys, partial(_own_keys, dtype=torch.float64, oracle=True)),

@@ -170,10 +170,8 @@ def _batch(config: RunConfig, tokens: int, documents: tuple[int, ...] = (0,)) ->
     """One micro-batch; on fake tensors only the shape counts. ``documents``: where they begin."""
     rows = config.train.micro_batch_size
     bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows)
-    positions_BT = torch.arange(tokens).expand(rows, tokens).contiguous()
-    return Batch(
-        torch.zeros(rows, tokens, dtype=torch.long), torch.zeros(rows, tokens, dtype=torch.long), positions_BT, bounds, (True,) * rows
-    )
+    tokens_BT, labels_BT, positions_BT = (torch.zeros(rows, tokens, dtype=torch.int32) for _ in range(3))
+    return Batch(tokens_BT, labels_BT, positions_BT, bounds, (True,) * rows)
 
 
 @contextlib.contextmanager
