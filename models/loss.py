@@ -61,6 +61,10 @@ class Sweep:
         self.dweight_VC = torch.zeros_like(self.master_VC, dtype=self.wide) if weight else None
         self.dnorm_C = torch.zeros_like(self.norm_C, dtype=self.wide) if norm and self.norm_C is not None else None
 
+    def labels(self, tile: slice) -> Tensor:
+        """Of the tile's tokens, of all ranks that take part, as an index."""
+        return self.labels_Pn[:, tile].reshape(-1).long()
+
     def logits(self, tile: slice) -> Tensor:
         """Of the tile that ``add_gradients`` gets next."""
         x_tC = self.x_nC[tile]
@@ -72,7 +76,7 @@ class Sweep:
 
     def statistics(self, tile: slice, logits_tV: Tensor) -> tuple[Tensor, Tensor]:
         """(log-sum-exp, logit of the label) of every token of the tile; the second is any finite number where there is no label."""
-        labels_t = self.labels_Pn[:, tile].reshape(-1)
+        labels_t = self.labels(tile)
         target_t = logits_tV.gather(1, labels_t.where(labels_t != IGNORE_INDEX, 0).unsqueeze(1)).squeeze(1)
         return logits_tV.logsumexp(-1), target_t
 
@@ -91,7 +95,7 @@ class Sweep:
 
     def add_gradients(self, tile: slice, dlogits_tV: Tensor, scale_Pn: Tensor | None) -> None:
         """``dlogits``: the softmax, overwritten. ``scale``: upstream gradient per token, None for 1."""
-        labels_t1 = self.labels_Pn[:, tile].reshape(-1, 1)
+        labels_t1 = self.labels(tile).unsqueeze(1)
         invalid_t1 = labels_t1 == IGNORE_INDEX
         self.subtract_targets(labels_t1, dlogits_tV)
         if scale_Pn is not None:

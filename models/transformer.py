@@ -186,10 +186,13 @@ class Transformer(nn.Module):
         """nll_BT: negative log likelihood per token, float32 (float64), 0 where there is no label. A memory around the stack goes on from
         the state it carries, if it does.
 
-        With ``segment``, of a model that is read in segments: nll_Bw of this step's tokens alone, and the state after it.
+        With ``segment``, of a model that is read in segments: nll_Bw of this step's tokens alone (nothing, [0], where no loss is wanted), and
+        the state after it.
         """
         if segment is not None:
             x_BwC, state = self._segment(batch, segment.state, segment.step)
+            if not segment.loss:
+                return x_BwC.new_empty(0), state
             return self._loss(x_BwC, segment.step.take(batch.labels_BT, IGNORE_INDEX)), state
         if (segmented := self._whole_by) is not None:
             return self._by_segments(segmented, batch, self._loss)

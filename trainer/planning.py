@@ -325,7 +325,7 @@ def _prefetched(target: Target) -> int:
     config = target.config
     if target.device.is_cuda:
         return 0
-    one = 3 * 8 * config.train.micro_batch_size * config.data.seq_len
+    one = 3 * 4 * config.train.micro_batch_size * config.data.seq_len
     passes = config.train.grad_accum
     return one * (3 * passes - min(passes, 2))
 

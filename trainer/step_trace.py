@@ -172,10 +172,8 @@ def _batch(config: RunConfig, tokens: int, documents: tuple[int, ...] = (0,)) ->
     rows = config.train.micro_batch_size
     prefixes = ((tokens // 2,),) * rows if config.data.bidirectional_prefixes and documents == (0,) else ()
     bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows, prefixes)
-    positions_BT = torch.arange(tokens).expand(rows, tokens).contiguous()
-    return Batch(
-        torch.zeros(rows, tokens, dtype=torch.long), torch.zeros(rows, tokens, dtype=torch.long), positions_BT, bounds, (True,) * rows
-    )
+    tokens_BT, labels_BT, positions_BT = (torch.zeros(rows, tokens, dtype=torch.int32) for _ in range(3))
+    return Batch(tokens_BT, labels_BT, positions_BT, bounds, (True,) * rows)
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def make_batch(rows: Sequence[PackedSequence]) -> Batch:
     """Stack sequences; the batch holds the whole of each (``shard_batch`` splits it over sequence-parallel ranks)."""
     seq_len = len(rows[0].tokens_T)
     tokens_BT, labels_BT, positions_BT = (
-        torch.from_numpy(np.stack(arrays))
+        torch.from_numpy(np.stack(arrays, dtype=np.int32, casting="same_kind"))
         for arrays in ([row.tokens_T for row in rows], [row.labels_T for row in rows], [row.positions_T for row in rows])
     )
     # One row's padding or documents without prefixes: their prefixes end where they begin.
