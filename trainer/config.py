@@ -144,11 +144,6 @@ class RunConfig(Section):
         """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""
         cp, sequence, ulysses = self.parallel.cp, self.parallel.sequence, self.parallel.ulysses
         heads = self.model.n_heads // self.parallel.tp  # of one tensor-parallel rank
-        if cp > 1 and "memory" in self.model.layer_kinds and self.model.memory.attach == "mac":
-            raise ValueError(
-                f"parallel.cp {cp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: "
-                f"ranks cannot share a sequence; set parallel.cp=1 parallel.dp_shard={cp}, or model.memory.attach=mag"
-            )
         if cp > 1 and self.layout == "zigzag" and self.model.has_sequential_memory:
             raise ValueError(
                 f"parallel.layout zigzag: the states of model.memory.kind {self.model.memory.kind} go from rank to rank, in order; "

@@ -40,8 +40,8 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
     attach = config.model.memory.attach
     if "memory" in config.model.layer_kinds and attach == "mac":
         return (
-            f"parallel.tp {tp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: ranks "
-            f"cannot share a sequence's tokens; set parallel.tp=1 parallel.dp_shard={tp}, or model.memory.attach=mag"
+            f"parallel.tp {tp}: model.memory.attach mac has not been shown to be exact over tensor-parallel ranks; set parallel.tp=1 and "
+            "parallel.cp or parallel.dp_shard, or model.memory.attach=mag"
         )
     # Ranges of a zigzag layout that neighbours share in equal parts: attention beside a memory knows none such, and an odd number of
     # neighbours would cut them to unequal ranges.

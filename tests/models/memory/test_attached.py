@@ -31,9 +31,6 @@ def config_of(name: str) -> ModelConfig:
     return ModelConfig(d_model=D, n_heads=4, n_kv_heads=2, layers=("memory",), window=5, qkv_bias=True, qk_norm=True, memory=CASES[name])
 
 
-ON_RANKS = [name for name in CASES if name != "mac"]
-
-
 def make(name: str) -> MemoryModule:
     """The mixer of a block, float64, with weights large enough that every part of it matters."""
     model = Transformer(config_of(name), 32).double()
@@ -100,7 +97,7 @@ def on_ranks(layout: str) -> dict[str, list[torch.Tensor]]:
     from parallel.ring_attention import RingAttention
 
     answers = {}
-    for name in ON_RANKS:
+    for name in CASES:
         mixer, x = make(name), make_x()
         for part in mixer.modules():
             if isinstance(part, Attention):
@@ -118,7 +115,7 @@ def on_ranks(layout: str) -> dict[str, list[torch.Tensor]]:
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_split_over_ranks_equals_one_process(layout):
     answers = run_distributed(on_ranks, 3, layout)
-    for name in ON_RANKS:
+    for name in CASES:
         mixer, x = make(name), make_x().requires_grad_()
         y = mixer(x, None, PACKED)[0]
         dx, *dparameters = torch.autograd.grad((y * (1 + x.detach())).sum(), [x, *mixer.parameters()])
