@@ -203,7 +203,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def side_by_side(self, group: dict[str, Any]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
         """The methods of one parameter group in the batches in which they run when all have gradients, with the ranks that share them."""
-        return _together([self.lanes[parameter] for parameter in group["params"] if self.lanes[parameter].is_method])
+        return together([self.lanes[parameter] for parameter in group["params"] if self.lanes[parameter].is_method])
 
     def _make_states(self, lane: Lane) -> None:
         state = self.state[lane.parameter]
@@ -244,7 +244,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
             work = self._workspace(elementwise[0].parameter.device)
             for some in stacks(elementwise, Lane.stack, Lane.local_size, work.elements):
                 self._elementwise(some, work, lr, decay)
-        for shard_group, some in _together([lane for lane in lanes if lane.is_method]):
+        for shard_group, some in together([lane for lane in lanes if lane.is_method]):
             self._matrices(some, shard_group, lr, decay)
 
     def may_sum(self, lane: Lane) -> bool:
@@ -255,7 +255,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def sum_coordinates(self, lanes: Sequence[Lane]) -> None:
         """Move the gradients of ``lanes``, all of which ``may_sum``, into ``summed``. Every rank must come with the same lanes."""
-        for shard_group, some in _together(lanes):
+        for shard_group, some in together(lanes):
             steps = []
             for lane in some:
                 states = _decoded(lane, self._stored(lane), None)
@@ -270,10 +270,10 @@ class ComposedOptimizer(torch.optim.Optimizer):
     def _workspace(self, device: torch.device) -> Workspace:
         """On CPU kept from step to step, some MiB; accelerators' allocators keep it themselves."""
         elements = min(CHUNK_ELEMENTS, piece_elements(device))
-        if device.type != "cpu":
-            return Workspace(elements)
-        if self._work is None or self._work.elements != elements:
-            self._work = Workspace(elements)
+        if device.type != "cpu" or self._work is None or self._work.elements != elements:
+            work = Workspace(elements)
+            self._work = work if device.type == "cpu" else None
+            return work
         return self._work
 
     def kept_temporaries(self) -> list[Tensor]:
@@ -307,15 +307,16 @@ class ComposedOptimizer(torch.optim.Optimizer):
         move_(weights, update, lr, decay)
         deal_rows({"weight": weights, **together}, [{"weight": one, **kept} for one, kept in zip(parameters, stored, strict=True)])
 
-    def _update_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float) -> None:
-        """Of one lane, some rows at a time."""
-        gradient = as_rows(local_part(cast(Tensor, lane.parameter.grad)))
+    def _update_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float, within: slice = slice(None)) -> None:
+        """Of one lane, some rows at a time. ``within``: those that are updated, where ``_stored`` has the states of no others."""
+        gradient, first = as_rows(local_part(cast(Tensor, lane.parameter.grad)))[within], within.start or 0
         stored = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}
         for rows in row_chunks(gradient.shape[0], gradient[:1].numel(), work.elements, gradient):
             # The rule may overwrite its gradient; the parameter's own stays as it is.
             part = work.take("gradient", gradient[rows].shape, gradient, lane.dtype).copy_(gradient[rows])
             kept = {name: tensor[rows] for name, tensor in stored.items()}
-            lane.write_(rows, kept, _updated(lane, kept, part, step, work), lr, decay, step)
+            update = _updated(lane, kept, part, step, work)
+            lane.write_(slice(first + rows.start, first + rows.stop), kept, update, lr, decay, step)
 
     def _table(self, lane: Lane, rule: RowSparse, lr: float, decay: float) -> None:
         self._next([lane])
@@ -351,7 +352,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         return {name: local_part(state[name]) for name in lane.stored()}
 
 
-def _together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
+def together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
     """Lanes whose matrices the same ranks share, at most ``TOGETHER_ELEMENTS`` of each rank at a time; the same on every rank."""
     groups: dict[dist.ProcessGroup | None, list[Lane]] = {}
     for lane in lanes:

@@ -54,16 +54,6 @@ class RunConfig(Section):
             )
         if self.optim.weights == "fp32" and self.train.precision == "fp64":
             raise ValueError("optim.weights fp32 contradicts train.precision fp64, which keeps parameters in float64; leave it null")
-        if self.memory.offload_optimizer == "host" and self.optim.bfloat16_weights:
-            raise ValueError(
-                f"memory.offload_optimizer host moves the states of torch's AdamW, which does not round to optim.weights {weights}: "
-                "set offload_optimizer none"
-            )
-        if self.memory.offload_optimizer == "host" and self.optim.preset not in ("adamw", "auto"):
-            raise ValueError(
-                f"memory.offload_optimizer host moves the states of adamw; optim.preset {self.optim.preset} keeps its own on the device: "
-                "set offload_optimizer none"
-            )
         if self.memory.offload_optimizer == "host" and self.optim.is_fused:
             raise ValueError(
                 "memory.offload_optimizer host updates bucket after bucket once all gradients are there, optim.fuse_backward frees them in "

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from memory_mgmt.optimizer_offload import OffloadedOptimizer
+from memory_mgmt.optimizer_on_host import OnHost
 from memory_mgmt.parameter_offload import OffloadedParameters
 from models.batch import IGNORE_INDEX, Batch
 from models.int8_weight import stored
@@ -145,7 +145,7 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        optimizer: torch.optim.Optimizer | OffloadedOptimizer,
+        optimizer: torch.optim.Optimizer | OnHost,
         mesh: Mesh | None,
         device: torch.device,
         precision: Precision,

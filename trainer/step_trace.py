@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memory_mgmt.offload import HostStore
-from memory_mgmt.optimizer_offload import OffloadedOptimizer
+from memory_mgmt.optimizer_on_host import OnHost
 from memory_mgmt.parameter_offload import OffloadedParameters
 from memory_mgmt.policy import CLASSES, Policy
 from memory_mgmt.policy_settings import policy_of
@@ -136,9 +136,9 @@ def _step(recorder: StepRecorder, engine: Engine, batches: list[Batch]) -> None:
     engine.step(lr=1e-3)
 
 
-def _follow_update(recorder: StepRecorder, optimizer: torch.optim.Optimizer | OffloadedOptimizer) -> None:
+def _follow_update(recorder: StepRecorder, optimizer: torch.optim.Optimizer | OnHost) -> None:
     """Note when the next update begins, and of which layer's states where they come in buckets."""
-    if isinstance(optimizer, OffloadedOptimizer):
+    if isinstance(optimizer, OnHost):
         optimizer.watch = lambda section: recorder.enter("update", layer_of(section), section)
         return
 
