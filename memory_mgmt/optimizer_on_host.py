@@ -18,8 +18,8 @@ OnHost = OffloadedOptimizer | OffloadedLanes
 def build_on_host(
     model: nn.Module, config: OptimConfig, seed: int, store: HostStore, parameters: OffloadedParameters | None = None
 ) -> OnHost:
-    """``optim.build.build_optimizer`` with all states in ``store``, where they are never on the device at once; ``parameters``: those of the
-    model where they are in host memory too (torch's AdamW only). Raises UserError when the store's budget is too small."""
+    """``optim.build.build_optimizer`` with all states in ``store``, where they are never on the device at once; ``parameters``: those of
+    the model where they are in host memory too (torch's AdamW only). Raises UserError when the store's budget is too small."""
     lanes = lanes_of(model, config, seed)
     if lanes is not None:
         return OffloadedLanes(parameter_groups(model, route(model), config), lanes, config.lr, store)

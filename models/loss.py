@@ -65,6 +65,7 @@ class Sweep:
     def labels(self, tile: slice) -> Tensor:
         """Of the tile's tokens, of all ranks that take part, as an index."""
         return self.labels_Pn[:, tile].reshape(-1).long()
+
     def each(self) -> Iterator[slice]:
         """All tiles, in order."""
         return turns(self.tiles, self.x_nC, lambda tile: tile.stop - tile.start)
