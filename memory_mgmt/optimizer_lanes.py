@@ -100,7 +100,7 @@ class _Load:
 
 class OffloadedLanes(ComposedOptimizer):
     """See the module. ``groups``, ``lanes`` and ``lr`` as of a composed optimizer, lanes on one device; ``bucket_bytes``: of states, at
-    most, except that matrices which are updated as wholes come with all of theirs. Raises UserError when ``store``'s budget is too small."""
+    most, but matrices which are updated as wholes come with all of theirs. Raises UserError where ``store``'s budget is too small."""
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], lanes: Sequence[Lane], lr: float, store: HostStore, bucket_bytes: int = BUCKET_BYTES
