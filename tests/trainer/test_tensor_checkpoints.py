@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from models.batch import Batch, Bounds
 from optim.driver import ComposedOptimizer
+from optim.plan_collectives import collectives_of_step
 from tests.distributed import run_distributed
 from tests.optim.test_driver import MATRICES, NEAR
 from trainer.build import build_engine, mesh_for
@@ -98,14 +103,42 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def counted(optimizer: ComposedOptimizer) -> Callable[[], Any]:
+    """Its step, which takes as many collectives as are foretold."""
+    names, taken = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_to_all_single"), 0
+    numbers, plain = count(1), optimizer.step
+
+    def counting(of: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return of(*args, **kwargs)
+
+    def stepped() -> Any:
+        nonlocal taken
+        taken, kept = 0, {name: getattr(dist, name) for name in names}
+        for name, of in kept.items():
+            setattr(dist, name, partial(counting, of))
+        try:
+            answer = plain()
+        finally:
+            for name, of in kept.items():
+                setattr(dist, name, of)
+        assert taken == collectives_of_step(optimizer, next(numbers))
+        return answer
+
+    return stepped
+
+
 def updated(presets: list[str], **parallel: int) -> dict[str, tuple[list[float], dict[str, torch.Tensor], list[tuple]]]:
     """Of each preset: losses, parameters and states after three steps on these ranks, and each parameter's planned and measured bytes."""
     found = {}
     for preset in presets:
         engine = engine_of(settings(preset, precision="fp64", **parallel))
+        optimizer = engine.optimizer
+        assert isinstance(optimizer, ComposedOptimizer)
+        optimizer.step = counted(optimizer)
         losses = [step(engine, number) for number in range(3)]
-        assert isinstance(engine.optimizer, ComposedOptimizer)
-        rows = engine.optimizer.plan()
+        rows = optimizer.plan()
         found[preset] = (losses, whole(engine), [(row.name, row.planned_bytes, row.measured_bytes) for row in rows])
     return found
 
