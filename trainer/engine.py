@@ -257,7 +257,8 @@ class Engine:
         """The norm before clipping, of every gradient once."""
         if self.mesh is None or self.mesh.dims.tp == 1:
             return clip_grad_norm(self.parameters.values(), self.clip_norm, self.mesh.shard_group if self.mesh is not None else None)
-        copies = [parameter for name, parameter in self.parameters.items() if name not in self.model.parts]
+        parts = self.model.parts  # tables have the gradients of all ranks' tokens already, in columns of their own
+        copies = [parameter for name, parameter in self.parameters.items() if name not in parts and columns_of(parameter) is None]
         sum_copies(copies, self.mesh.tp_group)
         elsewhere = copies if self.mesh.tp_rank else ()
         return clip_grad_norm(self.parameters.values(), self.clip_norm, self.mesh.model_group, elsewhere)

@@ -50,8 +50,6 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
             f"parallel.tp {tp} with parallel.layout zigzag: a memory layer {'of' if attach == 'mixer' else 'beside attention and'} {tp} "
             "tensor-parallel ranks needs each one's tokens in one piece: set parallel.layout=contiguous"
         )
-    if "product_keys" in config.model.feedforward_kinds:
-        return f"parallel.tp {tp}: memory layers with product keys are not shared by tensor-parallel ranks: set parallel.tp=1"
     return None
 
 
