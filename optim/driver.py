@@ -25,9 +25,10 @@ from optim.exchange import run_together, with_weight
 from optim.methods import Method, Projecting, StateSpec, Steps
 from optim.pieces import piece_elements, row_chunks
 from optim.placement import Placed
+from optim.redealt import Redealt, to_parts, to_rows
 from optim.row_sparse import RowSparse, update_touched
 from optim.stacking import Workspace, as_rows, deal_rows, rows_together, stacks
-from optim.writers import EXACT, Chance, Weights, Writer, move_, writer_for
+from optim.writers import EXACT, WRITERS, Chance, Weights, Writer, move_, writer_for
 
 if TYPE_CHECKING:
     from optim.plan import PlannedParameter
@@ -54,6 +55,8 @@ class Lane:
     """Where it is not ``storage``: what was asked for and cannot be."""
     part: Part | None = None
     """Which part the parameter is of one that tensor-parallel ranks share."""
+    redealt: Redealt | None = field(default=None, init=False)
+    """Of a part whose method updates whole matrices: how it becomes rows of the whole."""
     key: int = field(init=False)
     """The same on every mesh and in every process."""
     is_method: bool = field(init=False)
@@ -76,8 +79,10 @@ class Lane:
         self.writer = writer_for(self.parameter, self.weights, self.name)
         if isinstance(self.rule, RowSparse) and self.writer is not EXACT:
             raise ValueError(f"{self.name} is a table, whose rows are updated apart, in float32 only; set weights (optim.weights) fp32")
-        self.placed = Placed.of(self.parameter, self.part)
         self.key, self.is_method = zlib.crc32(self.name.encode()), hasattr(self.rule, "step")
+        self.placed = Placed.of(self.parameter, self.part)
+        if self.is_method and self.part is not None:
+            self._deal_anew(self.part)
         self.specs = dict(self.rule.states(self.placed.shape))  # pyright: ignore[reportArgumentType]
         self.codecs = {}
         if self.dtype == torch.float32:
@@ -85,6 +90,15 @@ class Lane:
             self.codecs = {name: codec for name, codec in found.items() if codec is not None}
         self.parts = {name: {part: f"{name}.{part}" for part in codec.parts(self.specs[name].shape)} for name, codec in self.codecs.items()}
         self.kept = self._kept()
+
+    def _deal_anew(self, part: Part) -> None:
+        if self.writer not in (EXACT, WRITERS["bf16"]):
+            raise ValueError(
+                f"{self.name} is a part of a matrix that {part.ranks} tensor-parallel ranks share and update whole, and its weights are "
+                "rounded by their place or kept with a correction; set optim.weights to fp32 or bf16"
+            )
+        self.redealt = Redealt.of(self.parameter, part)
+        self.placed = self.redealt.placed(part)
 
     def lie_as(self, placed: Placed) -> None:
         """Plan for another rank: its part, and states of that."""
@@ -116,16 +130,21 @@ class Lane:
         """Whole, or in coordinates."""
         return self.parameter.grad is not None or self.summed is not None
 
+    def weight(self, stored: dict[str, Tensor]) -> Tensor:
+        """This rank's rows before the step; of a matrix that is dealt anew all ranks must ask."""
+        held = self.writer.read(local_part(self.parameter), stored)
+        return held if self.redealt is None or self.placed.group is None else to_rows([held], [self.redealt], self.placed.group)[0]
+
     def gradient(self) -> Tensor:
         """This rank's part, in the dtype in which the update is computed."""
         return local_part(cast(Tensor, self.parameter.grad)).to(self.dtype)
 
-    def method_step(self, states: dict[str, Tensor], step: int) -> Steps:
-        """One step of a method, from what there is of the gradient."""
+    def method_step(self, gradient: Tensor | None, states: dict[str, Tensor], step: int) -> Steps:
+        """One step of a method, from this rank's rows of the gradient, or what was summed of it."""
         if self.summed is not None:
             rule = cast(Projecting, self.rule)
             return rule.lifted(self.summed, states, self.placed.rows, self.placed.shape[1], step, self.key)
-        return cast(Method, self.rule).step(self.gradient(), states, self.placed.rows, step, self.key)
+        return cast(Method, self.rule).step(cast(Tensor, gradient), states, self.placed.rows, step, self.key)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -334,13 +353,13 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def _matrices(self, lanes: Sequence[Lane], group: dist.ProcessGroup | None, lr: float, decay: float) -> None:
         states, steps = [], cast(list[Steps], [])
-        for lane in lanes:
+        for lane, gradient in zip(lanes, _gradients(lanes, group), strict=True):
             stored = self._stored(lane)
             states.append((stored, _decoded(lane, stored, None)))
-            step = lane.method_step(states[-1][1], self._next([lane])[0])
-            steps.append(with_weight(step, partial(lane.writer.read, local_part(lane.parameter), stored)))
+            step = lane.method_step(gradient, states[-1][1], self._next([lane])[0])
+            steps.append(with_weight(step, partial(lane.weight, stored)))
         made = [{name: state._version for name, state in decoded.items()} for _, decoded in states]
-        for i, update in run_together(steps, group):
+        for i, update in _updates(lanes, run_together(steps, group), group):
             stored, decoded = states[i]
             # What no one wrote, such as a basis between refreshes, keeps its bits.
             _encode(lanes[i], stored, {name: state for name, state in decoded.items() if state._version != made[i][name]})
@@ -369,6 +388,30 @@ def together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None, 
             size += largest
         if some:
             yield group, some
+
+
+def _gradients(lanes: Sequence[Lane], group: dist.ProcessGroup | None) -> list[Tensor | None]:
+    """This rank's rows of every lane's gradient; None of one that was summed in coordinates."""
+    found = [lane.gradient() if lane.summed is None else None for lane in lanes]
+    matrices = [lane.redealt for lane in lanes if lane.redealt is not None]
+    if not matrices or group is None:
+        return found
+    rows = iter(to_rows([cast(Tensor, one) for one, lane in zip(found, lanes, strict=True) if lane.redealt is not None], matrices, group))
+    return [one if lane.redealt is None else next(rows) for one, lane in zip(found, lanes, strict=True)]
+
+
+def _updates(lanes: Sequence[Lane], ended: Iterator[tuple[int, Tensor]], group: dist.ProcessGroup | None) -> Iterator[tuple[int, Tensor]]:
+    """Every update as it ends, in the rows that the parameter has; those of matrices that are dealt anew together, when all are there."""
+    anew: list[tuple[int, Tensor]] = []
+    for i, update in ended:
+        if lanes[i].redealt is None or group is None:
+            yield i, update
+        else:
+            anew.append((i, update))
+    if anew:
+        assert group is not None
+        parts = to_parts([update for _, update in anew], [cast(Redealt, lanes[i].redealt) for i, _ in anew], group)
+        yield from zip([i for i, _ in anew], parts, strict=True)
 
 
 def _updated(lane: Lane, stored: dict[str, Tensor], gradient: Tensor, step: int, work: Workspace) -> Tensor:

@@ -50,8 +50,6 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
             f"parallel.tp {tp} with parallel.layout zigzag: a memory layer {'of' if attach == 'mixer' else 'beside attention and'} {tp} "
             "tensor-parallel ranks needs each one's tokens in one piece: set parallel.layout=contiguous"
         )
-    if "product_keys" in config.model.feedforward_kinds:
-        return f"parallel.tp {tp}: memory layers with product keys are not shared by tensor-parallel ranks: set parallel.tp=1"
     return None
 
 
@@ -62,10 +60,10 @@ def _of_updates(config: RunConfig, tp: int) -> str | None:
             f"parallel.tp {tp}: an update in the backward pass (optim.fuse_backward, optim.preset lomo) would move norms before their "
             "gradients are summed over tensor-parallel ranks: set optim.fuse_backward=false"
         )
-    if optim.preset not in (*ELEMENTWISE, "auto"):
+    if optim.preset not in (*ELEMENTWISE, "auto") and optim.kept_weights == "bf16_24bit":
         return (
-            f"parallel.tp {tp}: optim.preset {optim.preset} updates whole matrices, of which a tensor-parallel rank has parts: set "
-            f"optim.preset to one of {', '.join(ELEMENTWISE)}, or parallel.tp=1 and parallel.dp_shard or parallel.cp to share them by rows"
+            f"parallel.tp {tp}: optim.weights bf16_24bit keeps a correction beside each weight, and optim.preset {optim.preset} updates "
+            f"matrices where their rows are dealt anew: set optim.weights=bf16 or fp32, or optim.preset to one of {', '.join(ELEMENTWISE)}"
         )
     if optim.kept_weights not in ROUNDED_ALIKE:
         return (
