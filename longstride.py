@@ -250,6 +250,12 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         ("--dependency", "such as afterok:1234"),
     ):
         job.add_argument(option, metavar=option[2:].upper(), help=meaning)
+    job.add_argument(
+        "--chain",
+        type=int,
+        metavar="N",
+        help="N jobs, each of which may start when the one before has ended: for clusters that do not requeue",
+    )
     job.add_argument("--force", action="store_true", help="queue a run that does not fit by its plan")
 
 

@@ -359,6 +359,13 @@ ROWS = (
         "real Slurm, two nodes, DeepSpeed's ZeRO-3",
         (JOBS + "test_a_job_of_the_second_engine",),
     ),
+    Row(
+        42,
+        "a cluster that does not requeue",
+        "saved; the next job of a chain goes on, those behind the last are cancelled",
+        "real Slurm, Requeue=0",
+        (JOBS + "test_a_chain_where_jobs_are_not_requeued",),
+    ),
 )
 MATRIX = 36
 """So many rows are those of the research; what follows was asked for besides."""
