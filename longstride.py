@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_job(submit)
     submit.add_argument(
         "--sweep",
+        "--array",
         metavar="key=value,value,...",
         nargs="+",
         help="one run for every combination, as the tasks of one job array; 64k is 65536 (optim.lr=1e-3,3e-4 train.seed=0,1)",

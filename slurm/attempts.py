@@ -18,7 +18,6 @@ from typing import Any
 from models.errors import RunFailed, UserError
 from slurm import client, health
 from slurm.submission import jobs_of, read_submission, write_submission
-from trainer import config_file
 from trainer.rank_notes import RankNote, read_notes
 from trainer.run_dir import RunDir
 
@@ -45,6 +44,8 @@ def start(run_dir: RunDir, job_id: str, nodes: str) -> str:
 
     Raises RunFailed when the job has been started too often without getting further.
     """
+    from trainer import config_file  # here: longstride runs reads attempts, and starts in half the time without
+
     state = run_dir.read_state()
     steps = config_file.resolve(run_dir.config).train.steps
     if state is not None and state.status == "done" and state.step >= steps:
