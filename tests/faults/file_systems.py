@@ -192,11 +192,22 @@ def start(place: Path, name: str, *more: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
+    """Losses of a run that is not stalled."""
+    folder = text_in(tmp_path_factory.mktemp("whole"))
+    done = run(*tiny("whole", *RANKS), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found = losses(folder / "runs" / "whole")
+    assert len(found) == STEPS
+    return found
+
+
 def losses(run_dir: Path) -> list[tuple[int, str]]:
     return [(record["step"], float(record["loss"]).hex()) for record in records(run_dir)]
 
 
-def test_a_stall_is_waited_for(tmp_path: Path) -> None:
+def test_a_stall_is_waited_for(tmp_path: Path, whole: list[tuple[int, str]]) -> None:
     """For some seconds nothing can be written anywhere below the run; ranks wait in the middle of whatever they do."""
     disk = image(tmp_path / "disk.img", 64 << 20, "mkfs.ext4", "-q")
     with mounted(disk, tmp_path / "disk", "-o", "loop") as folder:
@@ -210,12 +221,10 @@ def test_a_stall_is_waited_for(tmp_path: Path) -> None:
             root("fsfreeze", "--unfreeze", folder)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
-        done = run(*tiny("whole", *RANKS), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert losses(run_dir) == losses(tmp_path / "runs" / "whole") and len(losses(run_dir)) == STEPS
+        assert losses(run_dir) == whole
 
 
-def test_a_stall_without_end_ends_the_ranks(tmp_path: Path) -> None:
+def test_a_stall_without_end_ends_the_ranks(tmp_path: Path, whole: list[tuple[int, str]]) -> None:
     """The file server does not answer any more, and everything below the run is on it, the ranks' logs too."""
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -244,9 +253,7 @@ def test_a_stall_without_end_ends_the_ranks(tmp_path: Path) -> None:
         assert process.returncode == HUNG and "hung and was ended by its watchdog" in err, err
         done = run("resume", str(folder / "stalled"), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        done = run(*tiny("whole", *RANKS), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert losses(folder / "stalled") == losses(tmp_path / "runs" / "whole")
+        assert losses(folder / "stalled") == whole
     finally:
         server.send_signal(signal.SIGCONT)
         subprocess.run(["umount", "-l", str(folder)], env=ENV, check=False)

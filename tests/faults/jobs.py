@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from slurm.attempts import read_records
+from slurm.submission import read_submission
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_on_a_cluster import SETTINGS, Place, losses, place, placed, ranks, state_of, steps  # noqa: F401 (a fixture)
 from trainer.run_dir import RunDir
@@ -121,6 +122,23 @@ def test_a_job_of_the_second_engine(place: Place) -> None:  # noqa: F811
     done = place.longstride("train", "debug_cpu", "run.name=zero_whole", *SETTINGS, *settings, timeout=600)
     assert done.returncode == 0, done.stderr
     assert losses(run_dir) == losses(RunDir(place.folder / "runs" / "zero_whole")) and len(losses(run_dir)) == 120
+
+
+def test_a_chain_where_jobs_are_not_requeued(place: Place) -> None:  # noqa: F811
+    """The cluster refuses to requeue: the job ends saved, the next one of the chain goes on, and what is left is cancelled at the end."""
+    cluster, settings = place.cluster, ["parallel.cp=1", "train.steps=300"]
+    run_dir, job = place.submit("chained", *settings, "--chain", "3", nodes=1)
+    cluster.run("scontrol", "update", f"JobId={job}", "Requeue=0")
+    place.wait_step(run_dir, job, 5)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    place.wait_state(run_dir, job, "FAILED")
+    saved = run_dir.checkpoint_steps()[-1]
+    assert "this cluster does not requeue" in (run_dir.slurm / f"job_{job}.log").read_text()
+    second, third = read_submission(run_dir).chain
+    assert place.wait_state(run_dir, second, "COMPLETED", "FAILED") == "COMPLETED", place.account(run_dir, second)
+    assert place.wait_state(run_dir, third, "CANCELLED", "COMPLETED", "FAILED") == "CANCELLED"
+    assert [record["job"] for record in read_records(run_dir) if "started" in record] == [job, second]
+    assert steps(run_dir) == list(range(1, 301)) and 5 <= saved < 300 and state_of(run_dir).status == "done"
 
 
 def test_the_controller_forgets_and_gives_the_number_again(tmp_path: Path) -> None:

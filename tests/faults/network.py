@@ -17,14 +17,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed import run_distributed
 from tests.faults.file_systems import root
 from tests.slurm.test_on_a_cluster import ranks
-from tests.test_front_door import CLEAN, ROOT, records, run, tiny
+from tests.test_front_door import CLEAN, ROOT, records
+from tests.trainer.guarded_run import go_on, make_run, trajectory
 from trainer.run_dir import RunDir
 
 pytestmark = pytest.mark.timeout(900)
-STEPS = 1000
-SETTINGS = [f"train.steps={STEPS}", "parallel.cp=2", "memory.plan=estimate", "train.device=cpu", "checkpoint.save_every_steps=100"]
+STEPS = 300
 
 
 @contextmanager
@@ -60,36 +61,18 @@ def attempt(machines: tuple[str, str], run_dir: RunDir, number: int) -> list[sub
             # Both have the host name of this machine, by which torchrun would know who holds the store.
             here = [f"--rdzv-conf=is_host={int(node == 1)}", f"--local-addr=10.77.0.{node}"]
             command = ["ip", "netns", "exec", name, *torchrun, *here, *rank]
-            agents.append(
-                subprocess.Popen(command, cwd=run_dir.path.parent.parent, env=env, stdout=log, stderr=log, start_new_session=True)
-            )
+            agents.append(subprocess.Popen(command, cwd=run_dir.path.parent, env=env, stdout=log, stderr=log, start_new_session=True))
     return agents
-
-
-def losses(run_dir: RunDir) -> list[tuple[int, str]]:
-    return [(record["step"], float(record["loss"]).hex()) for record in records(run_dir.path)]
 
 
 def test_the_network_between_ranks_is_cut(tmp_path: Path) -> None:
     """Every rank ends by itself within the limit, saying where it waits; the next attempt goes on, bit for bit."""
-    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{n} {"to be or not to be " * 20}"}}\n' for n in range(40)))
-    done = run(*tiny("whole", *SETTINGS), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    whole = RunDir(tmp_path / "runs" / "whole")
-    # A run that has begun and was stopped before its first step has what a job finds.
-    run_dir = RunDir(tmp_path / "runs" / "cut")
-    run_dir.create()
-    settings = whole.config.read_text()
-    for before, now in (("name: whole", "name: cut"), ("seconds: 600.0", "seconds: 8.0"), ("times_median: 20.0", "times_median: 3.0")):
-        assert before in settings
-        settings = settings.replace(before, now)
-    run_dir.config.write_text(settings)
-    run_dir.memory_plan.write_bytes(whole.memory_plan.read_bytes())
-
+    settings = ["parallel.cp=2", f"train.steps={STEPS}", "checkpoint.save_every_steps=20"]
+    run_dir = make_run(tmp_path, "cut", *settings, "guards.hang_min_seconds=8", "guards.hang_times_median=3")
     with two_machines() as machines:
         agents = attempt(machines, run_dir, 1)
         try:
-            wait(lambda: [record["step"] for record in records(run_dir.path)][-1:] >= [130], "step 130", run_dir)
+            wait(lambda: [record["step"] for record in records(run_dir.path)][-1:] >= [50], "step 50", run_dir)
             root("ip", "-n", machines[1], "link", "set", "cable", "down")
             wait(lambda: not ranks(run_dir), "end of the ranks", run_dir)
             for agent in agents:  # as Slurm does with the tasks beside one that failed (srun --kill-on-bad-exit)
@@ -108,7 +91,9 @@ def test_the_network_between_ranks_is_cut(tmp_path: Path) -> None:
             for rank in ranks(run_dir):
                 rank.kill()
     assert "resumed from step_" in run_dir.log(0, 2).read_text()
-    assert losses(run_dir) == losses(whole) and len(losses(run_dir)) == STEPS
+    whole = make_run(tmp_path, "whole", *settings)
+    assert run_distributed(go_on, 2, str(whole.path), timeout=600) == ["", ""]
+    assert trajectory(run_dir) == trajectory(whole) and len(trajectory(whole)) == STEPS
 
 
 def wait(condition: Callable[[], bool], what: str, run_dir: RunDir) -> None:

@@ -41,13 +41,13 @@ class Row:
 
 
 ROWS = (
-    Row(1, "warning signal in mid-run", "saved at the step, requeued, resumed bit for bit", "real Slurm, USR1", (STORMY, EVERYTHING)),
+    Row(1, "warning signal in mid-run", "saved at the step, requeued, resumed bit for bit", "real Slurm, USR1", (STORMY,)),
     Row(
         2,
         "time limit, crossed twice",
         "saved and requeued each time, bit for bit",
         "real Slurm, --time 1",
-        (EXTRA + "test_a_time_limit_crossed_twice", EVERYTHING),
+        (EXTRA + "test_a_time_limit_crossed_twice",),
     ),
     Row(
         3,
@@ -71,7 +71,7 @@ ROWS = (
         "preemption with a grace time",
         "saved, requeued by Slurm, bit for bit, never COMPLETED early",
         "real Slurm, two partitions",
-        (STORMY, EVERYTHING),
+        (STORMY,),
     ),
     Row(6, "scancel", "saved, CANCELLED, stays so", "real Slurm", (ENDED,)),
     Row(
@@ -358,6 +358,13 @@ ROWS = (
         "requeued, resumed bit for bit",
         "real Slurm, two nodes, DeepSpeed's ZeRO-3",
         (JOBS + "test_a_job_of_the_second_engine",),
+    ),
+    Row(
+        42,
+        "a cluster that does not requeue",
+        "saved; the next job of a chain goes on, those behind the last are cancelled",
+        "real Slurm, Requeue=0",
+        (JOBS + "test_a_chain_where_jobs_are_not_requeued",),
     ),
 )
 MATRIX = 36
