@@ -320,10 +320,10 @@ class Shapes:
 
     def _beside(self, tiled: bool = False) -> int:
         """Attention beside a memory, with the keys of the window before each range of a split sequence."""
-        if self.config.memory.attach not in ("mag", "mal"):
+        if self.config.memory.attach not in ("mag", "mal", "after"):
             return 0
         halo = 0 if tiled else self._halo_keys(self.e)
-        return AttachedShapes.of(self.config).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled, self.cp) + halo
+        return AttachedShapes.of(self.config).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled) + halo
 
     @property
     def _titans(self) -> TitansShapes | None:

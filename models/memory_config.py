@@ -228,9 +228,10 @@ class MemoryModuleConfig(Section):
     """What only kind hmt reads."""
     armt: ArmtConfig = ArmtConfig()
     """What only kind armt reads."""
-    attach: Literal["mixer", "mag", "mal", "mac"] = "mixer"
+    attach: Literal["mixer", "mag", "mal", "after", "mac"] = "mixer"
     """Where the memory sits in its layers. mixer: in place of attention; mag: beside sliding-window attention, whose output it gates; mal:
-    before sliding-window attention; mac: read as context of the attention inside a segment, written with what that attention found."""
+    before sliding-window attention; after: behind it; mac: read as context of the attention inside a segment, written with what that
+    attention found."""
     mac: ContextConfig = ContextConfig()
     """What only attach mac reads."""
 

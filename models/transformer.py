@@ -28,7 +28,7 @@ from models.embedding import Embedding
 from models.feedforward import RMSNorm, SwiGLU
 from models.layer_segments import LayerSegments
 from models.loss import Sweep, chunked_cross_entropy
-from models.memory.attached import MemoryAsGate, MemoryAsLayer
+from models.memory.attached import MemoryAfterAttention, MemoryAsGate, MemoryAsLayer
 from models.memory.attached_shapes import AttachedShapes
 from models.memory.context import MemoryAsContext
 from models.memory.protocol import MemoryModule, State, build_memory
@@ -96,7 +96,7 @@ def _build_mixer(config: ModelConfig, kind: LayerKind) -> nn.Module:
     memory = build_memory(config)
     if config.memory.attach == "mixer":
         return memory
-    pair = MemoryAsGate if config.memory.attach == "mag" else MemoryAsLayer
+    pair = {"mag": MemoryAsGate, "mal": MemoryAsLayer, "after": MemoryAfterAttention}[config.memory.attach]
     return pair(memory, _build_attention(config, config.window), AttachedShapes.of(config), config.d_model, config.norm_eps)
 
 

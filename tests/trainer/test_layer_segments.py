@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "titans mlp": {"memory": {**TITANS, "titans": {"chunk_size": 5, "network": "mlp", "reset_every": 20}}},
     "mag": {"layers": ["memory", "memory"], "memory": {**TITANS, "attach": "mag"}},
     "mal": {"layers": ["memory", "memory"], "memory": {"attach": "mal", "chunk_size": 4}},
+    "after": {"layers": ["memory", "memory"], "memory": {"attach": "after", "chunk_size": 4}},
     "mac": {"memory": {"kind": "titans", "attach": "mac", "mac": {"segment": 5, "persistent": 2}}},
     "product keys": {
         "layers": ["swa", "swa"],

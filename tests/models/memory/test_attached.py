@@ -21,6 +21,7 @@ TITANS = {"kind": "titans", "titans": {"chunk_size": 8, "expansion": 1.5}}
 CASES = {
     "mag": {**TITANS, "attach": "mag"},
     "mal": {**TITANS, "attach": "mal"},
+    "after": {**TITANS, "attach": "after"},
     "mac": {"kind": "titans", "attach": "mac", "mac": {"segment": 8, "persistent": 2}, "titans": {"expansion": 1.5}},
     "mag of gated_deltanet": {"kind": "gated_deltanet", "chunk_size": 8, "attach": "mag"},
 }
