@@ -8,6 +8,7 @@
 The paper reads the updated memory in the last line, which would show a token the later ones of its segment; here it is read as it was at
 the segment's start. The memory's input depends on what the segment read from it, so segments follow each other and one sequence cannot be
 shared by ranks. Convolutions begin anew with every segment.
+With ``residual`` the memory is written, and read for the output, with x + z in place of z (decision 0037).
 
 Legend: B row, T token, C channel, S streams (rows, or reset periods), c tokens of a segment, N segments, H heads, K key, V value, G = S*H
 memories, Y rows of the state, F fast weights, P persistent tokens.
@@ -53,6 +54,7 @@ class MemoryAsContext(MemoryModule):
         self.segment, self.reset_every, self.norm_eps = mac.segment, settings.reset_every, config.norm_eps
         settings = settings.model_copy(update={"chunk_size": mac.segment})
         sizes = (config.memory_heads, config.memory_key_dim, config.memory_value_dim)
+        self.residual = mac.residual
         self.memory = Titans(d, *sizes, settings=settings, conv_kernel=config.memory.conv_kernel, norm_eps=config.norm_eps, as_mixer=False)
         heads = (config.n_heads, config.kv_heads, config.attention_head_dim)
         self.attention = Attention(d, *heads, None, config.rope, config.qkv_bias, config.norm_eps if config.qk_norm else None)
@@ -120,10 +122,11 @@ class MemoryAsContext(MemoryModule):
         with torch.autocast(x_ScC.device.type, enabled=False):
             h_GcV = memory.network(anchor_GF, q_GcK)
         z_ScC = self._attend(x_ScC, linear(self._heads_together(h_GcV, x_ScC), self.w_context.weight))
-        q = self._stream(z_ScC, memory.w_q, 0, 1.0)
-        k = self._stream(z_ScC, memory.w_k, 1, 1.0)
-        v = self._stream(z_ScC, memory.w_v, 2, 0.0)
-        rates = linear(z_ScC, memory.w_rates.weight).to(q.dtype).unflatten(-1, (memory.n_heads, -1)) + memory.rate_bias
+        known_ScC = x_ScC.to(z_ScC.dtype) + z_ScC if self.residual else z_ScC
+        q = self._stream(known_ScC, memory.w_q, 0, 1.0)
+        k = self._stream(known_ScC, memory.w_k, 1, 1.0)
+        v = self._stream(known_ScC, memory.w_v, 2, 0.0)
+        rates = linear(known_ScC, memory.w_rates.weight).to(q.dtype).unflatten(-1, (memory.n_heads, -1)) + memory.rate_bias
         raw = rates.permute(3, 0, 2, 1).flatten(1, 2).unsqueeze(1)  # [R, 1, G, c]
         gates = dict(zip(memory.gates, raw.unbind(0), strict=True))
         write, whole, delta = write_weights(memory.settings, memory.largest_rate, gates, share, LocalCarry())
