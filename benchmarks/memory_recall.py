@@ -131,6 +131,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gsa": _behind(kind="gsa", gsa={"n_slots": 32}),
     "titans_mag": _with(kind="titans", attach="mag", titans=_NETWORK),
     "titans_mac": _with(kind="titans", attach="mac", mac={"segment": WINDOW, "residual": True}, titans={"expansion": 1.0}),
+    "titans_mac_attention_only": _with(kind="titans", attach="mac", mac={"segment": WINDOW}, titans={"expansion": 1.0}),
     "rmt": _around("rmt", tokens=8),
     "armt": _around("armt", tokens=8),
     "hmt": _around("hmt", sensory=1),
