@@ -168,6 +168,9 @@ class ContextConfig(Section):
     """Tokens that attend to each other and to what the memory had for them; the memory is written once per segment."""
     persistent: Annotated[int, Field(ge=0)] = 4
     """Learned tokens that every segment's attention sees first."""
+    residual: bool = False
+    """Write the memory with what came in plus what attention found; false: with what attention found alone, which at first is an average
+    over the segment, a few percent of the input in size."""
 
 
 _UNREAD: dict[str, tuple[str, ...]] = {

@@ -293,7 +293,7 @@ def test_find(tmp_path: Path) -> None:
         find("debug_cpus", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["debug_cpu", "quickstart", "million", "llama_8b_one_gpu"])
+@pytest.mark.parametrize("name", ["debug_cpu", "quickstart", "million", "llama_8b_one_gpu", "recall"])
 def test_shipped_configs_are_valid(name: str) -> None:
     root = Path(__file__).resolve().parents[1]
     config = resolve(root / "configs" / f"{name}.yaml")

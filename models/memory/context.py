@@ -9,6 +9,7 @@ The paper reads the updated memory in the last line, which would show a token th
 the segment's start. The memory's input depends on what the segment read from it, so segments follow each other. Ranks that share a sequence
 therefore share every segment: each works on a slice of its tokens, keys and values are gathered, and the memory's update is the sum of what
 they contribute. Convolutions begin anew with every segment; on a slice they read on from the tokens of the slices before.
+With ``residual`` the memory is written, and read for the output, with x + z in place of z (decision 0037).
 
 Legend: B row, T token, C channel, S streams (rows, or reset periods), p tokens of this rank per segment, n tokens of a convolution's halo,
 N segments, H heads, K key, V value, k keys of a segment, G = S*H memories, Z weights and momentum, F fast weights, P persistent tokens.
@@ -54,6 +55,7 @@ class MemoryAsContext(MemoryModule):
         self.d_model, self.segment, self.reset_every, self.norm_eps = d, mac.segment, settings.reset_every, config.norm_eps
         settings = settings.model_copy(update={"chunk_size": mac.segment})
         sizes = (config.memory_heads, config.memory_key_dim, config.memory_value_dim)
+        self.residual = mac.residual
         self.memory = Titans(d, *sizes, settings=settings, conv_kernel=config.memory.conv_kernel, norm_eps=config.norm_eps, as_mixer=False)
         heads = (config.n_heads, config.kv_heads, config.attention_head_dim)
         self.attention = Attention(d, *heads, None, config.rope, config.qkv_bias, config.norm_eps if config.qk_norm else None)
@@ -138,11 +140,12 @@ class MemoryAsContext(MemoryModule):
         with torch.autocast(x_SpC.device.type, enabled=False):
             h_GpV = memory.network(anchor_GF, q_GpK)
         z_SpC = self._attend(x_SpC, linear(self._heads_together(h_GpV, x_SpC), self.w_context.weight), step)
-        before_SnC = self._before(z_SpC, step.tail_Sn, step.halo_Sn)
-        q = self._stream(z_SpC, before_SnC, memory.w_q, 0, 1.0)
-        k = self._stream(z_SpC, before_SnC, memory.w_k, 1, 1.0)
-        v = self._stream(z_SpC, before_SnC, memory.w_v, 2, 0.0)
-        rates = linear(z_SpC, memory.w_rates.weight).to(q.dtype).unflatten(-1, (memory.n_heads, -1)) + memory.rate_bias
+        known_SpC = x_SpC.to(z_SpC.dtype) + z_SpC if self.residual else z_SpC
+        before_SnC = self._before(known_SpC, step.tail_Sn, step.halo_Sn)
+        q = self._stream(known_SpC, before_SnC, memory.w_q, 0, 1.0)
+        k = self._stream(known_SpC, before_SnC, memory.w_k, 1, 1.0)
+        v = self._stream(known_SpC, before_SnC, memory.w_v, 2, 0.0)
+        rates = linear(known_SpC, memory.w_rates.weight).to(q.dtype).unflatten(-1, (memory.n_heads, -1)) + memory.rate_bias
         raw = rates.permute(3, 0, 2, 1).flatten(1, 2).unsqueeze(1)  # [R, 1, G, p]
         gates = dict(zip(memory.gates, raw.unbind(0), strict=True))
         write, whole, delta = write_weights(memory.settings, memory.largest_rate, gates, step.share, self.carry)

@@ -58,10 +58,11 @@ def _segment(
     q_HcK, _, _ = _projected(module, x_cC)
     h_cC = _heads_out(module, _network(memory, A, q_HcK)) @ module.w_context.weight.t()
     z_cC = _attended(module, x_cC, h_cC)
-    q_HcK, k_HcK, v_HcV = _projected(module, z_cC)
+    known_cC = x_cC + z_cC if module.residual else z_cC
+    q_HcK, k_HcK, v_HcV = _projected(module, known_cC)
     read_cC = _heads_out(module, _network(memory, A, q_HcK)) @ module.w_read.weight.t()
-    for j, z_C in enumerate(z_cC):
-        raw_HR = memory.w_rates(z_C).view(memory.n_heads, -1) + memory.rate_bias
+    for j, known_C in enumerate(known_cC):
+        raw_HR = memory.w_rates(known_C).view(memory.n_heads, -1) + memory.rate_bias
         gates = {name: raw_HR[:, i, None, None] for i, name in enumerate(memory.gates)}
         gates = {name: F.softplus(z) if name == "delta" else z.sigmoid() for name, z in gates.items()}
         if memory.settings.variant == "lact" and j == 0:  # momentum moves the weights once per chunk
