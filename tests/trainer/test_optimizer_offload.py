@@ -50,7 +50,8 @@ def engine_of(where: str, cp: int = 1, preset: str = "adamw") -> Engine:
         assert lanes is not None
         groups = parameter_groups(engine.model, route(engine.model), settings.optim)
         engine.optimizer = OffloadedLanes(groups, lanes, settings.optim.lr, HostStore(device), BUCKET_BYTES)
-        assert any(not unit.last for load in engine.optimizer._loads for unit in load.units)  # some are split
+        split = [unit for load in engine.optimizer._loads for unit in load.units if not unit.last]
+        assert bool(split) == (preset == "adamw_8bit")  # galore's matrices go as wholes, and the rest is small here
     elif where == "host":
         assert isinstance(engine.optimizer, OffloadedOptimizer)
         plain = build_optimizer(engine.model, settings.optim, with_states=False)
