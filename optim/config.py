@@ -177,6 +177,9 @@ class OptimConfig(Section):
     """Decoupled weight decay on matrices; never on norms, biases, gates, convolutions and embeddings."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down; null switches clipping off."""
+    kernel: Literal["auto", "eager", "fused"] = "auto"
+    """What updates parameters whose Adam moments are in eight or four bits. auto: one kernel where there is one (triton on CUDA, C++ on
+    CPU, with a compiler), else torch's own operations; eager: the latter; fused: a kernel, or the run is refused. Same numbers."""
     fuse_backward: bool | None = None
     """Update every parameter inside the backward pass, as soon as its gradient is complete, and free the gradient. null: only with lomo,
     which is that."""
