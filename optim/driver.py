@@ -24,7 +24,8 @@ from optim.methods import Projecting, Steps
 from optim.pieces import piece_elements, row_chunks
 from optim.row_sparse import RowSparse, update_touched
 from optim.stacking import Workspace, as_rows, deal_rows, rows_together, stacks
-from optim.writers import EXACT, move_
+from optim.updates import move_
+from optim.writers import EXACT
 
 if TYPE_CHECKING:
     from optim.plan import PlannedParameter
@@ -234,7 +235,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
             stored, decoded = states[i]
             # What no one wrote, such as a basis between refreshes, keeps its bits.
             _encode(lanes[i], stored, {name: state for name, state in decoded.items() if state._version != made[i][name]})
-            lanes[i].write_(slice(0, len(update)), stored, update, lr, decay, int(self.state[lanes[i].parameter]["step"]))
+            lanes[i].write_(slice(0, lanes[i].placed.rows.count), stored, update, lr, decay, int(self.state[lanes[i].parameter]["step"]))
 
     def _stored(self, lane: Lane) -> dict[str, Tensor]:
         """This rank's parts of what is kept."""

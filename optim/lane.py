@@ -19,6 +19,7 @@ from optim.methods import Method, Projecting, StateSpec, Steps
 from optim.placement import Placed
 from optim.row_sparse import RowSparse
 from optim.stacking import as_rows
+from optim.updates import Update
 from optim.writers import EXACT, Chance, Weights, Writer, writer_for
 
 
@@ -138,7 +139,7 @@ class Lane:
                 found[name] = StateSpec(spec.shape, spec.placement, wide, spec.codec)
         return found | dict(self.writer.states(self.placed.shape))
 
-    def write_(self, rows: slice, stored: dict[str, Tensor], update: Tensor, lr: float, decay: float, step: int) -> None:
+    def write_(self, rows: slice, stored: dict[str, Tensor], update: Update, lr: float, decay: float, step: int) -> None:
         """Put ``update`` into ``rows`` of this rank's part; ``stored``: those rows of what is kept."""
         weight = as_rows(local_part(self.parameter))[rows]
         beside = {name: stored[name] for name in self.writer.states(self.placed.shape)}

@@ -78,8 +78,7 @@ class NormGrowth:
     def factor(self, norm: Tensor, states: dict[str, Tensor], correction: float, elements: int) -> Tensor:
         """See ``Guard``; compares norms before the correction and remembers the limited one."""
         previous = states["norm"]
-        growth = norm / (previous + TINY)
-        factor = torch.where((previous > 0) & (growth > self.limit), self.limit / growth, torch.ones_like(previous))
+        factor = torch.where(previous > 0, ((previous + TINY) * self.limit / norm).clamp_(max=1), 1.0)
         states["norm"].copy_(norm * factor)
         return factor
 
