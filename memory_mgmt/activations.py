@@ -124,7 +124,7 @@ class Shapes:
         c = self.config
         if c.memory.attach == "mac":
             tiled = 0 < self.memory_tile < self.tokens
-            return ContextShapes.of(c).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled)
+            return ContextShapes.of(c).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled, self.cp)
         halo = self.rows * self._halo * c.d_model * self.e
         if self.in_tiles(self.memory_tile):
             halo += self._beside(tiled=True)
@@ -147,7 +147,7 @@ class Shapes:
         in and out) and the norm of the output; a split sequence adds the read-out of the incoming state."""
         c = self.config
         if c.memory.attach == "mac":
-            return ContextShapes.of(c).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled=False) - self.narrow
+            return ContextShapes.of(c).saved_bytes(self.rows, self.tokens, self.e, self.w, False, self.cp) - self.narrow
         if self._titans is not None:
             return self._titans.inside(self.rows, self.tokens, self.e, self.w) + self._beside()
         heads, key, value, chunk = c.memory_heads, c.memory_key_dim, c.memory_value_dim, c.memory.chunk_size
@@ -320,7 +320,7 @@ class Shapes:
 
     def _beside(self, tiled: bool = False) -> int:
         """Attention beside a memory, with the keys of the window before each range of a split sequence."""
-        if self.config.memory.attach not in ("mag", "mal"):
+        if self.config.memory.attach not in ("mag", "mal", "after"):
             return 0
         halo = 0 if tiled else self._halo_keys(self.e)
         return AttachedShapes.of(self.config).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled) + halo

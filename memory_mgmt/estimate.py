@@ -189,7 +189,7 @@ class _Step:
     def resident(self) -> _Live:
         """Held from the first moment of the run to the last."""
         total = parameter_count(self.model, self.vocab_size).total
-        positions = self.rows * self.seq_len * 8 * 3
+        positions = self.rows * self.seq_len * 4 * 3
         live = {
             "parameters": self.shard(total),
             **self._states(total),

@@ -94,6 +94,8 @@ class Segment:
 
     step: Step
     state: dict[str, Tensor] | None
+    loss: bool = True
+    """False: only the state after it is wanted, and no loss is made."""
 
 
 def padded(rows: Sequence[Tensor], length: int, fill: float = 0) -> Tensor:

@@ -95,11 +95,6 @@ def _lane(routed: Routed, recipe: Recipe, weights: Weights | None, seed: int, pa
             return Lane(routed.name, routed.parameter, RowSparse(recipe.rest), "bf16", weights, seed, recipe.rest_storage)
         return Lane(routed.name, routed.parameter, RowSparse(recipe.rest), recipe.rest_storage, weights, seed)
     if routed.part == "matrix" or (recipe.matrix_everywhere and routed.parameter.ndim == 2):
-        if part is not None and hasattr(recipe.matrix, "step"):
-            raise ValueError(
-                f"{routed.name} is a part of a matrix that {part.ranks} tensor-parallel ranks share, and {type(recipe.matrix).__name__} "
-                "updates whole ones; set optim.preset to one that updates elements (adamw, adamw_8bit, adamw_4bit, sgd), or parallel.tp=1"
-            )
         return Lane(routed.name, routed.parameter, recipe.matrix, recipe.matrix_storage, weights, seed, part=part, kernel=kernel)
     return Lane(routed.name, routed.parameter, recipe.rest, recipe.rest_storage, weights, seed, part=part, kernel=kernel)
 

@@ -22,9 +22,10 @@ from optim.fused import BITS, fused_step_
 from optim.lane import Lane
 from optim.methods import Projecting, Steps
 from optim.pieces import piece_elements, row_chunks
+from optim.redealt import Redealt, to_parts, to_rows
 from optim.row_sparse import RowSparse, update_touched
 from optim.stacking import Workspace, as_rows, deal_rows, rows_together, stacks
-from optim.updates import move_
+from optim.updates import Update, formed, move_
 from optim.writers import EXACT
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def side_by_side(self, group: dict[str, Any]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
         """The methods of one parameter group in the batches in which they run when all have gradients, with the ranks that share them."""
-        return _together([self.lanes[parameter] for parameter in group["params"] if self.lanes[parameter].is_method])
+        return together([self.lanes[parameter] for parameter in group["params"] if self.lanes[parameter].is_method])
 
     def _make_states(self, lane: Lane) -> None:
         state = self.state[lane.parameter]
@@ -112,15 +113,15 @@ class ComposedOptimizer(torch.optim.Optimizer):
             if isinstance(lane.rule, RowSparse):
                 self._table(lane, lane.rule, lr, decay)
         elementwise = [lane for lane in lanes if not lane.is_method and not isinstance(lane.rule, RowSparse)]
-        for lane in elementwise:
-            if lane.path != "eager":
-                self._fused(lane, lr, decay)
-        elementwise = [lane for lane in elementwise if lane.path == "eager"]
         if elementwise:
             work = self._workspace(elementwise[0].parameter.device)
+            for lane in elementwise:
+                if lane.path != "eager":
+                    self._update_rows(lane, self._next([lane])[0], work, lr, decay)
+            elementwise = [lane for lane in elementwise if lane.path == "eager"]
             for some in stacks(elementwise, Lane.stack, Lane.local_size, work.elements):
                 self._elementwise(some, work, lr, decay)
-        for shard_group, some in _together([lane for lane in lanes if lane.is_method]):
+        for shard_group, some in together([lane for lane in lanes if lane.is_method]):
             self._matrices(some, shard_group, lr, decay)
 
     def may_sum(self, lane: Lane) -> bool:
@@ -131,7 +132,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def sum_coordinates(self, lanes: Sequence[Lane]) -> None:
         """Move the gradients of ``lanes``, all of which ``may_sum``, into ``summed``. Every rank must come with the same lanes."""
-        for shard_group, some in _together(lanes):
+        for shard_group, some in together(lanes):
             steps = []
             for lane in some:
                 states = _decoded(lane, self._stored(lane), None)
@@ -146,10 +147,10 @@ class ComposedOptimizer(torch.optim.Optimizer):
     def _workspace(self, device: torch.device) -> Workspace:
         """On CPU kept from step to step, some MiB; accelerators' allocators keep it themselves."""
         elements = min(CHUNK_ELEMENTS, piece_elements(device))
-        if device.type != "cpu":
-            return Workspace(elements)
-        if self._work is None or self._work.elements != elements:
-            self._work = Workspace(elements)
+        if device.type != "cpu" or self._work is None or self._work.elements != elements:
+            work = Workspace(elements)
+            self._work = work if device.type == "cpu" else None
+            return work
         return self._work
 
     def kept_temporaries(self) -> list[Tensor]:
@@ -183,31 +184,33 @@ class ComposedOptimizer(torch.optim.Optimizer):
         move_(weights, update, lr, decay)
         deal_rows({"weight": weights, **together}, [{"weight": one, **kept} for one, kept in zip(parameters, stored, strict=True)])
 
-    def _fused(self, lane: Lane, lr: float, decay: float) -> None:
-        """Of one lane, by a kernel; what no kernel writes, weights of few bits, some rows at a time."""
-        step = self._next([lane])[0]
-        weight, gradient = (as_rows(local_part(cast(Tensor, one))) for one in (lane.parameter, lane.parameter.grad))
-        stored = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}
+    def _fused_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float, within: slice) -> None:
+        """``_update_rows`` by a kernel; what no kernel writes, weights of few bits, some rows at a time."""
+        weight, gradient = (as_rows(local_part(cast(Tensor, one)))[within] for one in (lane.parameter, lane.parameter.grad))
+        stored, first = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}, within.start or 0
         adam, bits = cast(ElementwiseAdam, lane.rule).adam, BITS[lane.codecs["exp_avg"].name]
         if lane.writer is EXACT and weight.is_contiguous():
             fused_step_(weight, gradient.contiguous(), stored, adam, bits, step, lr, decay, True)
             return
-        work = self._workspace(gradient.device)
         for rows in row_chunks(gradient.shape[0], gradient[:1].numel(), work.elements, gradient):
             update = work.take("gradient", gradient[rows].shape, gradient, torch.float32).copy_(gradient[rows])
             kept = {name: tensor[rows] for name, tensor in stored.items()}
             fused_step_(update, update, kept, adam, bits, step, lr, decay, False)
-            lane.write_(rows, kept, update, lr, decay, step)
+            lane.write_(slice(first + rows.start, first + rows.stop), kept, update, lr, decay, step)
 
-    def _update_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float) -> None:
-        """Of one lane, some rows at a time."""
-        gradient = as_rows(local_part(cast(Tensor, lane.parameter.grad)))
+    def _update_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float, within: slice = slice(None)) -> None:
+        """Of one lane, some rows at a time. ``within``: those that are updated, where ``_stored`` has the states of no others."""
+        if lane.path != "eager":
+            self._fused_rows(lane, step, work, lr, decay, within)
+            return
+        gradient, first = as_rows(local_part(cast(Tensor, lane.parameter.grad)))[within], within.start or 0
         stored = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}
         for rows in row_chunks(gradient.shape[0], gradient[:1].numel(), work.elements, gradient):
             # The rule may overwrite its gradient; the parameter's own stays as it is.
             part = work.take("gradient", gradient[rows].shape, gradient, lane.dtype).copy_(gradient[rows])
             kept = {name: tensor[rows] for name, tensor in stored.items()}
-            lane.write_(rows, kept, _updated(lane, kept, part, step, work), lr, decay, step)
+            update = _updated(lane, kept, part, step, work)
+            lane.write_(slice(first + rows.start, first + rows.stop), kept, update, lr, decay, step)
 
     def _table(self, lane: Lane, rule: RowSparse, lr: float, decay: float) -> None:
         self._next([lane])
@@ -225,17 +228,19 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def _matrices(self, lanes: Sequence[Lane], group: dist.ProcessGroup | None, lr: float, decay: float) -> None:
         states, steps = [], cast(list[Steps], [])
-        for lane in lanes:
+        for lane, gradient in zip(lanes, _gradients(lanes, group), strict=True):
             stored = self._stored(lane)
             states.append((stored, _decoded(lane, stored, None)))
-            step = lane.method_step(states[-1][1], self._next([lane])[0])
-            steps.append(with_weight(step, partial(lane.writer.read, local_part(lane.parameter), stored)))
+            step = lane.method_step(gradient, states[-1][1], self._next([lane])[0])
+            steps.append(with_weight(step, partial(lane.weight, stored)))
         made = [{name: state._version for name, state in decoded.items()} for _, decoded in states]
-        for i, update in run_together(steps, group):
+        for i, update in _updates(lanes, run_together(steps, group), group):
             stored, decoded = states[i]
             # What no one wrote, such as a basis between refreshes, keeps its bits.
             _encode(lanes[i], stored, {name: state for name, state in decoded.items() if state._version != made[i][name]})
-            lanes[i].write_(slice(0, lanes[i].placed.rows.count), stored, update, lr, decay, int(self.state[lanes[i].parameter]["step"]))
+            lanes[i].write_(
+                slice(0, len(local_part(lanes[i].parameter))), stored, update, lr, decay, int(self.state[lanes[i].parameter]["step"])
+            )
 
     def _stored(self, lane: Lane) -> dict[str, Tensor]:
         """This rank's parts of what is kept."""
@@ -243,7 +248,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         return {name: local_part(state[name]) for name in lane.stored()}
 
 
-def _together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
+def together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
     """Lanes whose matrices the same ranks share, at most ``TOGETHER_ELEMENTS`` of each rank at a time; the same on every rank."""
     groups: dict[dist.ProcessGroup | None, list[Lane]] = {}
     for lane in lanes:
@@ -260,6 +265,30 @@ def _together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None,
             size += largest
         if some:
             yield group, some
+
+
+def _gradients(lanes: Sequence[Lane], group: dist.ProcessGroup | None) -> list[Tensor | None]:
+    """This rank's rows of every lane's gradient; None of one that was summed in coordinates."""
+    found = [lane.gradient() if lane.summed is None else None for lane in lanes]
+    matrices = [lane.redealt for lane in lanes if lane.redealt is not None]
+    if not matrices or group is None:
+        return found
+    rows = iter(to_rows([cast(Tensor, one) for one, lane in zip(found, lanes, strict=True) if lane.redealt is not None], matrices, group))
+    return [one if lane.redealt is None else next(rows) for one, lane in zip(found, lanes, strict=True)]
+
+
+def _updates(lanes: Sequence[Lane], ended: Iterator[tuple[int, Update]], group: dist.ProcessGroup | None) -> Iterator[tuple[int, Update]]:
+    """Every update as it ends, in the rows that the parameter has; those of matrices that are dealt anew together, when all are there."""
+    anew: list[tuple[int, Tensor]] = []
+    for i, update in ended:
+        if lanes[i].redealt is None or group is None:
+            yield i, update
+        else:
+            anew.append((i, formed(update)))
+    if anew:
+        assert group is not None
+        parts = to_parts([update for _, update in anew], [cast(Redealt, lanes[i].redealt) for i, _ in anew], group)
+        yield from zip([i for i, _ in anew], parts, strict=True)
 
 
 def _updated(lane: Lane, stored: dict[str, Tensor], gradient: Tensor, step: int, work: Workspace) -> Tensor:

@@ -17,10 +17,11 @@ from optim.elementwise import Rule, Storage
 from optim.fused import Kernel, Path, path_for
 from optim.methods import Method, Projecting, StateSpec, Steps
 from optim.placement import Placed
+from optim.redealt import Redealt, to_rows
 from optim.row_sparse import RowSparse
 from optim.stacking import as_rows
 from optim.updates import Update
-from optim.writers import EXACT, Chance, Weights, Writer, writer_for
+from optim.writers import EXACT, WRITERS, Chance, Weights, Writer, writer_for
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Lane:
     path: Path = field(init=False)
     """By what it is updated, and ``eager_because``, why not by a kernel (``optim/fused.py``)."""
     eager_because: str = field(init=False)
+    redealt: Redealt | None = field(default=None, init=False)
+    """Of a part whose method updates whole matrices: how it becomes rows of the whole."""
     key: int = field(init=False)
     """The same on every mesh and in every process."""
     is_method: bool = field(init=False)
@@ -66,8 +69,10 @@ class Lane:
         self.writer = writer_for(self.parameter, self.weights, self.name)
         if isinstance(self.rule, RowSparse) and self.writer is not EXACT:
             raise ValueError(f"{self.name} is a table, whose rows are updated apart, in float32 only; set weights (optim.weights) fp32")
-        self.placed = Placed.of(self.parameter, self.part)
         self.key, self.is_method = zlib.crc32(self.name.encode()), hasattr(self.rule, "step")
+        self.placed = Placed.of(self.parameter, self.part)
+        if self.is_method and self.part is not None:
+            self._deal_anew(self.part)
         self.specs = dict(self.rule.states(self.placed.shape))  # pyright: ignore[reportArgumentType]
         self.codecs = {}
         if self.dtype == torch.float32:
@@ -77,6 +82,15 @@ class Lane:
         self.kept = self._kept()
         asked = ("eager", "as asked for") if self.kernel == "eager" else None
         self.path, self.eager_because = asked or path_for(self.rule, self.codecs, self.parameter.device)
+
+    def _deal_anew(self, part: Part) -> None:
+        if self.writer not in (EXACT, WRITERS["bf16"]):
+            raise ValueError(
+                f"{self.name} is a part of a matrix that {part.ranks} tensor-parallel ranks share and update whole, and its weights are "
+                "rounded by their place or kept with a correction; set optim.weights to fp32 or bf16"
+            )
+        self.redealt = Redealt.of(self.parameter, part)
+        self.placed = self.redealt.placed(part)
 
     def lie_as(self, placed: Placed) -> None:
         """Plan for another rank: its part, and states of that."""
@@ -108,16 +122,21 @@ class Lane:
         """Whole, or in coordinates."""
         return self.parameter.grad is not None or self.summed is not None
 
+    def weight(self, stored: dict[str, Tensor]) -> Tensor:
+        """This rank's rows before the step; of a matrix that is dealt anew all ranks must ask."""
+        held = self.writer.read(local_part(self.parameter), stored)
+        return held if self.redealt is None or self.placed.group is None else to_rows([held], [self.redealt], self.placed.group)[0]
+
     def gradient(self) -> Tensor:
         """This rank's part, in the dtype in which the update is computed."""
         return local_part(cast(Tensor, self.parameter.grad)).to(self.dtype)
 
-    def method_step(self, states: dict[str, Tensor], step: int) -> Steps:
-        """One step of a method, from what there is of the gradient."""
+    def method_step(self, gradient: Tensor | None, states: dict[str, Tensor], step: int) -> Steps:
+        """One step of a method, from this rank's rows of the gradient, or what was summed of it."""
         if self.summed is not None:
             rule = cast(Projecting, self.rule)
             return rule.lifted(self.summed, states, self.placed.rows, self.placed.shape[1], step, self.key)
-        return cast(Method, self.rule).step(self.gradient(), states, self.placed.rows, step, self.key)
+        return cast(Method, self.rule).step(cast(Tensor, gradient), states, self.placed.rows, step, self.key)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,7 @@ asks of other ranks (``plan_collectives.py``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -87,8 +87,9 @@ def planned(model: nn.Module, config: OptimConfig, shards: int = 1, rank: int = 
         moments = 2
         found = [_of_torch("AdamW", one.name, one.parameter, moments, None, shards, rank) for one in routed]
     else:
+        tp = max((part.ranks for part in getattr(model, "parts", {}).values()), default=1)
         for lane in lanes:
-            lane.lie_as(_shared(lane.placed, rank, shards))
+            lane.lie_as(_shared(lane, rank, shards, tp))
         found = [_of_lane(lane, None) for lane in lanes]
     return _strict(found) if strict else found
 
@@ -135,11 +136,15 @@ def _of_torch(
     )
 
 
-def _shared(placed: Placed, rank: int, shards: int) -> Placed:
-    """As one of ``shards`` ranks has it: some rows, or of a table that they share by columns some of those."""
+def _shared(lane: Lane, rank: int, shards: int, tp: int) -> Placed:
+    """As one of ``shards`` ranks has it: some rows, or of a table that they share by columns some of those. Tensor-parallel ranks share the
+    rows of a matrix that is updated whole, and the columns of a table, with them; this one is the first of ``tp``."""
+    placed = lane.placed
+    if lane.redealt is not None and lane.part is not None:
+        return replace(lane.redealt, shards=shards).placed(lane.part, rank * lane.part.ranks + lane.part.rank)
     if placed.columns is None:
         return Placed(placed.shape, Rows.chunk(placed.rows.total, rank, shards))
-    chunk = Rows.chunk(placed.columns.total, rank, shards)  # torch deals out every dim alike
+    chunk = Rows.chunk(placed.columns.total, rank * tp, shards * tp)  # torch deals out every dim alike
     columns = Columns(placed.columns.total, chunk.first, chunk.count)
     return Placed((placed.shape[0], chunk.count), placed.rows, columns=columns)
 

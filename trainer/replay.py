@@ -186,19 +186,15 @@ class _Sequence:
         return inner
 
     def forward(self, i: int, state: State | None, anew: bool) -> State:
-        """The state after step ``i``. ``anew``: it runs for the first time."""
+        """The state after step ``i``. ``anew``: it runs for the first time. Its losses are made when it runs backward."""
         with self._running(i, anew):
-            nll_Bw, after = self.call(self.shard, Segment(self.steps[i], state))
-        if anew:
-            self._note(i, nll_Bw)
-        return after
+            return self.call(self.shard, Segment(self.steps[i], state, loss=False))[1]
 
     def backward(self, i: int, given: State | None, gradients: State, anew: bool) -> tuple[State, State]:
         """Step ``i`` forward and backward: the state after it, and gradients of the one ``given`` from those of the one after."""
         with self._running(i, anew):
             nll_Bw, after = self.call(self.shard, Segment(self.steps[i], given))
-        if anew:
-            self._note(i, nll_Bw)
+        self._note(i, nll_Bw)
         into = [(after[name], gradient) for name, gradient in gradients.items() if after[name].requires_grad]
         with self.last.begins(self.nll_BT) if i == self.last.step else contextlib.nullcontext():
             torch.autograd.backward([nll_Bw.sum() / self.divisor, *(x for x, _ in into)], [None, *(g for _, g in into)])

@@ -51,10 +51,6 @@ def _refused_of_layers(config: RunConfig) -> str | None:
         remedy
         for held, remedy in (
             ("full" not in model.layer_kinds, "model.layers of kind swa and memory (full attention sees keys of the whole sequence)"),
-            (
-                "memory" not in model.layer_kinds or model.memory.attach != "mac",
-                "model.memory.attach mixer, mag or mal (mac cannot be cut inside its own segments)",
-            ),
             (parallel.cp <= 1, f"parallel.cp=1 (a rank has whole sequences; parallel.dp_shard={parallel.cp} shares the parameters)"),
             (parallel.tp <= 1, "parallel.tp=1 (with parallel.dp_shard)"),
             (config.engine == "native", "engine native (others run whole sequences)"),

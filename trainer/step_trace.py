@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memory_mgmt.offload import HostStore
-from memory_mgmt.optimizer_offload import OffloadedOptimizer
+from memory_mgmt.optimizer_on_host import OnHost
 from memory_mgmt.parameter_offload import OffloadedParameters
 from memory_mgmt.policy import CLASSES, Policy
 from memory_mgmt.policy_settings import policy_of
@@ -136,9 +136,9 @@ def _step(recorder: StepRecorder, engine: Engine, batches: list[Batch]) -> None:
     engine.step(lr=1e-3)
 
 
-def _follow_update(recorder: StepRecorder, optimizer: torch.optim.Optimizer | OffloadedOptimizer) -> None:
+def _follow_update(recorder: StepRecorder, optimizer: torch.optim.Optimizer | OnHost) -> None:
     """Note when the next update begins, and of which layer's states where they come in buckets."""
-    if isinstance(optimizer, OffloadedOptimizer):
+    if isinstance(optimizer, OnHost):
         optimizer.watch = lambda section: recorder.enter("update", layer_of(section), section)
         return
 
@@ -167,13 +167,13 @@ def _warm_up_batch(config: RunConfig) -> Batch:
 
 
 def _batch(config: RunConfig, tokens: int, documents: tuple[int, ...] = (0,)) -> Batch:
-    """One micro-batch; on fake tensors only the shape counts. ``documents``: where they begin."""
+    """One micro-batch; on fake tensors only the shape counts. ``documents``: where they begin. Where data have prefixes, half of a
+    sequence that is one document is one: so there are queries that see keys after them, and others that do not."""
     rows = config.train.micro_batch_size
-    bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows)
-    positions_BT = torch.arange(tokens).expand(rows, tokens).contiguous()
-    return Batch(
-        torch.zeros(rows, tokens, dtype=torch.long), torch.zeros(rows, tokens, dtype=torch.long), positions_BT, bounds, (True,) * rows
-    )
+    prefixes = ((tokens // 2,),) * rows if config.data.bidirectional_prefixes and documents == (0,) else ()
+    bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows, prefixes)
+    tokens_BT, labels_BT, positions_BT = (torch.zeros(rows, tokens, dtype=torch.int32) for _ in range(3))
+    return Batch(tokens_BT, labels_BT, positions_BT, bounds, (True,) * rows)
 
 
 @contextlib.contextmanager
