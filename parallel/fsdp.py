@@ -107,9 +107,10 @@ def add_up_in_float32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16:
             parameter.grad_dtype = torch.float32
-    for unit in model.modules():
-        for group in parameter_groups(unit) if isinstance(unit, FSDPModule) else []:
+    for unit in [module for module in model.modules() if isinstance(module, FSDPModule)]:
+        for group in parameter_groups(unit):
             group._init_mp_dtypes = partial(_unrounded, group, group._init_mp_dtypes)
+        cast(nn.Module, unit).register_forward_pre_hook(_gradients_in_float32)
 
 
 def _unrounded(group: Any, init: Callable[[], None]) -> None:
@@ -117,6 +118,15 @@ def _unrounded(group: Any, init: Callable[[], None]) -> None:
     init()
     if group._orig_dtype == torch.bfloat16:
         group._orig_dtype = torch.float32
+
+
+def _gradients_in_float32(unit: nn.Module, _args: Any) -> None:
+    """Runs once the unit's parameters are gathered: what comes in float32, as the head's gradient does, is reduced unrounded."""
+    for group in parameter_groups(unit):
+        for parameter in group.fsdp_params:
+            gathered = parameter._unsharded_param
+            if gathered.dtype == torch.bfloat16 and gathered.grad_dtype != torch.float32:
+                gathered.grad_dtype = torch.float32
 
 
 def _policy(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
