@@ -23,7 +23,8 @@ from memory_mgmt.offload_layout import fake_mode_of
 from memory_mgmt.optimizer_buckets import ALIGNMENT, BUCKET_BYTES, section_of
 from memory_mgmt.optimizer_pipeline import through
 from optim.clip import local_part
-from optim.driver import ComposedOptimizer, Lane, together
+from optim.driver import ComposedOptimizer, together
+from optim.lane import Lane
 from optim.row_sparse import RowSparse
 
 STRETCH_BYTES = 1 << 30

@@ -16,8 +16,10 @@ from models.tables import Columns
 from optim.build import lanes_of, parameter_groups
 from optim.composed import Composed, Point
 from optim.config import OptimConfig
-from optim.driver import ComposedOptimizer, Lane
+from optim.driver import ComposedOptimizer
 from optim.frugal import Frugal
+from optim.fused import BITS
+from optim.lane import Lane
 from optim.methods import Rows
 from optim.placement import Placed, storage_bytes
 from optim.plan_collectives import requests_of
@@ -53,6 +55,8 @@ class PlannedParameter:
     """Of this rank's states, from shapes."""
     measured_bytes: int | None
     """Of this rank's states, by storage; None of one that is only planned."""
+    kernel: str = "torch"
+    """What runs the update of moments in few bits: ``C++``, ``triton``, ``eager`` and why, ``by device`` on the meta device."""
 
 
 def plan(
@@ -114,6 +118,7 @@ def _of_lane(lane: Lane, measured: int | None) -> PlannedParameter:
         _fallbacks(lane, rank),
         lane.planned_bytes(),
         measured,
+        f"eager: {lane.eager_because}" if lane.path == "eager" and BITS.keys() & {c.name for c in lane.codecs.values()} else lane.path,
     )
 
 
@@ -175,7 +180,8 @@ def _fallbacks(lane: Lane, rank: int | None) -> tuple[str, ...]:
 
 def table(rows: Sequence[PlannedParameter]) -> str:
     """Aligned text, one line per parameter, and the total."""
-    header = ("parameter", "shape", "weights", "bytes", "where", "side", "rank", "requests", "states", "algorithm", "not as asked")
+    header = ("parameter", "shape", "weights", "bytes", "where", "side", "rank", "requests", "states", "kernel", "algorithm")
+    header = (*header, "not as asked")
     lines = [
         (
             r.name,
@@ -187,13 +193,14 @@ def table(rows: Sequence[PlannedParameter]) -> str:
             "" if r.rank is None else str(r.rank),
             " ".join(r.requests),
             r.storage,
+            r.kernel,
             r.algorithm,
             "; ".join(r.fallbacks),
         )
         for r in rows
     ]
     total = f"{sum(r.planned_bytes for r in rows):,}"
-    return aligned([header, *lines, ("total", "", "", total, *[""] * 7)])
+    return aligned([header, *lines, ("total", "", "", total, *[""] * 8)])
 
 
 def table_by_kind(rows: Sequence[PlannedParameter]) -> str:
@@ -202,8 +209,8 @@ def table_by_kind(rows: Sequence[PlannedParameter]) -> str:
     for row in rows:
         rank = "" if row.rank is None else str(row.rank)
         fallback = ", ".join(sorted({reason.rpartition(": ")[2] for reason in row.fallbacks}))
-        kinds.setdefault((row.kind, row.side, rank, " ".join(row.requests), row.weights, row.storage, fallback), []).append(row)
-    header = ("update", "side", "rank", "tensors", "elements", "bytes", "requests", "weights", "states", "not as asked")
+        kinds.setdefault((row.kind, row.side, rank, " ".join(row.requests), row.weights, row.storage, row.kernel, fallback), []).append(row)
+    header = ("update", "side", "rank", "tensors", "elements", "bytes", "requests", "weights", "states", "kernel", "not as asked")
     lines = [
         (
             kind,
@@ -215,11 +222,12 @@ def table_by_kind(rows: Sequence[PlannedParameter]) -> str:
             asks,
             weights,
             kept,
+            kernel,
             fallback,
         )
-        for (kind, side, rank, asks, weights, kept, fallback), some in kinds.items()
+        for (kind, side, rank, asks, weights, kept, kernel, fallback), some in kinds.items()
     ]
-    total = ("total", "", "", str(len(rows)), f"{sum(map(_elements, rows)):,}", f"{sum(r.planned_bytes for r in rows):,}", *[""] * 4)
+    total = ("total", "", "", str(len(rows)), f"{sum(map(_elements, rows)):,}", f"{sum(r.planned_bytes for r in rows):,}", *[""] * 5)
     return aligned([header, *lines, total])
 
 

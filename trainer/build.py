@@ -36,6 +36,7 @@ from optim.build import build_optimizer, quantise_matrices_
 from optim.fused_backward import fuse_backward
 from parallel.dims import ParallelDims
 from parallel.distributed import name_device
+from parallel.fsdp import add_up_in_float32
 from parallel.log_lines import at_step
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import keep_keys_in_host, parallelize, split_sequence
@@ -186,6 +187,8 @@ def engine_for(
 ) -> Engine:
     """The engine around a model that is built and placed. ``store`` holds the optimizer's states where ``memory.offload_optimizer`` says
     so; None: one without a limit is made. ``offloaded``: the model's parameters where they are in host memory."""
+    if config.optim.gradients == "fp32":
+        add_up_in_float32(model)
     where = config.memory.offload_optimizer
     for name in ("offload_optimizer", "offload_parameters"):
         if getattr(config.memory, name) == "auto":
