@@ -80,9 +80,9 @@ def _cases() -> list[dict[str, Any]]:
         for policy in rng.sample(POLICIES, 2):
             changes = rng.choice([{}, {"qkv_bias": True, "qk_norm": True}, {"layers": ("full", "swa"), "window": 60}])
             config = _config(heads, **changes)
-            tiles = {"ffn_tile_tokens": rng.choice([0, 10])}
-            grouped = {"group_blocks": 2} if policy is RECOMPUTE_BLOCK and rng.random() < 0.5 else {}
-            found.append({"cp": cp, "degree": degree, "config": config, "policy": Policy((policy,) * 2, **tiles, **grouped),
+            tile = rng.choice([0, 10])
+            group = 2 if policy is RECOMPUTE_BLOCK and rng.random() < 0.5 else 1
+            found.append({"cp": cp, "degree": degree, "config": config, "policy": Policy((policy,) * 2, group, ffn_tile_tokens=tile),
                           "layout": rng.choice(["zigzag", "contiguous"]), "head_chunk": rng.choice([1, 1, 2, 3]),
                           "bf16": False})  # fmt: skip
     return found
