@@ -132,9 +132,6 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
     if target.config.memory.plan == "estimate":
         if target.config.memory.recompute == "auto":
             raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
-        if target.config.parallel.cp > 1 and target.config.parallel.sequence != "ring":
-            scheme = target.config.parallel.sequence
-            raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
         if target.config.layout == "per_document":
             raise UserError(
                 "parallel.layout: per_document needs a traced step (formulas know contiguous and zigzag); leave memory.plan at trace"
