@@ -11,7 +11,7 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
-_MOST = 64
+_MOST = 16
 """Messages kept; beyond that the oldest is waited for, which in a chain has arrived long ago."""
 
 _left: deque[tuple[dist.Work, torch.Tensor]] = deque()
