@@ -10,6 +10,16 @@ if TYPE_CHECKING:
     from trainer.config import RunConfig
 
 
+def not_shared(config: RunConfig) -> str:
+    """Why, and what instead, ranks do not share a sequence whatever their number; nothing where they could."""
+    if not config.model.memory.around_stack:
+        return ""
+    return (
+        f"not parallel inside: a segment of {config.model.memory.kind} begins with what the one before left; segments are replayed one "
+        "at a time (one's activations), and more ranks take more sequences (parallel.dp_shard, parallel.dp_replicate)"
+    )
+
+
 def refused_segments(config: RunConfig) -> str | None:
     """Why a sequence cannot be read segment by segment with these settings; None if it can, or is not to be."""
     kind, parallel = config.model.memory.kind, config.parallel

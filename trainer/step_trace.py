@@ -31,6 +31,7 @@ from optim.driver import ComposedOptimizer
 from optim.row_sparse import RowSparse
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
+from parallel.outbox import forget
 from trainer.build import engine_for, shaped_model
 from trainer.config import RunConfig
 from trainer.engine import Engine
@@ -207,4 +208,5 @@ def _process_group(world_size: int, config: RunConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        forget()
         dist.destroy_process_group()
