@@ -240,6 +240,12 @@ def test_traced_peak_is_the_allocators(name):
         {"model": {"layers": ["full"] * 3}, "memory": {"offload_optimizer": "host", "offload_parameters": "host"}},
         {"model": {"layers": ["full", "memory"]}, "parallel": {"tp": 2}},
         {"model": {"layers": ["full", "full"]}, "memory": {"recompute": "block"}, "parallel": {"tp": 2}},
+        {"model": {"layers": ["full", "full"]}, "data": {"source": "jsonl", "path": "none.jsonl", "prefix_key": "prompt"}},
+        {
+            "model": {"layers": ["full", "full"]},
+            "optim": {"preset": "muon"},
+            "parallel": {"tp": 2, "kv_residence": "host", "kv_chunk": 256},
+        },
     ],
 )
 def test_traced_peak_is_the_allocators_on_two_ranks(sections):
