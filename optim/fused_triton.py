@@ -9,8 +9,10 @@ Without a GPU: TRITON_INTERPRET=1 (tests/optim/test_fused_triton.py).
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from typing import Any
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 BLOCK = tl.constexpr(128)
@@ -25,7 +27,7 @@ def launch(tensors: tuple[Tensor, ...], bits: int, numbers: list[float], writes:
     rows = weight.shape[0]
     columns = weight.numel() // rows
     blocks = rows * triton.cdiv(columns, 128)
-    kernel = _step_int8 if bits == 8 else _step_int4
+    kernel: Any = _step_int8 if bits == 8 else _step_int4
     kernel[(triton.cdiv(blocks, MANY),)](*tensors, blocks, columns, *numbers, writes, MANY, enable_fp_fusion=False)
 
 

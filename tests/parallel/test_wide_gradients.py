@@ -40,7 +40,7 @@ def passes() -> list[Batch]:
 
 def gradients_of(engine: Engine) -> dict[str, torch.Tensor]:
     """Whole, in the dtype in which they are kept."""
-    kept = {name: parameter.grad for name, parameter in engine.parameters.items() if parameter.grad is not None}
+    kept: dict[str, Any] = {name: parameter.grad for name, parameter in engine.parameters.items() if parameter.grad is not None}
     return {name: (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone() for name, grad in kept.items()}
 
 
@@ -53,7 +53,7 @@ def summed(
     found = gradients_of(engine)
     norm = engine.step(1e-3)
     assert norm > 0
-    after = {name: local_part(p.detach()) for name, p in engine.parameters.items()}
+    after: dict[str, Any] = {name: local_part(p.detach()) for name, p in engine.parameters.items()}
     engine.forward_backward(passes()[engine.rank :: dp_shard])  # and again from none
     engine.step(1e-3)
     return found, {name: p.dequantised(torch.float32) if hasattr(p, "dequantised") else p.float() for name, p in after.items()}
