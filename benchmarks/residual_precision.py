@@ -1,7 +1,7 @@
 """What ``train.residual: bf16`` costs in loss: the same small model, data and seeds with the residual stream in float32 and in bfloat16.
 
-Held-out loss after training on text, several seeds each; the difference is taken seed by seed, since a seed's first weights and order of data
-are the same both ways. Writes residual_precision.json and .md beside this file, run by run; what is there is not made again.
+Held-out loss after training on text, several seeds each; the difference is taken seed by seed, since a seed's first weights and order of
+data are the same both ways. Writes residual_precision.json and .md beside this file, run by run; what is there is not made again.
 
     python benchmarks/residual_precision.py [--seeds 3] [--steps 100]      about a minute of CPU per run
 """

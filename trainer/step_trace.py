@@ -144,15 +144,17 @@ def _updates_left_out(engine: Engine) -> Iterator[None]:
     """Of the warm-up, where they are element by element on CUDA: they leave nothing behind there and read no value, and with few bits they
     are most of what a step does."""
     optimizer = engine.optimizer
-    plain = type(optimizer) is ComposedOptimizer and engine.device.type == "cuda"
-    if not plain or any(lane.is_method or isinstance(lane.rule, RowSparse) for lane in optimizer.lanes.values()):
+    if not isinstance(optimizer, ComposedOptimizer) or isinstance(optimizer, OnHost) or engine.device.type != "cuda":
         yield
         return
-    optimizer.step_lanes = lambda group, lanes: None
+    if any(lane.is_method or isinstance(lane.rule, RowSparse) for lane in optimizer.lanes.values()):
+        yield
+        return
+    vars(optimizer)["step_lanes"] = lambda group, lanes: None
     try:
         yield
     finally:
-        del optimizer.step_lanes
+        del vars(optimizer)["step_lanes"]
 
 
 def _follow_update(recorder: StepRecorder, optimizer: torch.optim.Optimizer | OnHost) -> None:

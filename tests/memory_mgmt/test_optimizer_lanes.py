@@ -124,7 +124,7 @@ def test_copies_as_late_as_allowed(name: str) -> None:
     """On streams that run only when somebody waits, and on memory that they do not keep alive, a missing wait gives other bits."""
     config = settings(name)
     ours, theirs, late = model(config), model(config), HostStore("cpu")
-    late._plain = LateCopies()
+    late._plain = LateCopies()  # pyright: ignore[reportAttributeAccessIssue]
     one, other = offloaded(theirs, config, HostStore("cpu"), 2000), offloaded(ours, config, late, 2000)
     assert len(other._loads) > 6
     for step in range(3):
@@ -143,7 +143,7 @@ def test_large_parameters_go_in_runs_of_rows_and_equal_layers_alike() -> None:
         rows = [None if unit.rows is None else (unit.rows.start, unit.rows.stop) for unit in load.units]
         loads.setdefault(load.section, []).append(rows)
     assert list(loads) == ["embed", "blocks.0", "blocks.1", "head"] and loads["blocks.0"] == loads["blocks.1"]
-    lane = optimizer.lanes[net.embed.weight]
+    lane = optimizer.lanes[next(net.embed.parameters())]
     runs = _pieces(lane, 8000)
     assert [(run.start, run.stop) for run in runs] == [rows for (rows,) in loads["embed"]]
     assert [run.stop for run in runs][:-1] == [run.start for run in runs][1:] and runs[-1].stop == 300
