@@ -30,11 +30,13 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> Transformer:
     config = {"d_model": 16, "n_heads": 2, "init_std": 0.3, "memory": memory, **MODELS[name]}
     model = Transformer(RunConfig.model_validate({"model": config}).model, VOCAB).to(dtype)
     init_weights(model, 1)
-    with torch.no_grad():  # values begin at 0, and norms at 1, biases at 0: alike in all layers
+    with torch.no_grad():  # values and biases begin at 0
         generator = torch.Generator().manual_seed(2)
         for parameter in model.parameters():
-            if parameter.dim() == 1 or not parameter.any():
+            if not parameter.any():
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(dtype), alpha=0.3)
+            elif parameter.dim() == 1:  # norms begin at 1 in all layers
+                parameter.add_(torch.rand(parameter.shape, generator=generator).to(dtype), alpha=0.3)
     return model
 
 
@@ -46,9 +48,7 @@ def batch_of(tokens: int, documents: tuple[tuple[int, ...], ...] = ((0,), (0,)))
 def run(model: Transformer, batch: Batch, replay: bool, **how: object) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     if replay:
-        nll_BT = SegmentRunner(model, **how)(
-            lambda shard, segment: forward(model, shard, torch.device("cpu"), "fp64", segment), batch, 100.0
-        )  # type: ignore[arg-type]
+        nll_BT = SegmentRunner(model, **how)(lambda shard, segment: forward(model, shard, torch.device("cpu"), "fp64", segment), batch, 7.0)  # type: ignore[arg-type]
     else:
         nll_BT = model(batch)
         (nll_BT.sum() / 7.0).backward()
