@@ -69,7 +69,7 @@ def _slow_context(module: Any) -> None:
     _slow_titans(module.memory)
 
 
-def _mac(segment: int = 8, at_size: int = 64, expand_v: float = 1.5, persistent: int = 2, **titans: Any) -> Case:
+def _mac(segment: int = 8, at_size: int = 64, expand_v: float = 1.5, persistent: int = 2, residual: bool = False, **titans: Any) -> Case:
     titans = {"expansion": 1.5, **titans}
     sized = {**titans, **({"reset_every": 256} if "reset_every" in titans else {})}
     return Case(
@@ -78,10 +78,10 @@ def _mac(segment: int = 8, at_size: int = 64, expand_v: float = 1.5, persistent:
             "attach": "mac",
             "expand_v": expand_v,
             "titans": TitansConfig(**titans),
-            "mac": {"segment": segment, "persistent": persistent},
+            "mac": {"segment": segment, "persistent": persistent, "residual": residual},
         },
         slow=_slow_context,
-        at_size={"titans": TitansConfig(**sized), "mac": {"segment": at_size, "persistent": persistent}},
+        at_size={"titans": TitansConfig(**sized), "mac": {"segment": at_size, "persistent": persistent, "residual": residual}},
         scale=0.25,
     )
 
@@ -164,7 +164,7 @@ CASES: dict[str, Case] = {
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
     "titans, mac": _mac(),
-    "titans, mac, lact": _mac(segment=6, persistent=0, variant="lact"),
+    "titans, mac, lact": _mac(segment=6, persistent=0, residual=True, variant="lact"),
     "titans, mac, linear, reset": _mac(network="linear", reset_every=16),
     "hmt": Case(
         {"kind": "hmt", "hmt": {"segment": 8, "summary": 3, "sensory": 2, "cache": 4}},
