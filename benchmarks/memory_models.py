@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -60,7 +61,7 @@ def measure(case: Any, repeats: int, peers: str, smoke: bool) -> dict[str, dict[
         try:
             step = system.prepare(size, torch.float32)
             found = step()
-            exact = system.exact or case.exact or partial(system.prepare, dtype=torch.float64)
+            exact = (system.exact if smoke else None) or case.exact or partial(system.prepare, dtype=torch.float64)
             if exact not in known:
                 known[exact] = exact(size)()
             row["errors"] = errors(found, known[exact], len(case.results))
@@ -81,7 +82,7 @@ def measure(case: Any, repeats: int, peers: str, smoke: bool) -> dict[str, dict[
         with record_cpu_allocations() as log:
             step()
             rows[name]["peak_bytes"] = log.peak_bytes()
-        rows[name]["cpu_seconds"] = median(times[name])
+        rows[name] |= {"cpu_seconds": median(times[name]), "repeats": repeats}
     return rows
 
 
@@ -119,9 +120,10 @@ def page(report: dict[str, Any], cases: Any, measured_on: str) -> str:
         rows = report["cases"].get(case.name)
         if not rows:
             continue
-        tokens = max(row["tokens"] for row in rows.values())
-        lines += ["", f"## {case.name}: {case.about}; {tokens:,} tokens", "", f"| system | tokens/s | x | peak MiB | x | errors: "
-                  f"{', '.join(case.results)} | |", "|---|---:|---:|---:|---:|---|---|"]  # fmt: skip
+        tokens, repeats = (max(row.get(name, 0) for row in rows.values()) for name in ("tokens", "repeats"))
+        heads = f"| system | tokens/s | x | peak MiB | x | errors: {', '.join(case.results)} | |"
+        lines += ["", f"## {case.name}: {case.about}; {tokens:,} tokens", "", f"Repeats: {repeats}.", ""]
+        lines += [heads, "|---|---:|---:|---:|---:|---|---|"]
         lines += [_row(name, row, rows) for name, row in rows.items()]
         lines += ["", *verdicts(rows)]
     return "\n".join(lines) + "\n"
@@ -149,8 +151,9 @@ def _row(name: str, row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str
 
 
 def as_exact(own: dict[str, Any], peer: dict[str, Any]) -> bool:
-    """Whether longstride's largest error is no worse than the peer's."""
-    return max(own["errors"]) <= max(AS_EXACT * max(peer["errors"]), ROUNDING)
+    """Whether longstride's largest error is no worse than the peer's; a peer that gives no numbers is not exact at all."""
+    theirs = max(math.inf if math.isnan(error) else error for error in peer["errors"])
+    return max(own["errors"]) <= max(AS_EXACT * theirs, ROUNDING)
 
 
 def verdicts(rows: dict[str, dict[str, Any]]) -> list[str]:

@@ -2,8 +2,8 @@
 
 Operators (gated delta rule, gated slots, decayed sum) compute one function: all take the same tensors [B, T, H, .], and exact is the token
 recurrence in float64, written here. Modules (Titans, RMT, memory layers) have the same sizes and each its author's details, so that each is
-compared with itself in float64: longstride's Titans and memory layer with their oracles, its RMT with plain backpropagation, the others
-with their own code. Packages are imported when asked for; what they raise is the answer.
+compared with itself in float64; longstride's, at smoke size, with their oracles (RMT: plain backpropagation). Packages are imported when
+asked for; what they raise is the answer.
 
 Legend: B row, T token, H head, K key, V value, M slot, C channel.
 """
@@ -60,7 +60,7 @@ class System:
     """As it is known to the package index; empty: longstride."""
     prepare: Callable[[Size, torch.dtype], Step]
     exact: Callable[[Size], Step] | None = None
-    """What its results are compared with; None: those of the case, or ``prepare`` in float64."""
+    """What its results are compared with at smoke size; None, or at another size: those of the case, or ``prepare`` in float64."""
     note: str = ""
 
 
@@ -262,7 +262,9 @@ def _own_titans(network: str, size: Size, dtype: torch.dtype, oracle: bool = Fal
 
 
 def _by_oracle(module: Any, bounds: Bounds, x_BTC: Tensor) -> Tensor:
-    """A memory's oracle, stretch by stretch, each run again in the backward pass: it keeps states of every token."""
+    """A memory's oracle, stretch by stretch, each run again in the backward pass: it keeps states of every token.
+
+    Reentrant: inside, the oracle takes gradients of its own, for which the other kind would run a stretch again, token by token."""
     state, outputs = module.init_state(1, x_BTC.device, x_BTC.dtype), []
     for start in range(0, x_BTC.shape[1], 32):
         piece = x_BTC[:, start : start + 32]
@@ -272,7 +274,7 @@ def _by_oracle(module: Any, bounds: Bounds, x_BTC: Tensor) -> Tensor:
             out, after = module.oracle(piece, dict(zip(names, values, strict=True)), here)
             return out, *(after[name] for name in names)
 
-        out, *values = checkpoint(stretch, piece, *state.values(), use_reentrant=False)
+        out, *values = checkpoint(stretch, piece, *state.values(), use_reentrant=True)
         state = dict(zip(state, values, strict=True))
         outputs.append(out)
     return torch.cat(outputs, 1)

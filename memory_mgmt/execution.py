@@ -80,7 +80,7 @@ class BlockExecution:
         *entered, x_BTC = _Enter.apply(one, x_BTC, *one.parts.enter_weights())  # type: ignore[misc]
         if isinstance(self.block.mixer, Attention):
             entered[1:] = self.block.mixer.keys_leave(entered[1], entered[2], bounds)
-        saving: Saving = AttentionSaving(one) if isinstance(self.block.mixer, Attention) else MemorySaving(one)
+        saving = AttentionSaving(one) if isinstance(self.block.mixer, Attention) else MemorySaving(one)
         mixed = saving.run(*entered)
         del entered
         return self._leave(one, saving, mixed, x_BTC)

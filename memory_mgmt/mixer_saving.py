@@ -33,10 +33,6 @@ _SMALL_BYTES = 4096
 class Saving(Protocol):
     """One mixer's saved tensors in one pass."""
 
-    def run(self, *entered: Tensor) -> Tensor:
-        """Run the mixer on what ``Pass.entered`` makes, deciding about what it saves."""
-        ...
-
     def trim(self) -> None:
         """At the end of the block's forward: let go of what is not kept."""
         ...

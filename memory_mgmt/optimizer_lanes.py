@@ -202,16 +202,16 @@ class OffloadedLanes(ComposedOptimizer):
             self.step_lanes(group, [unit.lane for unit in load.units if unit.rows is None])
             for unit in load.units:
                 if unit.rows is not None and unit.lane.has_gradient:
-                    self._step_rows(unit, group)
+                    self._step_rows(unit, unit.rows, group)
         finally:
             self._near.clear()
 
-    def _step_rows(self, unit: _Unit, group: Mapping[str, Any]) -> None:
+    def _step_rows(self, unit: _Unit, rows: slice, group: Mapping[str, Any]) -> None:
         """Of one large parameter; its count of steps goes up with the last of its rows."""
         counter = self._states[unit.lane.parameter]["step"]
         number = int(counter) + 1
         work = self._workspace(unit.lane.parameter.device)
-        self._update_rows(unit.lane, number, work, group["lr"], group["weight_decay"], unit.rows)
+        self._update_rows(unit.lane, number, work, group["lr"], group["weight_decay"], rows)
         if unit.last:
             counter.fill_(number)
 

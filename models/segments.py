@@ -113,6 +113,24 @@ def put_together(pieces: Sequence[Tensor], steps: Sequence[Step]) -> Tensor:
     return torch.stack([torch.cat(row) for row in found])
 
 
+def joined(steps: Sequence[Step], size: int, n: int) -> list[Step]:
+    """Up to ``n`` steps that follow each other in one, where all rows give the same whole segments of ``size`` tokens of one document."""
+    found: list[Step] = []
+    room = 0
+    for step in steps:
+        part = step.parts[0]
+        whole = step.even and part.closes and part.new == size and not step.pending
+        if whole and room and not part.begins:
+            before = found[-1].parts[0]
+            parts = (Part(before.start, part.end, 0, before.begins, True),) * len(step.parts)
+            found[-1] = Step(parts, step.first, False, step.cache)
+            room -= 1
+        else:
+            found.append(step)
+            room = n - 1 if whole else 0
+    return found
+
+
 def with_idle(steps: list[Step], n: int) -> list[Step]:
     """The steps and, up to ``n``, some in which no row has anything to read."""
     last = steps[-1]

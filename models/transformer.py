@@ -186,8 +186,8 @@ class Transformer(nn.Module):
         """nll_BT: negative log likelihood per token, float32 (float64), 0 where there is no label. A memory around the stack goes on from
         the state it carries, if it does.
 
-        With ``segment``, of a model that is read in segments: nll_Bw of this step's tokens alone (nothing, [0], where no loss is wanted),
-        and the state after it.
+        With ``segment``, of a model that is read in segments: nll_Bw of this step's tokens alone (where no loss is wanted, [0]), and the
+        state after it.
         """
         if segment is not None:
             x_BwC, state = self._segment(batch, segment.state, segment.step)

@@ -209,8 +209,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
             # The rule may overwrite its gradient; the parameter's own stays as it is.
             part = work.take("gradient", gradient[rows].shape, gradient, lane.dtype).copy_(gradient[rows])
             kept = {name: tensor[rows] for name, tensor in stored.items()}
-            update = _updated(lane, kept, part, step, work)
-            lane.write_(slice(first + rows.start, first + rows.stop), kept, update, lr, decay, step)
+            lane.write_(slice(first + rows.start, first + rows.stop), kept, _updated(lane, kept, part, step, work), lr, decay, step)
 
     def _table(self, lane: Lane, rule: RowSparse, lr: float, decay: float) -> None:
         self._next([lane])

@@ -37,16 +37,18 @@ class ToHeads:
     exchange: HeadExchange
     sent: torch.Tensor | None
     """Held until it has gone."""
-    arriving_TBhD: torch.Tensor
+    arriving_TBhD: torch.Tensor | None
     heads: list[int]
     work: dist.Work | None
 
     def wait(self) -> list[torch.Tensor]:
-        """The pieces."""
+        """The pieces; once."""
         if self.work is not None:
             self.work.wait()
         self.sent = self.work = None
+        assert self.arriving_TBhD is not None
         x_TBhD = self.exchange.in_global_order(self.arriving_TBhD)
+        self.arriving_TBhD = None
         return [piece.permute(1, 2, 0, 3) for piece in x_TBhD.split(self.heads, dim=2)]
 
 

@@ -8,7 +8,7 @@ What a rank holds are plain parameters of smaller matrices, which FSDP2 shards l
 (docs/decisions/0025). Every other parameter is the same on all ranks of the group; its gradient is what this rank's tokens or heads make
 of it, and ``sum_copies`` adds them up once per step. Memory layers are such others: their sequence is split over cp x tp ranks, as the
 stream is, and states cross as they do between sequence-parallel ranks. Attention sees all tokens of a sequence-parallel rank, so schemes
-over ``cp``, positions and masks are what they are without it.
+over ``cp``, positions and masks are what they are without it. Optimizers of whole matrices: ``optim/redealt.py``.
 
 Legend: B row, T token of the group, t of this rank, C channel, P ranks.
 Try alone: ``pytest tests/parallel/test_tensor_parallel.py``.

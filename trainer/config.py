@@ -66,9 +66,9 @@ class RunConfig(Section):
             if self.optim.is_fused:
                 reason = "optim.fuse_backward updates them inside it, where they are"
             elif self.optim.bfloat16_weights:
-                reason = f"optim.weights {weights} rounds them where their states are, on the device"
+                reason = f"optim.weights {weights} rounds them where they are, on the device"
             else:
-                reason = f"optim.preset {self.optim.preset} keeps its states on the device, and updates parameters there"
+                reason = f"optim.preset {self.optim.preset} updates them where they are, on the device"
             raise ValueError(
                 "memory.offload_parameters host moves parameters with adamw's states, bucket by bucket after the backward pass; "
                 f"{reason}: set offload_parameters none"

@@ -183,6 +183,9 @@ class TrainSection(Section):
     segment_tokens: PositiveInt | None = None
     """Layers of kind swa and memory read a sequence in segments of so many tokens, each through all layers before the next one: a step's
     activations are those of one segment, whatever data.seq_len, for one more forward pass. null: the whole sequence at once."""
+    diagonal_segments: PositiveInt = 1
+    """With model.memory.kind armt, on one rank: layers work on so many segments at once, layer l on segment i - l, in one batched call per
+    diagonal. The same results from fewer and larger calls; a copy of the layers' weights, and the activations of so many segments."""
     micro_batch_size: PositiveInt = 1
     """Sequences per data-parallel rank in one forward and backward pass."""
     grad_accum: PositiveInt = 1

@@ -34,6 +34,7 @@ from trainer.choosing_offload import resolve_offload
 from trainer.config import RunConfig
 from trainer.evals.registry import tokenizer_of
 from trainer.optimizer_plan import optimizer_plan
+from trainer.segment_rules import not_shared
 from trainer.tracing import TraceRequest, trace_step, trace_steps
 from trainer.zero_plan import with_zero
 
@@ -132,9 +133,6 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
     if target.config.memory.plan == "estimate":
         if target.config.memory.recompute == "auto":
             raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
-        if target.config.parallel.cp > 1 and target.config.parallel.sequence != "ring":
-            scheme = target.config.parallel.sequence
-            raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
         if target.config.layout == "per_document":
             raise UserError(
                 "parallel.layout: per_document needs a traced step (formulas know contiguous and zigzag); leave memory.plan at trace"
@@ -205,6 +203,7 @@ def _with_host(target: Target, plan: MemoryPlan, states_bytes: int) -> MemoryPla
     disk = target.config.memory.offload_dir is not None and states_bytes <= target.host_budget
     where = "host" if target.config.memory.offload_optimizer == "host" else "none"
     parameters = "host" if target.config.memory.offload_parameters == "host" else "none"
+    plan = replace(plan, sequence=not_shared(target.config))
     return replace(plan, host_budget_bytes=target.host_budget, disk_tier=disk, offload_optimizer=where, offload_parameters=parameters)
 
 

@@ -20,7 +20,7 @@ def refused_prefixes(config: RunConfig) -> str | None:
             (not memory.around_stack, f"model.memory.kind other than {memory.kind}, which reads a segment before the next one is there"),
             (
                 "memory" not in config.model.layer_kinds or memory.attach != "mac",
-                "model.memory.attach mixer, mag or mal (mac reads a segment before the next one is there)",
+                "model.memory.attach mixer, mag, mal or after (mac reads a segment before the next one is there)",
             ),
             (config.train.segment_tokens is None, "train.segment_tokens null (a segment is read before the next one is there)"),
             (config.memory.plan != "estimate", "memory.plan trace (formulas know no prefixes)"),

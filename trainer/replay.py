@@ -25,6 +25,8 @@ from torch import Tensor
 from memory_mgmt.apply import draws_random_numbers
 from models.batch import Batch
 from models.layer_segments import LayerSegments
+from models.memory.armt import AssociativeMemory
+from models.memory.armt_diagonals import Diagonals
 from models.memory.protocol import State, detached
 from models.repeat import again, turns
 from models.segments import Segment, Step
@@ -115,6 +117,8 @@ def segment_runner(config: RunConfig, model: Transformer) -> SegmentRunner | Non
     """What runs the segments of a sequence of ``model``, which is told of ``train.segment_tokens``; None: it is read at once."""
     if config.train.segment_tokens is not None:
         model.layer_segments = LayerSegments([cast(Block, block).mixer for block in model.blocks], config.train.segment_tokens)
+    if config.train.diagonal_segments > 1:
+        cast(AssociativeMemory, model.stack).diagonals = Diagonals(config.train.diagonal_segments, config.memory.recompute == "block")
     if model.segmented is None:
         return None
     return SegmentRunner(model, config.train.bptt_segments, config.memory.segment_states, draws=draws_random_numbers(model))

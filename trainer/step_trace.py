@@ -28,8 +28,10 @@ from memory_mgmt.trace_recorder import StepRecorder, layer_of
 from models.batch import Batch, Bounds
 from models.kernels import planned_for
 from optim.driver import ComposedOptimizer
+from optim.row_sparse import RowSparse
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
+from parallel.outbox import forget
 from trainer.build import engine_for, shaped_model
 from trainer.config import RunConfig
 from trainer.engine import Engine
@@ -106,7 +108,8 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
             offloaded = OffloadedParameters(model, store, device) if config.memory.offload_parameters == "host" else None
             engine = engine_for(config, model, mesh, device, store, offloaded)
             _adopt(recorder, engine)
-            _step(recorder, engine, [_warm_up_batch(config)])
+            with _updates_left_out(engine):
+                _step(recorder, engine, [_warm_up_batch(config)])
             batches = [_batch(config, config.data.seq_len) for _ in range(min(config.train.grad_accum, 2))]
             recorder.tag((x for b in batches for x in (b.tokens_BT, b.labels_BT, b.positions_BT)), "batch")
             if isinstance(engine.optimizer, ComposedOptimizer):
@@ -134,6 +137,24 @@ def _step(recorder: StepRecorder, engine: Engine, batches: list[Batch]) -> None:
     recorder.enter("clip")
     _follow_update(recorder, engine.optimizer)
     engine.step(lr=1e-3)
+
+
+@contextlib.contextmanager
+def _updates_left_out(engine: Engine) -> Iterator[None]:
+    """Of the warm-up, where they are element by element on CUDA: they leave nothing behind there and read no value, and with few bits they
+    are most of what a step does."""
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, ComposedOptimizer) or isinstance(optimizer, OnHost) or engine.device.type != "cuda":
+        yield
+        return
+    if any(lane.is_method or isinstance(lane.rule, RowSparse) for lane in optimizer.lanes.values()):
+        yield
+        return
+    vars(optimizer)["step_lanes"] = lambda group, lanes: None
+    try:
+        yield
+    finally:
+        del vars(optimizer)["step_lanes"]
 
 
 def _follow_update(recorder: StepRecorder, optimizer: torch.optim.Optimizer | OnHost) -> None:
@@ -189,4 +210,5 @@ def _process_group(world_size: int, config: RunConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        forget()
         dist.destroy_process_group()

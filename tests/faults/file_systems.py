@@ -26,7 +26,7 @@ import pytest
 from longstride import main
 from parallel.launcher import HUNG
 from tests.slurm.cluster import SEARCH
-from tests.test_front_door import COMMAND, records, run, tiny, wait_for_step
+from tests.test_front_door import COMMAND, records, tiny, wait_for_step
 from tests.trainer.guarded_run import go_on, make_run, train, trajectory
 from trainer.checkpoint import CheckpointManager
 from trainer.run_dir import RunDir
@@ -182,8 +182,8 @@ def test_a_checkpoint_cannot_be_read_any_more(tmp_path: Path, capsys: pytest.Cap
         as_whole(tmp_path, run_dir, SAVING)
 
 
-STEPS = 400
-RANKS = [f"train.steps={STEPS}", "parallel.cp=2", "memory.plan=estimate", "checkpoint.save_every_steps=20"]
+STEPS = 150
+RANKS = [f"train.steps={STEPS}", "parallel.cp=2", "memory.plan=estimate", "checkpoint.save_every_steps=10"]
 
 
 def start(place: Path, name: str, *more: str) -> subprocess.Popen[str]:
@@ -192,11 +192,15 @@ def start(place: Path, name: str, *more: str) -> subprocess.Popen[str]:
     )
 
 
+def longstride(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=600)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
     """Losses of a run that is not stalled."""
     folder = text_in(tmp_path_factory.mktemp("whole"))
-    done = run(*tiny("whole", *RANKS), cwd=folder)
+    done = longstride(*tiny("whole", *RANKS), cwd=folder)
     assert done.returncode == 0, done.stderr
     found = losses(folder / "runs" / "whole")
     assert len(found) == STEPS
@@ -214,7 +218,7 @@ def test_a_stall_is_waited_for(tmp_path: Path, whole: list[tuple[int, str]]) -> 
         text_in(tmp_path)
         process = start(tmp_path, "stalled", f"run.root={folder}")
         run_dir = folder / "stalled"
-        for step in (50, 150):
+        for step in (20, 70):
             wait_for_step(process, run_dir, step)
             root("fsfreeze", "--freeze", folder)
             time.sleep(4)
@@ -251,7 +255,7 @@ def test_a_stall_without_end_ends_the_ranks(tmp_path: Path, whole: list[tuple[in
         server.send_signal(signal.SIGCONT)
         _, err = process.communicate(timeout=200)
         assert process.returncode == HUNG and "hung and was ended by its watchdog" in err, err
-        done = run("resume", str(folder / "stalled"), cwd=tmp_path)
+        done = longstride("resume", str(folder / "stalled"), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert losses(folder / "stalled") == whole
     finally:

@@ -88,7 +88,7 @@ def test_everything_happens_to_one_run(place: Place) -> None:  # noqa: F811
     assert f"2 attempts in a row brought no new checkpoint after step {cancelled}" in state_of(run_dir).reason
 
     end = cancelled + 30
-    done = place.longstride("resume", "eventful", f"train.steps={end}", "--submit")
+    done = place.longstride("resume", "eventful", f"train.steps={end}", "--submit", "--time", "2:00:00")
     assert done.returncode == 0, done.stderr
     job = done.stdout.split()[1]
     assert place.wait_state(run_dir, job, "COMPLETED", "FAILED") == "COMPLETED", place.account(run_dir, job)

@@ -15,12 +15,12 @@ from memory_mgmt.policy import KEEP, KEEP_MIXER, RECOMPUTE, RECOMPUTE_BLOCK, SWA
 from models.batch import Batch, Bounds
 from models.config import ModelConfig
 from models.transformer import Transformer
-from parallel import head_exchange
 from parallel.hybrid import HybridAttention
 from parallel.sequence import shard_batch
 from parallel.ulysses import UlyssesAttention
 from tests.memory_mgmt.measured import peak_allocated
 from tests.memory_mgmt.test_execution import VOCAB, assert_same, fill, make
+from tests.parallel.loopback import Lone, be_alone
 from tests.parallel.simulated import Group, run_simulated
 
 TOKENS = 96
@@ -80,9 +80,9 @@ def _cases() -> list[dict[str, Any]]:
         for policy in rng.sample(POLICIES, 2):
             changes = rng.choice([{}, {"qkv_bias": True, "qk_norm": True}, {"layers": ("full", "swa"), "window": 60}])
             config = _config(heads, **changes)
-            tiles = {"ffn_tile_tokens": rng.choice([0, 10])}
-            grouped = {"group_blocks": 2} if policy is RECOMPUTE_BLOCK and rng.random() < 0.5 else {}
-            found.append({"cp": cp, "degree": degree, "config": config, "policy": Policy((policy,) * 2, **tiles, **grouped),
+            tile = rng.choice([0, 10])
+            group = 2 if policy is RECOMPUTE_BLOCK and rng.random() < 0.5 else 1
+            found.append({"cp": cp, "degree": degree, "config": config, "policy": Policy((policy,) * 2, group, ffn_tile_tokens=tile),
                           "layout": rng.choice(["zigzag", "contiguous"]), "head_chunk": rng.choice([1, 1, 2, 3]),
                           "bf16": False})  # fmt: skip
     return found
@@ -125,26 +125,6 @@ def test_bf16_is_as_near_as_whole_projections(monkeypatch: pytest.MonkeyPatch) -
     assert all(a < 1.2 * b + 1e-4 for a, b in zip(*errors, strict=True)), errors
 
 
-class _Loopback:
-    """A rank of four that is alone: it receives its own message, so that sizes are those of a group."""
-
-    ProcessGroup = object
-
-    def get_rank(self, group: Any = None) -> int:
-        return 1
-
-    def get_world_size(self, group: Any = None) -> int:
-        return 4
-
-    def all_to_all_single(self, out: torch.Tensor, x: torch.Tensor, *sizes: Any, **how: Any) -> _Loopback:
-        out.zero_()
-        out[: x.numel()].copy_(x[: out.numel()])
-        return self
-
-    def wait(self) -> None:
-        pass
-
-
 def _peaks(head_chunk: int, projections: Split) -> tuple[int, int]:
     """(forward, backward) peak of one layer by the CPU allocator's log, in bytes, on a rank of four with 16 query heads of its own."""
     n, dim = 1024, 16
@@ -153,9 +133,9 @@ def _peaks(head_chunk: int, projections: Split) -> tuple[int, int]:
     fill(model)
     apply_policy(model, Policy((LayerPolicy(KEEP, projections, KEEP, RECOMPUTE),), ffn_tile_tokens=64))
     block = model.blocks[0]
-    block.mixer.inner_attention = UlyssesAttention(None, "contiguous", 512, head_chunk)  # type: ignore[union-attr, arg-type]
+    block.mixer.inner_attention = UlyssesAttention(Lone(4), "contiguous", 512, head_chunk)  # type: ignore[union-attr, arg-type]
     x_BTC = torch.randn(1, n, 64, requires_grad=True)
-    bounds = Bounds.whole(1, 4 * n).with_ranges(((n, 2 * n),))
+    bounds = Bounds.whole(1, 4 * n).with_ranges(((2 * n, 3 * n),))
 
     def forward() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -168,7 +148,7 @@ def _peaks(head_chunk: int, projections: Split) -> tuple[int, int]:
 
 
 def test_what_a_stage_makes_falls_with_its_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_exchange, "dist", _Loopback())
+    be_alone(monkeypatch)
     by_chunk = [_peaks(chunk, RECOMPUTE) for chunk in (1, 2, 4)]
     for (one, two, four), whole in zip(zip(*by_chunk, strict=True), _peaks(16, KEEP), strict=True):
         floor = 2 * one - two  # what is not of a stage: output, its gradient, the streams

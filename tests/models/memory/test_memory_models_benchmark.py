@@ -61,6 +61,8 @@ def test_the_goal_is_met_by_one_system_that_is_as_exact() -> None:
     assert "met; a has 2.00" in memory_models.verdicts({"longstride: a": fast, "p: b": peer | {"cpu_seconds": 2.0}})[0]
     inexact = {"longstride: a": _figures(1.0, 100, 1e-4), "p: b": _figures(9.0, 900, 1e-5)}
     assert memory_models.verdicts(inexact) == ["- p: b: **not met**, nothing of ours is as exact."]
+    nothing = peer | {"errors": [float("nan")], "cpu_seconds": 2.0}
+    assert "met; a has 2.00" in memory_models.verdicts({"longstride: a": fast, "p: b": nothing})[0]
     assert memory_models.verdicts({"longstride: a": fast, "p: b": {"failed": "E: x", "note": ""}}) == []
 
 
