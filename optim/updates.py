@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optim.pieces import piece_elements, row_chunks
+
 
 class Scaled(NamedTuple):
     """``matrix`` [i, n] times ``factors`` [1], [i, 1] or [1, n]."""
@@ -48,5 +50,11 @@ def move_(value: Tensor, update: Update, lr: float, decay: float) -> Tensor:
 
 
 def channel_squares(matrix: Tensor, dim: int) -> Tensor:
-    """Sums of the squares along ``dim``, without a copy of the matrix."""
-    return torch.linalg.vector_norm(matrix, dim=dim).square_()
+    """Sums of the squares along ``dim``, without a copy of the matrix: of rows by norms; of columns, whose norms torch makes 15 times as
+    slowly on CPUs, some rows at a time."""
+    if dim != 0:
+        return torch.linalg.vector_norm(matrix, dim=dim).square_()
+    total = matrix.new_zeros(matrix.shape[1])
+    for rows in row_chunks(len(matrix), matrix.shape[1], piece_elements(matrix.device), matrix):
+        total += matrix[rows].square().sum(dim=0)
+    return total
