@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_job(submit)
     submit.add_argument(
         "--sweep",
+        "--array",
         metavar="key=value,value,...",
         nargs="+",
         help="one run for every combination, as the tasks of one job array; 64k is 65536 (optim.lr=1e-3,3e-4 train.seed=0,1)",
@@ -250,6 +251,12 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
         ("--dependency", "such as afterok:1234"),
     ):
         job.add_argument(option, metavar=option[2:].upper(), help=meaning)
+    job.add_argument(
+        "--chain",
+        type=int,
+        metavar="N",
+        help="N jobs, each of which may start when the one before has ended: for clusters that do not requeue",
+    )
     job.add_argument("--force", action="store_true", help="queue a run that does not fit by its plan")
 
 

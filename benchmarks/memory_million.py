@@ -4,9 +4,9 @@ Gated DeltaNet + sliding window and Titans (memory as gate) + sliding window, th
 (``train.segment_tokens``), and a Recurrent Memory Transformer around sliding windows, which always runs in segments; under a policy that
 keeps block inputs only and works in tiles. Every case is a fresh process that first takes a step of 2,048 tokens, so that libraries and
 optimizer states exist; memory is the growth of peak resident memory in the measured step above the process before the model was built, the
-batch (tokens and labels as one text, positions: 16 bytes per token) included. Speed is tokens per CPU second, which other work on the
-machine disturbs least. Measured steps are kept one by one in memory_million.jsonl beside this script: whatever ends it,
-the next call does only what is missing.
+batch (int32; tokens and labels as one text, positions: 8 bytes per token) and the loss of every token (4 bytes) included. Speed is tokens
+per CPU second, which other work on the machine disturbs least. Measured steps are kept one by one in memory_million.jsonl beside this
+script: whatever ends it, the next call does only what is missing.
 
   python benchmarks/memory_million.py                          # all that is missing, then the page and the picture
   python benchmarks/memory_million.py --only gated_deltanet
@@ -84,10 +84,10 @@ def run_case(name: str, tokens: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     result: dict[str, Any] = {}
     for n in (WARM_UP_TOKENS, tokens):
-        text = torch.randint(VOCAB_SIZE, (1, n + 1), generator=generator)
+        text = torch.randint(VOCAB_SIZE, (1, n + 1), generator=generator, dtype=torch.int32)
         monitor.reset()
         begun, cpu = time.perf_counter(), time.process_time()
-        batch = Batch(text[:, :-1], text[:, 1:], torch.arange(n).unsqueeze(0), Bounds.whole(1, n))
+        batch = Batch(text[:, :-1], text[:, 1:], torch.arange(n, dtype=torch.int32).unsqueeze(0), Bounds.whole(1, n))
         if runner is not None:
             loss = runner(one_segment, batch, n).sum() / n
         else:
@@ -109,6 +109,7 @@ def protocol() -> dict[str, Any]:
         "segment_tokens": SEGMENT_TOKENS,
         "policy": POLICY.model_dump(mode="json", exclude_defaults=True),
         "vocab_size": VOCAB_SIZE,
+        "batch": "int32",
     }
 
 

@@ -4,11 +4,12 @@ Claims measured: no peer is faster (processor time of all ranks) at equal exactn
 the error against float64 and the share of wall time in which a rank waits for messages (on a machine with fewer cores than ranks that is
 mostly waiting for the other ranks' turns).
 
-    python benchmarks/sequence_parallel.py --peers DIR [--only TEXT] [--repeats 3]
+    python benchmarks/sequence_parallel.py --peers DIR [--only TEXT] [--case TEXT] [--repeats 3]
+    python benchmarks/sequence_parallel.py --peers DIR --smoke
 
 DIR holds the peers: pip install --no-deps --target DIR -r benchmarks/sequence_peers.txt. Each system runs in fresh processes; one that
 does not run is reported with what it says. Results are kept as they come (a second call makes only those that are missing) and written
-beside this file.
+beside this file. ``--smoke``: small shapes, once, printed and kept nowhere.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import queue
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
@@ -265,6 +266,21 @@ def _verdict(rows: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _smoke(peers: str, only: str, of_case: str) -> int:
+    """Run every system once on small shapes; 1 where one of ours does not run."""
+    from benchmarks.sequence_peers import SYSTEMS
+
+    failed = False
+    for case in (replace(case, tokens=case.tokens // 8) for case in CASES if of_case in case.name):
+        with tempfile.TemporaryDirectory() as folder:
+            _exact(case, Path(folder))
+            for system in (system for system in SYSTEMS if only in _key(system)):
+                row = measure(case, system, 1, peers, Path(folder) / "exact.pt")
+                print(case.name, _key(system), json.dumps(row), flush=True)
+                failed |= not system.package and "failed" in row and not (case.ranks < 4 and system.name == "ring_x_ulysses")
+    return int(failed)
+
+
 def main() -> int:
     """Measure what is missing, and write the results."""
     from benchmarks.common import machine, where, write_results
@@ -274,7 +290,9 @@ def main() -> int:
     parser.add_argument("--peers", default="", help="where the peers are installed")
     parser.add_argument("--only", default="", help="systems whose name contains this")
     parser.add_argument("--again", action="store_true", help="also those that there are results of")
+    parser.add_argument("--case", default="", help="cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="an eighth of the tokens, one repeat; results are printed and not kept")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -284,7 +302,9 @@ def main() -> int:
     named = {d.metadata["Name"]: d.version for d in distributions(path=[args.peers])} if args.peers else {}
     wanted = {system.package for system in SYSTEMS}
     report["machine"] |= {name: number for name, number in named.items() if name in wanted} or report.get("peers", {})
-    for case in CASES:
+    if args.smoke:
+        return _smoke(args.peers, args.only, args.case)
+    for case in (case for case in CASES if args.case in case.name):
         rows = report["cases"].setdefault(case.name, {})
         chosen = [s for s in SYSTEMS if args.only in _key(s) and (args.again or "cpu_seconds" not in rows.get(_key(s), {}))]
         with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from memory_mgmt.exchange_buffers import Exchange
 from memory_mgmt.op_scratch import flash_cpu_backward_scratch
 from models.attention_plan import TileLimits
 from models.config import LayerKind, ModelConfig
@@ -19,6 +20,7 @@ from models.flops import ffn_parameters, memory_matmul_parameters
 from models.memory.attached_shapes import AttachedShapes
 from models.memory.context_shapes import ContextShapes
 from models.memory.titans_shapes import TitansShapes
+from parallel.config import SequenceScheme
 
 ELEMENT = {"bf16": 2, "fp32": 4, "fp64": 8}
 KNOWN_MEMORIES = ("gated_deltanet", "titans")
@@ -44,6 +46,12 @@ class Shapes:
     cuda: bool = False
     residual: str = "fp32"
     """Of the stream between blocks, as ``train.residual``; fp32 means wide."""
+    scheme: SequenceScheme = "ring"
+    degree: int = 1
+    """Of a Ulysses group, for ring_x_ulysses."""
+    head_chunk: int | None = None
+    staged: bool = False
+    """Projections are recomputed, and made stage by stage where heads have stages."""
 
     @property
     def split(self) -> bool:
@@ -103,7 +111,8 @@ class Shapes:
         """Input; q and k after rope, v, out; log-sum-exp; keys and values of the window before each range of a split sequence; where q
         and k are normalised, those before it and a statistic per head. The rope table is shared by all layers (``rope_table``)."""
         c = self.config
-        values = c.d_model + 2 * (c.n_heads + c.kv_heads) * c.attention_head_dim
+        heads = c.n_heads + c.kv_heads if self._stage(kind) is None else c.n_heads / 2  # of stages out alone is ever whole
+        values = c.d_model + int(2 * heads * c.attention_head_dim)
         halo = self._halo_keys(self.e) if kind == "swa" else 0
         return self.n * (values * self.e + c.n_heads * self.w) + halo + self._qk_norm_kept(kind)
 
@@ -124,7 +133,7 @@ class Shapes:
         c = self.config
         if c.memory.attach == "mac":
             tiled = 0 < self.memory_tile < self.tokens
-            return ContextShapes.of(c).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled)
+            return ContextShapes.of(c).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled, self.cp)
         halo = self.rows * self._halo * c.d_model * self.e
         if self.in_tiles(self.memory_tile):
             halo += self._beside(tiled=True)
@@ -147,7 +156,7 @@ class Shapes:
         in and out) and the norm of the output; a split sequence adds the read-out of the incoming state."""
         c = self.config
         if c.memory.attach == "mac":
-            return ContextShapes.of(c).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled=False) - self.narrow
+            return ContextShapes.of(c).saved_bytes(self.rows, self.tokens, self.e, self.w, False, self.cp) - self.narrow
         if self._titans is not None:
             return self._titans.inside(self.rows, self.tokens, self.e, self.w) + self._beside()
         heads, key, value, chunk = c.memory_heads, c.memory_key_dim, c.memory_value_dim, c.memory.chunk_size
@@ -256,9 +265,13 @@ class Shapes:
         queries, keys = c.n_heads * c.attention_head_dim, c.kv_heads * c.attention_head_dim
         if kind == "swa" and c.window < self.tokens and not self.cuda:
             return self.n * (2 * queries * self.e + (queries + 2 * keys) * self.w) + self._window_stack(queries, keys)
-        total = self.n * ((2 * queries + 2 * keys) * self.e + queries * self.w // 2)
+        out = queries
+        if (stage := self._stage(kind)) is not None:
+            queries, keys = (heads * c.attention_head_dim for heads in stage)
+        total = self.n * ((out + queries + 2 * keys) * self.e + queries * self.w // 2)
         if not self.cuda:
-            return total + flash_cpu_backward_scratch(self.tokens, self.tokens, self.e)
+            tokens = self.tokens * (self._exchanged.tokens_together if self.split else 1)
+            return total + flash_cpu_backward_scratch(tokens, tokens, self.e)
         # FlashAttention-2 backward: dq accumulates in fp32, dk and dv are made per query head and then summed.
         return total + self.n * queries * (4 + 2 * self.e)
 
@@ -301,13 +314,11 @@ class Shapes:
     # --- exchanged with other ranks -------------------------------------------------------------------------------------------
 
     def exchange(self, kind: LayerKind) -> int:
-        """Buffers of one layer's exchange in backward, where it is largest. Ring: keys and values in hand and arriving, the wide
-        gradients of the own, of those in hand, and from the third rank on of those sent and arriving, and of the queries. Window:
-        the halo's wide gradients and their messages. Memory: every rank's state gradients."""
+        """Buffers of one layer's exchange in backward, where it is largest (memory_mgmt/exchange_buffers.py). Window: the halo's wide
+        gradients and their messages. Memory: every rank's state gradients."""
         if not self.split:
             return 0
         c = self.config
-        keys = c.kv_heads * c.attention_head_dim
         if kind == "memory" and self._titans is not None:
             return 2 * self.n * self._titans.features * self.w
         if kind == "memory":
@@ -315,12 +326,24 @@ class Shapes:
         halo = self._halo_keys(self.w) if kind == "swa" else 0
         if halo:
             return 3 * halo
-        more = 2 if self.cp > 2 else 1
-        return self.n * (more * keys * (2 * self.e + 4 * self.w) + c.n_heads * c.attention_head_dim * self.w)
+        return self.n * c.attention_head_dim * self._exchanged.bytes_per_token()
+
+    @property
+    def _exchanged(self) -> Exchange:
+        c = self.config
+        sizes = (self.cp, self.degree, c.n_heads, c.kv_heads, self.e, self.w)
+        return Exchange(self.scheme, *sizes, self.head_chunk, self.staged)
+
+    def _stage(self, kind: LayerKind) -> tuple[int, int] | None:
+        """(query, key/value) heads of all ranks in a stage that makes its own projections; None where they are made whole."""
+        by_heads = self.split and self.staged and self.head_chunk is not None and self.scheme in ("ulysses", "ring_x_ulysses")
+        if not by_heads or kind == "memory" or (kind == "swa" and self._halo_keys(1)):
+            return None
+        return self._exchanged.stage_heads
 
     def _beside(self, tiled: bool = False) -> int:
         """Attention beside a memory, with the keys of the window before each range of a split sequence."""
-        if self.config.memory.attach not in ("mag", "mal"):
+        if self.config.memory.attach not in ("mag", "mal", "after"):
             return 0
         halo = 0 if tiled else self._halo_keys(self.e)
         return AttachedShapes.of(self.config).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled) + halo

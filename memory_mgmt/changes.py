@@ -39,7 +39,8 @@ def changes(
         overrides = " ".join(f"memory.{key}={value}" for key, value in settings.items())
         found.append(Change(overrides, peak_with(memory.model_copy(update=settings), parallel), cost))
     wider = parallel.model_copy(update={"cp": 2 * parallel.cp})
-    if seq_len % (wider.cp * (2 if zigzag or "full" in model.layer_kinds else 1)) == 0:
+    enough = parallel.sequence != "ulysses" or wider.cp <= model.n_heads
+    if enough and seq_len % (wider.cp * (2 if zigzag or "full" in model.layer_kinds else 1)) == 0:
         found.append(Change(f"parallel.cp={wider.cp}", peak_with(memory, wider), "twice the ranks"))
     return [change for change in found if change.peak_bytes < WORTH_NAMING * peak_bytes]
 

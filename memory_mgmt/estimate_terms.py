@@ -42,7 +42,7 @@ LABELS: dict[str, Label] = {
     "logits of one tile": Label("loss", "loss_tile_tokens x vocabulary, one or two copies"),
     "loss gradients": Label("loss", "gradients of the last residual stream and of the output matrix"),
     "gradients of value tables": Label("gradients", "of rows that were read, at most every entry another one; {w} bytes each"),
-    "exchange between ranks": Label("communication", "ring, halo and state buffers of one layer"),
+    "exchange between ranks": Label("communication", "buffers of one layer: of the sequence scheme, a halo or states"),
     "batch": Label("batch", "tokens, labels and positions of the step, prefetched ones as well"),
     "libraries": Label("overhead", "measured, not derived: code and scratch of kernels loaded in the first step"),
     "heap": Label("overhead", "measured, not derived: holes that tensors of small tiles leave"),

@@ -24,6 +24,7 @@ from memory_mgmt.mixer_saving import AttentionSaving, MemorySaving, Saving
 from memory_mgmt.pieces import Held, Parked, Parking, Store, alike, assemble, spans
 from memory_mgmt.policy import KEEP, LayerPolicy
 from memory_mgmt.quantised import Quantised, quantised
+from memory_mgmt.staged_attention import StagedAttention, stages_of
 from memory_mgmt.tiles import GradientSums, RopeTable, check_known, token_wise_of
 from models.attention import Attention
 from models.batch import Bounds
@@ -73,17 +74,24 @@ class BlockExecution:
         if not torch.is_grad_enabled():
             return self._without_gradients(one, x_BTC)
         one.hold(x_BTC)
+        if one.split["projections"].held == 0 and (how := stages_of(one, x_BTC)) is not None:
+            staged = StagedAttention(one, how)
+            return self._leave(one, staged, *staged.attended(x_BTC, one.parts.enter_weights()))
         *entered, x_BTC = _Enter.apply(one, x_BTC, *one.parts.enter_weights())  # type: ignore[misc]
         if isinstance(self.block.mixer, Attention):
             entered[1:] = self.block.mixer.keys_leave(entered[1], entered[2], bounds)
-        saving: Saving = AttentionSaving(one) if isinstance(self.block.mixer, Attention) else MemorySaving(one)
+        saving = AttentionSaving(one) if isinstance(self.block.mixer, Attention) else MemorySaving(one)
         mixed = saving.run(*entered)
         del entered
+        return self._leave(one, saving, mixed, x_BTC)
+
+    def _leave(self, one: Pass, saving: Saving, mixed: Tensor, x_BTC: Tensor) -> Tensor:
+        """What follows the mixer; then the pass lets go of what is not kept."""
         y_BTC = _Leave.apply(one, saving, x_BTC, mixed, *one.parts.leave_weights())
         del mixed, x_BTC
         saving.trim()
         one.x.trim()
-        return self._feed_forward(y_BTC, bounds) if one.parts.ends_with_mixer else y_BTC  # type: ignore[arg-type, return-value]
+        return self._feed_forward(y_BTC, one.bounds) if one.parts.ends_with_mixer else y_BTC  # type: ignore[arg-type, return-value]
 
     def _feed_forward(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
         """Of a layer that reads a table: kept whole, or all of it run again in the backward pass from the stream after the mixer."""
@@ -93,10 +101,15 @@ class BlockExecution:
 
     def _without_gradients(self, one: Pass, x_BTC: Tensor) -> Tensor:
         """The same arithmetic range by range; nothing is saved."""
-        mixer = self.block.mixer
+        mixer, how = self.block.mixer, stages_of(one, x_BTC)
         with torch.autocast(x_BTC.device.type, enabled=False):
-            entered = _enter(one, x_BTC, one.parts.enter_weights())
-        if isinstance(mixer, MemoryModule):
+            if how is not None:
+                entered = [StagedAttention(one, how).without_gradients(x_BTC, one.parts.enter_weights())]
+            else:
+                entered = _enter(one, x_BTC, one.parts.enter_weights())
+        if how is not None:
+            (mixed,) = entered
+        elif isinstance(mixer, MemoryModule):
             mixer.tile_tokens = self.memory_tile_tokens
             mixed = mixer.remember(entered[0], one.bounds)
         else:

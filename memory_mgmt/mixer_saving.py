@@ -33,10 +33,6 @@ _SMALL_BYTES = 4096
 class Saving(Protocol):
     """One mixer's saved tensors in one pass."""
 
-    def run(self, *entered: Tensor) -> Tensor:
-        """Run the mixer on what ``Pass.entered`` makes, deciding about what it saves."""
-        ...
-
     def trim(self) -> None:
         """At the end of the block's forward: let go of what is not kept."""
         ...
@@ -101,13 +97,9 @@ class AttentionSaving:
                     self._whole[name] = tensor.detach()
 
     def _hold(self, name: str, tensor: Tensor, swapped: int, kept: int) -> Held:
-        n, parts = self._pass.n_tokens, self._pass.parts
-        if tensor.ndim < 3 or tensor.shape[2] != n * parts.tokens.ranks:
-            # Not one value per token (the keys before a window): whole, where the larger part of the tokens goes.
-            n, swapped = len(tensor), len(tensor) if 2 * swapped > n else 0
-            return Held(tensor, 0, swapped, n - swapped, self._pass.parking, name)
-        self._by_rank.add(name)
-        return Held(parts.by_rank(tensor), parts.mixer_dim, swapped, kept, self._pass.parking, name)
+        if _by_tokens(self._pass, tensor):
+            self._by_rank.add(name)
+        return hold(self._pass, tensor, name, swapped, kept)
 
     def _joined(self, name: str, tensor: Tensor) -> Tensor:
         """The value of a held tensor as attention knows it."""
@@ -164,6 +156,19 @@ class AttentionSaving:
         with again(), torch.enable_grad(), torch.autocast(**self._pass.autocast), saved_tensors_hooks(pack, _never):
             out_BHTD = self._mixer.inner_attention(*(x.requires_grad_() for x in qkv), self._pass.bounds)  # type: ignore[operator]
         self._whole |= dict(zip(self._names, made, strict=True)) | {"out": out_BHTD.detach()}
+
+
+def _by_tokens(one: Pass, tensor: Tensor) -> bool:
+    """Whether a tensor of attention has one value per token; the keys before a window have not, nor what is of other ranks' tokens."""
+    return tensor.ndim >= 3 and tensor.shape[2] == one.n_tokens * one.parts.tokens.ranks
+
+
+def hold(one: Pass, tensor: Tensor, name: str, swapped: int, kept: int) -> Held:
+    """A tensor of attention by tokens (``by_rank``); one that has none whole, where the larger part of the tokens goes."""
+    if not _by_tokens(one, tensor):
+        n, swapped = len(tensor), len(tensor) if 2 * swapped > one.n_tokens else 0
+        return Held(tensor, 0, swapped, n - swapped, one.parking, name)
+    return Held(one.parts.by_rank(tensor), one.parts.mixer_dim, swapped, kept, one.parking, name)
 
 
 def _never(packed: Any) -> Tensor:

@@ -9,8 +9,8 @@ of their own (``offload_copies.py``). Host memory, its budget and the accounting
 
 Parameters that are in host memory themselves (parameter_offload.py) travel with their states; gradients are on the device.
 
-What it does not do: make the optimizer (optim/build.py), choose buckets (optimizer_buckets.py). Not for optimizers that look at whole
-matrices.
+What it does not do: make the optimizer (optim/build.py), choose buckets (optimizer_buckets.py). Presets of our own, with states of few
+bits or of whole matrices, are for optimizer_lanes.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from memory_mgmt.offload import HostStore
 from memory_mgmt.offload_layout import fake_mode_of
 from memory_mgmt.optimizer_buckets import ALIGNMENT, BUCKET_BYTES, Bucket, cut, section_of, starts
+from memory_mgmt.optimizer_pipeline import through
 from memory_mgmt.parameter_offload import OffloadedParameters
 from optim.build import allocate_states
 from optim.clip import local_part
@@ -188,31 +189,18 @@ class OffloadedOptimizer:
     @torch.no_grad()
     def step(self) -> None:
         """Update all parameters that have a gradient. On CUDA returns before the last states are back; ``state`` waits for them."""
-        copies, loads = self._store.copies_for(self._mode), self._loads
+        loads = self._loads
         self.watch("")
         if self._parameters is not None:
             self._parameters.forget()
-        size = max(load.nbytes for load in loads)
-        buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in loads[:2]]
-        left: list[Any] = []
-        landed = self._fetch(loads[0], buffers[0], None)
-        for i, load in enumerate(loads):
-            self.watch(load.section.name)
-            arrived = landed
-            if i + 1 < len(loads):  # into the buffer that the bucket before this one is leaving
-                landed = self._fetch(loads[i + 1], buffers[(i + 1) % 2], left[-1] if left else None)
-            copies.hold(arrived, timed=True)
-            self._update(load, load.states(buffers[i % 2]))
-            left.append(copies.to_host(buffers[i % 2][: load.nbytes], load.host))
-        for event in left[-2:]:  # the buffers are freed with this call
-            copies.hold(event, timed=True)
-        self._last_copy = left[-1]
+        self._last_copy = through(self._store.copies_for(self._mode), loads, self._device, self._begin)
         if self._parameters is not None:
-            self._parameters.changed = left[-1]
+            self._parameters.changed = self._last_copy
         self._store.count(to_host=sum(load.nbytes for load in loads), to_device=sum(load.nbytes for load in loads))
 
-    def _fetch(self, load: _Load, buffer: Tensor, after: Any) -> Any:
-        return self._store.copies_for(self._mode).to_device(load.host, buffer[: load.nbytes], after)
+    def _begin(self, load: _Load, buffer: Tensor) -> None:
+        self.watch(load.section.name)
+        self._update(load, load.states(buffer))
 
     def _update(self, load: _Load, states: Mapping[str, Tensor]) -> None:
         """The optimizer's step on the pieces of one bucket, as if they were all of its parameters."""

@@ -132,6 +132,8 @@ class MemoryPlan:
     """The constraint that decides the step time, in words: device memory, host memory, copy bandwidth, or none."""
     worth: tuple[str, ...] = ()
     """What one more GiB of device or host memory would buy."""
+    sequence: str = ""
+    """Why ranks do not share a sequence, where the architecture does not let them."""
 
     @property
     def peak_bytes(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from memory_mgmt.activations import Shapes
 from memory_mgmt.cost_model import Rates, Stretch, Topology, copy_seconds, step_schedule
+from memory_mgmt.loss_costs import Head, seconds_in_tiles
 from memory_mgmt.planner_problem import ClassCost, LayerCost, LossTile, Problem, Stage
 from memory_mgmt.policy import KEEP_MIXER, ActivationClass, LayerPolicy, Policy
 from memory_mgmt.quantised_costs import dequantise_seconds, packed_bytes, quantise_seconds
@@ -99,7 +100,7 @@ def problem_of_trace(trace: Trace, baseline: Policy, setting: Setting) -> Proble
     other_way = _COPY / copy_seconds("copy_in", _COPY, setting.rates, setting.topology)
     return Problem(
         layers=layers,
-        loss_tiles=tuple(LossTile(tile, reader.loss_bytes(tile), loss) for tile in setting.loss_tiles),
+        loss_tiles=tuple(LossTile(tile, reader.loss_bytes(tile), loss + reader.more_loss_seconds(tile)) for tile in setting.loss_tiles),
         resident_bytes=reader.resident,
         other_peak_bytes=reader.other_peak(),
         budget_bytes=setting.budget_bytes,
@@ -271,6 +272,15 @@ class _Reader:
 
     def loss_seconds(self) -> float:
         return sum(s.end - s.start for s in self.schedule if s.label.startswith("loss") or s.label == "backward head")
+
+    def more_loss_seconds(self, tile: int) -> float:
+        """What a loss tile of so many tokens costs over the traced one; may be negative."""
+        setting, n = self.setting, self.setting.shapes.n
+        head = Head(setting.vocab_size * setting.model.d_model, setting.shapes.e, setting.shapes.w)
+        ops = [work.op for stretch in self.schedule if stretch.label.startswith("loss") for work in stretch.work]
+        turns, wanted = (-(-n // size) for size in (self.baseline.loss_tile_tokens, tile))
+        times = (seconds_in_tiles(ops, head, turns, count, setting.rates, setting.topology) for count in (wanted, turns))
+        return next(times) - next(times)
 
     # --- bytes ------------------------------------------------------------------------------------------------------------------
 

@@ -42,12 +42,12 @@ class GradientSums:
     """Sums over token ranges of the gradients of some weights. ``needed``: which of them are wanted at all."""
 
     def __init__(self, needed: Sequence[bool]) -> None:
-        self._needed = needed
+        self.needed = needed
         self._sums: list[Tensor | None] = [None] * len(needed)
 
     def add_product(self, i: int, dy_BtO: Tensor, x_BtI: Tensor) -> None:
         """dy^T x, summed over all tokens, for weight ``i``."""
-        if not self._needed[i]:
+        if not self.needed[i]:
             return
         a, b, total = dy_BtO.flatten(0, 1).t(), x_BtI.flatten(0, 1), self._sums[i]
         if total is not None and total.dtype == a.dtype:
@@ -57,10 +57,28 @@ class GradientSums:
 
     def add(self, i: int, grad: Tensor) -> None:
         """A finished gradient of one range for weight ``i``; it may be changed afterwards."""
-        if not self._needed[i]:
+        if not self.needed[i]:
             return
         total = self._sums[i]
         self._sums[i] = grad.to(torch.promote_types(grad.dtype, torch.float32)) if total is None else total.add_(grad)
+
+    def taken(self, i: int) -> Tensor | None:
+        """The sum of weight ``i`` as it is, which it leaves."""
+        total, self._sums[i] = self._sums[i], None
+        return total
+
+    def add_rows(self, i: int, grad: Tensor | None, rows: Sequence[tuple[int, int]] | None, whole: Tensor) -> None:
+        """A finished gradient of some ``rows``, ranges one after another (None: all), of weight ``i``, which is as large as ``whole``."""
+        if grad is None:
+            return
+        if rows is None:
+            self.add(i, grad)
+            return
+        total = self._sums[i]
+        if total is None:
+            total = self._sums[i] = torch.zeros_like(whole, dtype=torch.promote_types(grad.dtype, torch.float32))
+        for (start, end), part in zip(rows, grad.split([end - start for start, end in rows]), strict=True):
+            total[start:end].add_(part)
 
     def results(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         """The sums, which they leave, in what the gradients of their weights are kept in."""

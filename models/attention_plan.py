@@ -152,7 +152,7 @@ def plan_rows(
             last += 1
         starts, ends = rows[first]
         tiles = [_shift(tile, p) for p in pairs for tile in plan_tiles(p.q_range, p.k_range, starts, window, limits, ends)]
-        tiles = _join_rectangles(tiles)
+        tiles = _join_triangles(_join_rectangles(tiles))
         tiles.sort(key=lambda tile: not tile.own)
         if tiles:
             groups.append(RowTiles(first, last, tuple(tiles), limits.kernel, limits.scale))
@@ -178,6 +178,23 @@ def _join_rectangles(tiles: list[Tile]) -> list[Tile]:
                 continue
         joined.append(tile)
     return joined
+
+
+def _join_triangles(tiles: list[Tile]) -> list[Tile]:
+    """Two causal squares that follow one another here, and the rectangle of the second one's queries with the first one's keys, become one
+    causal square: a zigzag rank's own tokens of one document, however far apart in the sequence."""
+    causal = {tile.q_start: tile for tile in tiles if tile.kind == "causal" and tile.own and tile.q_start == tile.k_start}
+    others = [tile for tile in tiles if causal.get(tile.q_start) is not tile]
+    for tile in list(others):
+        first, second = causal.get(tile.k_start), causal.get(tile.q_start)
+        if tile.kind != "none" or tile.own or first is None or second is None or first.q_start + first.q_len != second.q_start:
+            continue
+        if (tile.k_len, tile.q_len) == (first.q_len, second.q_len):
+            length = first.q_len + second.q_len
+            causal[first.q_start] = replace(first, q_len=length, k_len=length)
+            del causal[second.q_start]
+            others.remove(tile)
+    return [*causal.values(), *others]
 
 
 def _document(document_starts: Sequence[int], token: int) -> int:

@@ -54,7 +54,8 @@ class Bounds:
 @dataclass(frozen=True)
 class Batch:
     """One micro-step. ``labels_BT[b, t]`` is the token that follows ``tokens_BT[b, t]`` or IGNORE_INDEX; shifting
-    happens before any split. ``positions_BT`` counts from the start of the document. All tensors are int64."""
+    happens before any split. ``positions_BT`` counts from the start of the document. All tensors are of int32 (where
+    a sequence is read in segments they are what grows with its length) or int64."""
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor

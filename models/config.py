@@ -220,7 +220,7 @@ class ModelConfig(Section):
     @property
     def has_attention(self) -> bool:
         """Whether any layer attends over tokens of other ranks when a sequence is split."""
-        return any(kind != "memory" for kind in self.layer_kinds) or self.memory.attach in ("mag", "mal")
+        return any(kind != "memory" for kind in self.layer_kinds) or self.memory.attach in ("mag", "mal", "after")
 
     @property
     def has_sequential_memory(self) -> bool:

@@ -15,7 +15,7 @@ together (1 here).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from models.batch import IGNORE_INDEX
 from models.feedforward import compute_dtype, rms_norm, rms_norm_backward
 from models.linear import gradient_dtype
+from models.repeat import turns
 
 
 class How(NamedTuple):
@@ -61,6 +62,14 @@ class Sweep:
         self.dweight_VC = torch.zeros_like(self.master_VC, dtype=self.wide) if weight else None
         self.dnorm_C = torch.zeros_like(self.norm_C, dtype=self.wide) if norm and self.norm_C is not None else None
 
+    def labels(self, tile: slice) -> Tensor:
+        """Of the tile's tokens, of all ranks that take part, as an index."""
+        return self.labels_Pn[:, tile].reshape(-1).long()
+
+    def each(self) -> Iterator[slice]:
+        """All tiles, in order."""
+        return turns(self.tiles, self.x_nC, lambda tile: tile.stop - tile.start)
+
     def logits(self, tile: slice) -> Tensor:
         """Of the tile that ``add_gradients`` gets next."""
         x_tC = self.x_nC[tile]
@@ -72,7 +81,7 @@ class Sweep:
 
     def statistics(self, tile: slice, logits_tV: Tensor) -> tuple[Tensor, Tensor]:
         """(log-sum-exp, logit of the label) of every token of the tile; the second is any finite number where there is no label."""
-        labels_t = self.labels_Pn[:, tile].reshape(-1)
+        labels_t = self.labels(tile)
         target_t = logits_tV.gather(1, labels_t.where(labels_t != IGNORE_INDEX, 0).unsqueeze(1)).squeeze(1)
         return logits_tV.logsumexp(-1), target_t
 
@@ -91,7 +100,7 @@ class Sweep:
 
     def add_gradients(self, tile: slice, dlogits_tV: Tensor, scale_Pn: Tensor | None) -> None:
         """``dlogits``: the softmax, overwritten. ``scale``: upstream gradient per token, None for 1."""
-        labels_t1 = self.labels_Pn[:, tile].reshape(-1, 1)
+        labels_t1 = self.labels(tile).unsqueeze(1)
         invalid_t1 = labels_t1 == IGNORE_INDEX
         self.subtract_targets(labels_t1, dlogits_tV)
         if scale_Pn is not None:
@@ -129,7 +138,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             sweep.want(*ctx.needs_input_grad[:3])
         lse_Pn = torch.empty(labels_Pn.shape, dtype=sweep.wide, device=x_nC.device)
         target_Pn = torch.empty_like(lse_Pn)
-        for tile in sweep.tiles:
+        for tile in sweep.each():
             logits_tV = sweep.logits(tile)
             lse_t, target_t = sweep.statistics(tile, logits_tV)
             lse_Pn[:, tile], target_Pn[:, tile] = lse_t.view(len(labels_Pn), -1), target_t.view(len(labels_Pn), -1)
@@ -153,7 +162,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             sweep.want(*ctx.needs_input_grad[:3])
             scale_Pn = scale_Pn.to(sweep.wide)
             with torch.autocast(x_nC.device.type, enabled=False):
-                for tile in sweep.tiles:
+                for tile in sweep.each():
                     softmax_tV = sweep.logits(tile).sub_(lse_Pn[:, tile].reshape(-1, 1)).exp_()
                     sweep.add_gradients(tile, softmax_tV, scale_Pn)
             dx_nC, dweight_VC, dnorm_C = sweep.gradients()

@@ -67,13 +67,11 @@ class TitansConfig(Section):
     equal keys are learnt stably only while its rates add up to less than 2. At 1 a linear memory corrects its error at a key in one
     write; a network's rate is divided by half its hidden width, which has about the same effect."""
     reset_every: int = Field(default=0, ge=0)
-    """Tokens after which the memory starts again from its initial weights, counted from the document's start; a multiple of chunk_size.
-    0: never. Periods are independent and are worked on side by side."""
+    """Tokens after which the memory starts again from its initial weights, counted from the document's start; a multiple of chunk_size
+    (attach mac: of mac.segment). 0: never. Periods are independent and are worked on side by side."""
 
     @model_validator(mode="after")
     def _check(self) -> TitansConfig:
-        if self.reset_every % self.chunk_size:
-            raise ValueError(f"reset_every {self.reset_every} is not a multiple of chunk_size {self.chunk_size}")
         if self.residual_norm and self.architecture == "linear":
             raise ValueError("residual_norm needs network mlp or swiglu")
         return self
@@ -170,6 +168,9 @@ class ContextConfig(Section):
     """Tokens that attend to each other and to what the memory had for them; the memory is written once per segment."""
     persistent: Annotated[int, Field(ge=0)] = 4
     """Learned tokens that every segment's attention sees first."""
+    residual: bool = False
+    """Write the memory with what came in plus what attention found; false: with what attention found alone, which at first is an average
+    over the segment, a few percent of the input in size."""
 
 
 _UNREAD: dict[str, tuple[str, ...]] = {
@@ -230,9 +231,10 @@ class MemoryModuleConfig(Section):
     """What only kind hmt reads."""
     armt: ArmtConfig = ArmtConfig()
     """What only kind armt reads."""
-    attach: Literal["mixer", "mag", "mal", "mac"] = "mixer"
+    attach: Literal["mixer", "mag", "mal", "after", "mac"] = "mixer"
     """Where the memory sits in its layers. mixer: in place of attention; mag: beside sliding-window attention, whose output it gates; mal:
-    before sliding-window attention; mac: read as context of the attention inside a segment, written with what that attention found."""
+    before sliding-window attention; after: behind it; mac: read as context of the attention inside a segment, written with what that
+    attention found."""
     mac: ContextConfig = ContextConfig()
     """What only attach mac reads."""
 
@@ -261,7 +263,10 @@ class MemoryModuleConfig(Section):
         return self
 
     def _check_mac(self) -> None:
+        titans = self.titans
         if self.attach != "mac":
+            if titans.reset_every % titans.chunk_size:
+                raise ValueError(f"memory.titans.reset_every {titans.reset_every} is not a multiple of chunk_size {titans.chunk_size}")
             return
         if self.kind != "titans":
             raise ValueError(f"memory.attach mac reads and writes a memory by itself, and knows kind titans only, not {self.kind}")

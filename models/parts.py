@@ -22,6 +22,8 @@ class Part:
     ranks: int
     mesh: Any = None
     """The ``DeviceMesh`` (copies, parts, shards of a part) over which the parameter lies; None: no group is there."""
+    model: Any = None
+    """The ``DeviceMesh`` (copies, ranks that hold one together, parts varying fastest)."""
 
     def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Of the parameter, from that of the part."""

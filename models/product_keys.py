@@ -31,7 +31,7 @@ from models.tucker_scores import TuckerSelect, leading_vectors
 from models.value_table import ValueTable
 
 SCORES_AT_ONCE = 1 << 22
-"""Of one half of the queries of a tile."""
+"""Of one half of the queries of a tile, or of its candidates: pairs of the best of both halves."""
 
 
 def best_pairs(scores_1: Tensor, scores_2: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +56,7 @@ class _Select(torch.autograd.Function):
         n, heads, n_keys = len(q_nH2D), keys_2HND.shape[1], keys_2HND.shape[2]
         index_nHk = torch.empty(n, heads, k, dtype=torch.int32, device=q_nH2D.device)
         score_nHk = torch.empty(n, heads, k, dtype=_wide(q_nH2D.dtype), device=q_nH2D.device)
-        for a, b in turns(_tiles(n, heads * n_keys), q_nH2D, lambda tile: tile[1] - tile[0]):
+        for a, b in turns(_tiles(n, heads * max(n_keys, k * k)), q_nH2D, lambda tile: tile[1] - tile[0]):
             q_2HtD = q_nH2D[a:b].permute(2, 1, 0, 3)
             s_2HtN = torch.matmul(q_2HtD, keys_2HND.transpose(2, 3)).to(score_nHk.dtype)
             score_Htk, i_Htk, j_Htk = best_pairs(s_2HtN[0], s_2HtN[1], k)

@@ -94,6 +94,8 @@ class Segment:
 
     step: Step
     state: dict[str, Tensor] | None
+    loss: bool = True
+    """False: only the state after it is wanted, and no loss is made."""
 
 
 def padded(rows: Sequence[Tensor], length: int, fill: float = 0) -> Tensor:
@@ -109,6 +111,24 @@ def put_together(pieces: Sequence[Tensor], steps: Sequence[Step]) -> Tensor:
     rows = range(len(steps[0].parts))
     found = [[piece[b, : step.parts[b].new] for piece, step in zip(pieces, steps, strict=True)] for b in rows]
     return torch.stack([torch.cat(row) for row in found])
+
+
+def joined(steps: Sequence[Step], size: int, n: int) -> list[Step]:
+    """Up to ``n`` steps that follow each other in one, where all rows give the same whole segments of ``size`` tokens of one document."""
+    found: list[Step] = []
+    room = 0
+    for step in steps:
+        part = step.parts[0]
+        whole = step.even and part.closes and part.new == size and not step.pending
+        if whole and room and not part.begins:
+            before = found[-1].parts[0]
+            parts = (Part(before.start, part.end, 0, before.begins, True),) * len(step.parts)
+            found[-1] = Step(parts, step.first, False, step.cache)
+            room -= 1
+        else:
+            found.append(step)
+            room = n - 1 if whole else 0
+    return found
 
 
 def with_idle(steps: list[Step], n: int) -> list[Step]:

@@ -28,7 +28,7 @@ from models.embedding import Embedding
 from models.feedforward import RMSNorm, SwiGLU
 from models.layer_segments import LayerSegments
 from models.loss import Sweep, chunked_cross_entropy
-from models.memory.attached import MemoryAsGate, MemoryAsLayer
+from models.memory.attached import MemoryAfterAttention, MemoryAsGate, MemoryAsLayer
 from models.memory.attached_shapes import AttachedShapes
 from models.memory.context import MemoryAsContext
 from models.memory.protocol import MemoryModule, State, build_memory
@@ -96,7 +96,7 @@ def _build_mixer(config: ModelConfig, kind: LayerKind) -> nn.Module:
     memory = build_memory(config)
     if config.memory.attach == "mixer":
         return memory
-    pair = MemoryAsGate if config.memory.attach == "mag" else MemoryAsLayer
+    pair = {"mag": MemoryAsGate, "mal": MemoryAsLayer, "after": MemoryAfterAttention}[config.memory.attach]
     return pair(memory, _build_attention(config, config.window), AttachedShapes.of(config), config.d_model, config.norm_eps)
 
 
@@ -186,10 +186,13 @@ class Transformer(nn.Module):
         """nll_BT: negative log likelihood per token, float32 (float64), 0 where there is no label. A memory around the stack goes on from
         the state it carries, if it does.
 
-        With ``segment``, of a model that is read in segments: nll_Bw of this step's tokens alone, and the state after it.
+        With ``segment``, of a model that is read in segments: nll_Bw of this step's tokens alone (where no loss is wanted, [0]), and the
+        state after it.
         """
         if segment is not None:
             x_BwC, state = self._segment(batch, segment.state, segment.step)
+            if not segment.loss:
+                return x_BwC.new_empty(0), state
             return self._loss(x_BwC, segment.step.take(batch.labels_BT, IGNORE_INDEX)), state
         if (segmented := self._whole_by) is not None:
             return self._by_segments(segmented, batch, self._loss)

@@ -14,7 +14,9 @@ from models.parts import Part
 from models.tables import columns_of
 from optim.codecs import LEAST_ELEMENTS
 from optim.config import OptimConfig, Weights
-from optim.driver import ComposedOptimizer, Lane
+from optim.driver import ComposedOptimizer
+from optim.fused import Kernel
+from optim.lane import Lane
 from optim.recipes import Recipe, recipe_of
 from optim.routing import Routed, route
 from optim.row_sparse import RowSparse
@@ -79,23 +81,22 @@ def lanes_of(model: nn.Module, config: OptimConfig, seed: int = 0) -> list[Lane]
         return None
     recipe = recipe_of(config)
     parts: dict[str, Part] = getattr(model, "parts", {})
-    return [_lane(one, recipe, config.kept_weights, seed, parts.get(one.name)) for one in route(model)]
+    lanes = [_lane(one, recipe, config.kept_weights, seed, parts.get(one.name), config.kernel) for one in route(model)]
+    if config.kernel == "fused" and all(lane.path == "eager" for lane in lanes):
+        because = sorted({lane.eager_because for lane in lanes}, key=lambda why: why.startswith(("no kernel", "moments")))
+        raise ValueError(f"optim.kernel is fused, but none can be used: {because[0]}; set optim.kernel auto")
+    return lanes
 
 
-def _lane(routed: Routed, recipe: Recipe, weights: Weights | None, seed: int, part: Part | None) -> Lane:
+def _lane(routed: Routed, recipe: Recipe, weights: Weights | None, seed: int, part: Part | None, kernel: Kernel) -> Lane:
     if routed.part == "table":
         if columns_of(routed.parameter) is not None and recipe.rest_storage not in ("fp32", "bf16"):
             # Blocks of few bits lie along rows, which ranks share; of bf16 every element is by itself.
             return Lane(routed.name, routed.parameter, RowSparse(recipe.rest), "bf16", weights, seed, recipe.rest_storage)
         return Lane(routed.name, routed.parameter, RowSparse(recipe.rest), recipe.rest_storage, weights, seed)
     if routed.part == "matrix" or (recipe.matrix_everywhere and routed.parameter.ndim == 2):
-        if part is not None and hasattr(recipe.matrix, "step"):
-            raise ValueError(
-                f"{routed.name} is a part of a matrix that {part.ranks} tensor-parallel ranks share, and {type(recipe.matrix).__name__} "
-                "updates whole ones; set optim.preset to one that updates elements (adamw, adamw_8bit, adamw_4bit, sgd), or parallel.tp=1"
-            )
-        return Lane(routed.name, routed.parameter, recipe.matrix, recipe.matrix_storage, weights, seed, part=part)
-    return Lane(routed.name, routed.parameter, recipe.rest, recipe.rest_storage, weights, seed, part=part)
+        return Lane(routed.name, routed.parameter, recipe.matrix, recipe.matrix_storage, weights, seed, part=part, kernel=kernel)
+    return Lane(routed.name, routed.parameter, recipe.rest, recipe.rest_storage, weights, seed, part=part, kernel=kernel)
 
 
 def _check_weights(routed: Sequence[Routed], config: OptimConfig) -> None:

@@ -171,12 +171,18 @@ class OptimConfig(Section):
     """How parameters are kept. fp32; bf16: rounded to nearest at each step, which loses small updates; bf16_stochastic: rounded by chance,
     right on average; bf16_24bit: as bf16 for the model and 8 more bits for the update; int8_stochastic: matrices of hidden layers in eight
     bits, everything else as bf16_stochastic. All but fp32 need train.precision bf16. null: fp32, and int8_stochastic with q_galore."""
+    gradients: Literal["bf16", "fp32"] | None = None
+    """How gradients of bfloat16 parameters (optim.weights) are kept from pass to pass of a step. bf16: 2 bytes, a sum of many loses what is
+    below 1/256 of it; fp32: 4 bytes, the sum is exact to float32. null: bf16."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay on matrices; never on norms, biases, gates, convolutions and embeddings."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down; null switches clipping off."""
+    kernel: Literal["auto", "eager", "fused"] = "auto"
+    """What updates parameters whose Adam moments are in eight or four bits. auto: one kernel where there is one (triton on CUDA, C++ on
+    CPU, with a compiler), else torch's own operations; eager: the latter; fused: a kernel, or the run is refused. Same numbers."""
     fuse_backward: bool | None = None
     """Update every parameter inside the backward pass, as soon as its gradient is complete, and free the gradient. null: only with lomo,
     which is that."""
@@ -255,6 +261,15 @@ class OptimConfig(Section):
     def is_torch_adamw(self) -> bool:
         """Whether torch's own AdamW updates all parameters: what formulas know and what can be moved to host memory."""
         return self.preset == "adamw" and not self.bfloat16_weights
+
+    @model_validator(mode="after")
+    def _check_gradients(self) -> OptimConfig:
+        if self.gradients is not None and not self.bfloat16_weights:
+            raise ValueError(
+                f"gradients {self.gradients} is of bfloat16 parameters, and weights are fp32 with gradients to match; leave it null or set "
+                "optim.weights to one of few bits"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_gaps(self) -> OptimConfig:

@@ -7,9 +7,7 @@ can be loaded on any number of ranks. States exist from the start.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,17 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.parts import Part
 from optim.clip import local_part
-from optim.codecs import Codec
-from optim.elementwise import Rule, Storage
+from optim.elementwise import ElementwiseAdam, Rule
 from optim.exchange import run_together, with_weight
-from optim.methods import Method, Projecting, StateSpec, Steps
+from optim.fused import BITS, fused_step_
+from optim.lane import Lane
+from optim.methods import Projecting, Steps
 from optim.pieces import piece_elements, row_chunks
-from optim.placement import Placed
+from optim.redealt import Redealt, to_parts, to_rows
 from optim.row_sparse import RowSparse, update_touched
 from optim.stacking import Workspace, as_rows, deal_rows, rows_together, stacks
-from optim.writers import EXACT, Chance, Weights, Writer, move_, writer_for
+from optim.updates import Update, formed, move_
+from optim.writers import EXACT
 
 if TYPE_CHECKING:
     from optim.plan import PlannedParameter
@@ -36,132 +35,6 @@ CHUNK_ELEMENTS = 1 << 20
 """Of a tensor that an elementwise rule works on at a time: what it decodes and makes on top is a few times so much."""
 TOGETHER_ELEMENTS = 1 << 24
 """Of matrices of this rank whose steps run side by side; bounds their float32 updates."""
-
-
-@dataclass
-class Lane:
-    """One parameter, how it is updated and how its states are kept."""
-
-    name: str
-    parameter: torch.nn.Parameter
-    rule: Rule | Method
-    storage: Storage
-    weights: Weights | None = None
-    """How a parameter of few bits is written (``optim/writers.py``)."""
-    seed: int = 0
-    """Of the chance by which it is rounded."""
-    asked: Storage | None = None
-    """Where it is not ``storage``: what was asked for and cannot be."""
-    part: Part | None = None
-    """Which part the parameter is of one that tensor-parallel ranks share."""
-    key: int = field(init=False)
-    """The same on every mesh and in every process."""
-    is_method: bool = field(init=False)
-    """Updated as a whole matrix, not element by element."""
-    kind: int = field(default=0, init=False)
-    """Equal where ``alike`` is."""
-    placed: Placed = field(init=False)
-    specs: dict[str, StateSpec] = field(init=False)
-    codecs: dict[str, Codec] = field(init=False)
-    """Of the states that are not kept as they are."""
-    parts: dict[str, dict[str, str]] = field(init=False)
-    """Of those: part -> its name in ``state``."""
-    kept: dict[str, StateSpec] = field(init=False)
-    """Every tensor that is kept, by its name in ``state``."""
-    summed: Tensor | None = field(default=None, init=False)
-    """The gradient's coordinates, where those of several micro-batches were summed: stepped from instead of the gradient."""
-    writer: Writer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.writer = writer_for(self.parameter, self.weights, self.name)
-        if isinstance(self.rule, RowSparse) and self.writer is not EXACT:
-            raise ValueError(f"{self.name} is a table, whose rows are updated apart, in float32 only; set weights (optim.weights) fp32")
-        self.placed = Placed.of(self.parameter, self.part)
-        self.key, self.is_method = zlib.crc32(self.name.encode()), hasattr(self.rule, "step")
-        self.specs = dict(self.rule.states(self.placed.shape))  # pyright: ignore[reportArgumentType]
-        self.codecs = {}
-        if self.dtype == torch.float32:
-            found = {name: self.placed.codec(self.storage, spec, self.name) for name, spec in self.specs.items()}
-            self.codecs = {name: codec for name, codec in found.items() if codec is not None}
-        self.parts = {name: {part: f"{name}.{part}" for part in codec.parts(self.specs[name].shape)} for name, codec in self.codecs.items()}
-        self.kept = self._kept()
-
-    def lie_as(self, placed: Placed) -> None:
-        """Plan for another rank: its part, and states of that."""
-        self.placed = placed
-        self.specs = dict(self.rule.states(placed.shape))  # pyright: ignore[reportArgumentType]
-        self.kept = self._kept()
-
-    def take_turn(self, index: int, count: int) -> None:
-        """Be number ``index`` of ``count`` matrices of the same method: where its gap allows, no other is renewed in the same steps."""
-        gap = getattr(self.rule, "gap", 1)
-        self.key += index * gap // count - self.key % gap
-
-    def alike(self) -> Hashable:
-        """Equal for lanes whose rows can be updated as those of one tensor."""
-        codecs = tuple((name, codec.name) for name, codec in self.codecs.items())
-        parameter = self.parameter
-        return self.rule, self.storage, codecs, self.writer, parameter.dtype, parameter.device, self.placed.shape[1:]
-
-    def stack(self) -> Hashable:
-        """Equal for lanes that may be updated as one; what is rounded by its place in its own parameter stays apart."""
-        return self.kind if self.writer is EXACT else self.name
-
-    def local_size(self) -> int:
-        """Elements of this rank's part."""
-        return local_part(self.parameter).numel()
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whole, or in coordinates."""
-        return self.parameter.grad is not None or self.summed is not None
-
-    def gradient(self) -> Tensor:
-        """This rank's part, in the dtype in which the update is computed."""
-        return local_part(cast(Tensor, self.parameter.grad)).to(self.dtype)
-
-    def method_step(self, states: dict[str, Tensor], step: int) -> Steps:
-        """One step of a method, from what there is of the gradient."""
-        if self.summed is not None:
-            rule = cast(Projecting, self.rule)
-            return rule.lifted(self.summed, states, self.placed.rows, self.placed.shape[1], step, self.key)
-        return cast(Method, self.rule).step(self.gradient(), states, self.placed.rows, step, self.key)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the update is computed: float32, and float64 for elements of that."""
-        return torch.float32 if self.is_method or self.parameter.dtype != torch.float64 else torch.float64
-
-    def stored(self) -> dict[str, StateSpec]:
-        """Every tensor that is kept, by its name in ``state``."""
-        return self.kept
-
-    def _kept(self) -> dict[str, StateSpec]:
-        found: dict[str, StateSpec] = {}
-        for name, spec in self.specs.items():
-            if name in self.codecs:
-                for part, (shape, dtype) in self.codecs[name].parts(spec.shape).items():
-                    found[self.parts[name][part]] = StateSpec(shape, spec.placement, dtype)
-            else:
-                wide = self.dtype if spec.dtype == torch.float32 else spec.dtype
-                found[name] = StateSpec(spec.shape, spec.placement, wide, spec.codec)
-        return found | dict(self.writer.states(self.placed.shape))
-
-    def write_(self, rows: slice, stored: dict[str, Tensor], update: Tensor, lr: float, decay: float, step: int) -> None:
-        """Put ``update`` into ``rows`` of this rank's part; ``stored``: those rows of what is kept."""
-        weight = as_rows(local_part(self.parameter))[rows]
-        beside = {name: stored[name] for name in self.writer.states(self.placed.shape)}
-        first = (self.placed.rows.first + rows.start) * _count(self.placed.shape[1:])
-        self.writer.write_(weight, beside, update, lr, decay, Chance(self.seed, self.key, step, first))
-
-    def planned_bytes(self) -> int:
-        """Of this rank's states, the step counter included."""
-        sizes = [_count(self.placed.local_shape(spec)) * spec.dtype.itemsize for spec in self.stored().values()]
-        return sum(sizes) + torch.float32.itemsize
-
-
-def _count(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
 
 
 class ComposedOptimizer(torch.optim.Optimizer):
@@ -203,7 +76,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def side_by_side(self, group: dict[str, Any]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
         """The methods of one parameter group in the batches in which they run when all have gradients, with the ranks that share them."""
-        return _together([self.lanes[parameter] for parameter in group["params"] if self.lanes[parameter].is_method])
+        return together([self.lanes[parameter] for parameter in group["params"] if self.lanes[parameter].is_method])
 
     def _make_states(self, lane: Lane) -> None:
         state = self.state[lane.parameter]
@@ -242,9 +115,13 @@ class ComposedOptimizer(torch.optim.Optimizer):
         elementwise = [lane for lane in lanes if not lane.is_method and not isinstance(lane.rule, RowSparse)]
         if elementwise:
             work = self._workspace(elementwise[0].parameter.device)
+            for lane in elementwise:
+                if lane.path != "eager":
+                    self._update_rows(lane, self._next([lane])[0], work, lr, decay)
+            elementwise = [lane for lane in elementwise if lane.path == "eager"]
             for some in stacks(elementwise, Lane.stack, Lane.local_size, work.elements):
                 self._elementwise(some, work, lr, decay)
-        for shard_group, some in _together([lane for lane in lanes if lane.is_method]):
+        for shard_group, some in together([lane for lane in lanes if lane.is_method]):
             self._matrices(some, shard_group, lr, decay)
 
     def may_sum(self, lane: Lane) -> bool:
@@ -255,7 +132,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def sum_coordinates(self, lanes: Sequence[Lane]) -> None:
         """Move the gradients of ``lanes``, all of which ``may_sum``, into ``summed``. Every rank must come with the same lanes."""
-        for shard_group, some in _together(lanes):
+        for shard_group, some in together(lanes):
             steps = []
             for lane in some:
                 states = _decoded(lane, self._stored(lane), None)
@@ -270,10 +147,10 @@ class ComposedOptimizer(torch.optim.Optimizer):
     def _workspace(self, device: torch.device) -> Workspace:
         """On CPU kept from step to step, some MiB; accelerators' allocators keep it themselves."""
         elements = min(CHUNK_ELEMENTS, piece_elements(device))
-        if device.type != "cpu":
-            return Workspace(elements)
-        if self._work is None or self._work.elements != elements:
-            self._work = Workspace(elements)
+        if device.type != "cpu" or self._work is None or self._work.elements != elements:
+            work = Workspace(elements)
+            self._work = work if device.type == "cpu" else None
+            return work
         return self._work
 
     def kept_temporaries(self) -> list[Tensor]:
@@ -307,15 +184,32 @@ class ComposedOptimizer(torch.optim.Optimizer):
         move_(weights, update, lr, decay)
         deal_rows({"weight": weights, **together}, [{"weight": one, **kept} for one, kept in zip(parameters, stored, strict=True)])
 
-    def _update_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float) -> None:
-        """Of one lane, some rows at a time."""
-        gradient = as_rows(local_part(cast(Tensor, lane.parameter.grad)))
+    def _fused_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float, within: slice) -> None:
+        """``_update_rows`` by a kernel; what no kernel writes, weights of few bits, some rows at a time."""
+        weight, gradient = (as_rows(local_part(cast(Tensor, one)))[within] for one in (lane.parameter, lane.parameter.grad))
+        stored, first = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}, within.start or 0
+        adam, bits = cast(ElementwiseAdam, lane.rule).adam, BITS[lane.codecs["exp_avg"].name]
+        if lane.writer is EXACT and weight.is_contiguous():
+            fused_step_(weight, gradient.contiguous(), stored, adam, bits, step, lr, decay, True)
+            return
+        for rows in row_chunks(gradient.shape[0], gradient[:1].numel(), work.elements, gradient):
+            update = work.take("gradient", gradient[rows].shape, gradient, torch.float32).copy_(gradient[rows])
+            kept = {name: tensor[rows] for name, tensor in stored.items()}
+            fused_step_(update, update, kept, adam, bits, step, lr, decay, False)
+            lane.write_(slice(first + rows.start, first + rows.stop), kept, update, lr, decay, step)
+
+    def _update_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float, within: slice = slice(None)) -> None:
+        """Of one lane, some rows at a time. ``within``: those that are updated, where ``_stored`` has the states of no others."""
+        if lane.path != "eager":
+            self._fused_rows(lane, step, work, lr, decay, within)
+            return
+        gradient, first = as_rows(local_part(cast(Tensor, lane.parameter.grad)))[within], within.start or 0
         stored = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}
         for rows in row_chunks(gradient.shape[0], gradient[:1].numel(), work.elements, gradient):
             # The rule may overwrite its gradient; the parameter's own stays as it is.
             part = work.take("gradient", gradient[rows].shape, gradient, lane.dtype).copy_(gradient[rows])
             kept = {name: tensor[rows] for name, tensor in stored.items()}
-            lane.write_(rows, kept, _updated(lane, kept, part, step, work), lr, decay, step)
+            lane.write_(slice(first + rows.start, first + rows.stop), kept, _updated(lane, kept, part, step, work), lr, decay, step)
 
     def _table(self, lane: Lane, rule: RowSparse, lr: float, decay: float) -> None:
         self._next([lane])
@@ -333,17 +227,19 @@ class ComposedOptimizer(torch.optim.Optimizer):
 
     def _matrices(self, lanes: Sequence[Lane], group: dist.ProcessGroup | None, lr: float, decay: float) -> None:
         states, steps = [], cast(list[Steps], [])
-        for lane in lanes:
+        for lane, gradient in zip(lanes, _gradients(lanes, group), strict=True):
             stored = self._stored(lane)
             states.append((stored, _decoded(lane, stored, None)))
-            step = lane.method_step(states[-1][1], self._next([lane])[0])
-            steps.append(with_weight(step, partial(lane.writer.read, local_part(lane.parameter), stored)))
+            step = lane.method_step(gradient, states[-1][1], self._next([lane])[0])
+            steps.append(with_weight(step, partial(lane.weight, stored)))
         made = [{name: state._version for name, state in decoded.items()} for _, decoded in states]
-        for i, update in run_together(steps, group):
+        for i, update in _updates(lanes, run_together(steps, group), group):
             stored, decoded = states[i]
             # What no one wrote, such as a basis between refreshes, keeps its bits.
             _encode(lanes[i], stored, {name: state for name, state in decoded.items() if state._version != made[i][name]})
-            lanes[i].write_(slice(0, len(update)), stored, update, lr, decay, int(self.state[lanes[i].parameter]["step"]))
+            lanes[i].write_(
+                slice(0, len(local_part(lanes[i].parameter))), stored, update, lr, decay, int(self.state[lanes[i].parameter]["step"])
+            )
 
     def _stored(self, lane: Lane) -> dict[str, Tensor]:
         """This rank's parts of what is kept."""
@@ -351,7 +247,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         return {name: local_part(state[name]) for name in lane.stored()}
 
 
-def _together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
+def together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:
     """Lanes whose matrices the same ranks share, at most ``TOGETHER_ELEMENTS`` of each rank at a time; the same on every rank."""
     groups: dict[dist.ProcessGroup | None, list[Lane]] = {}
     for lane in lanes:
@@ -360,7 +256,7 @@ def _together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None,
         some: list[Lane] = []
         size = 0
         for lane in members:
-            largest = -(-_count(lane.placed.shape) // lane.placed.rows.ranks)
+            largest = -(-torch.Size(lane.placed.shape).numel() // lane.placed.rows.ranks)
             if some and size + largest > TOGETHER_ELEMENTS:
                 yield group, some
                 some, size = [], 0
@@ -368,6 +264,30 @@ def _together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None,
             size += largest
         if some:
             yield group, some
+
+
+def _gradients(lanes: Sequence[Lane], group: dist.ProcessGroup | None) -> list[Tensor | None]:
+    """This rank's rows of every lane's gradient; None of one that was summed in coordinates."""
+    found = [lane.gradient() if lane.summed is None else None for lane in lanes]
+    matrices = [lane.redealt for lane in lanes if lane.redealt is not None]
+    if not matrices or group is None:
+        return found
+    rows = iter(to_rows([cast(Tensor, one) for one, lane in zip(found, lanes, strict=True) if lane.redealt is not None], matrices, group))
+    return [one if lane.redealt is None else next(rows) for one, lane in zip(found, lanes, strict=True)]
+
+
+def _updates(lanes: Sequence[Lane], ended: Iterator[tuple[int, Update]], group: dist.ProcessGroup | None) -> Iterator[tuple[int, Update]]:
+    """Every update as it ends, in the rows that the parameter has; those of matrices that are dealt anew together, when all are there."""
+    anew: list[tuple[int, Tensor]] = []
+    for i, update in ended:
+        if lanes[i].redealt is None or group is None:
+            yield i, update
+        else:
+            anew.append((i, formed(update)))
+    if anew:
+        assert group is not None
+        parts = to_parts([update for _, update in anew], [cast(Redealt, lanes[i].redealt) for i, _ in anew], group)
+        yield from zip([i for i, _ in anew], parts, strict=True)
 
 
 def _updated(lane: Lane, stored: dict[str, Tensor], gradient: Tensor, step: int, work: Workspace) -> Tensor:

@@ -16,7 +16,7 @@ Communication = Sum | SumRows | GatherRows | OnOwner
 """Requests that other ranks take part in."""
 
 
-def run_together(steps: Sequence[Steps], group: dist.ProcessGroup | None) -> Iterator[tuple[int, Tensor]]:
+def run_together(steps: Sequence[Steps], group: dist.ProcessGroup | None) -> Iterator[tuple[int, Any]]:
     """(index, update) of every step as it ends. Requests for weights are answered before (``with_weight``). ``group``: the ranks that
     share the matrices; None: this rank answers itself.
 

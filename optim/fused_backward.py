@@ -32,7 +32,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from optim.clip import elements, square_sum
-from optim.driver import ComposedOptimizer, Lane
+from optim.driver import ComposedOptimizer
+from optim.lane import Lane
 from optim.placement import Placed
 
 Clip = Literal["previous", "per_tensor"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from optim.methods import GatherRows, Request, Rows, Steps, Sum, SumRows
 from optim.projectors import Side
 from optim.rules import TINY, Guard, channel_scale
+from optim.updates import Product, Scaled, Update, channel_squares, formed
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,15 @@ class Space:
 
     def up(self, spread: Tensor) -> Tensor:
         """[i, n]"""
+        return formed(self.lifted(spread))
+
+    def lifted(self, spread: Tensor) -> Update:
+        """``up``, not multiplied out."""
         if self.basis is None:
             return spread
         if self.is_columns:
             return spread.new_zeros(len(spread), self.columns).index_copy_(1, self.basis, spread)
-        return spread @ self.basis.T if self.side == "right" else self.basis @ spread.T
+        return Product(spread, self.basis.T) if self.side == "right" else Product(self.basis, spread.T)
 
     def along(self, spread: Tensor) -> Tensor:
         """A number for each channel [long], to multiply a matrix [i, n]."""
@@ -94,7 +99,7 @@ class Lift(Protocol):
     """Immutable."""
 
     def update(self, space: Space, gradient_in: Tensor, coordinates: Tensor, ratio: Tensor, limit: Limit) -> Steps:
-        """The update [i, n], limited and corrected; ``ratio`` may be overwritten."""
+        """The ``Update`` [i, n], limited and corrected; ``ratio`` may be overwritten."""
         ...
 
 
@@ -106,7 +111,7 @@ class Back:
 
     def update(self, space: Space, gradient_in: Tensor, coordinates: Tensor, ratio: Tensor, limit: Limit) -> Steps:
         if limit.guard is None:
-            return space.up((yield from space.spread(ratio.mul_(self.scale * limit.correction))))
+            return space.lifted((yield from space.spread(ratio.mul_(self.scale * limit.correction))))
         whole = space.up((yield from space.spread(ratio.mul_(self.scale))))
         return (yield from limit.limited(whole)).mul_(limit.correction)
 
@@ -123,13 +128,18 @@ class ScaledGradient:
 
     def update(self, space: Space, gradient_in: Tensor, coordinates: Tensor, ratio: Tensor, limit: Limit) -> Steps:
         if self.by == "tensor":
-            squares = yield Sum(torch.stack([part.square().sum() for part in (ratio, coordinates, gradient_in)]))
+            squares = yield Sum(torch.stack([channel_squares(part, dim=-1).sum() for part in (ratio, coordinates, gradient_in)]))
             of_ratio, of_coordinates, of_gradient = squares.sqrt().unbind()
             scale = self.scale**0.5 * of_ratio / (of_coordinates + TINY)
-            return gradient_in * (scale * limit.factor(scale * of_gradient) * limit.correction)
+            return Scaled(gradient_in, scale * limit.factor(scale * of_gradient) * limit.correction)
         scale = channel_scale(ratio, coordinates).mul_(self.scale**0.5)
-        update = gradient_in * space.along((yield from space.spread(scale)))
-        return (yield from limit.limited(update)).mul_(limit.correction)
+        scale = yield from space.spread(scale)
+        if limit.guard is not None:
+            # Of the scaled gradient's own norm: channel by channel, so that it need not be made.
+            own = channel_squares(gradient_in, dim=1 if space.side == "right" else 0)
+            squares = yield Sum((scale.square() * own).sum().reshape(1))
+            scale = scale * limit.factor(squares.sqrt())
+        return Scaled(gradient_in, space.along(scale * limit.correction))
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ class Weight(NamedTuple):
 
 
 Request = Sum | SumRows | GatherRows | OnOwner | Weight
-Steps = Generator[Request, Any, Tensor]
-"""Yields requests, is sent their answers, returns the update [i, n] in the gradient's dtype."""
+Steps = Generator[Request, Any, Any]
+"""Yields requests, is sent their answers, returns the ``updates.Update`` [i, n] in the gradient's dtype (or, inside a method, a tensor)."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Method(Protocol):
         """One step on this rank's rows of the gradient (float32). ``states``: this rank's parts, written in place. ``step``: 1 in the
         first. ``key``: a number of the parameter's own that is the same on every mesh, for random bases.
 
-        The generator returns the update: the driver subtracts learning rate times it (float32, [i, n]) after weight decay.
+        The generator returns an ``updates.Update`` (float32, [i, n]): the driver subtracts learning rate times it after weight decay.
         """
         ...
 

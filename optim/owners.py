@@ -41,7 +41,7 @@ def done_by_owners(jobs: Sequence[Job], group: dist.ProcessGroup | None) -> list
     owner = owners([job.cost for job in jobs], ranks)
     mine = [job for job, its_owner in zip(jobs, owner, strict=True) if its_owner == rank]
     theirs = [[job for job, its_owner in zip(jobs, owner, strict=True) if its_owner == other] for other in range(ranks)]
-    arrived = _all_to_all(
+    arrived = all_to_all(
         [[tensor for job in jobs_there for tensor in job.inputs] for jobs_there in theirs],
         [[_part(dealt, source) for job in mine for dealt in job.dealt] for source in range(ranks)],
         group,
@@ -53,7 +53,7 @@ def done_by_owners(jobs: Sequence[Job], group: dist.ProcessGroup | None) -> list
         for job, outputs in zip(mine, done, strict=True)
         for output, dealt in zip(outputs, job.outputs, strict=True)
     ]
-    returned = _all_to_all(
+    returned = all_to_all(
         [[parts[target] for parts in split] for target in range(ranks)],
         [[_part(dealt, rank) for job in jobs_there for dealt in job.outputs] for jobs_there in theirs],
         group,
@@ -92,7 +92,7 @@ def _check(outputs: Sequence[Tensor], expected: Sequence[Dealt]) -> None:
         raise ValueError(f"work returned {made} where {said} was said")
 
 
-def _all_to_all(
+def all_to_all(
     sent: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[tuple[tuple[int, ...], torch.dtype]]], group: dist.ProcessGroup
 ) -> list[list[Tensor]]:
     """``sent[k]`` to rank k; what came from rank k, which has the shapes ``expected[k]``. One message of bytes to each rank."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from models.parts import Part
 from models.tables import Columns, columns_of
@@ -86,6 +87,15 @@ class Placed:
         local = torch.zeros((rows.count, *shape[1:]), dtype=spec.dtype, device=device)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+
+    def laid(self, local: Tensor, spec: StateSpec) -> Tensor:
+        """This rank's part of a state, wherever its memory is, as ``zeros`` lays one: plain, or a DTensor of its global shape. The mesh's
+        device is not asked for, so that states may be in host memory."""
+        if self.mesh is None or spec.placement == "whole" or not self._shares:
+            return local
+        shape = torch.Size(spec.shape)
+        meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), local.dtype)
+        return cast(Any, DTensor)(local, DTensorSpec(self.mesh, self.placements, meta), requires_grad=False)
 
     @property
     def _shares(self) -> bool:

@@ -7,7 +7,7 @@ asks of other ranks (``plan_collectives.py``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -16,8 +16,10 @@ from models.tables import Columns
 from optim.build import lanes_of, parameter_groups
 from optim.composed import Composed, Point
 from optim.config import OptimConfig
-from optim.driver import ComposedOptimizer, Lane
+from optim.driver import ComposedOptimizer
 from optim.frugal import Frugal
+from optim.fused import BITS
+from optim.lane import Lane
 from optim.methods import Rows
 from optim.placement import Placed, storage_bytes
 from optim.plan_collectives import requests_of
@@ -53,6 +55,8 @@ class PlannedParameter:
     """Of this rank's states, from shapes."""
     measured_bytes: int | None
     """Of this rank's states, by storage; None of one that is only planned."""
+    kernel: str = "torch"
+    """What runs the update of moments in few bits: ``C++``, ``triton``, ``eager`` and why, ``by device`` on the meta device."""
 
 
 def plan(
@@ -83,8 +87,9 @@ def planned(model: nn.Module, config: OptimConfig, shards: int = 1, rank: int = 
         moments = 2
         found = [_of_torch("AdamW", one.name, one.parameter, moments, None, shards, rank) for one in routed]
     else:
+        tp = max((part.ranks for part in getattr(model, "parts", {}).values()), default=1)
         for lane in lanes:
-            lane.lie_as(_shared(lane.placed, rank, shards))
+            lane.lie_as(_shared(lane, rank, shards, tp))
         found = [_of_lane(lane, None) for lane in lanes]
     return _strict(found) if strict else found
 
@@ -113,6 +118,7 @@ def _of_lane(lane: Lane, measured: int | None) -> PlannedParameter:
         _fallbacks(lane, rank),
         lane.planned_bytes(),
         measured,
+        f"eager: {lane.eager_because}" if lane.path == "eager" and BITS.keys() & {c.name for c in lane.codecs.values()} else lane.path,
     )
 
 
@@ -130,11 +136,15 @@ def _of_torch(
     )
 
 
-def _shared(placed: Placed, rank: int, shards: int) -> Placed:
-    """As one of ``shards`` ranks has it: some rows, or of a table that they share by columns some of those."""
+def _shared(lane: Lane, rank: int, shards: int, tp: int) -> Placed:
+    """As one of ``shards`` ranks has it: some rows, or of a table that they share by columns some of those. Tensor-parallel ranks share the
+    rows of a matrix that is updated whole, and the columns of a table, with them; this one is the first of ``tp``."""
+    placed = lane.placed
+    if lane.redealt is not None and lane.part is not None:
+        return replace(lane.redealt, shards=shards).placed(lane.part, rank * lane.part.ranks + lane.part.rank)
     if placed.columns is None:
         return Placed(placed.shape, Rows.chunk(placed.rows.total, rank, shards))
-    chunk = Rows.chunk(placed.columns.total, rank, shards)  # torch deals out every dim alike
+    chunk = Rows.chunk(placed.columns.total, rank * tp, shards * tp)  # torch deals out every dim alike
     columns = Columns(placed.columns.total, chunk.first, chunk.count)
     return Placed((placed.shape[0], chunk.count), placed.rows, columns=columns)
 
@@ -170,7 +180,8 @@ def _fallbacks(lane: Lane, rank: int | None) -> tuple[str, ...]:
 
 def table(rows: Sequence[PlannedParameter]) -> str:
     """Aligned text, one line per parameter, and the total."""
-    header = ("parameter", "shape", "weights", "bytes", "where", "side", "rank", "requests", "states", "algorithm", "not as asked")
+    header = ("parameter", "shape", "weights", "bytes", "where", "side", "rank", "requests", "states", "kernel", "algorithm")
+    header = (*header, "not as asked")
     lines = [
         (
             r.name,
@@ -182,13 +193,14 @@ def table(rows: Sequence[PlannedParameter]) -> str:
             "" if r.rank is None else str(r.rank),
             " ".join(r.requests),
             r.storage,
+            r.kernel,
             r.algorithm,
             "; ".join(r.fallbacks),
         )
         for r in rows
     ]
     total = f"{sum(r.planned_bytes for r in rows):,}"
-    return aligned([header, *lines, ("total", "", "", total, *[""] * 7)])
+    return aligned([header, *lines, ("total", "", "", total, *[""] * 8)])
 
 
 def table_by_kind(rows: Sequence[PlannedParameter]) -> str:
@@ -197,8 +209,8 @@ def table_by_kind(rows: Sequence[PlannedParameter]) -> str:
     for row in rows:
         rank = "" if row.rank is None else str(row.rank)
         fallback = ", ".join(sorted({reason.rpartition(": ")[2] for reason in row.fallbacks}))
-        kinds.setdefault((row.kind, row.side, rank, " ".join(row.requests), row.weights, row.storage, fallback), []).append(row)
-    header = ("update", "side", "rank", "tensors", "elements", "bytes", "requests", "weights", "states", "not as asked")
+        kinds.setdefault((row.kind, row.side, rank, " ".join(row.requests), row.weights, row.storage, row.kernel, fallback), []).append(row)
+    header = ("update", "side", "rank", "tensors", "elements", "bytes", "requests", "weights", "states", "kernel", "not as asked")
     lines = [
         (
             kind,
@@ -210,11 +222,12 @@ def table_by_kind(rows: Sequence[PlannedParameter]) -> str:
             asks,
             weights,
             kept,
+            kernel,
             fallback,
         )
-        for (kind, side, rank, asks, weights, kept, fallback), some in kinds.items()
+        for (kind, side, rank, asks, weights, kept, kernel, fallback), some in kinds.items()
     ]
-    total = ("total", "", "", str(len(rows)), f"{sum(map(_elements, rows)):,}", f"{sum(r.planned_bytes for r in rows):,}", *[""] * 4)
+    total = ("total", "", "", str(len(rows)), f"{sum(map(_elements, rows)):,}", f"{sum(r.planned_bytes for r in rows):,}", *[""] * 5)
     return aligned([header, *lines, total])
 
 

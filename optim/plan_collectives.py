@@ -38,6 +38,8 @@ def collectives_of_step(optimizer: ComposedOptimizer, step: int) -> int:
         for shard_group, some in optimizer.side_by_side(group):
             if shard_group is not None:
                 count += _merged([_asked(lane.rule, _pattern(lane.placed.shape), step, lane.key) for lane in some])
+                anew = [lane for lane in some if lane.redealt is not None]
+                count += (2 if anew else 0) + sum(getattr(lane.rule, "scale_parameter", False) for lane in anew)  # weights, one by one
     return count
 
 

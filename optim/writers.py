@@ -31,6 +31,7 @@ from optim.config import Weights
 from optim.methods import StateSpec
 from optim.pieces import piece_elements, row_chunks
 from optim.rounding import join_24bit, random_bits, split_24bit_, stochastic_bf16_
+from optim.updates import Update, formed, move_
 
 
 class Chance(NamedTuple):
@@ -55,7 +56,7 @@ class Writer(Protocol):
         """The weight as precisely as it is kept (float32 or float64); a new tensor or ``weight`` itself."""
         ...
 
-    def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
+    def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Update, lr: float, decay: float, chance: Chance) -> None:
         """weight <- weight (1 - lr decay) - lr update, in place. ``update``: of the weight's shape, float32 (float64)."""
         ...
 
@@ -70,7 +71,7 @@ class Exact:
     def read(self, weight: Tensor, states: Mapping[str, Tensor]) -> Tensor:
         return weight
 
-    def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
+    def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Update, lr: float, decay: float, chance: Chance) -> None:
         move_(weight, update, lr, decay)
 
 
@@ -86,7 +87,8 @@ class Bfloat16:
     def read(self, weight: Tensor, states: Mapping[str, Tensor]) -> Tensor:
         return weight.float()
 
-    def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
+    def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Update, lr: float, decay: float, chance: Chance) -> None:
+        update = formed(update)
         for rows, first in _pieces(update, chance.first):
             value = move_(weight[rows].float(), update[rows], lr, decay)
             if self.stochastic:
@@ -105,8 +107,9 @@ class TwentyFourBits:
     def read(self, weight: Tensor, states: Mapping[str, Tensor]) -> Tensor:
         return join_24bit(weight, states["correction"])
 
-    def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
+    def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Update, lr: float, decay: float, chance: Chance) -> None:
         low = states["correction"]
+        update = formed(update)
         for rows, _ in _pieces(update, 0):
             split_24bit_(move_(join_24bit(weight[rows], low[rows]), update[rows], lr, decay), weight[rows], low[rows])
 
@@ -122,8 +125,9 @@ class EightBits:
         assert isinstance(weight, Int8Weight)
         return weight.dequantised(torch.float32)
 
-    def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Tensor, lr: float, decay: float, chance: Chance) -> None:
+    def write_(self, weight: Tensor, states: Mapping[str, Tensor], update: Update, lr: float, decay: float, chance: Chance) -> None:
         assert isinstance(weight, Int8Weight)
+        update = formed(update)
         for rows, first in _pieces(update, chance.first):
             part = weight.rows(rows)
             value = move_(part.dequantised(torch.float32), update[rows], lr, decay)
@@ -168,13 +172,6 @@ def weights_of(writer: Writer) -> Weights | None:
     if writer is EIGHT_BITS:
         return "int8_stochastic"
     return None if writer is EXACT else next(name for name, one in WRITERS.items() if one == writer)
-
-
-def move_(value: Tensor, update: Tensor, lr: float, decay: float) -> Tensor:
-    """value (1 - lr decay) - lr update, in place."""
-    if decay:
-        value.mul_(1 - lr * decay)
-    return value.sub_(update, alpha=lr)
 
 
 def _pieces(update: Tensor, first: int) -> Iterator[tuple[slice, int]]:

@@ -5,8 +5,9 @@
 
 Backward: the gradient of y goes the way back, each rank's part of the weights' gradient is added up where the token is, and the gradient
 of the rows stays where their columns are. A reading does not depend on the order of tokens, so the group may share sequences, batches or
-both; it is the group over which FSDP2 shards everything else. By columns the work is even whatever is read; by rows, rows that are read
-often would make their rank wait. Ranks that hold copies (``dp_replicate``) add up the rows that any of them read.
+both; it is the group over which FSDP2 shards everything else, tensor-parallel ranks included. By columns the work is even whatever is
+read; by rows, rows that are read often would make their rank wait. Ranks that hold copies (``dp_replicate``) add up the rows that any of
+them read.
 
 Legend: n tokens of this rank, N of the group, E entries that a token reads, V rows, D columns of the table, d of this rank, P ranks.
 Try alone: ``pytest tests/parallel/test_columns.py``.
@@ -39,12 +40,14 @@ def columns_for(width: int, rank: int, ranks: int) -> tuple[int, int]:
 
 def share_tables(model: Transformer, mesh: Mesh) -> None:
     """Leave this rank its columns of every value table of ``model``; their values are undefined then. Before FSDP2 is applied."""
-    ranks, rank = mesh.dims.shard, dist.get_rank(mesh.shard_group)
+    # Tensor-parallel ranks share it too: each reads for its own tokens of the stream.
+    group, copies = (mesh.model_group, mesh.copies_and_shards if mesh.tensor is None else mesh.tensor.model)
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     replicas = mesh.fsdp.get_group("dp_replicate") if mesh.dims.dp_replicate > 1 else None
     for module in model.value_tables:
         table = cast(ValueTable, module)
-        columns = Columns(table.width, *columns_for(table.width, rank, ranks), mesh.copies_and_shards)
-        table.keep_columns(columns, ColumnLookUp(mesh.shard_group, table.width, replicas) if ranks > 1 else CopiedLookUp(replicas))
+        columns = Columns(table.width, *columns_for(table.width, rank, ranks), copies)
+        table.keep_columns(columns, ColumnLookUp(group, table.width, replicas) if ranks > 1 else CopiedLookUp(replicas))
 
 
 def sent_bytes(counts: list[int], rank: int, entries: int, width: int, wide: int, itemsize: int) -> tuple[int, int]:

@@ -44,9 +44,10 @@ class ParallelConfig(Section):
     cp: Degree = 1
     """Sequence-parallel (context-parallel) ranks that share one sequence; parameters are sharded over dp_shard x cp. auto: chosen by
     the memory plan."""
-    tp: PositiveInt = 1
+    tp: Degree = 1
     """Tensor-parallel ranks: each has some heads of every attention, some columns of every feed-forward, some rows of embedding and head,
-    and of the tokens of its sequence-parallel rank, in the residual stream and norms, an equal part. Keep it within a node."""
+    and of the tokens of its sequence-parallel rank, in the residual stream and norms, an equal part. Keep it within a node; auto, chosen by
+    the memory plan, does."""
     layout: Literal["auto", "contiguous", "zigzag", "per_document"] = "auto"
     """Which tokens a sequence-parallel rank holds. per_document: every packed document dealt head to tail by itself, for the ring. auto:
     zigzag when the model has full attention and the scheme needs it for equal work (all but ulysses), else contiguous."""
@@ -77,7 +78,7 @@ class ParallelConfig(Section):
     @property
     def chosen_by_plan(self) -> tuple[str, ...]:
         """Names of the degrees that are ``auto``."""
-        return tuple(name for name in ("dp_replicate", "dp_shard", "cp") if getattr(self, name) == AUTO)
+        return tuple(name for name in ("dp_replicate", "dp_shard", "cp", "tp") if getattr(self, name) == AUTO)
 
     @property
     def ranks_asked(self) -> int:

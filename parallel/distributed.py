@@ -219,6 +219,9 @@ def end_distributed() -> None:
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        from parallel.outbox import forget
+
+        forget()
         dist.destroy_process_group()
 
 

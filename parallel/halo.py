@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from models.batch import Bounds
+from parallel.outbox import leave
 from parallel.sequence import Layout, check_ranges, ranges_for
 
 HALO_TAG, RETURN_TAG = 11, 12
@@ -79,7 +80,9 @@ class _ExchangeHalo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, n, dim, bounds, layout, group, parts):
         ctx.args = (n, dim, bounds, layout, group, parts)
-        return tuple(start_halo(x, n, dim, bounds, layout, group, parts=parts).wait())
+        pending = start_halo(x, n, dim, bounds, layout, group, parts=parts)
+        pending.works = _arriving(pending)
+        return tuple(pending.wait())
 
     @staticmethod
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -89,7 +92,9 @@ class _ExchangeHalo(torch.autograd.Function):
         # Several halos may hand back the same token, so low precision is summed in fp32 and rounded once.
         dtype = torch.promote_types(grads[0].dtype, torch.float32)
         dx = grads[0].new_zeros(shape, dtype=dtype)
-        start_return(grads, n, dim, bounds, layout, group, parts=parts).add_to(dx)
+        pending = start_return(grads, n, dim, bounds, layout, group, parts=parts)
+        pending.works = _arriving(pending)
+        pending.add_to(dx)
         return dx.to(grads[0].dtype), None, None, None, None, None, None
 
 
@@ -209,6 +214,16 @@ def _empty_message(like: torch.Tensor, dim: int, segments: list[Segment]) -> tor
     shape = list(like.shape)
     shape[dim] = sum(s.length for s in segments)
     return like.new_empty(shape)
+
+
+def _arriving(pending: PendingHalo | PendingReturn) -> list[dist.Work]:
+    """The works to wait for: those of what arrives. What was sent goes by itself, where every message has a work of its own (gloo)."""
+    sent = pending.in_flight
+    if len(pending.works) != len(sent) + len(pending.arrivals):
+        return pending.works
+    for work, message in zip(pending.works, sent, strict=False):
+        leave(work, message)
+    return pending.works[len(sent) :]
 
 
 def _post(

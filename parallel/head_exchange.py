@@ -37,22 +37,24 @@ class ToHeads:
     exchange: HeadExchange
     sent: torch.Tensor | None
     """Held until it has gone."""
-    arriving_TBhD: torch.Tensor
+    arriving_TBhD: torch.Tensor | None
     heads: list[int]
     work: dist.Work | None
 
     def wait(self) -> list[torch.Tensor]:
-        """The pieces."""
+        """The pieces; once."""
         if self.work is not None:
             self.work.wait()
         self.sent = self.work = None
+        assert self.arriving_TBhD is not None
         x_TBhD = self.exchange.in_global_order(self.arriving_TBhD)
+        self.arriving_TBhD = None
         return [piece.permute(1, 2, 0, 3) for piece in x_TBhD.split(self.heads, dim=2)]
 
 
 @dataclass
 class ToTokens:
-    """A message on its way back; ``wait`` gives for every piece each rank's heads and their values for this rank's tokens."""
+    """A message on its way back; ``wait`` gives for every piece the ranks it comes from, their heads and values for this rank's tokens."""
 
     sent: torch.Tensor | None
     arriving: torch.Tensor
@@ -61,20 +63,20 @@ class ToTokens:
     shape: tuple[int, int, int]
     work: dist.Work | None
 
-    def wait(self) -> list[list[tuple[Range, torch.Tensor]]]:
-        """By piece: (heads, values_BhnD) from every rank that has some."""
+    def wait(self) -> list[list[tuple[int, Range, torch.Tensor]]]:
+        """By piece: (rank, heads, values_BhnD) from every rank that has some."""
         if self.work is not None:
             self.work.wait()
         self.sent = self.work = None
         n, rows, dim = self.shape
-        found: list[list[tuple[Range, torch.Tensor]]] = [[] for _ in self.heads]
+        found: list[list[tuple[int, Range, torch.Tensor]]] = [[] for _ in self.heads]
         counts = [sum(_len(heads[rank]) for heads in self.heads) for rank in range(len(self.heads[0]))]
         for rank, block in enumerate(self.arriving.split([count * n * rows * dim for count in counts])):
             x_nBhD, first = block.view(n, rows, counts[rank], dim), 0
             for i, by_rank in enumerate(self.heads):
                 heads = by_rank[rank]
                 if _len(heads):
-                    found[i].append((heads, x_nBhD[:, :, first : first + _len(heads)].permute(1, 2, 0, 3)))
+                    found[i].append((rank, heads, x_nBhD[:, :, first : first + _len(heads)].permute(1, 2, 0, 3)))
                 first += _len(heads)
         return found
 

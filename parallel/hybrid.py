@@ -18,13 +18,13 @@ import torch.distributed as dist
 from models.attention import DEFAULT_CALL, KernelCall, check_shapes, tile_limits
 from models.batch import Bounds
 from models.block import Gradients
+from parallel.by_heads import ByHeads, by_heads
 from parallel.config import KVGradientDtype
 from parallel.head_exchange import HeadExchange
 from parallel.ring_attention import RingPlan, plan_ring, ring_backward, ring_forward
 from parallel.ring_links import Links
 from parallel.sequence import Layout, check_ranges, ranges_for
 from parallel.sequence_mask import attend_public, checked_bounds
-from parallel.ulysses import by_heads
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RingOfGroups:
     group: dist.ProcessGroup
 
     def forward(self, q_BhTD: torch.Tensor, k_BgTD: torch.Tensor, v_BgTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``parallel.ulysses.InnerAttention``."""
+        """See ``parallel.by_heads.InnerAttention``."""
         return ring_forward(q_BhTD, k_BgTD, v_BgTD, self.plan, Links(self.group))
 
     def backward(
@@ -47,7 +47,7 @@ class RingOfGroups:
         out_BhTD: torch.Tensor,
         lse_BhT: torch.Tensor,
     ) -> Gradients:
-        """See ``parallel.ulysses.InnerAttention``."""
+        """See ``parallel.by_heads.InnerAttention``."""
         return ring_backward(dout_BhTD, q_BhTD, k_BgTD, v_BgTD, out_BhTD, lse_BhT, self.plan, Links(self.group))
 
 
@@ -84,8 +84,16 @@ class HybridAttention:
 
     def __call__(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         """See the class."""
+        return by_heads(q_BHnD, k_BGnD, v_BGnD, self._how(q_BHnD, k_BGnD, bounds))
+
+    def by_stages(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, bounds: Bounds) -> ByHeads | None:
+        """See ``UlyssesAttention.by_stages``."""
+        return self._how(q_BHnD, k_BGnD, bounds) if self.head_chunk is not None else None
+
+    def _how(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, bounds: Bounds) -> ByHeads:
         check_shapes(q_BHnD, k_BGnD, bounds)
-        return by_heads(q_BHnD, k_BGnD, v_BGnD, self.exchange, self._inner(q_BHnD, bounds), self.head_chunk, self.narrow)
+        heads = (q_BHnD.shape[1], k_BGnD.shape[1])
+        return ByHeads(self.exchange, self._inner(q_BHnD, bounds), *heads, self.head_chunk, self.narrow)
 
     def _inner(self, q_BHnD: torch.Tensor, bounds: Bounds) -> RingOfGroups:
         """The ring of this rank's group, planned once per micro-step."""

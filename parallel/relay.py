@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.outbox import leave
+
 STATE_TAG, GRADIENT_TAG = 13, 14
 """Message tags, see ``parallel/halo.py``."""
 
@@ -70,17 +72,20 @@ def _is_last(group: Any) -> bool:
 
 
 def _send(x: Tensor, step: int, tag: int, group: Any) -> None:
-    """To the rank that is ``step`` further."""
-    _exchange(dist.isend, x.contiguous(), step, tag, group)
+    """To the rank that is ``step`` further; it is not waited for."""
+    message = x.clone(memory_format=torch.contiguous_format)
+    for work in _posted(dist.isend, message, step, tag, group):
+        leave(work, message)
 
 
 def _received(like: Tensor, step: int, tag: int, group: Any) -> Tensor:
     """What the rank that is ``step`` further sent, shaped as ``like``."""
-    return _exchange(dist.irecv, torch.empty_like(like, memory_format=torch.contiguous_format), step, tag, group)
+    message = torch.empty_like(like, memory_format=torch.contiguous_format)
+    for work in _posted(dist.irecv, message, step, tag, group):
+        work.wait()
+    return message
 
 
-def _exchange(how: Any, x: Tensor, step: int, tag: int, group: Any) -> Tensor:
-    for work in dist.batch_isend_irecv([dist.P2POp(how, x, group=group, tag=tag, group_peer=dist.get_rank(group) + step)]):
-        if work is not None:
-            work.wait()
-    return x
+def _posted(how: Any, x: Tensor, step: int, tag: int, group: Any) -> list[dist.Work]:
+    op = dist.P2POp(how, x, group=group, tag=tag, group_peer=dist.get_rank(group) + step)
+    return [work for work in dist.batch_isend_irecv([op]) if work is not None]

@@ -13,6 +13,7 @@ import torch
 from models.attention import InnerAttention
 from models.batch import Bounds
 from parallel.allgather_kv import AllGatherKVAttention
+from parallel.by_heads import ByHeads
 from parallel.config import SequenceScheme
 from parallel.hybrid import HybridAttention
 from parallel.mesh import Mesh
@@ -32,6 +33,11 @@ class NearOrFar:
     def __call__(self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         """See ``models.attention.InnerAttention``."""
         return (self.near if fits_halo(self.window, bounds) else self.far)(q_BHTD, k_BGTD, v_BGTD, bounds)
+
+    def by_stages(self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, bounds: Bounds) -> ByHeads | None:
+        """See ``UlyssesAttention.by_stages``: None where only a halo travels."""
+        given = None if fits_halo(self.window, bounds) else getattr(self.far, "by_stages", None)
+        return None if given is None else given(q_BHTD, k_BGTD, bounds)
 
 
 def attention_over(

@@ -8,7 +8,7 @@ What a rank holds are plain parameters of smaller matrices, which FSDP2 shards l
 (docs/decisions/0025). Every other parameter is the same on all ranks of the group; its gradient is what this rank's tokens or heads make
 of it, and ``sum_copies`` adds them up once per step. Memory layers are such others: their sequence is split over cp x tp ranks, as the
 stream is, and states cross as they do between sequence-parallel ranks. Attention sees all tokens of a sequence-parallel rank, so schemes
-over ``cp``, positions and masks are what they are without it.
+over ``cp``, positions and masks are what they are without it. Optimizers of whole matrices: ``optim/redealt.py``.
 
 Legend: B row, T token of the group, t of this rank, C channel, P ranks.
 Try alone: ``pytest tests/parallel/test_tensor_parallel.py``.
@@ -22,7 +22,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.attention import Attention
@@ -30,8 +29,9 @@ from models.errors import UserError
 from models.feedforward import SwiGLU
 from models.linear import Linear
 from models.parts import Part
+from models.product_keys import ProductKeyMemory
 from models.transformer import Block, Transformer
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, TensorMeshes
 from parallel.vocabulary import SharedEmbedding, share_vocabulary
 
 
@@ -94,7 +94,7 @@ def share_products(model: Transformer, mesh: Mesh) -> None:
     the other tokens of its group. Before FSDP2 is applied; on the meta device nothing is allocated."""
     if mesh.tensor is None:
         return
-    leave_parts(model, mesh.tp_rank, mesh.dims.tp, mesh.tensor.saved)
+    leave_parts(model, mesh.tp_rank, mesh.dims.tp, mesh.tensor)
     tokens = SplitTokens(mesh.tp_group)
     for block in model.blocks:
         for module in (block.mixer, block.ffn):
@@ -103,20 +103,19 @@ def share_products(model: Transformer, mesh: Mesh) -> None:
     share_vocabulary(model, tokens, mesh.tp_group)
 
 
-def leave_parts(model: Transformer, rank: int, ranks: int, mesh: DeviceMesh | None = None) -> None:
-    """Replace every matrix that ``ranks`` ranks share by the part of ``rank``, and note it in ``model.parts``; ``mesh``: see `Part`.
+def leave_parts(model: Transformer, rank: int, ranks: int, meshes: TensorMeshes | None = None) -> None:
+    """Replace every matrix that ``ranks`` ranks share by the part of ``rank``, and note it in ``model.parts``; ``meshes``: see `Part`.
 
     Raises UserError for what they cannot share."""
-    rows, columns = Part(0, rank, ranks, mesh), Part(1, rank, ranks, mesh)
+    saved, copies = (meshes.saved, meshes.model) if meshes is not None else (None, None)
+    rows, columns = Part(0, rank, ranks, saved, copies), Part(1, rank, ranks, saved, copies)
     for number, module in enumerate(model.blocks):
         block = cast(Block, module)
-        if not isinstance(block.ffn, SwiGLU):
-            raise UserError(f"parallel.tp {ranks}: layers of {type(block.ffn).__name__} cannot be shared; set parallel.tp=1")
-        shared: dict[str, tuple[Linear, Part]] = {
-            "ffn.w_gate": (block.ffn.w_gate, rows),
-            "ffn.w_up": (block.ffn.w_up, rows),
-            "ffn.w_down": (block.ffn.w_down, columns),
-        }
+        shared: dict[str, tuple[Linear, Part]] = {}
+        if isinstance(ffn := block.ffn, SwiGLU):
+            shared |= {"ffn.w_gate": (ffn.w_gate, rows), "ffn.w_up": (ffn.w_up, rows), "ffn.w_down": (ffn.w_down, columns)}
+        elif not isinstance(ffn, ProductKeyMemory):  # reads for the tokens of its rank; its table is shared (`columns.share_tables`)
+            raise UserError(f"parallel.tp {ranks}: layers of {type(ffn).__name__} cannot be shared; set parallel.tp=1")
         if isinstance(mixer := block.mixer, Attention):
             shared |= {f"mixer.{key}": (getattr(mixer, key), rows) for key in ("wq", "wk", "wv")} | {"mixer.wo": (mixer.wo, columns)}
         for name, (linear, part) in shared.items():

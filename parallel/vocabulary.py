@@ -53,7 +53,7 @@ class SharedSweep(Sweep):
 
     def statistics(self, tile: slice, logits_tV: Tensor) -> tuple[Tensor, Tensor]:
         """See `Sweep.statistics`: of all rows of the vocabulary."""
-        row_t1, elsewhere_t1 = self._rows(self.labels_Pn[:, tile].reshape(-1, 1))
+        row_t1, elsewhere_t1 = self._rows(self.labels(tile).unsqueeze(1))
         target_t = logits_tV.gather(1, row_t1).masked_fill_(elsewhere_t1, 0).squeeze(1)
         own_2t = torch.stack([logits_tV.logsumexp(-1), target_t])
         all_P2t = own_2t.new_empty(self.ranks * 2, own_2t.shape[1])

@@ -105,7 +105,7 @@ def _queue(tasks: list[_Task], job: Job, script: str, options: dict[str, Any], s
         write_atomic(task.run_dir.slurm / "job.sbatch", script.encode())
         write_submission(task.run_dir, _submission(token, "", i, kept, site))
     folder = _folder(home)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, mode=0o700 if tasks[0].config.run.private else 0o777)
     write_atomic(folder / "job.sbatch", script.encode())
     runs = [{"run": task.run_dir.name, "settings": task.values} for task in tasks]
     write_atomic(folder / "sweep.json", (json.dumps({"token": token, "runs": runs}, indent=1) + "\n").encode())

@@ -6,6 +6,7 @@ when it ends by itself (``trainer/rank_notes.py``). The batch script calls ``sta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,8 +17,7 @@ from typing import Any
 
 from models.errors import RunFailed, UserError
 from slurm import client, health
-from slurm.submission import read_submission, write_submission
-from trainer import config_file
+from slurm.submission import jobs_of, read_submission, write_submission
 from trainer.rank_notes import RankNote, read_notes
 from trainer.run_dir import RunDir
 
@@ -44,15 +44,17 @@ def start(run_dir: RunDir, job_id: str, nodes: str) -> str:
 
     Raises RunFailed when the job has been started too often without getting further.
     """
+    from trainer import config_file  # here: longstride runs reads attempts, and starts in half the time without
+
     state = run_dir.read_state()
     steps = config_file.resolve(run_dir.config).train.steps
     if state is not None and state.status == "done" and state.step >= steps:
         return DONE
     records = read_records(run_dir)
     saved = _saved_step(run_dir)
-    limit = read_submission(run_dir).idle_attempts
-    idle = _idle_attempts(records, job_id, saved)
-    if idle >= limit:
+    submission = read_submission(run_dir)
+    idle = _idle_attempts(records, {job_id, *submission.chain, *([submission.job_id] if submission.chain else [])}, saved)
+    if idle >= submission.idle_attempts:
         last = next((record["reason"] for record in reversed(records) if "reason" in record), "it left no reason")
         reason = f"{idle} attempts in a row brought no new checkpoint after step {saved}; the last one: {last}"
         run_dir.write_state("failed", step=saved, reason=f"not requeued any more: {reason}")
@@ -72,9 +74,13 @@ def end(run_dir: RunDir, job_id: str, attempt: int, exit_code: int) -> Decision:
     decision = decide(read_notes(run_dir, attempt), exit_code, cancelled=cancel_marker(run_dir, job_id).exists())
     unfit = health.unfit_nodes(run_dir, attempt)
     if unfit and decision.word in ("requeue", "fail"):
-        decision = _move(run_dir, unfit)
+        decision = _move(run_dir, job_id, unfit)
     saved = _saved_step(run_dir)
     _append(run_dir, {"attempt": attempt, "job": job_id, "ended": time.time(), "saved_step": saved, **_as_dict(decision)})
+    if decision.word in ("done", "cancel", "fail"):
+        with contextlib.suppress(UserError):  # what is not cancelled ends when it starts: the run is done, or makes no progress
+            for link in _behind(run_dir, job_id):
+                client.cancel(link)
     if decision.word == "requeue" and exit_code:
         state = run_dir.read_state()
         reason = state.reason if state is not None and state.status == "failed" else decision.reason  # else they could not write why
@@ -82,7 +88,15 @@ def end(run_dir: RunDir, job_id: str, attempt: int, exit_code: int) -> Decision:
     return decision
 
 
-def _move(run_dir: RunDir, unfit: dict[str, str]) -> Decision:
+def _behind(run_dir: RunDir, job_id: str) -> list[str]:
+    """The jobs of a chain that wait, the last one first."""
+    submission = read_submission(run_dir)
+    if not submission.chain:
+        return []
+    return [job.id for job in reversed(jobs_of(submission, client.queue())) if job.id != job_id]
+
+
+def _move(run_dir: RunDir, job_id: str, unfit: dict[str, str]) -> Decision:
     """Give the run to another job, without the nodes that are not fit: a job that has begun cannot change what it asks for."""
     why = "; ".join(f"node {node} is not fit: {problem}" for node, problem in unfit.items())
     submission = read_submission(run_dir)
@@ -96,6 +110,11 @@ def _move(run_dir: RunDir, unfit: dict[str, str]) -> Decision:
         return fail(f"{why}; {len(excluded)} nodes were not fit, so what they have in common is to blame")
     task = [f"--array={submission.task}"] if submission.task else []
     try:
+        if waiting := _behind(run_dir, job_id):
+            for link in waiting:
+                client.leave_out(link, excluded)
+            write_submission(run_dir, replace(submission, excluded=excluded))
+            return Decision("moved", f"{why}; job {waiting[-1]} goes on without it")
         number = client.sbatch(run_dir.slurm / "job.sbatch", f"--exclude={','.join(excluded)}", *task)
     except UserError as error:
         return fail(f"{why}; it could not be submitted again without it: {error}")
@@ -151,9 +170,9 @@ def read_records(run_dir: RunDir) -> list[dict[str, Any]]:
     return records
 
 
-def _idle_attempts(records: list[dict[str, Any]], job_id: str, saved: int) -> int:
-    """The job's latest attempts in a row that began at the checkpoint step ``saved``, which is still the newest."""
-    starts = [record for record in records if record.get("job") == job_id and "started" in record]
+def _idle_attempts(records: list[dict[str, Any]], jobs: set[str], saved: int) -> int:
+    """The latest attempts in a row of a job, or of a chain's ``jobs``, that began at the checkpoint step ``saved``, still the newest."""
+    starts = [record for record in records if record.get("job") in jobs and "started" in record]
     count = 0
     for record in reversed(starts):
         if record.get("saved_step") != saved:

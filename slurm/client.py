@@ -56,6 +56,11 @@ def cancel(job_id: str) -> None:
     _call(["scancel", "--", job_id])
 
 
+def leave_out(job_id: str, nodes: Sequence[str]) -> None:
+    """Ask for other nodes than these in a job that waits."""
+    _call(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"])
+
+
 def warn(job_id: str) -> None:
     """Send the batch script of a running job the signal that comes before a time limit."""
     _call(["scancel", "--batch", "--signal=USR1", "--", job_id])

@@ -11,7 +11,7 @@ from pathlib import Path
 from models.errors import UserError
 from slurm import attempts, client
 from slurm.answers import EndedJob, QueuedJob
-from slurm.submission import Submission, ended_job_of, has_submission, job_of, read_submission
+from slurm.submission import Submission, ended_job_of, has_submission, job_of, jobs_of, read_submission
 from trainer import runs_table
 from trainer.commands.guard import guarded
 from trainer.commands.places import find_run
@@ -58,8 +58,10 @@ def _with_last_job(row: RunRow, submission: Submission | None) -> RunRow:
     """The number of the run's last job, and the nodes of its last attempt."""
     if submission is None:
         return row
-    nodes = [str(record.get("nodes", "")) for record in attempts.read_records(RunDir(row.path)) if "started" in record]
-    return replace(row, job=submission.job_id, nodes=nodes[-1] if nodes else "")
+    started = [record for record in attempts.read_records(RunDir(row.path)) if "started" in record]
+    nodes = str(started[-1].get("nodes", "")) if started else ""
+    links = [str(record["job"]) for record in started if record.get("job") in submission.chain]
+    return replace(row, job=links[-1] if links else submission.job_id, nodes=nodes)
 
 
 def _with_job(row: RunRow, submission: Submission | None, jobs: list[QueuedJob]) -> RunRow:
@@ -89,7 +91,7 @@ def _with_accounts(rows: list[RunRow], submissions: dict[Path, Submission]) -> l
         jobs = client.ended([row.job for row in silent], timeout=QUEUE_SECONDS)
     except UserError:  # most often: no accounting on this cluster
         return rows
-    found = {row.path: ended_job_of(submissions[row.path], row.name, jobs) for row in silent}
+    found = {row.path: ended_job_of(replace(submissions[row.path], job_id=row.job), row.name, jobs) for row in silent}
     return [replace(row, reason=f"{_account(job)}; {row.reason}") if (job := found.get(row.path)) else row for row in rows]
 
 
@@ -117,9 +119,12 @@ def cancel(args: argparse.Namespace) -> int:
     """``longstride cancel``: a running job saves first, unless ``--now``."""
     run_dir = find_run(args.name, args.root)
     submission = read_submission(run_dir)
-    job = job_of(submission, client.queue())
-    if job is None:
+    jobs = jobs_of(submission, client.queue())
+    if not jobs:
         raise UserError(f"run {run_dir.name} has no job in the queue; longstride runs shows how it stands")
+    job, *behind = jobs
+    for link in reversed(behind):  # the last one first: none may start because the one before it is gone
+        client.cancel(link.id)
     if job.state == "RUNNING" and not args.now:
         attempts.cancel_marker(run_dir, job.id).touch()
         client.warn(job.id)

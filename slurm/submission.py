@@ -33,6 +33,8 @@ class Submission:
     """Commands of the site that have to succeed on every node."""
     excluded: tuple[str, ...] = ()
     """Nodes that were found unfit and are not asked for again."""
+    chain: tuple[str, ...] = ()
+    """Further jobs, each of which may start when the one before has ended."""
 
 
 def comment_of(token: str) -> str:
@@ -40,12 +42,17 @@ def comment_of(token: str) -> str:
     return f"longstride {token}"
 
 
-def job_of(submission: Submission, jobs: Iterable[QueuedJob]) -> QueuedJob | None:
-    """The submission's job while Slurm knows it: told by its comment, because Slurm gives numbers again. One that runs goes before one
-    that waits: a job that gave up a node is still there for a moment when the next one is queued."""
+def jobs_of(submission: Submission, jobs: Iterable[QueuedJob]) -> list[QueuedJob]:
+    """The submission's jobs while Slurm knows them: told by their comment, because Slurm gives numbers again. One that runs goes before
+    those that wait: a job that gave up a node is still there for a moment when the next one is queued. Of a chain all are there."""
     task = f"_{submission.task}" if submission.task else ""
     own = [job for job in jobs if job.comment == comment_of(submission.token) and job.id.endswith(task)]
-    return next(iter(sorted(own, key=lambda job: job.state != "RUNNING")), None)
+    return sorted(own, key=lambda job: (job.state != "RUNNING", len(job.id), job.id))
+
+
+def job_of(submission: Submission, jobs: Iterable[QueuedJob]) -> QueuedJob | None:
+    """The first of ``jobs_of``, if there is one."""
+    return next(iter(jobs_of(submission, jobs)), None)
 
 
 def ended_job_of(submission: Submission, name: str, jobs: Iterable[EndedJob]) -> EndedJob | None:
@@ -74,9 +81,9 @@ def read_submission(run_dir: RunDir) -> Submission:
         options = record["options"]
         if not isinstance(options, dict):
             raise TypeError
-        health, excluded = (tuple(str(word) for word in record.get(name, ())) for name in ("health", "excluded"))
+        lists = {name: tuple(str(word) for word in record.get(name, ())) for name in ("health", "excluded", "chain")}
         task, check = str(record.get("task", "")), bool(record.get("node_check", True))
-        return Submission(str(record["token"]), str(record["job_id"]), int(record["idle_attempts"]), options, task, check, health, excluded)
+        return Submission(str(record["token"]), str(record["job_id"]), int(record["idle_attempts"]), options, task, check, **lists)
     except FileNotFoundError:
         raise UserError(f"run {run_dir.path} was not given to Slurm: longstride submit CONFIG, or longstride resume RUN --submit") from None
     except (OSError, ValueError, TypeError, KeyError):

@@ -35,6 +35,7 @@ from trainer.config import RunConfig
 from trainer.planning import plan_run
 from trainer.run_dir import RunDir, write_atomic
 
+MOST_LINKS = 100
 REPEATED = ("nodes", "time", "partition", "qos", "account", "device")
 """Options that a resubmission repeats; a dependency belongs to one submission."""
 
@@ -49,6 +50,7 @@ def submit(args: argparse.Namespace) -> int:
     check_init_from(config)
     site = read_site()
     options = options_of(args, {})
+    links = _links(args)
     if args.sweep:
         from slurm.array import submit_sweep
 
@@ -62,7 +64,7 @@ def submit(args: argparse.Namespace) -> int:
         print(script, end="")
         return 0
     open_run(config, None, path.stem, plan)
-    return _give_to_slurm(run_dir, config, options, site)
+    return _give_to_slurm(run_dir, config, options, site, links)
 
 
 def resubmit(args: argparse.Namespace) -> int:
@@ -71,6 +73,7 @@ def resubmit(args: argparse.Namespace) -> int:
     refuse_imported(run_dir)
     if args.nproc is not None:
         raise UserError("--nproc starts ranks on this machine; with --submit say --nodes")
+    links = _links(args)
     old = config_file.resolve(run_dir.config)
     new = config_file.resolve(run_dir.config, args.overrides)
     resume_rules.check(old, new, args.allow)
@@ -83,7 +86,16 @@ def resubmit(args: argparse.Namespace) -> int:
     config, plan = planned(new, options, site, args.force, run_dir)
     render(job_for(config, options, site, run_dir, before.token if before else ""), site)
     open_run(config, run_dir, run_dir.name, plan)
-    return _give_to_slurm(run_dir, config, options, site)
+    return _give_to_slurm(run_dir, config, options, site, links)
+
+
+def _links(args: argparse.Namespace) -> int:
+    """How many jobs are queued, one behind the other."""
+    if args.chain is not None and getattr(args, "sweep", None):
+        raise UserError("--chain: the jobs of a sweep are tasks of one array; submit the runs apart to chain them")
+    if args.chain is not None and not 1 <= args.chain <= MOST_LINKS:
+        raise UserError(f"--chain {args.chain}: a chain has 1 to {MOST_LINKS} jobs")
+    return args.chain or 1
 
 
 def options_of(args: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +151,7 @@ def job_for(config: RunConfig, options: dict[str, Any], site: Site, run_dir: Run
     )
 
 
-def _give_to_slurm(run_dir: RunDir, config: RunConfig, options: dict[str, Any], site: Site) -> int:
+def _give_to_slurm(run_dir: RunDir, config: RunConfig, options: dict[str, Any], site: Site, links: int) -> int:
     """Write the script, queue it, remember the job. The record is written before: a crash in between leaves a token to find it by."""
     token = secrets.token_hex(8)
     script = run_dir.slurm / "job.sbatch"
@@ -156,20 +168,32 @@ def _give_to_slurm(run_dir: RunDir, config: RunConfig, options: dict[str, Any], 
         run_dir.write_state("failed", step=step, total_steps=total, reason=f"not queued: {error}")
         again = f"nothing was queued; when the cause is gone: longstride resume {shlex.quote(str(run_dir.path))} --submit"
         raise UserError(f"{error}\n{again}") from None
-    write_submission(run_dir, replace(submission, job_id=job_id))
+    write_submission(run_dir, replace(submission, job_id=job_id, chain=(chain := _queue_links(script, job_id, links))))
     run_dir.write_state("queued", step=step, total_steps=total, reason=f"job {job_id}")
-    _tell(run_dir, job_id)
+    _tell(run_dir, job_id, chain)
     return 0
+
+
+def _queue_links(script: Path, job_id: str, links: int) -> tuple[str, ...]:
+    """The jobs behind ``job_id``. What Slurm refuses of them is told; the first one is queued."""
+    chain = [job_id]
+    try:
+        while len(chain) < links:
+            chain.append(client.sbatch(script, f"--dependency=afterany:{chain[-1]}"))
+    except UserError as error:
+        print(f"warning: {len(chain)} of {links} jobs are queued: {error}", file=sys.stderr)
+    return tuple(chain[1:])
 
 
 def _live_job(submission: Submission) -> client.QueuedJob | None:
     return job_of(submission, client.queue()) if client.has_slurm() else None
 
 
-def _tell(run_dir: RunDir, job_id: str) -> None:
+def _tell(run_dir: RunDir, job_id: str, chain: tuple[str, ...]) -> None:
+    behind = f"jobs {', '.join(chain)} wait behind it, in case it ends before the run does\n" if chain else ""
     run = shlex.quote(os.path.relpath(run_dir.path))
     print(
-        f"job {job_id} queued: run {run_dir.path}\n"
+        f"job {job_id} queued: run {run_dir.path}\n{behind}"
         "it is saved and requeued before its time limit and after preemption, and resumes by itself until all steps are done\n"
         f"next:\n  longstride runs --root {shlex.quote(os.path.relpath(run_dir.path.parent))}\n  tail -F {run}/slurm/job_{job_id}.log\n"
         f"  longstride cancel {run}"

@@ -293,7 +293,7 @@ def test_find(tmp_path: Path) -> None:
         find("debug_cpus", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["debug_cpu", "quickstart", "million", "llama_8b_one_gpu"])
+@pytest.mark.parametrize("name", ["debug_cpu", "quickstart", "million", "llama_8b_one_gpu", "recall"])
 def test_shipped_configs_are_valid(name: str) -> None:
     root = Path(__file__).resolve().parents[1]
     config = resolve(root / "configs" / f"{name}.yaml")
@@ -345,7 +345,7 @@ def test_words_that_a_terminal_would_obey_are_spelled_out(word):
 
 @pytest.mark.parametrize(
     ("line", "text"),
-    [("model.attention_dropout=0.1", "attention has no dropout: fused kernels draw"), ("data.prefix_key=prompt", "Bounds.prefixes")],
+    [("model.attention_dropout=0.1", "attention has no dropout: fused kernels draw"), ("model.dropout=0.1", "optim.weight_decay")],
 )
 def test_what_is_declined_says_why(line, text):
     with pytest.raises(UserError, match=f"'{line.split('=')[0]}' is no setting: .*{text}"):

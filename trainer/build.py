@@ -24,7 +24,7 @@ from memory_mgmt.arena_cuda import use_expandable_segments
 from memory_mgmt.host_allocator import return_freed_memory
 from memory_mgmt.monitor import MemoryMonitor
 from memory_mgmt.offload import HostStore
-from memory_mgmt.optimizer_offload import OffloadedOptimizer
+from memory_mgmt.optimizer_on_host import OnHost, build_on_host
 from memory_mgmt.parameter_offload import OffloadedParameters
 from memory_mgmt.plan import MemoryPlan, gib
 from memory_mgmt.plan_check import PlanCheck, tensor_bytes
@@ -36,6 +36,7 @@ from optim.build import build_optimizer, quantise_matrices_
 from optim.fused_backward import fuse_backward
 from parallel.dims import ParallelDims
 from parallel.distributed import name_device
+from parallel.fsdp import add_up_in_float32
 from parallel.log_lines import at_step
 from parallel.mesh import Mesh, build_mesh
 from parallel.parallelize import keep_keys_in_host, parallelize, split_sequence
@@ -186,13 +187,14 @@ def engine_for(
 ) -> Engine:
     """The engine around a model that is built and placed. ``store`` holds the optimizer's states where ``memory.offload_optimizer`` says
     so; None: one without a limit is made. ``offloaded``: the model's parameters where they are in host memory."""
+    if config.optim.gradients == "fp32":
+        add_up_in_float32(model)
     where = config.memory.offload_optimizer
     for name in ("offload_optimizer", "offload_parameters"):
         if getattr(config.memory, name) == "auto":
             raise ValueError(f"memory.{name} auto is decided by the planner; build with what it chose")
     if where == "host":
-        plain = build_optimizer(model, config.optim, with_states=False)  # torch's own: no chance in it
-        optimizer = OffloadedOptimizer(plain, dict(model.named_parameters()), store or HostStore(device), parameters=offloaded)
+        optimizer = build_on_host(model, config.optim, config.train.seed, store or HostStore(device), offloaded)
     else:
         optimizer = build_optimizer(model, config.optim, seed=config.train.seed)
     settings, fused = config.optim, None
@@ -355,7 +357,7 @@ def _resident(engine: Engine) -> dict[str, int]:
     state = engine.state_dict()
     found = {"parameters": tensor_bytes(state["model"])} if engine.offloaded is None else {}
     # Offloaded states count with the store's host memory.
-    return found if isinstance(engine.optimizer, OffloadedOptimizer) else found | {"optimizer": tensor_bytes(state["optim"])}
+    return found if isinstance(engine.optimizer, OnHost) else found | {"optimizer": tensor_bytes(state["optim"])}
 
 
 def _starting_state(checkpoints: CheckpointManager, engine: Engine) -> tuple[TrainState, list[str]]:

@@ -98,8 +98,8 @@ def choose_policy(setting: Setting, trace_policy: Callable[[Policy], Trace], cou
             if best is not None:
                 break
             choice = smallest_budget(problem).choice
-        if best is not None and best.choice is not None and _much_the_same(choice, best.choice):
-            break
+        if best is not None and best.choice is not None and (choice.policy == best.policy or _much_the_same(choice, best.choice)):
+            break  # another budget, and nothing else to try
         found = Chosen(choice.policy, trace_policy(choice.policy), choice)
         peak, over_host = counted(found.trace), found.trace.peak("host")[0] - setting.host_limit_bytes
         if over_host > 0 and problem.host_bytes:

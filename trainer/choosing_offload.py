@@ -35,15 +35,17 @@ def resolve_offload(
 
 
 def places(config: RunConfig, room: int | None = None, parameters: int = 0) -> list[RunConfig]:
-    """``config`` with each place that its settings may mean; the device first. Only the states of torch's AdamW can be moved, and not in
-    a fused update; parameters are where the states are. Those that leave more of the model's ``parameters`` and what belongs to them on a
-    device than its ``room`` in bytes are left out, while there is another: no policy makes them fit, and to find that takes traces."""
-    memory, movable = config.memory, config.optim.is_torch_adamw and not config.optim.is_fused
+    """``config`` with each place that its settings may mean; the device first. States cannot be moved in a fused update, and formulas
+    know those of torch's AdamW only; parameters are where the states of torch's AdamW are. Those that leave more of the model's
+    ``parameters`` and what belongs to them on a device than its ``room`` in bytes are left out, while there is another: no policy makes
+    them fit, and to find that takes traces."""
+    memory, plain = config.memory, config.optim.is_torch_adamw
+    movable = not config.optim.is_fused and (plain or memory.plan == "trace")
     states = ["none", *(["host"] if movable else [])] if memory.offload_optimizer == "auto" else [memory.offload_optimizer]
-    where = ["none", "host"] if memory.offload_parameters == "auto" else [memory.offload_parameters]
+    where = ["none", *(["host"] if plain else [])] if memory.offload_parameters == "auto" else [memory.offload_parameters]
     pairs = [(s, p) for p in where for s in states if p == "none" or s == "host"]
     found = [_with(config, *pair) for pair in pairs]
-    if room is not None and movable:
+    if room is not None and movable and plain:
         ranks = config.parallel.dp_shard * config.parallel.cp * config.parallel.tp
         while len(found) > 1 and _least_bytes(found[0]) * parameters > room * ranks:
             del found[0]

@@ -19,8 +19,8 @@ _VALUE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 def scheme_is_open(config: RunConfig) -> bool:
-    """Whether the scheme is to be chosen, now that the number of ranks of a sequence is known."""
-    return config.parallel.scheme_is_auto and config.parallel.cp != AUTO
+    """Whether the scheme is to be chosen, now that the ranks of a sequence and the heads of each are known."""
+    return config.parallel.scheme_is_auto and AUTO not in (config.parallel.cp, config.parallel.tp)
 
 
 def with_scheme(config: RunConfig, device_name: str | None) -> tuple[RunConfig, list[str]]:

@@ -14,6 +14,7 @@ from trainer import tensor_rules
 from trainer.carry_rules import refused_carrying
 from trainer.config_sections import RUN_NAME, CheckpointSection, DataSection, GuardsSection, RunSection, TrainSection
 from trainer.engine_config import DeepSpeedSection, EngineName, refused_engine
+from trainer.prefix_rules import refused_prefixes
 from trainer.segment_rules import refused_segments
 
 __all__ = ["RUN_NAME", "CheckpointSection", "DataSection", "GuardsSection", "RunConfig", "RunSection", "TrainSection"]
@@ -40,7 +41,7 @@ class RunConfig(Section):
         self._check_guards()
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
-        for refused in (refused_carrying(self), refused_engine(self), refused_segments(self)):
+        for refused in (refused_carrying(self), refused_engine(self), refused_segments(self), refused_prefixes(self)):
             if refused:
                 raise ValueError(refused)
         if refused := self.optim.refused_clip():
@@ -53,16 +54,6 @@ class RunConfig(Section):
             )
         if self.optim.weights == "fp32" and self.train.precision == "fp64":
             raise ValueError("optim.weights fp32 contradicts train.precision fp64, which keeps parameters in float64; leave it null")
-        if self.memory.offload_optimizer == "host" and self.optim.bfloat16_weights:
-            raise ValueError(
-                f"memory.offload_optimizer host moves the states of torch's AdamW, which does not round to optim.weights {weights}: "
-                "set offload_optimizer none"
-            )
-        if self.memory.offload_optimizer == "host" and self.optim.preset not in ("adamw", "auto"):
-            raise ValueError(
-                f"memory.offload_optimizer host moves the states of adamw; optim.preset {self.optim.preset} keeps its own on the device: "
-                "set offload_optimizer none"
-            )
         if self.memory.offload_optimizer == "host" and self.optim.is_fused:
             raise ValueError(
                 "memory.offload_optimizer host updates bucket after bucket once all gradients are there, optim.fuse_backward frees them in "
@@ -75,9 +66,9 @@ class RunConfig(Section):
             if self.optim.is_fused:
                 reason = "optim.fuse_backward updates them inside it, where they are"
             elif self.optim.bfloat16_weights:
-                reason = f"optim.weights {weights} rounds them where their states are, on the device"
+                reason = f"optim.weights {weights} rounds them where they are, on the device"
             else:
-                reason = f"optim.preset {self.optim.preset} keeps its states on the device, and updates parameters there"
+                reason = f"optim.preset {self.optim.preset} updates them where they are, on the device"
             raise ValueError(
                 "memory.offload_parameters host moves parameters with adamw's states, bucket by bucket after the backward pass; "
                 f"{reason}: set offload_parameters none"
@@ -143,11 +134,6 @@ class RunConfig(Section):
         """Refuse a scheme that the heads or the number of ranks do not allow, naming one that can."""
         cp, sequence, ulysses = self.parallel.cp, self.parallel.sequence, self.parallel.ulysses
         heads = self.model.n_heads // self.parallel.tp  # of one tensor-parallel rank
-        if cp > 1 and "memory" in self.model.layer_kinds and self.model.memory.attach == "mac":
-            raise ValueError(
-                f"parallel.cp {cp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: "
-                f"ranks cannot share a sequence; set parallel.cp=1 parallel.dp_shard={cp}, or model.memory.attach=mag"
-            )
         if cp > 1 and self.layout == "zigzag" and self.model.has_sequential_memory:
             raise ValueError(
                 f"parallel.layout zigzag: the states of model.memory.kind {self.model.memory.kind} go from rank to rank, in order; "
@@ -182,10 +168,10 @@ class RunConfig(Section):
             return
         if "full" not in self.model.layer_kinds:
             raise ValueError("parallel.kv_residence host moves keys and values of full attention, and model.layers has none: set it device")
-        if self.parallel.tp > 1 or self.model.memory.around_stack or self.engine != "native":
-            other = f"parallel.tp {self.parallel.tp}, model.memory.kind {self.model.memory.kind} and engine {self.engine}"
+        if self.model.memory.around_stack or self.engine != "native":
+            other = f"model.memory.kind {self.model.memory.kind} and engine {self.engine}"
             raise ValueError(
-                "parallel.kv_residence host has only been shown with parallel.tp 1, layers read once per sequence and engine native, "
+                "parallel.kv_residence host has only been shown with layers read once per sequence and engine native, "
                 f"not with {other}: set it device"
             )
         if self.memory.recompute == "auto":
@@ -203,7 +189,6 @@ class RunConfig(Section):
             for held, remedy in (
                 (self.parallel.sequence in ("ring", "double_ring"), "parallel.sequence=ring or double_ring"),
                 (self.train.micro_batch_size == 1, "train.micro_batch_size=1 (rows differ in their documents)"),
-                (self.parallel.tp == 1, "parallel.tp=1"),
                 (self.data.document_mask, "data.document_mask=true (else there is one document: zigzag)"),
                 ("memory" not in self.model.layer_kinds, "layers without memory (its state and convolution cross few, ordered ranges)"),
             )

@@ -20,6 +20,8 @@ class RunSection(Section):
     """Directory that holds run directories."""
     name: str | None = None
     """Name of the run directory; null makes one from the config file's name and the time."""
+    private: bool = True
+    """Only you can look into the run directory (0700). false: others too, as your umask says."""
 
     @field_validator("name")
     @classmethod
@@ -63,8 +65,20 @@ class DataSection(Section):
     """Configuration (subset) name of a hub data set."""
     hub_split: str = "train"
     """Split of a hub data set."""
+    allow_download: bool = False
+    """data.source hub may ask the network for a data set by its name, and download it; false: local folders only."""
     text_field: str = "text"
     """Column or JSON key that holds the document."""
+    prefix_key: str | None = None
+    """Column or JSON key (jsonl, parquet, arrow, hub) that says how much of its document is a prefix, such as a prompt, which all of the
+    document sees; 0 for none. null: no document has one."""
+    prefix_unit: Literal["characters", "tokens"] = "characters"
+    """What prefix_key counts. characters: the first tokens that end inside so many characters of the document; tokens: so many tokens."""
+    prefix_mask: Literal["bidirectional", "causal"] = "bidirectional"
+    """bidirectional: in attention every token of a document sees its prefix, the prefix's own earlier tokens included (within a window);
+    memory layers stay causal. causal: a prefix is read like any text, and only left out of the loss."""
+    prefix_loss: bool = False
+    """Whether tokens of a prefix are predicted. Under prefix_mask bidirectional each of them is seen by the token that predicts it."""
     valid_path: str | None = None
     """Held-out data of the same source kind; null holds out documents of data.path by valid_fraction."""
     valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -99,7 +113,35 @@ class DataSection(Section):
             raise ValueError(f"source '{self.source}' needs data.path")
         elif self.synthetic != SyntheticSection():
             raise ValueError(f"data.synthetic is not read by source '{self.source}'; leave it out, or set data.source synthetic/...")
+        self._check_prefixes()
         return self
+
+    def _check_prefixes(self) -> None:
+        """Refuse what would not be read, or would mean nothing."""
+        if self.prefix_key is None:
+            for name in ("prefix_unit", "prefix_mask", "prefix_loss"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"data.{name} is not read without data.prefix_key; leave it out, or name the key")
+            return
+        if self.source not in ("jsonl", "parquet", "arrow", "hub"):
+            raise ValueError(
+                f"data.prefix_key is not read by source '{self.source}', whose documents have no keys: leave it out, or set data.source "
+                "jsonl, parquet, arrow or hub"
+            )
+        if self.prefix_key == self.text_field:
+            raise ValueError(f"data.prefix_key and data.text_field both name {self.text_field!r}: one is a number and the other the text")
+        if self.prefix_mask == "causal" and self.prefix_loss:
+            raise ValueError("data.prefix_mask causal with data.prefix_loss true makes nothing of prefixes: leave data.prefix_key out")
+        if self.bidirectional_prefixes and not self.document_mask:
+            raise ValueError(
+                "data.prefix_mask bidirectional shows a prefix to its own document, and data.document_mask false has no bounds between "
+                "documents: set data.document_mask=true, or data.prefix_mask=causal"
+            )
+
+    @property
+    def bidirectional_prefixes(self) -> bool:
+        """Whether documents have prefixes that all of their tokens see."""
+        return self.prefix_key is not None and self.prefix_mask == "bidirectional"
 
     def _check_synthetic(self) -> None:
         """Refuse what generated data do not read."""
@@ -141,6 +183,9 @@ class TrainSection(Section):
     segment_tokens: PositiveInt | None = None
     """Layers of kind swa and memory read a sequence in segments of so many tokens, each through all layers before the next one: a step's
     activations are those of one segment, whatever data.seq_len, for one more forward pass. null: the whole sequence at once."""
+    diagonal_segments: PositiveInt = 1
+    """With model.memory.kind armt, on one rank: layers work on so many segments at once, layer l on segment i - l, in one batched call per
+    diagonal. The same results from fewer and larger calls; a copy of the layers' weights, and the activations of so many segments."""
     micro_batch_size: PositiveInt = 1
     """Sequences per data-parallel rank in one forward and backward pass."""
     grad_accum: PositiveInt = 1

@@ -8,10 +8,5 @@ _NO_DROPOUT = (
 )
 DECLINED = {
     **dict.fromkeys(("model.attention_dropout", "model.attn_dropout", "model.attn_pdrop", "model.dropout"), _NO_DROPOUT),
-    **dict.fromkeys(
-        ("data.prefix_key", "data.prefix"),
-        "documents are plain text, all of it counts and is causal; parallel.ring_attention and its siblings take a prefix, and "
-        "models.batch.Bounds.prefixes gives one to a Transformer",
-    ),
 }
 """Keys that other trainers have and that mean something here that is not done, with the reason."""

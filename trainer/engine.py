@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from memory_mgmt.optimizer_offload import OffloadedOptimizer
+from memory_mgmt.optimizer_on_host import OnHost
 from memory_mgmt.parameter_offload import OffloadedParameters
 from models.batch import IGNORE_INDEX, Batch
 from models.int8_weight import stored
@@ -26,6 +26,7 @@ from models.segments import Segment
 from models.tables import columns_of
 from models.transformer import Transformer
 from optim.clip import clip_grad_norm
+from optim.driver import ComposedOptimizer
 from optim.fused_backward import FusedBackward
 from parallel.columns import as_whole
 from parallel.fsdp import reshard
@@ -145,7 +146,7 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        optimizer: torch.optim.Optimizer | OffloadedOptimizer,
+        optimizer: torch.optim.Optimizer | OnHost,
         mesh: Mesh | None,
         device: torch.device,
         precision: Precision,
@@ -256,7 +257,8 @@ class Engine:
         """The norm before clipping, of every gradient once."""
         if self.mesh is None or self.mesh.dims.tp == 1:
             return clip_grad_norm(self.parameters.values(), self.clip_norm, self.mesh.shard_group if self.mesh is not None else None)
-        copies = [parameter for name, parameter in self.parameters.items() if name not in self.model.parts]
+        parts = self.model.parts  # tables have the gradients of all ranks' tokens already, in columns of their own
+        copies = [parameter for name, parameter in self.parameters.items() if name not in parts and columns_of(parameter) is None]
         sum_copies(copies, self.mesh.tp_group)
         elsewhere = copies if self.mesh.tp_rank else ()
         return clip_grad_norm(self.parameters.values(), self.clip_norm, self.mesh.model_group, elsewhere)
@@ -277,8 +279,10 @@ class Engine:
         optim: dict[str, torch.Tensor] = {}
         states, parts = self.optimizer.state, self.model.parts
         for name, parameter in self.parameters.items():
+            lane = self.optimizer.lanes[parameter] if isinstance(self.optimizer, ComposedOptimizer) else None
+            part = parts.get(name) if lane is None or lane.redealt is None else None  # states of whole matrices know no parts
             for key, value in states[parameter].items():
-                optim[f"{name}.{key}"] = _whole(value, parameter, parts.get(name))
+                optim[f"{name}.{key}"] = _whole(value, parameter, part)
         model = self.parameters if self.offloaded is None else self.offloaded.tensors
         saved = {name: _whole(stored(parameter), parameter, parts.get(name)) for name, parameter in model.items()}
         return {"model": saved, "optim": optim}

@@ -34,6 +34,7 @@ from trainer.choosing_offload import resolve_offload
 from trainer.config import RunConfig
 from trainer.evals.registry import tokenizer_of
 from trainer.optimizer_plan import optimizer_plan
+from trainer.segment_rules import not_shared
 from trainer.tracing import TraceRequest, trace_step, trace_steps
 from trainer.zero_plan import with_zero
 
@@ -132,9 +133,6 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
     if target.config.memory.plan == "estimate":
         if target.config.memory.recompute == "auto":
             raise UserError("memory.recompute: auto needs a traced step; leave memory.plan at trace")
-        if target.config.parallel.cp > 1 and target.config.parallel.sequence != "ring":
-            scheme = target.config.parallel.sequence
-            raise UserError(f"parallel.sequence: {scheme} needs a traced step (formulas know the ring); leave memory.plan at trace")
         if target.config.layout == "per_document":
             raise UserError(
                 "parallel.layout: per_document needs a traced step (formulas know contiguous and zigzag); leave memory.plan at trace"
@@ -157,6 +155,9 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
             raise UserError("optim.fuse_backward: an update in the backward pass needs a traced step; leave memory.plan at trace")
         if target.config.optim.bfloat16_weights:
             raise UserError(f"optim.weights: {target.config.optim.kept_weights} needs a traced step; leave memory.plan at trace")
+        if target.config.memory.offload_optimizer == "host" and not target.config.optim.is_torch_adamw:
+            preset = target.config.optim.preset
+            raise UserError(f"memory.offload_optimizer: host with optim.preset {preset} needs a traced step; leave memory.plan at trace")
         if target.config.memory.quantise != "none":
             raise UserError(f"memory.quantise: {target.config.memory.quantise} needs a traced step; leave memory.plan at trace")
         return _estimated(target)
@@ -202,6 +203,7 @@ def _with_host(target: Target, plan: MemoryPlan, states_bytes: int) -> MemoryPla
     disk = target.config.memory.offload_dir is not None and states_bytes <= target.host_budget
     where = "host" if target.config.memory.offload_optimizer == "host" else "none"
     parameters = "host" if target.config.memory.offload_parameters == "host" else "none"
+    plan = replace(plan, sequence=not_shared(target.config))
     return replace(plan, host_budget_bytes=target.host_budget, disk_tier=disk, offload_optimizer=where, offload_parameters=parameters)
 
 
@@ -300,7 +302,7 @@ def _options(target: Target) -> list[tuple[str, RunConfig, str]]:
     is chosen host memory; twice the ranks."""
     config, memory = target.config, target.config.memory
     native = config.engine == "native"
-    movable = native and target.device.is_cuda and config.optim.is_torch_adamw and not config.optim.is_fused  # the optimizer's states
+    movable = native and target.device.is_cuda and not config.optim.is_fused  # the optimizer's states
     if memory.recompute == "auto":
         options = [({"offload": "kept"}, "copies to host memory")] if memory.offload == "none" else []
         options += offload_options(memory, cuda=movable)
@@ -309,7 +311,7 @@ def _options(target: Target) -> list[tuple[str, RunConfig, str]]:
         single = memory_options(config.model, memory, **shape, cuda=movable)
         together = {key: value for settings, _ in single for key, value in settings.items()}
         options = [*single, (together, "the costs of each added")] if len(single) > 1 else single
-    options += parameter_options(memory, cuda=movable)
+    options += parameter_options(memory, cuda=movable and config.optim.is_torch_adamw)
     found = []
     for settings, cost in options:
         text = " ".join(f"memory.{key}={value}" for key, value in settings.items())
@@ -325,7 +327,7 @@ def _prefetched(target: Target) -> int:
     config = target.config
     if target.device.is_cuda:
         return 0
-    one = 3 * 8 * config.train.micro_batch_size * config.data.seq_len
+    one = 3 * 4 * config.train.micro_batch_size * config.data.seq_len
     passes = config.train.grad_accum
     return one * (3 * passes - min(passes, 2))
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from memory_mgmt.apply import draws_random_numbers
 from models.batch import Batch
 from models.layer_segments import LayerSegments
+from models.memory.armt import AssociativeMemory
+from models.memory.armt_diagonals import Diagonals
 from models.memory.protocol import State, detached
 from models.repeat import again, turns
 from models.segments import Segment, Step
@@ -115,6 +117,8 @@ def segment_runner(config: RunConfig, model: Transformer) -> SegmentRunner | Non
     """What runs the segments of a sequence of ``model``, which is told of ``train.segment_tokens``; None: it is read at once."""
     if config.train.segment_tokens is not None:
         model.layer_segments = LayerSegments([cast(Block, block).mixer for block in model.blocks], config.train.segment_tokens)
+    if config.train.diagonal_segments > 1:
+        cast(AssociativeMemory, model.stack).diagonals = Diagonals(config.train.diagonal_segments, config.memory.recompute == "block")
     if model.segmented is None:
         return None
     return SegmentRunner(model, config.train.bptt_segments, config.memory.segment_states, draws=draws_random_numbers(model))
@@ -186,19 +190,15 @@ class _Sequence:
         return inner
 
     def forward(self, i: int, state: State | None, anew: bool) -> State:
-        """The state after step ``i``. ``anew``: it runs for the first time."""
+        """The state after step ``i``. ``anew``: it runs for the first time. Its losses are made when it runs backward."""
         with self._running(i, anew):
-            nll_Bw, after = self.call(self.shard, Segment(self.steps[i], state))
-        if anew:
-            self._note(i, nll_Bw)
-        return after
+            return self.call(self.shard, Segment(self.steps[i], state, loss=False))[1]
 
     def backward(self, i: int, given: State | None, gradients: State, anew: bool) -> tuple[State, State]:
         """Step ``i`` forward and backward: the state after it, and gradients of the one ``given`` from those of the one after."""
         with self._running(i, anew):
             nll_Bw, after = self.call(self.shard, Segment(self.steps[i], given))
-        if anew:
-            self._note(i, nll_Bw)
+        self._note(i, nll_Bw)
         into = [(after[name], gradient) for name, gradient in gradients.items() if after[name].requires_grad]
         with self.last.begins(self.nll_BT) if i == self.last.step else contextlib.nullcontext():
             torch.autograd.backward([nll_Bw.sum() / self.divisor, *(x for x, _ in into)], [None, *(g for _, g in into)])

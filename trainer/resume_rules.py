@@ -12,6 +12,7 @@ from trainer.config_file import changed_keys, value_of
 
 LAWFUL_SECTIONS = ("parallel.", "checkpoint.", "memory.", "guards.", "deepspeed.")
 LAWFUL_KEYS = (
+    "run.private",
     "engine",  # the same updates, in the same checkpoints
     "train.steps",
     "train.device",

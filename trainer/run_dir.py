@@ -222,8 +222,8 @@ class RunDir:
             matches = [STEP_NAME.fullmatch(entry.name) for entry in entries if entry.is_dir()]
         return sorted(int(match[1]) for match in matches if match and match[0] == f"step_{int(match[1]):08d}")
 
-    def create(self) -> None:
-        """Make the directory and its folders.
+    def create(self, private: bool = True) -> None:
+        """Make the directory and its folders; ``private``: for nobody else to look into.
 
         Raises UserError when it holds anything already (a run is resumed, never overwritten) or cannot be written.
         """
@@ -233,8 +233,11 @@ class RunDir:
                     f"run directory {self.path} exists and is not empty: "
                     f"continue it with 'longstride resume {self.path}' or choose another run.name"
                 )
-            for folder in (self.path, self.tensorboard, self.logs, self.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            if private:
+                self.path.chmod(0o700)
+            for folder in (self.tensorboard, self.logs, self.checkpoints):
+                folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create run directory {self.path}: {error.strerror or error}; choose another run.root") from None
 

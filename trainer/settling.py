@@ -5,7 +5,7 @@ Imports no torch.
 
 The first preset of ``optim.allowed`` with a mesh that fits is taken, and of its meshes the one with the fastest step. Degrees never
 change the experiment: the sequences of a step stay what ``auto`` degrees of 1 would make them, so more data-parallel ranks do fewer
-passes each. ``parallel.tp`` is never chosen: it stays what it is given as. Try alone:
+passes each. ``parallel.tp`` that is auto is a divisor of a node's devices: its messages are waited for, several per layer. Try alone:
 ``longstride plan debug_cpu parallel.cp=auto parallel.dp_shard=auto parallel.ranks=4``.
 """
 
@@ -24,7 +24,7 @@ from memory_mgmt.problem import baseline_policy, problem_of_trace
 from models.config import MemoryModuleConfig
 from models.errors import UserError
 from optim.config import Preset
-from parallel.config import INNER_DEGREES
+from parallel.config import AUTO, INNER_DEGREES
 from trainer.choosing_offload import places
 from trainer.choosing_scheme import scheme_is_open, with_scheme
 from trainer.config import RunConfig
@@ -171,8 +171,9 @@ def _possible(config: RunConfig, ranks: int, device_name: str | None) -> tuple[l
     """Configurations of every choice that the settings allow, and those they refuse with the reason."""
     possible, refused = [], []
     sequences = config.global_batch_sequences
-    for replicate, shard, cp in _factors(config, ranks):
-        degrees = {"dp_replicate": replicate, "dp_shard": shard, "cp": cp, "ranks": None}
+    on_node = _on_node(config, ranks, device_name)
+    for replicate, shard, cp, tp in _factors(config, ranks):
+        degrees = {"dp_replicate": replicate, "dp_shard": shard, "cp": cp, "tp": tp, "ranks": None}
         parallel = config.parallel.model_copy(update=degrees)
         passes, rest = divmod(sequences, replicate * shard * config.train.micro_batch_size)
         train = config.train.model_copy(update={"grad_accum": max(1, passes)})
@@ -182,8 +183,13 @@ def _possible(config: RunConfig, ranks: int, device_name: str | None) -> tuple[l
             reason = f"{sequences} sequences per step are not divisible among {replicate * shard} x {config.train.micro_batch_size}"
             refused.append(Tried(chosen, words, f"refused: {reason}"))
             continue
+        if config.parallel.tp == AUTO and on_node % tp:
+            refused.append(Tried(chosen, words, f"refused: parallel.tp {tp} would cross nodes of {on_node} ranks"))
+            continue
         try:
-            possible.append(RunConfig.model_validate(dict(with_scheme(RunConfig.model_validate(dict(chosen)), device_name)[0])))
+            choice = RunConfig.model_validate(dict(with_scheme(RunConfig.model_validate(dict(chosen)), device_name)[0]))
+            target_for(choice, device_name)  # refuses a vocabulary that tensor-parallel ranks cannot share
+            possible.append(choice)
         except ValidationError as error:
             refused.append(Tried(chosen, words, f"refused: {_reason(error)}"))
         except UserError as error:
@@ -191,17 +197,24 @@ def _possible(config: RunConfig, ranks: int, device_name: str | None) -> tuple[l
     return possible, refused
 
 
-def _factors(config: RunConfig, ranks: int) -> Iterator[tuple[int, int, int]]:
-    """(dp_replicate, dp_shard, cp) with ``ranks / tp`` as product and the given degrees as they are."""
+def _on_node(config: RunConfig, ranks: int, device_name: str | None) -> int:
+    """Of ``ranks`` ranks those of one node."""
+    alone = config.parallel.model_copy(update={"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "ranks": None})
+    node = target_for(config.model_copy(update={"parallel": alone}), device_name).device.node
+    return min(ranks, node.devices) if node is not None else ranks
+
+
+def _factors(config: RunConfig, ranks: int) -> Iterator[tuple[int, int, int, int]]:
+    """(dp_replicate, dp_shard, cp, tp) with ``ranks`` as product and the given degrees as they are."""
     parallel = config.parallel
-    if ranks % parallel.tp:
+    if parallel.tp != AUTO and ranks % parallel.tp:
         raise UserError(f"parallel.tp {parallel.tp} does not divide {ranks} ranks; set it to a divisor, or start a multiple of it")
-    ranks //= parallel.tp
-    for cp in _divisors(ranks, parallel.cp):
-        for shard in _divisors(ranks // cp, parallel.dp_shard):
-            replicate = ranks // cp // shard
-            if parallel.dp_replicate in (0, replicate):
-                yield replicate, shard, cp
+    for tp in _divisors(ranks, parallel.tp):
+        for cp in _divisors(ranks // tp, parallel.cp):
+            for shard in _divisors(ranks // tp // cp, parallel.dp_shard):
+                replicate = ranks // tp // cp // shard
+                if parallel.dp_replicate in (0, replicate):
+                    yield replicate, shard, cp, tp
 
 
 def _divisors(number: int, given: int) -> list[int]:
@@ -210,7 +223,7 @@ def _divisors(number: int, given: int) -> list[int]:
 
 def _try_all(targets: Sequence[Target], asked: RunConfig) -> list[Tried]:
     """Every target's step, the promising first: short sequences' parts need little traffic, so the least cp whose leanest step fits."""
-    order = sorted(targets, key=lambda target: (not _may_fit(target), target.config.parallel.cp, -target.config.parallel.dp_replicate))
+    order = sorted(targets, key=_promise)
     deadline = time.monotonic() + TIME_LIMIT
     tried = []
     for start in range(0, len(order), _TOGETHER):
@@ -221,6 +234,12 @@ def _try_all(targets: Sequence[Target], asked: RunConfig) -> list[Tried]:
         else:
             tried += [Tried(target.config, _words(target.config, asked), "not tried") for target in some]
     return tried
+
+
+def _promise(target: Target) -> tuple[bool, int, int, int]:
+    """What is tried first is least."""
+    parallel = target.config.parallel
+    return not _may_fit(target), parallel.cp * parallel.tp, parallel.tp, -parallel.dp_replicate
 
 
 def _may_fit(target: Target) -> bool:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memory_mgmt.offload import HostStore
-from memory_mgmt.optimizer_offload import OffloadedOptimizer
+from memory_mgmt.optimizer_on_host import OnHost
 from memory_mgmt.parameter_offload import OffloadedParameters
 from memory_mgmt.policy import CLASSES, Policy
 from memory_mgmt.policy_settings import policy_of
@@ -28,8 +28,10 @@ from memory_mgmt.trace_recorder import StepRecorder, layer_of
 from models.batch import Batch, Bounds
 from models.kernels import planned_for
 from optim.driver import ComposedOptimizer
+from optim.row_sparse import RowSparse
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
+from parallel.outbox import forget
 from trainer.build import engine_for, shaped_model
 from trainer.config import RunConfig
 from trainer.engine import Engine
@@ -106,7 +108,8 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
             offloaded = OffloadedParameters(model, store, device) if config.memory.offload_parameters == "host" else None
             engine = engine_for(config, model, mesh, device, store, offloaded)
             _adopt(recorder, engine)
-            _step(recorder, engine, [_warm_up_batch(config)])
+            with _updates_left_out(engine):
+                _step(recorder, engine, [_warm_up_batch(config)])
             batches = [_batch(config, config.data.seq_len) for _ in range(min(config.train.grad_accum, 2))]
             recorder.tag((x for b in batches for x in (b.tokens_BT, b.labels_BT, b.positions_BT)), "batch")
             if isinstance(engine.optimizer, ComposedOptimizer):
@@ -136,9 +139,27 @@ def _step(recorder: StepRecorder, engine: Engine, batches: list[Batch]) -> None:
     engine.step(lr=1e-3)
 
 
-def _follow_update(recorder: StepRecorder, optimizer: torch.optim.Optimizer | OffloadedOptimizer) -> None:
+@contextlib.contextmanager
+def _updates_left_out(engine: Engine) -> Iterator[None]:
+    """Of the warm-up, where they are element by element on CUDA: they leave nothing behind there and read no value, and with few bits they
+    are most of what a step does."""
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, ComposedOptimizer) or isinstance(optimizer, OnHost) or engine.device.type != "cuda":
+        yield
+        return
+    if any(lane.is_method or isinstance(lane.rule, RowSparse) for lane in optimizer.lanes.values()):
+        yield
+        return
+    vars(optimizer)["step_lanes"] = lambda group, lanes: None
+    try:
+        yield
+    finally:
+        del vars(optimizer)["step_lanes"]
+
+
+def _follow_update(recorder: StepRecorder, optimizer: torch.optim.Optimizer | OnHost) -> None:
     """Note when the next update begins, and of which layer's states where they come in buckets."""
-    if isinstance(optimizer, OffloadedOptimizer):
+    if isinstance(optimizer, OnHost):
         optimizer.watch = lambda section: recorder.enter("update", layer_of(section), section)
         return
 
@@ -167,13 +188,13 @@ def _warm_up_batch(config: RunConfig) -> Batch:
 
 
 def _batch(config: RunConfig, tokens: int, documents: tuple[int, ...] = (0,)) -> Batch:
-    """One micro-batch; on fake tensors only the shape counts. ``documents``: where they begin."""
+    """One micro-batch; on fake tensors only the shape counts. ``documents``: where they begin. Where data have prefixes, half of a
+    sequence that is one document is one: so there are queries that see keys after them, and others that do not."""
     rows = config.train.micro_batch_size
-    bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows)
-    positions_BT = torch.arange(tokens).expand(rows, tokens).contiguous()
-    return Batch(
-        torch.zeros(rows, tokens, dtype=torch.long), torch.zeros(rows, tokens, dtype=torch.long), positions_BT, bounds, (True,) * rows
-    )
+    prefixes = ((tokens // 2,),) * rows if config.data.bidirectional_prefixes and documents == (0,) else ()
+    bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows, prefixes)
+    tokens_BT, labels_BT, positions_BT = (torch.zeros(rows, tokens, dtype=torch.int32) for _ in range(3))
+    return Batch(tokens_BT, labels_BT, positions_BT, bounds, (True,) * rows)
 
 
 @contextlib.contextmanager
@@ -189,4 +210,5 @@ def _process_group(world_size: int, config: RunConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        forget()
         dist.destroy_process_group()

@@ -12,8 +12,6 @@ ELEMENTWISE = ("adamw", "adamw_8bit", "adamw_4bit", "sgd")
 """Presets that update every element by itself: on a part as on the whole."""
 ROUNDED_ALIKE = ("fp32", "bf16", "bf16_24bit")
 """Of ``optim.weights`` those that round without chance."""
-SHARED_MEMORIES = ("gated_deltanet", "gsa", "mamba2", "titans")
-"""Kinds of ``model.memory.kind`` whose layers share a tensor-parallel group's tokens; of others it has not been shown."""
 STATE_BLOCK = 128
 """Elements that a codec of 8 or 4 bits keeps with one scale (``optim/codecs.py``)."""
 
@@ -42,17 +40,9 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
     attach = config.model.memory.attach
     if "memory" in config.model.layer_kinds and attach == "mac":
         return (
-            f"parallel.tp {tp}: model.memory.attach mac reads, for a segment's attention, the memory that the one before wrote: ranks "
-            f"cannot share a sequence's tokens; set parallel.tp=1 parallel.dp_shard={tp}, or model.memory.attach=mag"
+            f"parallel.tp {tp}: model.memory.attach mac has not been shown to be exact over tensor-parallel ranks; set parallel.tp=1 and "
+            "parallel.cp or parallel.dp_shard, or model.memory.attach=mag"
         )
-    kind = config.model.memory.kind
-    if "memory" in config.model.layer_kinds and kind not in SHARED_MEMORIES:
-        return (
-            f"parallel.tp {tp}: model.memory.kind {kind} has not been shown to be exact over tensor-parallel ranks, those of "
-            f"{', '.join(SHARED_MEMORIES)} have; set parallel.tp=1 and parallel.cp or parallel.dp_shard"
-        )
-    if config.train.carry_state != "none":
-        return f"parallel.tp {tp}: states carried from sequence to sequence have not been shown to be exact: set train.carry_state=none"
     # Ranges of a zigzag layout that neighbours share in equal parts: attention beside a memory knows none such, and an odd number of
     # neighbours would cut them to unequal ranges.
     if "memory" in config.model.layer_kinds and config.layout == "zigzag" and (tp % 2 or attach != "mixer"):
@@ -60,8 +50,6 @@ def _of_layers(config: RunConfig, tp: int) -> str | None:
             f"parallel.tp {tp} with parallel.layout zigzag: a memory layer {'of' if attach == 'mixer' else 'beside attention and'} {tp} "
             "tensor-parallel ranks needs each one's tokens in one piece: set parallel.layout=contiguous"
         )
-    if "product_keys" in config.model.feedforward_kinds:
-        return f"parallel.tp {tp}: memory layers with product keys are not shared by tensor-parallel ranks: set parallel.tp=1"
     return None
 
 
@@ -72,10 +60,10 @@ def _of_updates(config: RunConfig, tp: int) -> str | None:
             f"parallel.tp {tp}: an update in the backward pass (optim.fuse_backward, optim.preset lomo) would move norms before their "
             "gradients are summed over tensor-parallel ranks: set optim.fuse_backward=false"
         )
-    if optim.preset not in (*ELEMENTWISE, "auto"):
+    if optim.preset not in (*ELEMENTWISE, "auto") and optim.kept_weights == "bf16_24bit":
         return (
-            f"parallel.tp {tp}: optim.preset {optim.preset} updates whole matrices, of which a tensor-parallel rank has parts: set "
-            f"optim.preset to one of {', '.join(ELEMENTWISE)}, or parallel.tp=1 and parallel.dp_shard or parallel.cp to share them by rows"
+            f"parallel.tp {tp}: optim.weights bf16_24bit keeps a correction beside each weight, and optim.preset {optim.preset} updates "
+            f"matrices where their rows are dealt anew: set optim.weights=bf16 or fp32, or optim.preset to one of {', '.join(ELEMENTWISE)}"
         )
     if optim.kept_weights not in ROUNDED_ALIKE:
         return (
@@ -104,6 +92,4 @@ def _of_memory(config: RunConfig, tp: int) -> str | None:
     memory = config.memory
     if memory.plan == "estimate":
         return f"parallel.tp {tp} needs a traced step (formulas know no tensor parallelism): set memory.plan=trace"
-    if config.parallel.kv_residence == "host":
-        return f"parallel.tp {tp}: tensor-parallel ranks hold their keys on the device so far: set parallel.kv_residence=device"
     return None

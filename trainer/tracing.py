@@ -34,6 +34,7 @@ _RELATED_TRAIN = (
     "deterministic",
     "segment_tokens",
     "bptt_segments",
+    "diagonal_segments",
 )
 
 _ORDER_TO_CARRY: dict[str, dict[str, str]] = {"none": {}, "document": {"shuffle": "documents"}}

@@ -24,8 +24,9 @@ LONG = 3.0
 KNOWN_STEPS = 3
 """From how many steps on there is a median to go by."""
 _RECENT = 200
-_ACCOUNT_SECONDS = 5.0
-"""For the account of the end; a file system that hangs must not keep the rank from ending."""
+_TELL_SECONDS = 5.0
+"""For the stacks, and as long for the account of the end: a log is a file, and one on a file system that hangs must not keep the rank from
+ending."""
 
 
 class Watchdog:
@@ -91,10 +92,14 @@ class Watchdog:
                 self._end(reason)
 
     def _end(self, reason: str) -> None:
-        os.write(2, f"{stamp()}error: hung: {reason}; every thread stands here:\n".encode())
-        faulthandler.dump_traceback(file=2, all_threads=True)
-        telling = threading.Thread(target=self._account, args=(f"hung: {reason}",), daemon=True)
-        telling.start()
-        telling.join(_ACCOUNT_SECONDS)
+        for tell, words in ((_write_stacks, reason), (self._account, f"hung: {reason}")):
+            telling = threading.Thread(target=tell, args=(words,), daemon=True)
+            telling.start()
+            telling.join(_TELL_SECONDS)
         time.sleep(self._peers_seconds)
         os._exit(HUNG)
+
+
+def _write_stacks(reason: str) -> None:
+    os.write(2, f"{stamp()}error: hung: {reason}; every thread stands here:\n".encode())
+    faulthandler.dump_traceback(file=2, all_threads=True)

@@ -9,7 +9,7 @@
 
 The memory tokens are learned and stand behind every segment; what is remembered is W and z alone. The memory of a layer depends on that
 layer's of the segment before, but what is written depends on what was read: ranks would have to wait for each other layer by layer, which
-is not built.
+is not built. On one device layers work on several segments at once (`models/memory/armt_diagonals.py`).
 
 Left unspecified by the paper, or other than there: queries and keys have unit length, which makes eps small beside phi(k)' z whatever
 the width; what is written is normed first, as the stream's size grows with depth; all tokens of a segment are written at once, against
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from models.config import ModelConfig
 from models.linear import linear
+from models.memory.armt_diagonals import Diagonals, read_diagonals
 from models.memory.protocol import MemoryTraits, State
 from models.memory.rmt import placed
 from models.memory.stack import Backbone, StackMemory
@@ -64,27 +65,29 @@ class LayerMemory(nn.Module):
 
     def read(self, x_BXC: Tensor, w_BFC: Tensor, z_BF: Tensor) -> Tensor:
         """What is remembered at each place, added to the stream."""
-        (found_BXC,) = recomputed(self._found, linear(x_BXC, self.w_q), w_BFC, z_BF)
+        (found_BXC,) = recomputed(self.found, linear(x_BXC, self.w_q), w_BFC, z_BF)
         return x_BXC + found_BXC.to(x_BXC.dtype)
 
-    def _found(self, q_BXk: Tensor, w_BFC: Tensor, z_BF: Tensor) -> tuple[Tensor]:
+    def found(self, q_BXk: Tensor, w_BFC: Tensor, z_BF: Tensor) -> tuple[Tensor]:
+        """What the queries find; further leading dims may stand before B."""
         phi_BXF = dpfp(q_BXk.to(w_BFC.dtype), self.features)
         return (phi_BXF @ w_BFC / (phi_BXF @ z_BF.unsqueeze(-1) + EPS),)
 
     def write(self, t_BmC: Tensor, w_BFC: Tensor, z_BF: Tensor) -> tuple[Tensor, Tensor]:
         """The state with the memory tokens ``t`` written."""
-        return recomputed(self._written, t_BmC.to(w_BFC.dtype), w_BFC, z_BF, self.norm, self.w_k, self.w_v, self.w_beta)  # type: ignore[return-value]
+        return recomputed(self.written, t_BmC.to(w_BFC.dtype), w_BFC, z_BF, self.norm, self.w_k, self.w_v, self.w_beta)  # type: ignore[return-value]
 
-    def _written(
-        self, t: Tensor, w_BFC: Tensor, z_BF: Tensor, norm: Tensor, w_k: Tensor, w_v: Tensor, w_beta: Tensor
-    ) -> tuple[Tensor, ...]:
+    def written(self, t: Tensor, w_BFC: Tensor, z_BF: Tensor, norm: Tensor, w_k: Tensor, w_v: Tensor, w_beta: Tensor) -> tuple[Tensor, ...]:
+        """``w`` and ``z`` with ``t`` written. All may be of several layers, in a dim before B, and so may be the weights."""
+        if norm.dim() > 1:
+            norm, w_k, w_v, w_beta = (weight.unsqueeze(1) for weight in (norm.unsqueeze(1), w_k, w_v, w_beta))
         t = t * (t.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt() * norm
-        w_k, w_v, w_beta = (weight.to(t.dtype) for weight in (w_k, w_v, w_beta))
-        phi_BmF, beta_Bm1 = dpfp(F.linear(t, w_k), self.features), torch.sigmoid(F.linear(t, w_beta))
+        w_k, w_v, w_beta = (weight.to(t.dtype).mT for weight in (w_k, w_v, w_beta))
+        phi_BmF, beta_Bm1 = dpfp(t @ w_k, self.features), torch.sigmoid(t @ w_beta)
         known_Bm1 = phi_BmF @ z_BF.unsqueeze(-1)
-        error_BmC = F.linear(t, w_v) - phi_BmF @ w_BFC / (known_Bm1 + EPS)
+        error_BmC = t @ w_v - phi_BmF @ w_BFC / (known_Bm1 + EPS)
         new_Bm1 = (1 - known_Bm1 / (phi_BmF.square().sum(-1, keepdim=True) + EPS)).clamp(0, 1).detach()
-        return w_BFC + phi_BmF.mT @ (beta_Bm1 * error_BmC), z_BF + (new_Bm1 * phi_BmF).sum(1)
+        return w_BFC + phi_BmF.mT @ (beta_Bm1 * error_BmC), z_BF + (new_Bm1 * phi_BmF).sum(-2)
 
 
 class AssociativeMemory(StackMemory):
@@ -96,7 +99,13 @@ class AssociativeMemory(StackMemory):
         super().__init__(segment, d_model)
         self.tokens = tokens
         self.initial = nn.Parameter(torch.empty(tokens, d_model))
+        self.diagonals: Diagonals | None = None
+        """A seam: so many segments are worked on together; None: one after the other."""
         self.layers = nn.ModuleList(LayerMemory(d_model, key_dim, features, norm_eps) for _ in range(layers))
+
+    def together(self) -> int:
+        """See `StackMemory.together`."""
+        return 1 if self.diagonals is None else self.diagonals.segments
 
     def begin(self, rows: int, device: torch.device | str, dtype: torch.dtype) -> State:
         """Nothing is remembered."""
@@ -109,6 +118,8 @@ class AssociativeMemory(StackMemory):
     def read(self, backbone: Backbone, x_BsC: Tensor, lengths: Sequence[int], state: State, cache: dict) -> tuple[Tensor, State]:
         """See `StackMemory.read`."""
         m, s = self.tokens, x_BsC.shape[1]
+        if s > self.size:
+            return self._read_diagonals(backbone, x_BsC, state, cache)
         own_mC = self.initial.to(x_BsC.dtype)
         even = all(length == s for length in lengths)
         if even:
@@ -122,6 +133,13 @@ class AssociativeMemory(StackMemory):
             t_BmC = h_BXC[:, s:] if even else torch.stack([h[length : length + m] for h, length in zip(h_BXC, lengths, strict=True)])
             after[f"w{i}"], after[f"z{i}"] = layer.write(t_BmC, w_BFC, z_BF)  # type: ignore[operator]
         return h_BXC[:, :s], after
+
+    def _read_diagonals(self, backbone: Backbone, x_BTC: Tensor, state: State, cache: dict) -> tuple[Tensor, State]:
+        """Several whole segments of every row."""
+        assert self.diagonals is not None
+        w_LBFC, z_LBF = (torch.stack([state[f"{leaf}{i}"] for i in range(len(self.layers))]) for leaf in "wz")
+        y_BTC, w_LBFC, z_LBF = read_diagonals(self, list(backbone.blocks), self.diagonals, x_BTC, w_LBFC, z_LBF, cache)
+        return y_BTC, {f"{leaf}{i}": one for leaf, all_L in (("w", w_LBFC), ("z", z_LBF)) for i, one in enumerate(all_L)}
 
 
 def build(config: ModelConfig) -> AssociativeMemory:

@@ -1,7 +1,8 @@
-"""A memory and sliding-window attention in one mixer: side by side (MAG) or one after the other (MAL), for any kind of memory.
+"""A memory and sliding-window attention in one mixer: side by side (MAG) or one after the other (MAL, after), for any kind of memory.
 
     MAG   y = W_o (RMSNorm(attention(x)) * silu(RMSNorm(memory(x))))          memory as gate, section 4.2 of arXiv 2501.00663
     MAL   m = memory(x)        y = m + attention(RMSNorm(x + m))               memory as layer, section 4.3
+    after a = attention(x)     y = a + memory(RMSNorm(x + a))                  MAL the other way round
 
 Attention is the model's own sliding-window layer, with its seam for other ranks; the memory has its own. Both reach tokens of other ranks
 by themselves, so what the memory claims holds for the pair. Attention sees the present sequence only, as the other layers do.
@@ -119,6 +120,21 @@ class MemoryAsLayer(AttachedMemory):
         """See `AttachedMemory.mix`."""
         read_BTC, state = self.memory.goes_on(x_BTC, bounds)
         return read_BTC + self.attend(self.norm(x_BTC + read_BTC), bounds), state
+
+
+class MemoryAfterAttention(AttachedMemory):
+    """The memory reads, and keeps, what attention made of the tokens."""
+
+    def __init__(self, memory: MemoryModule, attention: Attention, shapes: AttachedShapes, d_model: int, norm_eps: float) -> None:
+        super().__init__(memory, attention, shapes)
+        self.traits = replace(memory.traits, attach="post_attn")
+        self.norm = RMSNorm(d_model, norm_eps)
+
+    def mix(self, x_BTC: Tensor, bounds: Bounds) -> tuple[Tensor, State]:
+        """See `AttachedMemory.mix`."""
+        seen_BTC = self.attend(x_BTC, bounds)
+        read_BTC, state = self.memory.goes_on(self.norm(x_BTC + seen_BTC), bounds)
+        return seen_BTC + read_BTC, state
 
 
 def gated(eps: float, dtype: torch.dtype, seen_BTC: Tensor, read_BTC: Tensor, seen_norm_C: Tensor, read_norm_C: Tensor) -> tuple[Tensor]:

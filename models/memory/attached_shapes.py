@@ -19,7 +19,7 @@ def attention_small(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class AttachedShapes:
-    """Attention of one layer of ``model.memory.attach`` mag or mal."""
+    """Attention of one layer of ``model.memory.attach`` mag, mal or after."""
 
     attach: str
     d_model: int
@@ -42,7 +42,7 @@ class AttachedShapes:
         return self.d_model * (2 * self.query_width + 2 * self.key_width + (self.d_model if self.attach == "mag" else 0))
 
     def other_parameters(self) -> int:
-        """Norms, two of MAG, one of MAL, and attention's small ones."""
+        """Norms, two of MAG, one of the others, and attention's small ones."""
         return self.d_model * (2 if self.attach == "mag" else 1) + self.small
 
     def flops_forward(self, tokens: int) -> float:
@@ -63,7 +63,7 @@ class AttachedShapes:
 
     def saved_bytes(self, rows: int, tokens: int, e: int, w: int, tiled: bool) -> int:
         """Kept beside what the memory keeps: queries, keys, values, output and log-sum-exp; of MAG what attention and memory gave and
-        their product, of MAL the normed stream, what was normed and a statistic. Where tiles are made again attention is too."""
+        their product, of the others the normed stream, what was normed and a statistic. Where tiles are made again attention is too."""
         inside = (2 * self.query_width + 2 * self.key_width) * e + self.heads * w
         joined = 3 * self.d_model * e if self.attach == "mag" else 2 * self.d_model * e + w
         return rows * tokens * (joined + (0 if tiled else inside))

@@ -54,19 +54,21 @@ class Chunks:
     """The stream that holds the last token of each row."""
 
 
-def plan_chunks(bounds: Bounds, span: Range, chunk: int, reset_every: int = 0) -> Chunks:
-    """The chunks of ``span``, kept in ``bounds`` for all layers. ``reset_every``: tokens of a reset period, 0 for none."""
-    key = ("chunks", span, chunk, reset_every)
+def plan_chunks(bounds: Bounds, span: Range, chunk: int, reset_every: int = 0, from_start: bool = False) -> Chunks:
+    """The chunks of ``span``, kept in ``bounds`` for all layers. ``reset_every``: tokens of a reset period, 0 for none. ``from_start``: a
+    chunk inside which the range begins is taken from its own first token on; the chunks' ``span`` then begins with the earliest of them."""
+    key = ("chunks", span, chunk, reset_every, from_start)
     if key not in bounds._cache:
-        bounds._cache[key] = _plan(bounds, span, chunk, reset_every)
+        bounds._cache[key] = _plan(bounds, span, chunk, reset_every, from_start)
     return bounds._cache[key]
 
 
-def _plan(bounds: Bounds, span: Range, chunk: int, reset_every: int) -> Chunks:
+def _plan(bounds: Bounds, span: Range, chunk: int, reset_every: int, from_start: bool) -> Chunks:
     steps, streams, rows, starts, lengths, fresh, first_open = [], [], [], [], [], [], []
     n_streams, row_of, last_of_row = 0, [], []
+    spans = [(_chunk_start(row, span[0], chunk) if from_start else span[0], span[1]) for row in bounds.documents]
     for row, documents in enumerate(bounds.documents):
-        start_c, length_c, fresh_c, is_open = _row_chunks(documents, span, chunk, reset_every)
+        start_c, length_c, fresh_c, is_open = _row_chunks(documents, spans[row], chunk, reset_every)
         heads = np.flatnonzero(fresh_c) if reset_every else np.array([], dtype=np.int64)
         cuts = np.unique(np.concatenate([[0], heads])).astype(np.int64)
         stream_c = np.searchsorted(cuts, np.arange(len(start_c)), side="right") - 1
@@ -90,7 +92,7 @@ def _plan(bounds: Bounds, span: Range, chunk: int, reset_every: int) -> Chunks:
     last_S = np.zeros(n_streams, dtype=np.int64)
     np.maximum.at(last_S, stream_c, step_c)
     return Chunks(
-        span=span,
+        span=min(spans),
         n_rows=len(bounds.documents),
         n_steps=n_steps,
         n_streams=n_streams,
@@ -106,6 +108,13 @@ def _plan(bounds: Bounds, span: Range, chunk: int, reset_every: int) -> Chunks:
         row_S=np.array(row_of),
         last_stream_B=np.array(last_of_row),
     )
+
+
+def _chunk_start(documents: Sequence[int], token: int, chunk: int) -> int:
+    """The first token of the chunk that holds ``token``."""
+    place = max(bisect_right(documents, token) - 1, 0)
+    origin = documents[place] if documents else 0
+    return origin + (token - origin) // chunk * chunk
 
 
 def _row_chunks(documents: Sequence[int], span: Range, chunk: int, reset_every: int) -> tuple[_Ints, _Ints, _Ints, bool]:
@@ -134,6 +143,8 @@ class Share:
     """One rank's part of all chunks and how tokens get there. Slots are [N, S, p], flattened."""
 
     rank: int
+    held: int
+    """Tokens [B * T] that this rank holds; those that belong to no chunk are not given away."""
     shape: tuple[int, int, int]
     mask_NSp: Tensor
     """Slots that hold a token."""
@@ -179,6 +190,7 @@ def share_of(chunks: Chunks, held: Sequence[Sequence[Range]], rank: int, device:
 
     return Share(
         rank=rank,
+        held=chunks.n_rows * n_local,
         shape=shape,
         mask_NSp=on_device(mask),
         first_NSp=on_device(leading & chunks.begins_NS[..., None]),

@@ -6,16 +6,17 @@
     y = W_o (RMSNorm(z) * silu(RMSNorm(f_A(q(z)))))
 
 The paper reads the updated memory in the last line, which would show a token the later ones of its segment; here it is read as it was at
-the segment's start. The memory's input depends on what the segment read from it, so segments follow each other and one sequence cannot be
-shared by ranks. Convolutions begin anew with every segment.
+the segment's start. The memory's input depends on what the segment read from it, so segments follow each other. Ranks that share a sequence
+therefore share every segment: each works on a slice of its tokens, keys and values are gathered, and the memory's update is the sum of what
+they contribute. Convolutions begin anew with every segment; on a slice they read on from the tokens of the slices before.
+With ``residual`` the memory is written, and read for the output, with x + z in place of z (decision 0037).
 
-Legend: B row, T token, C channel, S streams (rows, or reset periods), c tokens of a segment, N segments, H heads, K key, V value, G = S*H
-memories, Y rows of the state, F fast weights, P persistent tokens.
+Legend: B row, T token, C channel, S streams (rows, or reset periods), p tokens of this rank per segment, n tokens of a convolution's halo,
+N segments, H heads, K key, V value, k keys of a segment, G = S*H memories, Z weights and momentum, F fast weights, P persistent tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,12 +31,13 @@ from models.config import ModelConfig
 from models.feedforward import compute_dtype
 from models.linear import Linear, linear
 from models.memory.attached import gated
-from models.memory.chunk_plan import Share, plan_chunks
-from models.memory.chunk_scan import Turns, begun, scan_chunks, turns_of
+from models.memory.chunk_scan import begun, scan_chunks
+from models.memory.context_oracle import context_oracle
+from models.memory.context_plan import Segment, picked, plan_context
 from models.memory.context_shapes import ContextShapes
-from models.memory.dealing import collect, deal, share_in
+from models.memory.dealing import collect, deal
 from models.memory.documents import DocumentPlan
-from models.memory.protocol import LocalCarry, MemoryCost, MemoryModule, MemoryTraits, State
+from models.memory.protocol import MemoryCost, MemoryModule, MemoryTraits, State, last_tokens
 from models.memory.recurrent import state_dtype
 from models.memory.short_conv import conv_silu_chunks
 from models.memory.titans import Titans
@@ -50,9 +52,10 @@ class MemoryAsContext(MemoryModule):
         super().__init__()
         settings, d = config.memory.titans, config.d_model
         mac = config.memory.mac
-        self.segment, self.reset_every, self.norm_eps = mac.segment, settings.reset_every, config.norm_eps
+        self.d_model, self.segment, self.reset_every, self.norm_eps = d, mac.segment, settings.reset_every, config.norm_eps
         settings = settings.model_copy(update={"chunk_size": mac.segment})
         sizes = (config.memory_heads, config.memory_key_dim, config.memory_value_dim)
+        self.residual = mac.residual
         self.memory = Titans(d, *sizes, settings=settings, conv_kernel=config.memory.conv_kernel, norm_eps=config.norm_eps, as_mixer=False)
         heads = (config.n_heads, config.kv_heads, config.attention_head_dim)
         self.attention = Attention(d, *heads, None, config.rope, config.qkv_bias, config.norm_eps if config.qk_norm else None)
@@ -67,9 +70,9 @@ class MemoryAsContext(MemoryModule):
             carry="layer",
             transition="nonlinear",
             read_at="segment_start",
-            granularity=mac.segment,
+            halo_tokens=mac.segment - 1,
             reset_every=settings.reset_every,
-            layouts=frozenset(),
+            layouts=frozenset({"contiguous", "zigzag"}),
             attach="context_prefix",
         )
 
@@ -78,89 +81,128 @@ class MemoryAsContext(MemoryModule):
         return torch.empty(shape).normal_(generator=generator) if name == "persistent" else torch.ones(shape)
 
     def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> State:
-        """``state`` [B, H, Y, F] as of Titans; segments share nothing else."""
-        return {"state": self.memory.init_state(batch_size, device, dtype)["state"]}
+        """``state`` [B, H, Z, F]: weights, and momentum if there is one, at the start of the segment which the next token belongs to;
+        ``conv`` [B, segment - 1, d_model], the layer's last inputs, from which a segment that is cut is made again."""
+        state = self.memory.init_state(batch_size, device, dtype)["state"][:, :, :-1]
+        return {"state": state, "conv": torch.zeros(batch_size, self.segment - 1, self.d_model, device=device, dtype=dtype)}
 
     def forward(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
-        """See `MemoryModule.forward`. Raises ValueError where this rank does not hold one stretch of the sequence."""
-        if not self.carry.local or len(bounds.ranges) != 1:
-            raise ValueError("a memory that is read as context works through one stretch of tokens on one rank; set parallel.cp=1")
-        dtype, (span,) = state_dtype(x_BTC), bounds.ranges
-        start = self.init_state(len(x_BTC), x_BTC.device, dtype) if state is None else state
-        chunks = plan_chunks(bounds, span, self.segment, self.reset_every)
-        share = share_in(LocalCarry(), bounds, chunks, x_BTC.device)
-        turns = turns_of(chunks, self.memory.n_heads, x_BTC.device)
-        x_NScC = deal(x_BTC, share, LocalCarry())
-        state_YGF = self.memory.to_streams(chunks, start["state"].to(dtype).flatten(0, 1))
-        initial_GF = self.memory.initial_HF(dtype).repeat(chunks.n_streams, 1)
+        """See `MemoryModule.forward`. Raises ValueError where one process is given more than one stretch of the sequence."""
+        if self.carry.local and len(bounds.ranges) != 1:
+            raise ValueError("a memory that is read as context works through one stretch of tokens in one process")
+        dtype, (B, T, _) = state_dtype(x_BTC), x_BTC.shape
+        start = self.init_state(B, x_BTC.device, dtype) if state is None else state
+        span = bounds.ranges[0] if self.carry.local else (0, bounds.seq_len)
+        sizes = (self.segment, self.reset_every, self.memory.n_heads, self.memory.halo)
+        plan = plan_context(bounds, span, *sizes, self.carry, x_BTC.device)
+        conv_BnC, held_BTC = start["conv"].to(x_BTC.dtype), x_BTC
+        if plan.before:
+            held_BTC = torch.cat([conv_BnC[:, self.segment - 1 - plan.before :], x_BTC], dim=1)
+        x_NSpC = deal(held_BTC, plan.share, self.carry)
+        before_NSnC = self._before(x_NSpC, plan.tail_NSn, plan.halo_NSn)
+        state_ZGF = self.memory.to_streams(plan.chunks, start["state"].to(dtype).flatten(0, 1))
+        initial_GF = self.memory.initial_HF(dtype).repeat(plan.chunks.n_streams, 1)
         outputs = []
-        for n in range(chunks.n_steps):
-            one = replace(share, mask_NSp=share.mask_NSp[n : n + 1], first_NSp=share.first_NSp[n : n + 1])
-            body = partial(self._segment, turns.part(n, n + 1), one)
-            y, state_YGF = self._run(n, x_BTC.shape[1], body, x_NScC[n], state_YGF, initial_GF)
+        for n, step in enumerate(plan.steps):
+            before = None if before_NSnC is None else before_NSnC[n]
+            y, state_ZGF = self._run(n, T, partial(self._segment, step), x_NSpC[n], before, state_ZGF, initial_GF)
             outputs.append(y)
-        y_BTC = collect(torch.stack(outputs), share, LocalCarry(), x_BTC.shape[1])
-        after = self.memory.to_rows(chunks, state_YGF).unflatten(0, (len(x_BTC), -1))
-        return y_BTC, {"state": after}
+        y_BTC = collect(torch.stack(outputs), plan.share, self.carry, plan.before + T)[:, plan.before :]
+        if not self.carry.local and state is None:
+            return y_BTC, {}
+        after = self.memory.to_rows(plan.chunks, state_ZGF).unflatten(0, (B, -1))
+        return y_BTC, {"state": after, "conv": self._last_inputs(conv_BnC, x_BTC, bounds)}
+
+    def _last_inputs(self, conv_BnC: Tensor, x_BTC: Tensor, bounds: Bounds) -> Tensor:
+        """The last inputs before what follows."""
+        if self.carry.local or self.segment == 1:
+            return last_tokens(conv_BnC, x_BTC, self.segment - 1)
+        n = min(self.segment - 1, bounds.seq_len)
+        return torch.cat([conv_BnC[:, n:], self.carry.tail(x_BTC, self.segment - 1, bounds)[:, self.segment - 1 - n :]], dim=1)
 
     def _run(self, n: int, tokens: int, body: Any, *args: Any) -> Any:
         """One segment; with tiles its inside is recomputed in the backward pass unless ``run_tile`` decides."""
         if self.run_tile is not None:
-            first = min(n * self.segment, tokens - 1)
-            return self.run_tile(first, min(self.segment, tokens - first), body, *args)
+            size = -(-self.segment // self.carry.ranks)
+            first = min(n * size, tokens - 1)
+            return self.run_tile(first, min(size, tokens - first), body, *args)
         if not self.tile_tokens or not torch.is_grad_enabled():
             return body(*args)
         return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=False)
 
-    def _segment(self, turns: Turns, share: Share, x_ScC: Tensor, state_YGF: Tensor, initial_GF: Tensor) -> tuple[Tensor, Tensor]:
-        """One segment of every stream: its outputs and the state after it."""
+    def _segment(
+        self, step: Segment, x_SpC: Tensor, before_SnC: Tensor | None, state_ZGF: Tensor, initial_GF: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One segment of every stream: this rank's outputs and the state after it."""
         memory = self.memory
-        _, anchor_GF = begun(memory.rule, turns, 0, state_YGF[:-1], initial_GF, state_YGF[-1])
-        q_GcK = self._stream(x_ScC, memory.w_q, 0, 1.0)
-        with torch.autocast(x_ScC.device.type, enabled=False):
-            h_GcV = memory.network(anchor_GF, q_GcK)
-        z_ScC = self._attend(x_ScC, linear(self._heads_together(h_GcV, x_ScC), self.w_context.weight))
-        q = self._stream(z_ScC, memory.w_q, 0, 1.0)
-        k = self._stream(z_ScC, memory.w_k, 1, 1.0)
-        v = self._stream(z_ScC, memory.w_v, 2, 0.0)
-        rates = linear(z_ScC, memory.w_rates.weight).to(q.dtype).unflatten(-1, (memory.n_heads, -1)) + memory.rate_bias
-        raw = rates.permute(3, 0, 2, 1).flatten(1, 2).unsqueeze(1)  # [R, 1, G, c]
+        _, anchor_GF = begun(memory.rule, step.turns, 0, state_ZGF, initial_GF, initial_GF)
+        q_GpK = self._stream(x_SpC, before_SnC, memory.w_q, 0, 1.0)
+        with torch.autocast(x_SpC.device.type, enabled=False):
+            h_GpV = memory.network(anchor_GF, q_GpK)
+        z_SpC = self._attend(x_SpC, linear(self._heads_together(h_GpV, x_SpC), self.w_context.weight), step)
+        known_SpC = x_SpC.to(z_SpC.dtype) + z_SpC if self.residual else z_SpC
+        before_SnC = self._before(known_SpC, step.tail_Sn, step.halo_Sn)
+        q = self._stream(known_SpC, before_SnC, memory.w_q, 0, 1.0)
+        k = self._stream(known_SpC, before_SnC, memory.w_k, 1, 1.0)
+        v = self._stream(known_SpC, before_SnC, memory.w_v, 2, 0.0)
+        rates = linear(known_SpC, memory.w_rates.weight).to(q.dtype).unflatten(-1, (memory.n_heads, -1)) + memory.rate_bias
+        raw = rates.permute(3, 0, 2, 1).flatten(1, 2).unsqueeze(1)  # [R, 1, G, p]
         gates = dict(zip(memory.gates, raw.unbind(0), strict=True))
-        write, whole, delta = write_weights(memory.settings, memory.largest_rate, gates, share, LocalCarry())
-        carried, tokens = (state_YGF[:-1], initial_GF, state_YGF[-1]), (q[None], k[None], v[None])
-        o_1GcV, state_ZGF, anchor_GF = scan_chunks(memory.rule, turns, LocalCarry().total, *carried, whole, *tokens, write, delta)
-        read_ScC = linear(self._heads_together(o_1GcV[0], x_ScC), self.w_read.weight)
-        y_ScC = gated(self.norm_eps, compute_dtype(x_ScC), z_ScC, read_ScC, self.attention_norm, self.memory_norm)[0]
-        return self.w_out(y_ScC), torch.cat([state_ZGF, anchor_GF.unsqueeze(0)])
+        write, whole, delta = write_weights(memory.settings, memory.largest_rate, gates, step.share, self.carry)
+        tokens = (q[None], k[None], v[None])
+        scanned = scan_chunks(memory.rule, step.turns, self.carry.total, state_ZGF, initial_GF, initial_GF, whole, *tokens, write, delta)
+        o_1GpV, after_ZGF, _ = scanned
+        if step.unfinished_G is not None:
+            after_ZGF = torch.where(step.unfinished_G.unsqueeze(-1), state_ZGF, after_ZGF)
+        read_SpC = linear(self._heads_together(o_1GpV[0], x_SpC), self.w_read.weight)
+        y_SpC = gated(self.norm_eps, compute_dtype(x_SpC), z_SpC, read_SpC, self.attention_norm, self.memory_norm)[0]
+        return self.w_out(y_SpC), after_ZGF
 
-    def _stream(self, x_ScC: Tensor, projection: Linear, which: int, norm_scale: float) -> Tensor:
-        """[G, c, .]: projection, convolution inside the segment, SiLU, and for queries and keys the unit sphere."""
+    def _before(self, x_SpC: Tensor, tail_Sn: Tensor | None, halo_Sn: Tensor | None) -> Tensor | None:
+        """[..., S, n, C]: the tokens of the segment before this rank's, for convolutions; None on one rank, where there are none."""
+        if tail_Sn is None or halo_Sn is None or not self.memory.halo:
+            return None
+        tails = self.carry.stacked(picked(x_SpC, tail_Sn))
+        return picked(tails.movedim(0, -3).flatten(-3, -2), halo_Sn)
+
+    def _stream(self, x_SpC: Tensor, before_SnC: Tensor | None, projection: Linear, which: int, norm_scale: float) -> Tensor:
+        """[G, p, .]: projection, convolution inside the segment, SiLU, and for queries and keys the unit sphere."""
         memory = self.memory
-        x = linear(x_ScC, projection.weight)
+        x = linear(x_SpC, projection.weight)
         conv = memory.convolutions()[which]
-        before = x.new_zeros(len(x), memory.halo, x.shape[-1])
+        before = x.new_zeros(len(x), memory.halo, x.shape[-1]) if before_SnC is None else linear(before_SnC, projection.weight)
         conv = conv.to(state_dtype(conv))
         return conv_silu_chunks(x, before, conv, DocumentPlan(), memory.n_heads, x.shape[1], norm_scale)[0]
 
-    def _heads_together(self, o_GcV: Tensor, like_ScC: Tensor) -> Tensor:
-        """[S, c, H * V], every head's vector normed."""
-        o = o_GcV * (o_GcV.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt() * self.memory.norm_weight
-        return o.unflatten(0, (len(like_ScC), -1)).transpose(1, 2).flatten(2).to(compute_dtype(like_ScC))
+    def _heads_together(self, o_GpV: Tensor, like_SpC: Tensor) -> Tensor:
+        """[S, p, H * V], every head's vector normed."""
+        o = o_GpV * (o_GpV.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt() * self.memory.norm_weight
+        return o.unflatten(0, (len(like_SpC), -1)).transpose(1, 2).flatten(2).to(compute_dtype(like_SpC))
 
-    def _attend(self, x_ScC: Tensor, h_ScC: Tensor) -> Tensor:
-        """Attention of the segment's tokens to persistent tokens, what the memory had, and each other."""
-        attention, c, n = self.attention, x_ScC.shape[1], len(self.persistent)
-        prefix = self.persistent.to(x_ScC.dtype).expand(len(x_ScC), -1, -1)
-        seen = torch.cat([prefix, h_ScC.to(x_ScC.dtype), x_ScC], dim=1)
-        own, places = torch.arange(c, device=x_ScC.device), torch.zeros(n, dtype=torch.int64, device=x_ScC.device)
-        q = attention._heads(x_ScC, attention.wq, attention.q_norm)
-        k, v = attention._heads(seen, attention.wk, attention.k_norm), attention._heads(seen, attention.wv, None)
-        q = rotate(q, *attention.rope.table(own[None], q.dtype))
-        k = rotate(k, *attention.rope.table(torch.cat([places, own, own])[None], k.dtype))
-        causal = own[:, None] >= own[None]
-        mask = torch.cat([torch.ones(c, n, dtype=torch.bool, device=x_ScC.device), causal, causal], dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+    def _attend(self, x_SpC: Tensor, h_SpC: Tensor, step: Segment) -> Tensor:
+        """Attention of the segment's tokens to persistent tokens, what the memory had, and each other. Over ranks each has its own queries,
+        and keys and values of all."""
+        attention, S, n = self.attention, len(x_SpC), len(self.persistent)
+        own_Sp, seen_Sk = step.own_Sp, step.seen_Sk
+        kv_SHkD = self._keys_and_values(torch.cat([h_SpC.to(x_SpC.dtype), x_SpC], dim=1), torch.cat([own_Sp, own_Sp], 1))
+        if self.carry.ranks > 1:
+            kv_SHkD = self.carry.stacked(kv_SHkD).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        prefix = self._keys_and_values(self.persistent.to(x_SpC.dtype).unsqueeze(0), own_Sp.new_zeros(1, n))
+        k, v = torch.cat([prefix.expand(S, -1, -1, -1), kv_SHkD], dim=2).chunk(2, dim=-1)
+        q = rotate(attention._heads(x_SpC, attention.wq, attention.q_norm), *attention.rope.table(own_Sp, x_SpC.dtype))
+        mask = own_Sp[:, :, None] >= torch.cat([own_Sp.new_zeros(len(own_Sp), n), seen_Sk], 1)[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1), enable_gqa=k.shape[1] != q.shape[1])
         return attention.wo(out.transpose(1, 2).flatten(2))
+
+    def _keys_and_values(self, x_SpC: Tensor, places_Sp: Tensor) -> Tensor:
+        """[S, H, p, 2 D]: keys, rotated to their places, and values."""
+        attention = self.attention
+        k, v = attention._heads(x_SpC, attention.wk, attention.k_norm), attention._heads(x_SpC, attention.wv, None)
+        return torch.cat([rotate(k, *attention.rope.table(places_Sp, k.dtype)), v], dim=-1)
+
+    def oracle(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
+        """See `context_oracle`."""
+        return context_oracle(self, x_BTC, state, bounds)
 
     def cost(self, batch_size: int, tokens: int, itemsize: int) -> MemoryCost:
         """See `MemoryModule.cost`."""
@@ -168,7 +210,7 @@ class MemoryAsContext(MemoryModule):
         return MemoryCost(
             flops_forward=batch_size * tokens * shapes.flops_forward(tokens),
             flops_backward=batch_size * tokens * shapes.flops_backward(tokens),
-            saved_bytes=shapes.saved_bytes(batch_size, tokens, itemsize, wide, self.tile_tokens > 0),
-            state_bytes=batch_size * shapes.titans.state_elements * wide,
-            exchange_bytes=0,
+            saved_bytes=shapes.saved_bytes(batch_size, tokens, itemsize, wide, self.tile_tokens > 0, self.carry.ranks),
+            state_bytes=batch_size * (shapes.state_elements * wide + (self.segment - 1) * self.d_model * itemsize),
+            exchange_bytes=0 if self.carry.local else shapes.exchange_bytes(batch_size, tokens, itemsize, wide, self.carry.ranks),
         )

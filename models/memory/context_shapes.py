@@ -32,6 +32,11 @@ class ContextShapes:
             titans, config.n_heads * size, config.kv_heads * size, config.n_heads, mac.segment, mac.persistent, attention_small(config)
         )
 
+    @property
+    def state_elements(self) -> int:
+        """Numbers of the memory carried per row: weights and momentum."""
+        return self.titans.heads * self.titans.parts * self.titans.fast_weights
+
     def matmul_parameters(self) -> int:
         """Attention's four; the memory's q, k, v and gates; from the memory's heads to context and to the output's gate; out."""
         t = self.titans
@@ -48,7 +53,7 @@ class ContextShapes:
         and of persistent tokens, one more query projection and read of the memory, and the memory's scan."""
         t, c = self.titans, min(self.segment, tokens)
         again = 2 * t.d_model * t.heads * t.key + 2 * t.heads * t.fast_weights
-        beside = 4 * t.d_model * self.key_width * (c + self.persistent) / c
+        beside = 4 * t.d_model * self.key_width * (tokens + self.persistent * -(-tokens // self.segment)) / tokens
         return 4 * self.query_width * (2 * c + self.persistent) + beside + again + t.scan_flops()
 
     def flops_forward(self, tokens: int) -> float:
@@ -59,16 +64,29 @@ class ContextShapes:
         """Per token: twice the forward pass, and the memory's chunk once more."""
         return 2 * self.flops_forward(tokens) + self.titans.scan_flops()
 
-    def saved_bytes(self, rows: int, tokens: int, e: int, w: int, tiled: bool) -> int:
-        """Kept from forward to backward, the input included; with tiles the dealt input and one state per segment."""
-        t, n, d, c = self.titans, rows * tokens, self.titans.d_model, min(self.segment, tokens)
-        segments = -(-tokens // self.segment)
+    def saved_bytes(self, rows: int, tokens: int, e: int, w: int, tiled: bool, ranks: int = 1) -> int:
+        """Kept from forward to backward, the input included; with tiles the dealt input and one state per segment. ``tokens`` of each of
+        ``ranks`` that share a sequence: keys and values of a whole segment, and the states of all, are on every one of them."""
+        t, n, d, c = self.titans, rows * tokens, self.titans.d_model, min(self.segment, tokens * ranks)
+        segments = -(-tokens * ranks // self.segment)
         state = rows * t.heads * t.fast_weights * w
         if tiled:
-            return n * 2 * d * e + segments * state * (t.parts + 1)
+            periods = -(-tokens * ranks // t.settings.reset_every) if t.settings.reset_every else 1
+            return n * 2 * d * e + (segments * t.parts + periods) * state
         K, V, H = t.key, t.value, t.heads
-        attention = 3 * self.query_width + 2 * self.key_width * (2 * c + self.persistent) / c + d * (2 * c + self.persistent) / c
+        keys = 2 * c + self.persistent
+        attention = 3 * self.query_width + 2 * self.key_width * keys * ranks / c + d * keys / c
         network = (3 if t.settings.architecture == "swiglu" else 2) * t.hidden
         memory = H * ((3 * K + V) * e + (7 * K + 6 * V + network + 2 * t.n_gates + t.parts + 6) * w)
         statistics = self.heads * w  # scores are made again by the kernel
-        return int(n * (attention * e + statistics + memory + (4 * d + 2 * H * V) * e) + segments * state * (3 * t.parts + 2))
+        sliced = keys + 3 * self.query_width // self.heads * w if ranks > 1 else 0  # a mask and tables of places for every segment
+        kept = n * (attention * e + statistics + memory + (4 * d + 2 * H * V) * e + sliced)
+        return int(kept + segments * state * (3 * t.parts + 2))
+
+    def exchange_bytes(self, rows: int, tokens: int, e: int, w: int, ranks: int) -> int:
+        """What a rank sends in one forward pass: tokens dealt and brought back, keys and values of what the memory had and of tokens, a
+        convolution's halo twice, and one sum of updates per segment."""
+        t, n = self.titans, rows * tokens
+        segments = -(-tokens * ranks // self.segment)
+        halos = 2 * rows * segments * t.halo * t.d_model * e
+        return n * (2 * t.d_model + 4 * self.key_width) * e + halos + segments * rows * t.heads * t.parts * t.fast_weights * w

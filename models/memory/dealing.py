@@ -48,7 +48,7 @@ def _to_slots(x_BTC: Tensor, share: Share, carry: Carry) -> Tensor:
 def _to_tokens(y_NSpC: Tensor, share: Share, carry: Carry, tokens: int) -> Tensor:
     C = y_NSpC.shape[-1]
     arrived = carry.swap(y_NSpC.reshape(-1, C)[share.take_T], share.taken, share.given)
-    x = y_NSpC.new_empty(len(share.give_T), C)
+    x = y_NSpC.new_empty(share.held, C) if len(share.give_T) == share.held else y_NSpC.new_zeros(share.held, C)
     x[share.give_T] = arrived
     return x.view(-1, tokens, C)
 

@@ -10,7 +10,7 @@ Legend: B row, N segments of the row with most, c tokens of a segment, T tokens 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,6 +46,22 @@ class Segments:
     def n_segments(self) -> int:
         """Of the row with most."""
         return self.real_BNc.shape[1]
+
+    def of_rows(self, first: int, end: int) -> Segments:
+        """The same of rows [first, end)."""
+        if (first, end) == (0, len(self.real_BNc)):
+            return self
+        rows = slice(first, end)
+        return replace(
+            self,
+            index_BNc=None if self.index_BNc is None else self.index_BNc[rows],
+            real_BNc=self.real_BNc[rows],
+            at_BT=None if self.at_BT is None else self.at_BT[rows],
+            fresh_BN=self.fresh_BN[rows],
+            whole_BN=self.whole_BN[rows],
+            start_BN=self.start_BN[rows],
+            place_BN=self.place_BN[rows],
+        )
 
     def deal(self, x_BTC: Tensor) -> Tensor:
         """[B, before + T, C] -> [B, N, c, C]."""

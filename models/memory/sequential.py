@@ -56,9 +56,12 @@ class SequentialMixer(SegmentedMixer):
 
     # --- the walk -----------------------------------------------------------------------------------------------------------------
 
-    def _written(self, bounds: Bounds, span: Range, weights: Any, state_BmD: Tensor, *streams: Tensor) -> tuple[Tensor, Tensor]:
-        """The memory at every segment's start [B, N, m, D], and the one that goes on."""
+    def _written(
+        self, bounds: Bounds, span: Range, rows: Range | None, weights: Any, state_BmD: Tensor, *streams: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The memory at every segment's start [B, N, m, D], and the one that goes on. ``rows``: of the batch, if not all of them."""
         plan = plan_segments(bounds, span, self.segment, state_BmD.device, self.lead)
+        plan = plan.of_rows(*rows) if rows else plan
         fresh_BmD = self.init_state(len(state_BmD), state_BmD.device, state_BmD.dtype)["state"][:, 0]
         starts = []
         for n in range(plan.lead, plan.n_segments):
@@ -73,23 +76,32 @@ class SequentialMixer(SegmentedMixer):
     ) -> tuple[Tensor, Tensor]:
         """See `RecurrentMixer.whole_tile`."""
         streams = self.streams(bounds, span, weights, x_BTC, before_BnC)
-        starts_BNmD, after_BmD = self._written(bounds, span, weights, state_GKW, *streams)
+        starts_BNmD, after_BmD = self._written(bounds, span, None, weights, state_GKW, *streams)
         return self.read(bounds, span, weights, x_BTC, before_BnC, starts_BNmD, *streams), after_BmD
 
     def exchanged(self, pieces: list[Tensor], halos: list[Tensor], initial_BHKW: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
-        """See `RecurrentMixer.exchanged`: one range per rank, the state from the rank before and on to the next."""
+        """See `RecurrentMixer.exchanged`: one range per rank, the state from the rank before and on to the next; some rows after others,
+        so that the next rank is at work on the first ones while this one is on those that follow."""
         (piece,), (range_,), (before,) = pieces, bounds.ranges, halos
         weights, spans, befores, made = self.weights(), self.tiles(piece, range_), [], []
         for span, x in spans:
             made.append(self.run(bounds, span, partial(self.streams, bounds, span), weights, x, before))
             befores.append(before)
             before = last_tokens(before, x, self.halo)
-        state_BmD = self.carry.arrive(initial_BHKW.flatten(0, 1), self.anchor)
-        starts = []
-        for (span, _), streams in zip(spans, made, strict=True):
-            at_start_BNmD, state_BmD = self.run(bounds, span, partial(self._written, bounds, span), weights, state_BmD, *streams)
-            starts.append(at_start_BNmD)
-        state_BmD, starts[-1] = self.carry.pass_on(state_BmD, starts[-1])
+        flights = in_flight(len(piece), self.carry.ranks)
+        sizes = [end - first for first, end in flights]
+        dealt = [[stream.split(sizes) for stream in streams] for streams in made]
+        begun: list[list[Tensor]] = [[] for _ in spans]
+        after = []
+        for i, (rows, initial_GmD) in enumerate(zip(flights, initial_BHKW.flatten(0, 1).split(sizes), strict=True)):
+            state_GmD = self.carry.arrive(initial_GmD, self.anchor)
+            for (span, _), streams, starts in zip(spans, dealt, begun, strict=True):
+                body = partial(self._written, bounds, span, rows)
+                at_start_GNmD, state_GmD = self.run(bounds, span, body, weights, state_GmD, *(stream[i] for stream in streams))
+                starts.append(at_start_GNmD)
+            state_GmD, begun[-1][-1] = self.carry.pass_on(state_GmD, begun[-1][-1])
+            after.append(state_GmD)
+        state_BmD, starts = _joined(after), [_joined(of_tile) for of_tile in begun]
         outputs = [
             self.run(bounds, span, partial(self.read, bounds, span), weights, x, before, at_start, *streams)
             for (span, x), before, at_start, streams in zip(spans, befores, starts, made, strict=True)
@@ -103,3 +115,14 @@ class SequentialMixer(SegmentedMixer):
         if given is not None and not self.carry.local:
             final_BHKW = self.carry.stacked(final_BHKW)[-1]
         return super()._state_after(x_BTC, given, final_BHKW, pieces, halos, bounds)
+
+
+def in_flight(rows: int, ranks: int) -> list[Range]:
+    """The rows of a batch in groups, each of which goes from rank to rank by itself: at most twice as many as there are ranks, beyond which
+    little waiting is left and every group's products are smaller."""
+    groups = min(rows, 2 * ranks)
+    return [(rows * g // groups, rows * (g + 1) // groups) for g in range(groups)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from models.batch import Bounds
 from models.memory.protocol import MemoryCost, MemoryModule, State, detached
 from models.memory.stack_shapes import StackShapes
-from models.segments import Step, padded, plan_segments, put_together, with_idle
+from models.segments import Step, joined, padded, plan_segments, put_together, with_idle
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class StackMemory(MemoryModule):
         """
         raise NotImplementedError
 
+    def together(self) -> int:
+        """How many whole segments `read` takes at once."""
+        return 1
+
     # --- the state between sequences -------------------------------------------------------------------------------------------
 
     def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> State:
@@ -87,7 +91,7 @@ class StackMemory(MemoryModule):
             waiting, fresh = _waiting(self.carried.given, len(waiting)), self.carried.fresh_B
             if not isinstance(fresh, FakeTensor):
                 waiting = [0 if new else n for n, new in zip(waiting, fresh.tolist(), strict=True)]
-        steps = plan_segments(bounds, self.size, waiting, whole=self.carried is None)
+        steps = joined(plan_segments(bounds, self.size, waiting, whole=self.carried is None), self.size, self.together())
         return with_idle(steps, self.agree(len(steps)))
 
     def opened(self, state: State | None, like: Tensor) -> State:

@@ -1,5 +1,5 @@
-"""The faults that a run has to survive, what is promised for each, and the tests that inject it: those of the suite, and a few that take
-too long for it (``extra.py``)."""
+"""The faults that a run has to survive, what is promised for each, and the tests that inject it: those of the suite, and some that take
+too long for it (``extra.py``, ``jobs.py``) or need more of the system (``file_systems.py``, ``network.py``)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ METRICS = "tests/trainer/test_metrics.py::"
 DOOR = "tests/test_front_door.py::"
 SUBMIT = "tests/slurm/test_submit.py::"
 EXTRA = "tests/faults/extra.py::"
+JOBS = "tests/faults/jobs.py::"
+EVERYTHING = JOBS + "test_everything_happens_to_one_run"
+DISKS = "tests/faults/file_systems.py::"
+NETWORK = "tests/faults/network.py::"
 DATA = "tests/trainer/data/test_build.py::"
 PREEMPTION = "tests/trainer/test_preemption.py::"
 
@@ -32,6 +36,8 @@ class Row:
     tests: tuple[str, ...]
     not_injected: str = ""
     """What of it is not, and why."""
+    real: bool = True
+    """Injected with the thing itself; False: something stands in for it, and ``not_injected`` says why."""
 
 
 ROWS = (
@@ -153,11 +159,10 @@ ROWS = (
     ),
     Row(
         17,
-        "run directory read-only",
-        "refused before anything starts",
-        "read-only tmpfs",
-        (EXTRA + "test_a_read_only_place_is_refused",),
-        "quota (EDQUOT): no file system with quotas here; it takes the same path as ENOSPC",
+        "run directory read-only, no quota",
+        "refused before anything starts; used up in mid-run: older checkpoints kept, nothing partial, resumed bit for bit",
+        "read-only tmpfs; Btrfs with a quota, used up (EDQUOT)",
+        (EXTRA + "test_a_read_only_place_is_refused", DISKS + "test_a_quota_is_used_up"),
     ),
     Row(
         18,
@@ -193,6 +198,8 @@ ROWS = (
             GUARDS + "test_a_mended_run_is_the_run_that_never_had_those_data",
             GUARDS + "test_parameters_that_overflow_are_never_saved",
         ),
+        "a processor that computes wrongly: the value is put into one rank's loss",
+        real=False,
     ),
     Row(
         22,
@@ -203,6 +210,8 @@ ROWS = (
             GUARDS + "test_what_was_passed_over_is_on_record",
             GUARDS + "test_too_many_in_a_row_stop_the_run_and_so_do_rollbacks_that_lead_nowhere",
         ),
+        "data that make a small model's loss spike by themselves at a chosen step",
+        real=False,
     ),
     Row(
         23,
@@ -222,8 +231,12 @@ ROWS = (
         25,
         "controller forgets the job, number given again",
         "told by the token",
-        "answers of squeue and sacct",
-        (SUBMIT + "test_runs_shows_the_queue_and_knows_a_job_by_its_token", SUBMIT + "test_accounting_says_why_a_job_is_gone"),
+        "real Slurm, its controller killed and its memory wiped; answers of squeue and sacct",
+        (
+            JOBS + "test_the_controller_forgets_and_gives_the_number_again",
+            SUBMIT + "test_runs_shows_the_queue_and_knows_a_job_by_its_token",
+            SUBMIT + "test_accounting_says_why_a_job_is_gone",
+        ),
     ),
     Row(
         26,
@@ -289,6 +302,7 @@ ROWS = (
         "their shapes; 22.05 live",
         ("tests/slurm/test_answers.py::test_squeue_in_json", "tests/slurm/test_answers.py::test_sacct_in_json"),
         "23.11 and 24.05 are not installed here: their shapes are read, not their programs",
+        real=False,
     ),
     Row(
         35,
@@ -297,7 +311,63 @@ ROWS = (
         "real collectives",
         (SAVING + "test_a_background_save_holds_the_values_of_its_moment", SAVING + "test_an_error_in_the_background_surfaces_once"),
     ),
-    Row(36, "the clock is set", "no run is ended for it", "a clock that jumps by hours", (EXTRA + "test_the_clock_jumps",)),
+    Row(
+        36,
+        "the clock is set",
+        "no run is ended for it",
+        "a clock that jumps by hours",
+        (EXTRA + "test_the_clock_jumps",),
+        "the machine's clock is everybody's: what the run reads of it is replaced",
+        real=False,
+    ),
+    # Beyond the matrix of the research.
+    Row(
+        37,
+        "network between ranks cut",
+        "every rank ends by itself within its limit and says where it waits; the next attempt goes on bit for bit",
+        "two network namespaces, the cable between them set down",
+        (NETWORK + "test_the_network_between_ranks_is_cut",),
+        "on a real Slurm: its nodes would have to live in these namespaces",
+    ),
+    Row(
+        38,
+        "shared file system stalls",
+        "a short stall is waited for, bit for bit; a long one ends the ranks, though their logs are on it, and the run goes on bit for bit "
+        "when it is back",
+        "fsfreeze of an ext4; a file system in user space whose server is stopped",
+        (DISKS + "test_a_stall_is_waited_for", DISKS + "test_a_stall_without_end_ends_the_ranks"),
+        "NFS and Lustre: this kernel has neither",
+    ),
+    Row(
+        39,
+        "disk errors (EIO)",
+        "in a save: the run fails, older checkpoints kept, resumed bit for bit; in a checkpoint: refused by file, the older one used",
+        "a device whose writes fail when they are synced; Btrfs with a bad sector",
+        (DISKS + "test_what_was_written_does_not_reach_the_disk", DISKS + "test_a_checkpoint_cannot_be_read_any_more"),
+    ),
+    Row(
+        40,
+        "all of it in one run: time limit, preemption, rank killed, checkpoint damaged, node drained, cancelled, crash loop",
+        "the losses and the data of a run that nothing happened to, bit for bit",
+        "real Slurm, two nodes of two ranks",
+        (EVERYTHING,),
+    ),
+    Row(
+        41,
+        "the same to a run of the second engine: warned, a rank killed",
+        "requeued, resumed bit for bit",
+        "real Slurm, two nodes, DeepSpeed's ZeRO-3",
+        (JOBS + "test_a_job_of_the_second_engine",),
+    ),
+    Row(
+        42,
+        "a cluster that does not requeue",
+        "saved; the next job of a chain goes on, those behind the last are cancelled",
+        "real Slurm, Requeue=0",
+        (JOBS + "test_a_chain_where_jobs_are_not_requeued",),
+    ),
 )
-SAMPLE = (25, 34)
+MATRIX = 36
+"""So many rows are those of the research; what follows was asked for besides."""
+SAMPLE = (30, 34)
 """Rows that take seconds: what the default suite runs of the battery."""

@@ -117,6 +117,7 @@ int cudaGetDeviceProperties(char* p, int) {          // the layout of CUDA 12 an
   set(320, 1024), set(324, 1024), set(328, 1024), set(332, 64);  // maxThreadsPerBlock, maxThreadsDim
   set(336, 1 << 30), set(340, 65535), set(344, 65535);  // maxGridSize
   set(360, 9), set(388, 132), set(624, 2048), set(640, 228 << 10), set(712, 32);  // major, multiProcessors, and per multiprocessor
+  set(384, 132), set(604, 2048), set(688, 32);  // multiprocessors, threads and blocks of each, where CUDA 13 has them
   return 0;
 }
 int cudaDeviceGetAttribute(int* value, int, int) { *value = 1; return 0; }

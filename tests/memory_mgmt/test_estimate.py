@@ -105,7 +105,7 @@ def test_kept_bytes_of_other_shapes(config):
     assert kept + x_BTC.nbytes == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("attach", ["mag", "mal", "mac"])
+@pytest.mark.parametrize("attach", ["mag", "mal", "after", "mac"])
 def test_kept_bytes_of_a_memory_with_attention(attach):
     """Within a tenth: what a kernel keeps of a mask is not modelled."""
     config = config_of("memory", memory=MemoryModuleConfig(kind="titans", attach=attach))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optim.methods import GatherRows, Method, OnOwner, Request, Rows, StateSpec, Sum, SumRows, Weight
+from optim.updates import formed
 
 
 def answers(requests: list[Request], rows: list[Rows], weights: list[Tensor]) -> list[Any]:
@@ -97,7 +98,7 @@ class Simulator:
                     done.append(stop.value)
             if done:
                 assert not asked, "some ranks finish while others still ask"
-                return torch.cat(done)
+                return torch.cat([formed(update) for update in done])
             self.requests.append(type(asked[0]).__name__)
             sent = list(answers(asked, self.rows, weights))
 

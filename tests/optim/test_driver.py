@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor, Shard
 from optim import driver
 from optim.build import build_optimizer
 from optim.clip import local_part
-from optim.driver import ComposedOptimizer, Lane
+from optim.driver import ComposedOptimizer
 from optim.elementwise import ElementwiseAdam, Sgd
+from optim.lane import Lane
 from optim.placement import Placed
 from optim.plan import plan, table
 from optim.routing import route

@@ -49,7 +49,7 @@ class Place:
         )
         self.env = {**cluster.env, "XDG_CONFIG_HOME": str(folder / "config"), "HF_TOKEN": SECRET}
 
-    def longstride(self, *arguments: str, more_of_site: str = "") -> subprocess.CompletedProcess[str]:
+    def longstride(self, *arguments: str, more_of_site: str = "", timeout: float = 200) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "longstride.py"), *arguments]
         env = self.env
         if more_of_site:
@@ -57,7 +57,7 @@ class Place:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text((self.folder / "config" / "longstride" / "site.yaml").read_text() + more_of_site)
             env = {**env, "XDG_CONFIG_HOME": str(self.folder / "other")}
-        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=200)
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, timeout=timeout)
 
     def submit(self, name: str, *more: str, nodes: int = 2) -> tuple[RunDir, str]:
         """The run and its job id."""
@@ -75,7 +75,7 @@ class Place:
         return json.loads((self.folder / "runs" / name / "slurm" / "submission.json").read_text())["job_id"]
 
     def wait(self, run_dir: RunDir, job: str, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while not condition():
             assert time.monotonic() < deadline, f"no {what}\n{self.account(run_dir, job)}"
             time.sleep(0.2)

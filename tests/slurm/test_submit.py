@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from longstride import main
+from models.errors import RunFailed
 from slurm import attempts, health
 from slurm.submission import read_submission
 from trainer.run_dir import RunDir
@@ -73,6 +74,7 @@ def test_a_submitted_run_has_everything_a_job_needs(slurm: FakeSlurm, capsys: py
     assert run_dir.config.is_file() and run_dir.memory_plan.is_file()
     for file in ("longstride.py", "slurm/job.sbatch", "memory_mgmt/timeline_page.html"):
         assert (run_dir.code / file).is_file()
+    assert run_dir.path.stat().st_mode & 0o777 == 0o700, "the settings may name what is nobody else's business"
     state = run_dir.read_state()
     assert state is not None and (state.status, state.reason) == ("queued", "job 41")
     assert read_submission(run_dir).token in script
@@ -136,6 +138,8 @@ def test_changes_of_the_experiment_need_to_be_allowed(slurm: FakeSlurm, capsys: 
     assert "--allow optim.beta1: this setting is not changed" in capsys.readouterr().err
     assert main(["resume", "a", "optim.lr=1e-5", "--allow", "optim.lr", "--submit"]) == 0
     assert (run_dir.path / "config.before_resume_1.yaml").read_text() == before and run_dir.config.read_text() != before
+    assert main(["resume", "a", "run.private=false", "--submit"]) == 0
+    assert run_dir.path.stat().st_mode & 0o777 == 0o755
     assert main(["resume", "a", "--nodes", "2"]) == 2
     assert "--nodes: is of a Slurm job; add --submit" in capsys.readouterr().err
 
@@ -304,3 +308,42 @@ def test_cancel(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cancel", "a"]) == 0
     assert slurm.calls("scancel")[1:] == ["scancel -- 41"] * 2
     assert json.loads(run_dir.state.read_text())["reason"] == "job 41 cancelled before it started"
+
+
+def test_a_chain_of_jobs_for_clusters_that_do_not_requeue(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (slurm.folder / "sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$0 $*" >> "$0.calls"\necho $((40 + $(wc -l < "$0.calls")))\n')
+    run_dir = submitted(slurm, "--chain", "3")
+    script = "runs/a/slurm/job.sbatch"
+    assert "jobs 42, 43 wait behind it" in capsys.readouterr().out
+    behind = [f"sbatch --parsable --dependency=afterany:{number} -- {script}" for number in (41, 42)]
+    assert slurm.calls("sbatch") == [f"sbatch --parsable -- {script}", *behind]
+    submission = read_submission(run_dir)
+    assert (submission.job_id, submission.chain) == ("41", ("42", "43"))
+    for usage in (["--chain", "0"], ["--chain", "2", "--sweep", "train.seed=0,1"]):
+        assert main([*SUBMIT, "run.name=b", *usage]) == 2 and "--chain" in capsys.readouterr().err and not Path("runs/b").exists()
+    assert main(["resume", "a", "--chain", "2"]) == 2 and "--chain: is of a Slurm job" in capsys.readouterr().err
+
+    def waiting(number: str) -> tuple[str, str, str, str, str]:
+        return number, "PENDING", "", "Dependency", f"longstride {submission.token}"
+
+    # The first one meets a node that is not fit: those that wait are kept off it, and no other job is queued.
+    slurm.queue(waiting("43"), ("41", "RUNNING", "n1", "None", f"longstride {submission.token}"), waiting("42"))
+    slurm.answer("scontrol", "")
+    folder = health.folder_of(run_dir, int(attempts.start(run_dir, "41", "n1")))
+    folder.mkdir(parents=True)
+    (folder / "n1.json").write_text(json.dumps({"node": "n1", "problems": ["it crawls"]}))
+    assert str(attempts.end(run_dir, "41", 1, health.UNFIT)).startswith("moved: node n1 is not fit: it crawls; job 42 goes on")
+    assert slurm.calls("scontrol") == [f"scontrol update JobId={number} ExcNodeList=n1" for number in (43, 42)]
+    assert len(slurm.calls("sbatch")) == 3
+
+    # Attempts without progress are counted over all jobs of a chain.
+    for number in ("42", "43"):
+        attempt = int(attempts.start(run_dir, number, "n2"))
+        assert attempts.end(run_dir, number, attempt, 1).word == "requeue"
+    with pytest.raises(RunFailed, match="3 attempts in a row brought no new checkpoint"):
+        attempts.start(run_dir, "43", "n2")
+    slurm.queue(waiting("42"), waiting("43"))
+    assert main(["cancel", "a"]) == 0
+    assert slurm.calls("scancel") == ["scancel -- 43", "scancel -- 42"], "none starts because the one before it was cancelled"

@@ -8,7 +8,8 @@ import torch
 
 from memory_mgmt.policy_settings import policy_of
 from models.batch import Batch, Bounds
-from trainer.build import build_engine, host_store, mesh_for
+from tests.trainer import engine_questions
+from trainer.build import Fill, _beginning, build_engine, host_store, mesh_for
 from trainer.checkpoint import CheckpointManager
 from trainer.config import CheckpointSection, RunConfig
 from trainer.engine import Engine
@@ -54,9 +55,10 @@ def config(zero: dict[str, Any] | None, beside: dict[str, Any] | None = None) ->
     return RunConfig.model_validate({**sections, **engine})
 
 
-def build(settings: RunConfig) -> Engine:
+def build(settings: RunConfig, fill: Fill | None = None) -> Engine:
     policy = policy_of(settings.memory, settings.model.layer_kinds)
-    return build_engine(settings, VOCAB, mesh_for(settings, CPU), CPU, policy, host_store(policy, CPU, None, None))
+    store = host_store(policy, CPU, None, None)
+    return build_engine(settings, VOCAB, mesh_for(settings, CPU), CPU, policy, store, *([] if fill is None else [fill]))
 
 
 def batch(seed: int) -> Batch:
@@ -103,6 +105,23 @@ def handed_on(folder: str) -> list[Any]:
     return found
 
 
+def begun(zero: dict[str, Any] | None, folder: str) -> list[tuple[float, float]]:
+    """Five steps of a run with ``train.init_from``: the weights that the native engine saved in ``folder``."""
+    settings = config(zero, {"train": {"init_from": folder, "device": "cpu"}})
+    new = RunDir(f"{folder}-begun")
+    fill, notes = _beginning(settings, new, CheckpointManager(new, CheckpointSection()))
+    engine = build(settings, fill)
+    assert notes == [f"begins with the weights of {folder}/checkpoints/step_00000004"]
+    return train(engine, range(5))
+
+
+def given_weights(folder: str) -> None:
+    """Make them: other ones than those that a run begins with by chance."""
+    engine = build(config(None))
+    train(engine, range(200, 204))
+    CheckpointManager(RunDir(folder), CheckpointSection()).save(4, engine.state_dict())
+
+
 def all_cases(folder: str) -> dict[str, Any]:
     """By name of the question, pairs of what the native engine found and what the other one did."""
     native = whole_run(None, None, 20)
@@ -113,6 +132,15 @@ def all_cases(folder: str) -> dict[str, Any]:
     without = whole_run(None, None, 6, (1, 4))
     for name, zero in STAGES.items():
         found[f"refused steps, {name}"] = (without, whole_run(zero, None, 6, (1, 4)))
+    given_weights(f"{folder}/given")
+    with_given = begun(None, f"{folder}/given")
+    assert with_given != native[:5]
+    for name, zero in STAGES.items():
+        found[f"given weights, {name}"] = (with_given, begun(zero, f"{folder}/given"))
+    answers = engine_questions.answers(lambda beside: build(config(None, beside)))
+    for name, zero in STAGES.items():
+        theirs = engine_questions.answers(lambda beside, zero=zero: build(config(zero, beside)))
+        found |= {f"{question}, {name}": (answers[question], theirs[question]) for question in answers}
     on_and_on = handed_on(folder)
     found["handed from engine to engine"] = (train(build(config(None)), range(len(on_and_on))), on_and_on)
     return found

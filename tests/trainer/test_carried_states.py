@@ -27,6 +27,7 @@ class Store:
     """Documents of random tokens."""
 
     documents = {"tokens": LENGTHS}
+    prefixes = None
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         return np.random.default_rng(document).integers(0, VOCAB, LENGTHS[document])[start:stop]
@@ -51,6 +52,12 @@ def in_segments(*topology: int) -> RunConfig:
     """As `config`, sequences read in segments of which the last is short."""
     settings = config(*topology)
     return settings.model_copy(update={"train": settings.train.model_copy(update={"segment_tokens": 6})})
+
+
+def on_tensor_parallel_ranks(dp: int) -> RunConfig:
+    """As `config`, each sequence on two tensor-parallel ranks."""
+    settings = config(dp, 1, 2 // dp, 2)
+    return RunConfig.model_validate({**settings.model_dump(), "parallel": {"dp_shard": dp, "tp": 2}})
 
 
 def steps(settings: RunConfig, dp_rank: int = 0, consumed: int = 0):
@@ -124,6 +131,7 @@ def all_on_ranks(folder: str) -> dict:
     ranks = dist.get_world_size()
     cases = {2: {"cp 2": (1, 2, 2, 2), "dp 2": (2, 1, 1, 2), "dp 2, other passes": (2, 1, 2, 1)}, 4: {"dp 2, cp 2": (2, 2, 1, 2)}}
     found = {name: trained(config(*case)) for name, case in cases[ranks].items()}
+    found["tp 2"] = trained(on_tensor_parallel_ranks(ranks // 2))
     if ranks == 2:
         found["resumed"] = trained(config(2, 1, 2, 1), folder)
         found["in segments, dp 2"] = trained(in_segments(2, 1, 1, 2))

@@ -83,10 +83,6 @@ def test_two_rings_are_refused_where_they_are_one_and_offered_across_nodes() -> 
 
 
 def test_formulas_and_unsettled_schemes_are_refused() -> None:
-    given = config(cp=2, sequence="ulysses")
-    estimated = given.model_copy(update={"memory": given.memory.model_copy(update={"plan": "estimate"})})
-    with pytest.raises(UserError, match=r"parallel\.sequence: ulysses needs a traced step"):
-        plan_run(estimated, "h100")
     settings: list[tuple[dict[str, Any], str]] = [
         ({"kv_residence": "host"}, "kv_residence: host"),
         ({"cp": 2, "layout": "per_document"}, "layout: per_document"),

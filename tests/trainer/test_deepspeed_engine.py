@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.trainer.deepspeed_cases import BESIDE, STAGES, all_cases
+from tests.trainer.engine_questions import QUESTIONS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -18,6 +19,7 @@ NAMES = [
     *(f"20 steps, {name}" for name in STAGES),
     *(f"{name}, zero_{3 - number % 2}" for number, name in enumerate(BESIDE)),
     *(f"refused steps, {name}" for name in STAGES),
+    *(f"given weights, {name}" for name in STAGES),
     "handed from engine to engine",
 ]
 
@@ -40,5 +42,15 @@ def test_both_engines_train_alike(found: dict[str, Any], name: str) -> None:
     assert len(set(losses)) > len(losses) // 2  # it is a run in which something happens
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_what_holds_of_one_engine_holds_of_the_other(found: dict[str, Any], question: str, stage: str) -> None:
+    """What test_engine.py asks of the native engine, where ZeRO has an answer: labels on some ranks only, losses by position, gradients
+    that are not finite, the state that is saved."""
+    native, other = found[f"{question}, {stage}"]
+    assert other == pytest.approx(native, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
 def test_every_question_was_asked(found: dict[str, Any]) -> None:
-    assert sorted(found) == sorted(NAMES)
+    assert sorted(found) == sorted([*NAMES, *(f"{question}, {stage}" for question in QUESTIONS for stage in STAGES)])

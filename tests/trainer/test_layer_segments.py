@@ -39,6 +39,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "titans mlp": {"memory": {**TITANS, "titans": {"chunk_size": 5, "network": "mlp", "reset_every": 20}}},
     "mag": {"layers": ["memory", "memory"], "memory": {**TITANS, "attach": "mag"}},
     "mal": {"layers": ["memory", "memory"], "memory": {"attach": "mal", "chunk_size": 4}},
+    "after": {"layers": ["memory", "memory"], "memory": {"attach": "after", "chunk_size": 4}},
+    "mac": {"memory": {"kind": "titans", "attach": "mac", "mac": {"segment": 5, "persistent": 2}}},
     "product keys": {
         "layers": ["swa", "swa"],
         "feedforward": ["dense", "product_keys"],
@@ -209,7 +211,6 @@ SWA = {"layers": ["swa"], "window": 5}
     ("change", "message"),
     [
         ({"model": {"layers": ["swa", "full"]}}, "train.segment_tokens 8 needs model.layers of kind swa and memory"),
-        ({"model": {"layers": ["memory"], "memory": {"kind": "titans", "attach": "mac"}}}, "needs model.memory.attach mixer, mag or mal"),
         ({"model": {**SWA, "memory": {"kind": "rmt"}}}, "rmt has segments of its own .model.memory.rmt.segment.; leave it out"),
         ({"parallel": {"cp": 3}, "model": SWA}, "needs parallel.cp=1 .*parallel.dp_shard=3"),
         ({"parallel": {"tp": 5}, "model": SWA}, "needs parallel.tp=1"),

@@ -8,9 +8,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from memory_mgmt.offload import HostStore
+from memory_mgmt.optimizer_lanes import OffloadedLanes
 from memory_mgmt.optimizer_offload import OffloadedOptimizer
+from memory_mgmt.optimizer_on_host import OnHost
 from models.batch import Batch, Bounds
-from optim.build import build_optimizer
+from optim.build import build_optimizer, lanes_of, parameter_groups
+from optim.routing import route
 from tests.distributed import run_distributed
 from trainer.build import build_engine, mesh_for
 from trainer.checkpoint import CheckpointManager
@@ -23,24 +26,33 @@ BUCKET_BYTES = 4096
 """Small, so that a parameter goes in several buckets and a block in many."""
 
 
-def config(where: str, ranks: int, cp: int = 1) -> RunConfig:
+def config(where: str, ranks: int, cp: int = 1, preset: str = "adamw") -> RunConfig:
+    width = 24 if preset == "adamw" else 96  # few bits are for what is not small
     return RunConfig.model_validate(
         {
-            "model": {"d_model": 24, "n_heads": 3, "layers": ["full", "memory"], "memory": {"chunk_size": 8}},
+            "model": {"d_model": width, "n_heads": 3, "layers": ["full", "memory"], "memory": {"chunk_size": 8}},
             "data": {"seq_len": SEQ_LEN},
             "train": {"device": "cpu", "grad_accum": 2},
-            "optim": {"clip_norm": 0.05},
+            "optim": {"clip_norm": 0.05, "preset": preset, **({"rank": 8} if preset == "galore" else {})},
             "parallel": {"dp_shard": ranks // cp, "cp": cp, "layout": "contiguous"},
             "memory": {"offload_optimizer": where},
         }
     )
 
 
-def engine_of(where: str, cp: int = 1) -> Engine:
-    settings = config(where, dist.get_world_size() if dist.is_initialized() else 1, cp)
+def engine_of(where: str, cp: int = 1, preset: str = "adamw") -> Engine:
+    settings = config(where, dist.get_world_size() if dist.is_initialized() else 1, cp, preset)
     device = torch.device("cpu")
     engine = build_engine(settings, VOCAB, mesh_for(settings, device), device)
-    if where == "host":
+    if where == "host" and preset != "adamw":
+        assert isinstance(engine.optimizer, OffloadedLanes)
+        lanes = lanes_of(engine.model, settings.optim, settings.train.seed)
+        assert lanes is not None
+        groups = parameter_groups(engine.model, route(engine.model), settings.optim)
+        engine.optimizer = OffloadedLanes(groups, lanes, settings.optim.lr, HostStore(device), BUCKET_BYTES)
+        split = [unit for load in engine.optimizer._loads for unit in load.units if not unit.last]
+        assert bool(split) == (preset == "adamw_8bit")  # galore's matrices go as wholes, and the rest is small here
+    elif where == "host":
         assert isinstance(engine.optimizer, OffloadedOptimizer)
         plain = build_optimizer(engine.model, settings.optim, with_states=False)
         engine.optimizer = OffloadedOptimizer(plain, engine.parameters, HostStore(device), BUCKET_BYTES)
@@ -75,10 +87,10 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
         assert torch.equal(tensor, other[name]), name
 
 
-def both_ways(cp: int = 1) -> list[str]:
+def both_ways(cp: int = 1, preset: str = "adamw") -> list[str]:
     """Four steps each way; gives the placements of the states, as text."""
-    plain, offloaded = engine_of("none", cp), engine_of("host", cp)
-    assert isinstance(offloaded.optimizer, OffloadedOptimizer) and not isinstance(plain.optimizer, OffloadedOptimizer)
+    plain, offloaded = engine_of("none", cp, preset), engine_of("host", cp, preset)
+    assert isinstance(offloaded.optimizer, OnHost) and not isinstance(plain.optimizer, OnHost)
     before = values(plain)
     equal(before, values(offloaded))
     norms = steps(plain, 0, 4)
@@ -98,7 +110,8 @@ def test_the_same_bits_on_one_process() -> None:
 def sharded(folder: str) -> list[str]:
     for first, then in (("host", "none"), ("none", "host")):
         saved_and_resumed(f"{folder}/{first}", first, then)
-    return both_ways(cp=1) + both_ways(cp=2)
+    saved_and_resumed(f"{folder}/few bits", "host", "none", "adamw_8bit")
+    return both_ways(cp=1) + both_ways(cp=2) + both_ways(2, "adamw_8bit") + both_ways(1, "galore")
 
 
 def test_the_same_bits_and_checkpoints_on_two_ranks(tmp_path: Path) -> None:
@@ -110,10 +123,10 @@ def manager(folder: str) -> CheckpointManager:
     return CheckpointManager(RunDir(Path(folder)), CheckpointSection())
 
 
-def saved_and_resumed(folder: str, first: str, then: str) -> None:
+def saved_and_resumed(folder: str, first: str, then: str, preset: str = "adamw") -> None:
     """Two steps, a checkpoint, two steps with the states elsewhere; against four steps without a break."""
     checkpoints = manager(folder)
-    whole, before, after = engine_of("none"), engine_of(first), engine_of(then)
+    whole, before, after = engine_of("none", 1, preset), engine_of(first, 1, preset), engine_of(then, 1, preset)
     steps(whole, 0, 4)
     steps(before, 0, 2)
     checkpoints.save(2, before.state_dict(), block=True)

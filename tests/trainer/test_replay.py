@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
+from memory_mgmt.plan import MemoryPlan, Moment, Term
+from memory_mgmt.plan_view import plain
 from models.batch import IGNORE_INDEX, Batch, Bounds
 from models.memory.protocol import detached
 from models.segments import Segment
@@ -14,6 +19,7 @@ from models.transformer import Transformer, init_weights
 from trainer.config import RunConfig
 from trainer.engine import forward
 from trainer.replay import SegmentRunner
+from trainer.segment_rules import not_shared
 
 T, VOCAB, SIZE = 45, 64, 8
 DOCUMENTS = {"one document": ((0,), (0,)), "packed": ((0, 3, 20, 37), (0, 21))}
@@ -179,3 +185,12 @@ def test_one_segment_is_alive_at_a_time(kind):
 def test_what_segments_cannot_do_is_refused(change: dict, message: str):
     with pytest.raises(ValidationError, match=message):
         RunConfig.model_validate({**settings("rmt"), **change})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_says_that_ranks_do_not_share_a_sequence(kind: str):
+    bare = MemoryPlan("trace", "cpu", 1, (Term("step", "transient", 8, 8),), (Moment("forward", 8),), None, None)
+    plan = replace(bare, sequence=not_shared(RunConfig.model_validate(settings(kind))))
+    assert MemoryPlan.from_json(plan.to_json()) == plan
+    assert re.search(rf"one sequence +not parallel inside: a segment of {kind} begins .*parallel.dp_shard", plain(plan))
+    assert not not_shared(RunConfig()) and "one sequence" not in plain(bare)

@@ -54,6 +54,16 @@ def test_create_refuses_anything_that_is_there(tmp_path):
         RunDir(tmp_path / "file" / "below").create()
 
 
+def test_nobody_else_looks_into_a_run_unless_it_may(tmp_path):
+    before = os.umask(0o022)
+    try:
+        RunDir(tmp_path / "runs" / "mine").create()
+        RunDir(tmp_path / "runs" / "ours").create(private=False)
+    finally:
+        os.umask(before)
+    assert [(tmp_path / "runs" / name).stat().st_mode & 0o777 for name in ("mine", "ours", "")] == [0o700, 0o755, 0o755]
+
+
 def test_checkpoint_steps_lists_published_ones_only(tmp_path):
     run = RunDir(tmp_path)
     assert run.checkpoint_steps() == []

@@ -143,7 +143,7 @@ def test_200_runs_in_half_a_second_without_torch(tmp_path):
         best = min(best, time.perf_counter() - begin)
     assert len(rows) == 200
     assert best < 0.5
-    code = "import sys, trainer.runs_table; assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)"
+    code = "import sys, trainer.runs_table, slurm.commands; assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

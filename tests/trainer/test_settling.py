@@ -91,6 +91,22 @@ def test_settings_that_only_traces_know_do_not_stop_the_order_of_tries(setting):
     assert [one.status for one in chosen.tried].count("fits") >= 1 and chosen.config.parallel.cp in (1, 2)
 
 
+def test_tensor_parallel_ranks_are_considered_within_a_node():
+    """One short sequence per step of a wide model: with parts of the weights nothing of them is gathered."""
+    wide = {"d_model": 1024, "n_heads": 8, "n_kv_heads": 4, "layers": ["full"], "n_layers": 2, "vocab_size": 32000}
+    values = config(ranks=8, grad_accum=1, seq_len=4096, dp_replicate=1, dp_shard=1, tp="auto").model_dump()
+    chosen = settled(RunConfig.model_validate({**values, "model": wide}), "h100")
+    degrees = {(one.config.parallel.cp, one.config.parallel.tp): one for one in chosen.tried}
+    assert set(degrees) == {(8, 1), (4, 2), (2, 4), (1, 8)}
+    assert "model.n_kv_heads 4" in degrees[1, 8].status and degrees[1, 8].status.startswith("refused")
+    fits = {key: one for key, one in degrees.items() if one.status == "fits"}
+    assert chosen.config is min(fits.values(), key=lambda one: one.seconds).config and chosen.config.parallel.tp == 4
+    assert all(one.seconds == seconds(plan(one.config)) for one in fits.values())
+    across = RunConfig.model_validate({**values, "model": wide, "parallel": {**values["parallel"], "ranks": 16, "cp": 1}})
+    with pytest.raises(UserError, match=r"parallel\.tp 16 would cross nodes of 8 ranks"):
+        settled(across, "h100")
+
+
 def test_given_degrees_stay(free):
     chosen = settled(config(ranks=4, dp_replicate=2), "h100")
     assert chosen.config.parallel.dp_replicate == 2 and {one.config.parallel.dp_replicate for one in chosen.tried} == {2}

@@ -158,6 +158,25 @@ CASES = {
         config(data={"seq_len": 64}, model={"d_model": 128}, memory={"offload_optimizer": "host"}, train={"grad_accum": 2}),
         None,
     ),
+    "few-bit states in host memory": (
+        config(
+            data={"seq_len": 64},
+            model={"d_model": 256, "layers": ["full", "full"]},
+            memory={"offload_optimizer": "host"},
+            optim={"preset": "adamw_4bit", "weights": "bf16_24bit"},
+            train={"precision": "bf16"},
+        ),
+        None,
+    ),
+    "projected states in host memory": (
+        config(
+            data={"seq_len": 64},
+            model={"d_model": 256, "layers": ["full", "full"]},
+            memory={"offload_optimizer": "host"},
+            optim={"preset": "galore", "rank": 16},
+        ),
+        None,
+    ),
     "parameters in host memory": (
         config(
             model={"layers": ["full"] * 4},
@@ -221,6 +240,12 @@ def test_traced_peak_is_the_allocators(name):
         {"model": {"layers": ["full"] * 3}, "memory": {"offload_optimizer": "host", "offload_parameters": "host"}},
         {"model": {"layers": ["full", "memory"]}, "parallel": {"tp": 2}},
         {"model": {"layers": ["full", "full"]}, "memory": {"recompute": "block"}, "parallel": {"tp": 2}},
+        {"model": {"layers": ["full", "full"]}, "data": {"source": "jsonl", "path": "none.jsonl", "prefix_key": "prompt"}},
+        {
+            "model": {"layers": ["full", "full"]},
+            "optim": {"preset": "muon"},
+            "parallel": {"tp": 2, "kv_residence": "host", "kv_chunk": 256},
+        },
     ],
 )
 def test_traced_peak_is_the_allocators_on_two_ranks(sections):
@@ -298,6 +323,14 @@ EXTENDED = {
         model={"layers": ["full"], "n_layers": 14},
         data={"seq_len": 256},
         parallel={"dp_shard": 2},
+        memory={"offload_optimizer": "host", "recompute": "block"},
+    ),
+    "offloaded states in eight bits, two shards": config(
+        model={"layers": ["full"], "n_layers": 14},
+        data={"seq_len": 256},
+        parallel={"dp_shard": 2},
+        optim={"preset": "adamw_8bit", "weights": "bf16_stochastic"},
+        train={"precision": "bf16"},
         memory={"offload_optimizer": "host", "recompute": "block"},
     ),
     "parameters in host memory": config(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,7 +14,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from models.batch import Batch, Bounds
+from optim.driver import ComposedOptimizer
+from optim.plan_collectives import collectives_of_step
 from tests.distributed import run_distributed
+from tests.optim.test_driver import MATRICES, NEAR
 from trainer.build import build_engine, mesh_for
 from trainer.checkpoint import CheckpointManager
 from trainer.config import RunConfig
@@ -22,9 +29,14 @@ VOCABULARY, TOKENS = 128, 32
 MODEL = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "d_ff": 256, "layers": ["full", "memory"], "qkv_bias": True}
 
 
-def settings(preset: str, seed: int = 0, **parallel: int) -> RunConfig:
-    sections = {"data": {"seq_len": TOKENS}, "train": {"device": "cpu", "seed": seed}, "optim": {"preset": preset, "lr": 1e-2}}
-    return RunConfig.model_validate({"model": MODEL, **sections, "parallel": parallel})
+WHOLE = {name: own for name, own in MATRICES.items() if name != "lomo" and "weights" not in own}
+"""Presets that update whole matrices, with settings of their own."""
+
+
+def settings(preset: str, seed: int = 0, precision: str = "fp32", states: str = "none", **parallel: int) -> RunConfig:
+    train = {"device": "cpu", "seed": seed, "precision": precision}
+    sections = {"data": {"seq_len": TOKENS}, "train": train, "optim": {"preset": preset, "lr": 1e-2, **WHOLE.get(preset, {})}}
+    return RunConfig.model_validate({"model": MODEL, **sections, "parallel": parallel, "memory": {"offload_optimizer": states}})
 
 
 def engine_of(config: RunConfig, init_from: Path | None = None, checkpoints: CheckpointManager | None = None) -> Engine:
@@ -69,7 +81,7 @@ def on_two_ranks(folder: str, preset: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize("preset", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("preset", ["adamw", "adamw_8bit", "muon", "galore_8bit"])
 def test_a_checkpoint_of_parts_is_that_of_the_whole(tmp_path: Path, preset: str) -> None:
     for found in run_distributed(on_two_ranks, 2, str(tmp_path), preset):
         saved, (loss, after) = found["saved"], found["next"]
@@ -89,3 +101,67 @@ def test_a_checkpoint_of_parts_is_that_of_the_whole(tmp_path: Path, preset: str)
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Whether both hold the same bits under the same names."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def counted(optimizer: ComposedOptimizer) -> Callable[[], Any]:
+    """Its step, which takes as many collectives as are foretold."""
+    names, taken = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_to_all_single"), 0
+    numbers, plain = count(1), optimizer.step
+
+    def counting(of: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return of(*args, **kwargs)
+
+    def stepped() -> Any:
+        nonlocal taken
+        taken, kept = 0, {name: getattr(dist, name) for name in names}
+        for name, of in kept.items():
+            setattr(dist, name, partial(counting, of))
+        try:
+            answer = plain()
+        finally:
+            for name, of in kept.items():
+                setattr(dist, name, of)
+        assert taken == collectives_of_step(optimizer, next(numbers))
+        return answer
+
+    return stepped
+
+
+def updated(
+    presets: list[str], states: str = "none", **parallel: int
+) -> dict[str, tuple[list[float], dict[str, torch.Tensor], list[tuple]]]:
+    """Of each preset: losses, parameters and states after three steps on these ranks, and each parameter's planned and measured bytes."""
+    found = {}
+    for preset in presets:
+        engine = engine_of(settings(preset, precision="fp64", states=states, **parallel))
+        optimizer = engine.optimizer
+        assert isinstance(optimizer, ComposedOptimizer)
+        if states == "none":  # in buckets each has messages of its own
+            cast(Any, optimizer).step = counted(optimizer)
+        losses = [step(engine, number) for number in range(3)]
+        rows = optimizer.plan() if states == "none" else []  # in host memory they lie side by side in one piece
+        found[preset] = (losses, whole(engine), [(row.name, row.planned_bytes, row.measured_bytes) for row in rows])
+    return found
+
+
+def updated_on_ranks() -> list[dict]:
+    """Parts that are sharded further, copies of whole groups, states in host memory."""
+    copies, moved = updated(["muon", "adafactor"], tp=2, dp_replicate=2), updated(["muon", "galore"], "host", tp=2, dp_shard=2)
+    return [updated(list(WHOLE), tp=2, dp_shard=2), copies, moved]
+
+
+def test_whole_matrices_are_updated_as_by_one_process() -> None:
+    alone = updated(list(WHOLE))
+    for answers in run_distributed(updated_on_ranks, 4):
+        for found in answers:
+            for preset, (losses, tensors, sizes) in found.items():
+                wanted_losses, wanted, _ = alone[preset]
+                assert losses == pytest.approx(wanted_losses, rel=NEAR.get(preset, 1e-6)), preset
+                assert tensors.keys() == wanted.keys()
+                for name, value in wanted.items():
+                    assert tensors[name].shape == value.shape and tensors[name].dtype == value.dtype, (preset, name)
+                    far = float((tensors[name] - value).norm() / value.norm()) if name.startswith("model.") else 0
+                    assert far <= NEAR.get(preset, 1e-6), (preset, name, far)
+                assert all(planned == measured for _, planned, measured in sizes), preset

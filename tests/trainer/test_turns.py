@@ -23,6 +23,8 @@ CASES = {
     "ring of twelve": {"parallel": {"cp": 12}, "data": {"seq_len": 3072}},
     "ring of twelve, in order": {"parallel": {"cp": 12, "layout": "contiguous"}, "data": {"seq_len": 3072}},
     "adamw in eight bits by pieces": {"optim": {"preset": "adamw_8bit", "weights": "bf16_stochastic"}, "train": {"precision": "bf16"}},
+    "loss in many tiles, the last one short": {"memory": {"loss_tile_tokens": 12}},
+    "loss in many tiles of two ranks' tokens": {"parallel": {"tp": 2}, "memory": {"loss_tile_tokens": 16}},
     "adamw of 24 bits, updated in the backward pass": {
         "optim": {"preset": "adamw_4bit", "weights": "bf16_24bit", "fuse_backward": True, "clip_norm": None},
         "train": {"precision": "bf16"},
@@ -56,7 +58,7 @@ def test_a_few_turns_are_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert stretches(few) == stretches(every)
     assert work(few) == work(every)
     rates = Rates.from_device(device_named("h100"), cores=1)
-    topology = Topology.of(ParallelDims.from_config(config.parallel, config.parallel.cp), 8)
+    topology = Topology.of(ParallelDims.from_config(config.parallel, config.parallel.ranks_asked), 8)
     ours, theirs = step_schedule(few, rates, topology), step_schedule(every, rates, topology)
     assert [s.label for s in ours] == [s.label for s in theirs]
     for what in ("start", "end", "waited_communication"):

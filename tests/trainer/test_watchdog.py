@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -59,7 +61,20 @@ if __name__ == "__main__":
 def test_a_hung_process_says_where_and_ends(tmp_path: Path) -> None:
     began = time.monotonic()
     command = [sys.executable, "-c", HANGING, str(tmp_path / "reason")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    full, end = os.pipe()  # a log that cannot be written to, as on a file system that hangs
+    os.set_blocking(end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(end, bytes(4096))
+    os.set_blocking(end, True)
+    unheard = subprocess.Popen([*command[:-1], str(tmp_path / "unheard")], cwd=ROOT, stderr=end)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+        assert unheard.wait(timeout=50) == HUNG, "nobody reads what it would say"
+    finally:
+        unheard.kill()
+        os.close(full)
+        os.close(end)
     assert done.returncode == HUNG and time.monotonic() - began < 45
     for words in ("error: hung: no step for", "stuck_in_a_collective", "stuck_in_a_save"):
         assert words in done.stderr

@@ -57,6 +57,11 @@ def _refuse_foreign(args: argparse.Namespace) -> None:
 def _suites(args: argparse.Namespace, run_dir: RunDir, config: RunConfig) -> int:
     from trainer.evals import positions, report, suites
 
+    if config.data.bidirectional_prefixes:
+        raise UserError(
+            "--suite: reads sequences chunk by chunk, in one direction, and this run's attention sees prefixes whole (data.prefix_mask "
+            "bidirectional); leave --suite out for the held-out loss, or train with data.prefix_mask=causal"
+        )
     request = suites.Request(
         tasks=suites.tasks_of(args.suite.split(",")),
         lengths=_lengths(args.lengths) if args.lengths else (config.data.seq_len,),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models.errors import UserError
 from trainer import config_file
+from trainer.commands.open_run import reload
 from trainer.commands.places import HOME, find_run
 from trainer.commands.terminal import tell
 
@@ -40,4 +41,6 @@ def export_run(args: argparse.Namespace) -> int:
     own = ", trust_remote_code=True" if done.family == "longstride" else ""
     print(f"step {done.step} as {done.family}: {', '.join(file.name for file in done.files if not file.name.startswith('longstride_'))}")
     print(f"load it with: AutoModelForCausalLM.from_pretrained({str(Path(args.target))!r}{own})")
+    if reload(run_dir).data.bidirectional_prefixes:
+        print("note: the run's attention saw prefixes whole (data.prefix_mask bidirectional); the exported model reads every text causally")
     return 0

@@ -42,10 +42,12 @@ def open_run(config: RunConfig, run_dir: RunDir | None, name: str, plan: MemoryP
 
     if run_dir is None:
         run_dir, config = new_run(config, name)
-        run_dir.create()
+        run_dir.create(config.run.private)
     text = config_file.dump(config)
     with run_dir.lock():
         if run_dir.config.exists() and run_dir.config.read_text() != text:
+            if config_file.resolve(run_dir.config).run.private != config.run.private:
+                run_dir.path.chmod(0o700 if config.run.private else 0o755)
             earlier = len(list(run_dir.path.glob("config.before_resume_*.yaml"))) + 1
             run_dir.config.replace(run_dir.path / f"config.before_resume_{earlier}.yaml")
         write_atomic(run_dir.config, text.encode())

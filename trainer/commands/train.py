@@ -70,7 +70,9 @@ def _explain(config: RunConfig, ranks: int | None) -> int:
 
 def resume(args: argparse.Namespace) -> int:
     """``longstride resume`` on this machine; ``slurm/submit.py`` has ``--submit``."""
-    of_a_job = [name for name in ("device", "nodes", "time", "partition", "qos", "account", "dependency", "force") if getattr(args, name)]
+    of_a_job = [
+        name for name in ("device", "nodes", "time", "partition", "qos", "account", "dependency", "chain", "force") if getattr(args, name)
+    ]
     if of_a_job:
         raise UserError(f"--{of_a_job[0]}: is of a Slurm job; add --submit, or leave it out to train on this machine")
     run_dir = find_run(args.name, args.root)

@@ -22,6 +22,7 @@ from trainer.data.documents import Source
 from trainer.data.held_out import split_documents, without_copies
 from trainer.data.loader import Cursor, Share, Step, StoredSequences, held_out_batches, stored_steps, streamed_steps
 from trainer.data.prefetch import Prefetcher
+from trainer.data.prefixes import CAUSAL, Prefixes, PrefixUse, predicted_bytes_per_label
 from trainer.data.sources import SourceKind, open_source
 from trainer.data.store_builder import Progress, StoreSpec, open_or_build
 from trainer.data.streaming import Place, SequenceStream
@@ -78,8 +79,9 @@ class Data:
         """UTF-8 bytes of the held-out documents per token that is predicted: bits per byte = loss / ln 2 / this."""
         if not isinstance(self.held_out, StoredSequences):
             return None
-        documents = self.held_out.store.documents[self.held_out.documents]
-        return float(documents["bytes"].sum() / max(1, (documents["tokens"] - 1).sum()))
+        store, held = self.held_out.store, self.held_out.documents
+        prefixes = None if store.prefixes is None else store.prefixes[held]
+        return predicted_bytes_per_label(store.documents[held], prefixes, self.held_out.prefix_use)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able facts: documents, tokens, sequences, what was skipped, what is held out. Streamed counts are not known."""
@@ -136,7 +138,12 @@ def build_data(
         return _generated(config, tokenizer, share)
     open_store = partial(_open_store, data, verify=verify, progress=progress)
     sequences = partial(
-        StoredSequences, seq_len=data.seq_len, seed=config.train.seed, document_mask=data.document_mask, pad_id=tokenizer.pad_id
+        StoredSequences,
+        seq_len=data.seq_len,
+        seed=config.train.seed,
+        document_mask=data.document_mask,
+        pad_id=tokenizer.pad_id,
+        prefix_use=_prefix_use(data),
     )
     if data.streaming:
         return _streamed(data, tokenizer, share, open_store, sequences, check=verify)
@@ -201,7 +208,13 @@ def _streamed(
     """Training documents as they are read; held-out ones from a token store. ``check`` reads up to the first sequence."""
     source = _open_source(data, "data.path")
     training = SequenceStream(
-        source, tokenizer, seq_len=data.seq_len, document_mask=data.document_mask, on_bad_document=data.on_bad_document
+        source,
+        tokenizer,
+        seq_len=data.seq_len,
+        document_mask=data.document_mask,
+        on_bad_document=data.on_bad_document,
+        prefixes=_prefixes(data),
+        prefix_use=_prefix_use(data),
     )
     if check:
         next(training.read(Place()))
@@ -232,17 +245,27 @@ def _open_source(data: DataSection, key: ValidOrTrain) -> Source:
         cast(SourceKind, data.source),  # generated data have no files
         data.path if train else data.valid_path,
         text_field=data.text_field,
+        prefixes=_prefixes(data),
         hub_config=data.hub_config,
         hub_split=data.hub_split,
         streaming=data.streaming and train,
+        allow_download=data.allow_download,
         key=key,
     )
 
 
 def _open_store(data: DataSection, key: ValidOrTrain, verify: bool, progress: Progress | None) -> TokenStore:
     source = _open_source(data, key)
-    spec = StoreSpec(source, data.tokenizer, data.on_bad_document, data.cache_dir, data.tokenize_workers, key)
+    spec = StoreSpec(source, data.tokenizer, data.on_bad_document, data.cache_dir, data.tokenize_workers, key, _prefixes(data))
     return open_or_build(spec, verify, progress)
+
+
+def _prefixes(data: DataSection) -> Prefixes | None:
+    return None if data.prefix_key is None else Prefixes(data.prefix_key, data.prefix_unit)
+
+
+def _prefix_use(data: DataSection) -> PrefixUse:
+    return PrefixUse(mask=data.bidirectional_prefixes, loss=data.prefix_loss) if data.prefix_key is not None else CAUSAL
 
 
 def _plan(data: DataSection, seed: int | None) -> dict[str, Any]:

@@ -20,6 +20,10 @@ class Document:
     """What decides whether it is held out; None: the text, so equal texts always fall on the same side."""
     train_only: bool = False
     """Never held out."""
+    prefix: int = 0
+    """How long its prefix is, in what the data count it in (``prefixes.py``)."""
+    prefix_record: tuple[int, int] | None = None
+    """The prefix's tokens and UTF-8 bytes, once they are known; None where the data have no prefixes."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class BadDocument:
     """A document that cannot be used; stops the run or is counted (``data.on_bad_document``)."""
 
     reason: str
-    """What it is counted under: empty, invalid_utf8, invalid_json, missing_text or unreadable."""
+    """What it is counted under: empty, invalid_utf8, invalid_json, missing_text, bad_prefix or unreadable."""
     origin: str
     """File, and line or row."""
     detail: str

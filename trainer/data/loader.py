@@ -17,6 +17,7 @@ import torch
 
 from models.batch import Batch, Bounds
 from trainer.data.packing import PackedSequence, Packing, Shuffle, pack, padding_sequence
+from trainer.data.prefixes import CAUSAL, PrefixUse, left_of
 from trainer.data.streaming import Place
 from trainer.data.token_store import TokenStore
 
@@ -82,11 +83,13 @@ class StoredSequences:
         document_mask: bool,
         pad_id: int,
         lanes: int = 0,
+        prefix_use: PrefixUse = CAUSAL,
     ) -> None:
         self.store = store
         self.documents = documents
         self.document_mask = document_mask
         self.pad_id = pad_id
+        self.prefix_use = prefix_use
         self.packing = Packing(store.documents["tokens"][documents], seq_len, seed, shuffle, lanes)
 
     @property
@@ -102,7 +105,9 @@ class StoredSequences:
         """Sequence ``n`` of the run."""
         pieces = self.packing.pieces(n)
         fragments = [self.store.read(int(self.documents[piece.document]), piece.start, piece.stop) for piece in pieces]
-        packed = pack(fragments, self.packing.seq_len, self.document_mask, self.pad_id)
+        known, at = self.store.prefixes, [int(self.documents[piece.document]) for piece in pieces]
+        prefixes = () if known is None else [left_of(int(known["tokens"][i]), p.start, p.stop) for i, p in zip(at, pieces, strict=True)]
+        packed = pack(fragments, self.packing.seq_len, self.document_mask, self.pad_id, prefixes, self.prefix_use)
         return packed._replace(continued=True) if self.packing.continues(n) else packed
 
 
@@ -110,10 +115,12 @@ def make_batch(rows: Sequence[PackedSequence]) -> Batch:
     """Stack sequences; the batch holds the whole of each (``shard_batch`` splits it over sequence-parallel ranks)."""
     seq_len = len(rows[0].tokens_T)
     tokens_BT, labels_BT, positions_BT = (
-        torch.from_numpy(np.stack(arrays))
+        torch.from_numpy(np.stack(arrays, dtype=np.int32, casting="same_kind"))
         for arrays in ([row.tokens_T for row in rows], [row.labels_T for row in rows], [row.positions_T for row in rows])
     )
-    bounds = Bounds(seq_len, ((0, seq_len),), tuple(row.documents for row in rows))
+    # One row's padding or documents without prefixes: their prefixes end where they begin.
+    prefixes = tuple(row.prefixes or row.documents for row in rows) if any(row.prefixes for row in rows) else ()
+    bounds = Bounds(seq_len, ((0, seq_len),), tuple(row.documents for row in rows), prefixes)
     return Batch(tokens_BT, labels_BT, positions_BT, bounds, tuple(row.continued for row in rows))
 
 

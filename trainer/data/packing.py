@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from models.batch import IGNORE_INDEX
+from trainer.data.prefixes import CAUSAL, PrefixUse, ends_of
 from trainer.data.shuffling import make_key, permutation, permuted
 
 Shuffle = Literal["sequences", "documents", "none"]
@@ -34,6 +35,8 @@ class PackedSequence(NamedTuple):
     labels_T: np.ndarray
     positions_T: np.ndarray
     documents: tuple[int, ...]
+    prefixes: tuple[int, ...] = ()
+    """Where the prefix of each of these fragments ends; empty when none has one, or none is to be seen."""
     continued: bool = False
     """Whether the first token follows the last one of the sequence one step earlier in this one's lane."""
 
@@ -106,7 +109,14 @@ class Packing:
         return documents, starts
 
 
-def pack(fragments: Sequence[np.ndarray], seq_len: int, document_mask: bool, pad_id: int) -> PackedSequence:
+def pack(
+    fragments: Sequence[np.ndarray],
+    seq_len: int,
+    document_mask: bool,
+    pad_id: int,
+    prefixes: Sequence[int] = (),
+    use: PrefixUse = CAUSAL,
+) -> PackedSequence:
     """The arrays of one sequence from the fragments of documents in it (up to T + 1 tokens in all, the last a mere label).
 
     ``labels_T[t]`` is the token after t. With ``document_mask`` the end token of a document has no label (what follows is another
@@ -116,7 +126,8 @@ def pack(fragments: Sequence[np.ndarray], seq_len: int, document_mask: bool, pad
     several sequences begins again at position 0 in each: nothing is carried between sequences (with shuffling they are not
     even neighbours), so the model sees a text that starts there, and positions never exceed T - 1.
 
-    ``documents`` are the fragments' starts, the padding's included, with ``document_mask``; else (0,).
+    ``documents`` are the fragments' starts, the padding's included, with ``document_mask``; else (0,). ``prefixes``: how many tokens each
+    fragment begins with that are of its document's prefix; ``use`` says whether they are labels and whether all of the fragment sees them.
     """
     stream = np.concatenate(fragments).astype(np.int64, copy=False)
     n = min(len(stream), seq_len)
@@ -125,13 +136,17 @@ def pack(fragments: Sequence[np.ndarray], seq_len: int, document_mask: bool, pad
     tokens_T[:n] = stream[:n]
     labels_T = np.full(seq_len, IGNORE_INDEX, dtype=np.int64)
     labels_T[: len(stream) - 1] = stream[1:]
+    if prefixes and not use.loss:
+        for start, prefix in zip(starts.tolist(), prefixes, strict=False):  # a token's label is the one after it
+            labels_T[max(start - 1, 0) : max(start + prefix - 1, 0)] = IGNORE_INDEX
     if not document_mask:
         return PackedSequence(tokens_T, labels_T, np.arange(seq_len), (0,))
     ends = starts[1:-1]  # every fragment but the last ends its document inside the stream
     labels_T[ends - 1] = IGNORE_INDEX
     documents = starts[starts < seq_len]
     positions_T = np.arange(seq_len) - np.repeat(documents, np.diff(documents, append=seq_len))
-    return PackedSequence(tokens_T, labels_T, positions_T, tuple(documents.tolist()))
+    shown = ends_of(documents.tolist(), prefixes, seq_len) if use.mask else ()
+    return PackedSequence(tokens_T, labels_T, positions_T, tuple(documents.tolist()), shown)
 
 
 def padding_sequence(seq_len: int, pad_id: int) -> PackedSequence:

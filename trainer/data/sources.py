@@ -12,13 +12,14 @@ import json
 import sysconfig
 import tokenize
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from models.errors import UserError
 from trainer.data.documents import BadDocument, Document, Item, Source, Unit, check_text
 from trainer.data.files import fingerprint_files, list_files, size_of
+from trainer.data.prefixes import Prefixes, fingerprint_prefixes
 from trainer.data.tables import ArrowSource, HubSource, ParquetSource
 
 SourceKind = Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"]
@@ -32,14 +33,16 @@ def open_source(
     path: str | None,
     *,
     text_field: str = "text",
+    prefixes: Prefixes | None = None,
     hub_config: str | None = None,
     hub_split: str = "train",
     streaming: bool = False,
+    allow_download: bool = False,
     key: str = "data.path",
 ) -> Source:
     """The source that the ``data`` settings name; ``key`` is the setting that error messages name.
 
-    Raises UserError when there is no such file, folder or data set.
+    Raises UserError when there is no such file, folder or data set, or when it is to come from the network and must not.
     """
     if kind == "python_stdlib":
         return StdlibSource(path, key)
@@ -48,13 +51,15 @@ def open_source(
         case "text":
             return TextSource(list_files(path, None, key))
         case "jsonl":
-            return JsonlSource(list_files(path, ".jsonl", key), text_field)
+            return JsonlSource(list_files(path, ".jsonl", key), text_field, prefixes)
         case "parquet":
-            return ParquetSource(list_files(path, ".parquet", key), text_field)
+            return ParquetSource(list_files(path, ".parquet", key), text_field, prefixes)
         case "arrow":
-            return ArrowSource.open(path, text_field, key)
+            return ArrowSource.open(path, text_field, key, prefixes)
         case "hub":
-            return HubSource(path, hub_config, hub_split, text_field, streaming, key)
+            if not allow_download and not Path(path).expanduser().exists():
+                raise UserError(f"{key}: {path!r} is no local folder, and nothing is downloaded; allow it with data.allow_download=true")
+            return HubSource(path, hub_config, hub_split, text_field, streaming, key, prefixes)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class JsonlSource:
 
     files: tuple[Path, ...]
     text_field: str
+    prefixes: Prefixes | None = None
 
     def units(self) -> Sequence[Unit]:
         """Byte ranges of about UNIT_BYTES; an empty file is one unit, so that it is reported."""
@@ -137,9 +143,15 @@ class JsonlSource:
         text = record.get(self.text_field) if isinstance(record, dict) else None
         found = check_text(text, f"{path} byte {start}", "")
         if isinstance(found, Document):
-            return found
+            return self._with_prefix(found, record, path, start)
         detail = self._what_is_missing(record, text) if found.reason == "missing_text" else found.detail
         return BadDocument(found.reason, _line_of(path, start), detail)
+
+    def _with_prefix(self, found: Document, record: dict[str, Any], path: Path, start: int) -> Item:
+        if self.prefixes is None:
+            return found
+        item = self.prefixes.checked(found, record.get(self.prefixes.key), "")
+        return item if isinstance(item, Document) else replace(item, origin=_line_of(path, start))
 
     def _what_is_missing(self, record: Any, text: Any) -> str:
         if not isinstance(record, dict):
@@ -154,8 +166,8 @@ class JsonlSource:
         return size_of(self.files)
 
     def fingerprint(self) -> Any:
-        """Names, contents and the field."""
-        return [self.text_field, fingerprint_files(self.files)]
+        """Names, contents and the fields."""
+        return [self.text_field, fingerprint_files(self.files), *fingerprint_prefixes(self.prefixes)]
 
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}

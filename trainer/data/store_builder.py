@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -26,9 +26,10 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from models.errors import UserError
-from trainer.data.documents import BadDocument, Document, Source, Unit
+from trainer.data.documents import BadDocument, Document, Item, Source, Unit
 from trainer.data.files import sha256_file
-from trainer.data.token_store import DOCUMENT, STORE_VERSION, DamagedStore, TokenStore, document_key, token_dtype
+from trainer.data.prefixes import PREFIX, Prefixes
+from trainer.data.token_store import DOCUMENT, PREFIXES, STORE_VERSION, DamagedStore, TokenStore, document_key, token_dtype
 from trainer.data.tokenizers import Tokenizer, load_tokenizer
 
 DEFAULT_CACHE = "~/.cache/longstride/tokens"
@@ -52,6 +53,8 @@ class StoreSpec:
     workers: int = 0
     key: str = "data.path"
     """Setting that names the source in error messages."""
+    prefixes: Prefixes | None = None
+    """The source's, if its documents have some."""
 
     def cache_name(self) -> str:
         """Hash of the source's content, the tokenizer and the format."""
@@ -93,6 +96,8 @@ class _Part:
     origins: list[str]
     skipped: Counter[str]
     error: BadDocument | None
+    prefixes: np.ndarray
+    """PREFIX records, one per document; none where the source has no prefixes."""
 
 
 def _build(spec: StoreSpec, folder: Path, progress: Progress | None) -> None:
@@ -137,13 +142,13 @@ def _tokenise_in_process(spec: StoreSpec, work: Path, index: int, unit: Unit) ->
 def _tokenise_unit(spec: StoreSpec, tokenizer: Tokenizer, work: Path, index: int, unit: Unit) -> _Part:
     """Read and tokenise one unit into a file; stops at the first bad document unless they are skipped."""
     dtype, end = token_dtype(tokenizer.vocab_size), np.array([tokenizer.eos_id])
-    part = _Part(work / f"part-{index}", np.empty(0, DOCUMENT), [], Counter(), None)
-    records, origins, skipped = [], [], part.skipped
-    with part.path.open("wb") as file:
-        for item in _batches(item for _, item in spec.source.read(unit)):
+    path, skipped = work / f"part-{index}", Counter[str]()
+    records, origins, prefixes = [], [], []
+    with path.open("wb") as file:
+        for item in _batches(_measured(spec.prefixes, tokenizer, (item for _, item in spec.source.read(unit)))):
             if isinstance(item, BadDocument):
                 if spec.on_bad_document == "error":
-                    return _Part(part.path, part.documents, [], skipped, item)
+                    return _Part(path, np.empty(0, DOCUMENT), [], skipped, item, np.empty(0, PREFIX))
                 skipped[item.reason] += 1
                 continue
             encoded = tokenizer.encode_batch([document.text for document in item])
@@ -153,10 +158,22 @@ def _tokenise_unit(spec: StoreSpec, tokenizer: Tokenizer, work: Path, index: int
                 size, key = len(document.text.encode()), document_key(document.identity or document.text)
                 records.append((len(ids) + 1, size, key, document.train_only))
                 origins.append(document.origin.replace("\n", "\\n"))
-    return _Part(part.path, np.array(records, DOCUMENT), origins, skipped, None)
+                if document.prefix_record is not None:
+                    prefixes.append(document.prefix_record)
+    return _Part(path, np.array(records, DOCUMENT), origins, skipped, None, np.array(prefixes, PREFIX))
 
 
-def _batches(items: Iterable[Document | BadDocument]) -> Iterator[list[Document] | BadDocument]:
+def _measured(prefixes: Prefixes | None, tokenizer: Tokenizer, items: Iterable[Item]) -> Iterator[Item]:
+    """Documents with their prefixes in tokens and bytes, where they have some; those whose prefix is none as bad ones."""
+    for item in items:
+        if prefixes is None or isinstance(item, BadDocument):
+            yield item
+            continue
+        found = prefixes.measured(item.text, item.prefix, tokenizer, item.origin)
+        yield found if isinstance(found, BadDocument) else replace(item, prefix_record=found)
+
+
+def _batches(items: Iterable[Item]) -> Iterator[list[Document] | BadDocument]:
     """Documents in lists of about a million characters; bad ones singly."""
     batch, characters = [], 0
     for item in items:
@@ -174,7 +191,7 @@ def _batches(items: Iterable[Document | BadDocument]) -> Iterator[list[Document]
 
 def _write_store(spec: StoreSpec, work: Path, parts: Iterator[_Part], n_parts: int, progress: Progress | None) -> None:
     """Append the parts to one file and describe it; the description is written last."""
-    documents, skipped = [], Counter()
+    documents, prefixes, skipped = [], [], Counter()
     with (
         (work / "tokens.bin").open("wb") as tokens,
         (work / "origins.txt").open("w", encoding="utf-8", errors="surrogateescape") as origins,
@@ -186,6 +203,7 @@ def _write_store(spec: StoreSpec, work: Path, parts: Iterator[_Part], n_parts: i
                 shutil.copyfileobj(file, tokens, 2**20)
             part.path.unlink()
             documents.append(part.documents)
+            prefixes.append(part.prefixes)
             origins.writelines(f"{origin}\n" for origin in part.origins)
             skipped += part.skipped
             if progress is not None:
@@ -195,7 +213,10 @@ def _write_store(spec: StoreSpec, work: Path, parts: Iterator[_Part], n_parts: i
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items())) or "none at all"
         raise UserError(f"{spec.key}: no usable document ({counts}); nothing to train on")
     np.save(work / "documents.npy", records, allow_pickle=False)
-    names = ("tokens.bin", "documents.npy", "origins.txt")
+    names = ["tokens.bin", "documents.npy", "origins.txt"]
+    if spec.prefixes is not None:
+        np.save(work / PREFIXES, np.concatenate(prefixes), allow_pickle=False)
+        names.append(PREFIXES)
     meta = {
         "version": STORE_VERSION,
         "dtype": token_dtype(load_tokenizer(spec.tokenizer).vocab_size),

@@ -19,6 +19,7 @@ import numpy as np
 from models.errors import UserError
 from trainer.data.documents import BadDocument, Source
 from trainer.data.packing import PackedSequence, pack
+from trainer.data.prefixes import CAUSAL, Prefixes, PrefixUse, left_of
 from trainer.data.tokenizers import Tokenizer
 
 
@@ -54,6 +55,7 @@ class _Held:
     unit: int
     position: int
     tokens: np.ndarray
+    prefix: int
     offset: int
     skipped: tuple[tuple[str, int], ...]
 
@@ -70,6 +72,8 @@ class SequenceStream:
         document_mask: bool,
         on_bad_document: Literal["error", "skip"],
         key: str = "data.path",
+        prefixes: Prefixes | None = None,
+        prefix_use: PrefixUse = CAUSAL,
     ) -> None:
         self.source = source
         self.tokenizer = tokenizer
@@ -77,6 +81,7 @@ class SequenceStream:
         self.document_mask = document_mask
         self.on_bad_document = on_bad_document
         self.key = key
+        self.prefixes, self.prefix_use = prefixes, prefix_use
         self.units = source.units()
 
     def read(self, place: Place) -> Iterator[tuple[Callable[[], PackedSequence], Place]]:
@@ -86,12 +91,13 @@ class SequenceStream:
         that the place was taken in.
         """
         while True:
-            for fragments, after in self._epoch(place):
+            for (fragments, prefixes), after in self._epoch(place):
                 place = after
-                yield partial(pack, fragments, self.seq_len, self.document_mask, self.tokenizer.pad_id), place
+                made_of = fragments, self.seq_len, self.document_mask, self.tokenizer.pad_id, prefixes, self.prefix_use
+                yield partial(pack, *made_of), place
 
-    def _epoch(self, place: Place) -> Iterator[tuple[list[np.ndarray], Place]]:
-        """Fragments of each sequence (T + 1 tokens, the last a mere label) to the end of the epoch, and the place after it."""
+    def _epoch(self, place: Place) -> Iterator[tuple[tuple[list[np.ndarray], list[int]], Place]]:
+        """Fragments and prefixes of each sequence (T + 1 tokens, the last a mere label) to the end of the epoch, and the place after it."""
         skipped = dict(place.skipped)
         documents = self._documents(place, skipped)
         pending: deque[_Held] = deque()
@@ -116,30 +122,38 @@ class SequenceStream:
         for unit in range(place.unit, len(self.units)):
             for position, item in self.source.read(self.units[unit], place.position if unit == place.unit else 0):
                 if isinstance(item, BadDocument):
-                    if self.on_bad_document == "error":
-                        raise item.error()
-                    skipped[item.reason] = skipped.get(item.reason, 0) + 1
+                    self._pass_over(item, skipped)
+                    continue
+                prefix = self.prefixes.measured(item.text, item.prefix, self.tokenizer, item.origin) if self.prefixes else (0, 0)
+                if isinstance(prefix, BadDocument):
+                    self._pass_over(prefix, skipped)
                     continue
                 tokens = np.append(self.tokenizer.encode_batch([item.text])[0], self.tokenizer.eos_id)
                 if offset >= len(tokens):
                     raise UserError(f"{item.origin}: shorter than when the run was saved; {self.key} must not change while streaming")
-                yield _Held(unit, position, tokens, offset, _frozen(skipped))
+                yield _Held(unit, position, tokens, prefix[0], offset, _frozen(skipped))
                 offset = 0
+
+    def _pass_over(self, document: BadDocument, skipped: dict[str, int]) -> None:
+        if self.on_bad_document == "error":
+            raise document.error()
+        skipped[document.reason] = skipped.get(document.reason, 0) + 1
 
 
 def _frozen(counts: dict[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(counts.items()))
 
 
-def _peek(pending: deque[_Held], n: int) -> list[np.ndarray]:
-    """The next ``n`` tokens, or as many as there are, one array per document."""
-    found = []
+def _peek(pending: deque[_Held], n: int) -> tuple[list[np.ndarray], list[int]]:
+    """The next ``n`` tokens, or as many as there are, one array per document, and how many of each are of a prefix."""
+    found, prefixes = [], []
     for held in pending:
         if n <= 0:
             break
         found.append(held.tokens[held.offset : held.offset + n])
+        prefixes.append(left_of(held.prefix, held.offset, held.offset + len(found[-1])))
         n -= len(found[-1])
-    return found
+    return found, prefixes
 
 
 def _consume(pending: deque[_Held], n: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 from models.errors import UserError
 from trainer.data.documents import BadDocument, Item, Unit, check_text
 from trainer.data.files import fingerprint_files, list_files, size_of
+from trainer.data.prefixes import Prefixes, fingerprint_prefixes
 
 _ROWS_PER_BATCH = 256
 _ROWS_PER_UNIT = 16_384
@@ -28,6 +29,7 @@ class ParquetSource:
 
     files: tuple[Path, ...]
     text_field: str
+    prefixes: Prefixes | None = None
 
     def units(self) -> Sequence[Unit]:
         """One per row group."""
@@ -55,13 +57,15 @@ class ParquetSource:
                 if group < 0:
                     yield 0, BadDocument("empty", str(path), "the file has no rows")
                     return
-                if self.text_field not in file.schema_arrow.names:
-                    yield 0, _no_column(path, self.text_field, file.schema_arrow.names)
+                if missing := _no_column(path, self.text_field, self.prefixes, file.schema_arrow.names):
+                    yield 0, missing
                     return
-                batches = _reading(path, file.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=[self.text_field]))
+                wanted = [self.text_field, *([self.prefixes.key] if self.prefixes else [])]
+                batches = _reading(path, file.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=wanted))
                 for batch in batches:
                     if row + batch.num_rows > position:
-                        yield from _rows(batch.column(0), self.text_field, f"{path}", row, first, position)
+                        columns = (batch.column(self.text_field), batch.column(self.prefixes.key) if self.prefixes else None)
+                        yield from _rows(columns, self.text_field, self.prefixes, f"{path}", row, first, position)
                     row += batch.num_rows
         except _Unreadable as error:
             yield row, error.document
@@ -71,8 +75,8 @@ class ParquetSource:
         return size_of(self.files)
 
     def fingerprint(self) -> Any:
-        """Names, contents and the column."""
-        return [self.text_field, fingerprint_files(self.files)]
+        """Names, contents and the columns."""
+        return [self.text_field, fingerprint_files(self.files), *fingerprint_prefixes(self.prefixes)]
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,10 @@ class ArrowSource:
 
     files: tuple[Path, ...]
     text_field: str
+    prefixes: Prefixes | None = None
 
     @staticmethod
-    def open(path: str, text_field: str, key: str) -> ArrowSource:
+    def open(path: str, text_field: str, key: str, prefixes: Prefixes | None = None) -> ArrowSource:
         """Files of a saved data set (its state.json lists them), or every .arrow file at ``path``."""
         folder = Path(path).expanduser()
         if (folder / "dataset_dict.json").is_file():
@@ -93,14 +98,14 @@ class ArrowSource:
             )
         state = folder / "state.json"
         if not state.is_file():
-            return ArrowSource(list_files(path, ".arrow", key), text_field)
+            return ArrowSource(list_files(path, ".arrow", key), text_field, prefixes)
         try:
             files = tuple(folder / entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{key}: {state} is damaged: {error!r}") from error
         if absent := [f for f in files if not f.is_file()]:
             raise UserError(f"{key}: {absent[0]} is missing, although {state} lists it")
-        return ArrowSource(files, text_field)
+        return ArrowSource(files, text_field, prefixes)
 
     def units(self) -> Sequence[Unit]:
         """One per file."""
@@ -112,12 +117,14 @@ class ArrowSource:
         row = 0
         try:
             with _opened_arrow(path) as (names, batches):
-                if self.text_field not in names:
-                    yield 0, _no_column(path, self.text_field, names)
+                if missing := _no_column(path, self.text_field, self.prefixes, names):
+                    yield 0, missing
                     return
                 for batch in _reading(path, batches):
                     if row + batch.num_rows > position:
-                        yield from _rows(_checked(path, batch.column(self.text_field)), self.text_field, str(path), row, 0, position)
+                        lengths = _checked(path, batch.column(self.prefixes.key)) if self.prefixes else None
+                        columns = (_checked(path, batch.column(self.text_field)), lengths)
+                        yield from _rows(columns, self.text_field, self.prefixes, str(path), row, 0, position)
                     row += batch.num_rows
                 if row == 0:
                     yield 0, BadDocument("empty", str(path), "the file has no rows")
@@ -129,8 +136,8 @@ class ArrowSource:
         return size_of(self.files)
 
     def fingerprint(self) -> Any:
-        """Names, contents and the column."""
-        return [self.text_field, fingerprint_files(self.files)]
+        """Names, contents and the columns."""
+        return [self.text_field, fingerprint_files(self.files), *fingerprint_prefixes(self.prefixes)]
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,7 @@ class HubSource:
     text_field: str
     streaming: bool = False
     key: str = "data.path"
+    prefixes: Prefixes | None = None
 
     def units(self) -> Sequence[Unit]:
         """Ranges of rows."""
@@ -158,28 +166,32 @@ class HubSource:
     def read(self, unit: Unit, position: int = 0) -> Iterator[tuple[int, Item]]:
         """Rows of a range."""
         names = self._table.column_names
-        if names is not None and self.text_field not in names:
-            yield 0, _no_column(f"{self.name} ({self.split})", self.text_field, names)
+        if names is not None and (missing := _no_column(f"{self.name} ({self.split})", self.text_field, self.prefixes, names)):
+            yield 0, missing
             return
         first, end = unit
-        for row, text in self._texts(max(first, position), end):
+        for row, text, prefix in self._texts(max(first, position), end):
             origin = f"{self.name} ({self.split}) row {row}"
             if isinstance(text, UnicodeDecodeError):
                 yield row, BadDocument("invalid_utf8", origin, f"invalid UTF-8 at byte {text.start} of the text")
             else:
-                yield row, check_text(text, origin, f"column {self.text_field!r} holds {type(text).__name__}, not text")
+                item = check_text(text, origin, f"column {self.text_field!r} holds {type(text).__name__}, not text")
+                yield row, self.prefixes.checked(item, prefix, origin) if self.prefixes else item
 
-    def _texts(self, start: int, end: int | None) -> Iterator[tuple[int, Any]]:
-        """(row, cell) of rows from ``start`` on; a cell that cannot be decoded comes as its error."""
+    def _texts(self, start: int, end: int | None) -> Iterator[tuple[int, Any, Any]]:
+        """(row, text, prefix or None) of rows from ``start`` on; a text that cannot be decoded comes as its error."""
+        key = self.prefixes.key if self.prefixes else None
         if end is None:
-            yield from ((row, record.get(self.text_field)) for row, record in enumerate(self._table.skip(start), start))
+            for row, record in enumerate(self._table.skip(start), start):
+                yield row, record.get(self.text_field), record.get(key)
             return
-        table = self._table.select_columns([self.text_field])
+        table = self._table.select_columns([self.text_field, *([key] if key else [])])
         for row in range(start, end):
             try:
-                yield row, table[row][self.text_field]
+                record = table[row]
+                yield row, record[self.text_field], record.get(key)
             except UnicodeDecodeError as error:
-                yield row, error
+                yield row, error, None
 
     def size_bytes(self) -> int:
         """Bytes of the prepared tables; 0 when streaming (not known)."""
@@ -187,11 +199,11 @@ class HubSource:
 
     def fingerprint(self) -> Any:
         """Name, configuration, split, and the library's fingerprint of the prepared tables."""
-        named = [self.name, self.config, self.split, self.text_field]
+        named = [self.name, self.config, self.split, self.text_field, *fingerprint_prefixes(self.prefixes)]
         return named if self.streaming else [*named, self._table._fingerprint]
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return HubSource, (self.name, self.config, self.split, self.text_field, self.streaming, self.key)  # without the opened table
+        return HubSource, (self.name, self.config, self.split, self.text_field, self.streaming, self.key, self.prefixes)  # not the table
 
     @cached_property
     def _table(self) -> Any:
@@ -283,17 +295,27 @@ def _checked(path: Path, column: Any) -> Any:
     return column
 
 
-def _rows(column: Any, field: str, path: str, row: int, first: int, position: int) -> Iterator[tuple[int, Item]]:
-    """Cells of one batch whose first row has position ``row``; ``first`` + position is the row in the file."""
+def _rows(
+    columns: tuple[Any, Any], field: str, prefixes: Prefixes | None, path: str, row: int, first: int, position: int
+) -> Iterator[tuple[int, Item]]:
+    """Cells of one batch, (texts, prefixes), whose first row has position ``row``; ``first`` + position is the row in the file."""
+    column, lengths = columns
     for i in range(max(0, position - row), len(column)):
         origin = f"{path} row {first + row + i}"
         try:
-            text = column[i].as_py()
+            text, prefix = column[i].as_py(), None if lengths is None else lengths[i].as_py()
         except UnicodeDecodeError as error:
             yield row + i, BadDocument("invalid_utf8", origin, f"invalid UTF-8 at byte {error.start} of the text")
             continue
-        yield row + i, check_text(text, origin, f"column {field!r} holds {'no value' if text is None else column.type}, not text")
+        item = check_text(text, origin, f"column {field!r} holds {'no value' if text is None else column.type}, not text")
+        yield row + i, prefixes.checked(item, prefix, origin) if prefixes else item
 
 
-def _no_column(path: Path | str, field: str, names: Sequence[str]) -> Item:
-    return BadDocument("missing_text", str(path), f"no column {field!r} (columns: {', '.join(names)}); data.text_field names it")
+def _no_column(path: Path | str, field: str, prefixes: Prefixes | None, names: Sequence[str]) -> Item | None:
+    """What to report where a column is missing; None if all are there."""
+    if field not in names:
+        return BadDocument("missing_text", str(path), f"no column {field!r} (columns: {', '.join(names)}); data.text_field names it")
+    if prefixes is not None and prefixes.key not in names:
+        columns = ", ".join(names)
+        return BadDocument("bad_prefix", str(path), f"no column {prefixes.key!r} (columns: {columns}); data.prefix_key names it")
+    return None

@@ -1,7 +1,8 @@
 """A tokenised source on disk: opened memory-mapped, never written again. store_builder.py makes it.
 
 One folder: ``tokens.bin`` (all documents end to end, each with its end token, in the smallest integer type that holds the
-vocabulary), ``documents.npy`` (one DOCUMENT record each), ``origins.txt`` (one line each) and ``meta.json`` (counts, sizes, SHA-256).
+vocabulary), ``documents.npy`` (one DOCUMENT record each), ``origins.txt`` (one line each), ``prefixes.npy`` (one PREFIX record each,
+where the data have prefixes) and ``meta.json`` (counts, sizes, SHA-256).
 Imports no torch.
 """
 
@@ -18,11 +19,16 @@ import numpy as np
 
 from models.errors import UserError
 from trainer.data.files import sha256_file
+from trainer.data.prefixes import PREFIX
 
 STORE_VERSION = 1
 
 DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("key", "<u8"), ("train_only", "?")])
 """Of one document: tokens with the end token, UTF-8 bytes, hash that decides whether it is held out."""
+
+
+PREFIXES = "prefixes.npy"
+"""A store without it has documents without prefixes."""
 
 
 class DamagedStore(Exception):
@@ -45,6 +51,9 @@ class TokenStore:
             self.documents = np.load(folder / "documents.npy", allow_pickle=False)
             if self.documents.dtype != DOCUMENT or len(self.documents) == 0:
                 raise DamagedStore(f"{folder / 'documents.npy'} is no list of documents")
+            self.prefixes = np.load(folder / PREFIXES, allow_pickle=False) if PREFIXES in self.meta["files"] else None
+            if self.prefixes is not None and (self.prefixes.dtype != PREFIX or len(self.prefixes) != len(self.documents)):
+                raise DamagedStore(f"{folder / PREFIXES} is no list of prefixes of {len(self.documents)} documents")
             self._tokens = np.memmap(folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedStore(f"{folder}: {error!r}") from error
@@ -71,7 +80,8 @@ class TokenStore:
     def content_hash(self) -> str:
         """Equal for equal tokens and documents, wherever they were read from."""
         files = self.meta["files"]
-        return hashlib.sha256(f"{files['tokens.bin']['sha256']} {files['documents.npy']['sha256']}".encode()).hexdigest()
+        names = ["tokens.bin", "documents.npy", *([PREFIXES] if PREFIXES in files else [])]
+        return hashlib.sha256(" ".join(files[name]["sha256"] for name in names).encode()).hexdigest()
 
     def _check(self, verify: bool) -> None:
         files: dict[str, dict[str, Any]] = self.meta["files"]

@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
         """Token ids of each text, 1-d int64 arrays."""
         ...
 
+    def character_ends(self, text: str) -> np.ndarray:
+        """For every id of ``text``, how many of its first characters hold all that the id stands for; 1-d int64."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
         ...
@@ -53,6 +57,11 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One id per UTF-8 byte."""
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64) for text in texts]
+
+    def character_ends(self, text: str) -> np.ndarray:
+        """See `Tokenizer.character_ends`: every byte of a character stands for all of it."""
+        begins = (np.frombuffer(text.encode("utf-8"), dtype=np.uint8) & 0xC0) != 0x80
+        return np.cumsum(begins, dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the bytes; broken sequences (a text cut inside a character) become U+FFFD."""
@@ -94,6 +103,11 @@ class HuggingFaceTokenizer:
         """Ids text by text: parallelism comes from processes, not from the extension's threads."""
         encode = self._tokenizer.encode_batch_fast  # does not track character offsets: half the time
         return [np.asarray(encode([text], add_special_tokens=False)[0].ids, dtype=np.int64) for text in texts]
+
+    def character_ends(self, text: str) -> np.ndarray:
+        """See `Tokenizer.character_ends`: by the offsets that the file's own normaliser and splitter keep."""
+        offsets = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].offsets
+        return np.array([end for _, end in offsets], dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""

@@ -45,6 +45,10 @@ class IdTokenizer:
         """Refused: raises ValueError."""
         raise ValueError("a task of ids has no words")
 
+    def character_ends(self, text: str) -> np.ndarray:
+        """Refused: raises ValueError."""
+        raise ValueError("a task of ids has no words")
+
     def decode(self, ids: Any) -> str:
         """The ids as numbers."""
         return " ".join(str(int(i)) for i in ids)

@@ -14,9 +14,11 @@ from torch import nn
 
 from models.batch import Bounds
 from models.config import MemoryModuleConfig, ModelConfig, TitansConfig
+from models.memory.context import MemoryAsContext
 from models.memory.protocol import MemoryModule, State, build_memory
 from models.memory.stack import Stacked, StackMemory
 from models.memory.stack_shapes import StackShapes
+from models.memory.titans import Titans
 from models.transformer import Block
 
 D, B, T = 12, 2, 41
@@ -41,6 +43,8 @@ class Case:
     """Settings changed where bytes and flops are measured, on longer sequences."""
     chooses: bool = False
     """It reads the few entries that are nearest: rounded to bfloat16 some are others, which is no error of arithmetic."""
+    scale: float = 0.5
+    """Of the projections' weights: smaller where one projection reads what another one made, twice over per segment."""
 
 
 def _slow_deltanet(module: Any) -> None:
@@ -59,6 +63,27 @@ def _slow_titans(module: Any) -> None:
             module.rate_bias[:, i] = -7.0 if gate == "alpha" else -0.5
     if module.network.kind == "linear":  # begins at 0, and what reads 0 does not show what it sees
         module.start_in.normal_(generator=torch.Generator().manual_seed(5))
+
+
+def _slow_context(module: Any) -> None:
+    _slow_titans(module.memory)
+
+
+def _mac(segment: int = 8, at_size: int = 64, expand_v: float = 1.5, persistent: int = 2, residual: bool = False, **titans: Any) -> Case:
+    titans = {"expansion": 1.5, **titans}
+    sized = {**titans, **({"reset_every": 256} if "reset_every" in titans else {})}
+    return Case(
+        {
+            "kind": "titans",
+            "attach": "mac",
+            "expand_v": expand_v,
+            "titans": TitansConfig(**titans),
+            "mac": {"segment": segment, "persistent": persistent, "residual": residual},
+        },
+        slow=_slow_context,
+        at_size={"titans": TitansConfig(**sized), "mac": {"segment": at_size, "persistent": persistent, "residual": residual}},
+        scale=0.25,
+    )
 
 
 def _titans(expand_v: float = 1.5, **settings: Any) -> Case:
@@ -138,6 +163,9 @@ CASES: dict[str, Case] = {
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
+    "titans, mac": _mac(),
+    "titans, mac, lact": _mac(segment=6, persistent=0, residual=True, variant="lact"),
+    "titans, mac, linear, reset": _mac(network="linear", reset_every=16),
     "hmt": Case(
         {"kind": "hmt", "hmt": {"segment": 8, "summary": 3, "sensory": 2, "cache": 4}},
         at_size={"hmt": {"segment": 128, "sensory": 16, "cache": 6}},
@@ -156,15 +184,16 @@ def make(name: str, dtype: torch.dtype = torch.float64, slow: bool = True, d_mod
     memory = MemoryModuleConfig(**{**case.settings, **changed})
     layers = ("full", "swa") if memory.around_stack else ("swa", "memory")
     config = ModelConfig(d_model=d_model, n_heads=heads, head_dim=d_model // heads * 2, layers=layers, window=d_model // 2, memory=memory)
-    module = build_memory(config).to(dtype)
+    module = (MemoryAsContext(config) if memory.attach == "mac" else build_memory(config)).to(dtype)
     if isinstance(module, StackMemory):
         module = Stacked(module, nn.ModuleList(Block(config, kind) for kind in layers), StackShapes.of(config)).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for owner in module.modules():
             for parameter_name, p in owner.named_parameters(recurse=False):
-                value = module.init_parameter(parameter_name, p.shape, generator) if owner is module else None
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.5 if value is None else value)
+                own = owner is module or isinstance(owner, Titans)
+                value = owner.init_parameter(parameter_name, p.shape, generator) if own else None  # type: ignore[operator]
+                p.copy_(torch.randn(p.shape, generator=generator) * case.scale if value is None else value)
         if slow:
             case.slow(module)
     return module

@@ -21,6 +21,7 @@ TITANS = {"kind": "titans", "titans": {"chunk_size": 8, "expansion": 1.5}}
 CASES = {
     "mag": {**TITANS, "attach": "mag"},
     "mal": {**TITANS, "attach": "mal"},
+    "after": {**TITANS, "attach": "after"},
     "mac": {"kind": "titans", "attach": "mac", "mac": {"segment": 8, "persistent": 2}, "titans": {"expansion": 1.5}},
     "mag of gated_deltanet": {"kind": "gated_deltanet", "chunk_size": 8, "attach": "mag"},
 }
@@ -29,9 +30,6 @@ every = pytest.mark.parametrize("name", CASES)
 
 def config_of(name: str) -> ModelConfig:
     return ModelConfig(d_model=D, n_heads=4, n_kv_heads=2, layers=("memory",), window=5, qkv_bias=True, qk_norm=True, memory=CASES[name])
-
-
-ON_RANKS = [name for name in CASES if name != "mac"]
 
 
 def make(name: str) -> MemoryModule:
@@ -100,7 +98,7 @@ def on_ranks(layout: str) -> dict[str, list[torch.Tensor]]:
     from parallel.ring_attention import RingAttention
 
     answers = {}
-    for name in ON_RANKS:
+    for name in CASES:
         mixer, x = make(name), make_x()
         for part in mixer.modules():
             if isinstance(part, Attention):
@@ -118,7 +116,7 @@ def on_ranks(layout: str) -> dict[str, list[torch.Tensor]]:
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_split_over_ranks_equals_one_process(layout):
     answers = run_distributed(on_ranks, 3, layout)
-    for name in ON_RANKS:
+    for name in CASES:
         mixer, x = make(name), make_x().requires_grad_()
         y = mixer(x, None, PACKED)[0]
         dx, *dparameters = torch.autograd.grad((y * (1 + x.detach())).sum(), [x, *mixer.parameters()])
@@ -128,6 +126,35 @@ def test_split_over_ranks_equals_one_process(layout):
                 torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
         for i, want in enumerate(dparameters):
             torch.testing.assert_close(sum(of_rank[name][2 + i] for of_rank in answers), want, rtol=1e-10, atol=1e-10)
+
+
+def test_with_a_residual_the_memory_is_written_with_the_input_and_what_attention_found():
+    """Attention that finds the same for every token, so that the layer is a Titans layer on x plus a constant, gated."""
+    shared = {"kind": "titans", "conv_kernel": 1}
+    settings = {"mac": {"segment": 8, "persistent": 0, "residual": True}, "titans": {"expansion": 1.5}}
+    x, bounds, silu = make_x(), Bounds.whole(B, T), torch.nn.functional.silu
+    x[..., -1] = 1.0
+    mixers = []
+    for memory in ({**shared, **settings, "attach": "mac"}, {**shared, "titans": {"expansion": 1.5, "chunk_size": 8}}):
+        model = Transformer(ModelConfig(d_model=D, n_heads=4, layers=("memory",), memory=memory), 32).double()
+        init_weights(model, 0)
+        mixers.append(model.blocks[0].mixer)
+    mac, titans = mixers
+    own, found = dict(titans.named_parameters()), torch.linspace(-1, 2, D, dtype=torch.float64)
+    with torch.no_grad():
+        for name, parameter in mac.memory.named_parameters():
+            own[name].copy_(parameter)
+        for parameter in (mac.w_context.weight, mac.attention.wq.weight, mac.attention.wv.weight):
+            parameter.zero_()
+        # Equal weights, half of them on what the memory had, which is 0 here.
+        mac.attention.wv.weight[:, -1] = 2 * found
+        mac.attention.wo.weight.copy_(torch.eye(D))
+        titans.w_gate.weight.zero_()[:, -1] = 1 / (1 + found[-1])  # the gate is silu(1) everywhere
+        titans.w_out.weight.copy_(torch.eye(D, dtype=torch.float64) / silu(torch.ones((), dtype=torch.float64)))
+    read = titans(x + found, None, bounds)[0] @ mac.w_read.weight.T
+    unit = [z * (z.square().mean(-1, keepdim=True) + mac.norm_eps).rsqrt() for z in (found, read)]
+    want = mac.w_out(unit[0] * silu(unit[1]))
+    torch.testing.assert_close(mac(x, None, bounds)[0], want, rtol=1e-10, atol=1e-11)
 
 
 @every

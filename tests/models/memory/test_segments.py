@@ -7,6 +7,7 @@ import torch
 
 from models.batch import Bounds
 from models.memory.segments import plan_segments
+from models.memory.sequential import in_flight
 from tests.models.memory.conformance_cases import DOCUMENTS, T
 from trainer.config import RunConfig
 
@@ -77,3 +78,23 @@ def test_settings_that_make_no_sense_are_refused():
         config({"memory": {"kind": "mom", "mom": {"top_k": 5}}})
     with pytest.raises(ValueError, match=r"memory.conv_kernel is not read by memory.kind slots"):
         config({"memory": {"kind": "slots", "conv_kernel": 2}})
+
+
+def test_rows_of_a_plan_are_the_plan_of_these_rows():
+    bounds = Bounds(41, ((0, 41),), ((0, 1, 7, 8, 16, 33), (0, 20, 21, 22), (0, 5)))
+    plan = plan_segments(bounds, (9, 33), 8, torch.device("cpu"))
+    x = torch.randn(3, plan.before + 24, 2)
+    for first, end in in_flight(3, 2):
+        rows = plan.of_rows(first, end)
+        assert torch.equal(rows.deal(x[first:end]), plan.deal(x)[first:end])
+        assert torch.equal(rows.collect(plan.deal(x)[first:end]), plan.collect(plan.deal(x))[first:end])
+        for name in ("fresh_BN", "whole_BN", "real_BNc", "start_BN", "place_BN"):
+            assert torch.equal(getattr(rows, name), getattr(plan, name)[first:end])
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(1, 4), (3, 2), (7, 2), (8, 3), (100, 4)])
+def test_every_row_goes_once_and_groups_are_even(rows, ranks):
+    groups = in_flight(rows, ranks)
+    assert [row for first, end in groups for row in range(first, end)] == list(range(rows))
+    sizes = [end - first for first, end in groups]
+    assert len(groups) == min(rows, 2 * ranks) and max(sizes) - min(sizes) <= 1

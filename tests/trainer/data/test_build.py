@@ -135,7 +135,7 @@ def test_batches_are_what_the_model_expects(corpus: Path, cache: Path) -> None:
     assert len(batches) == 2
     for batch in batches:
         for tensor in (batch.tokens_BT, batch.labels_BT, batch.positions_BT):
-            assert (tensor.shape, tensor.dtype) == ((3, 16), torch.int64)
+            assert (tensor.shape, tensor.dtype) == ((3, 16), torch.int32)
         assert batch.bounds.ranges == ((0, 16),)
         assert len(batch.bounds.documents) == 3
         assert all(starts[0] == 0 for starts in batch.bounds.documents)

@@ -274,6 +274,20 @@ def test_source_that_is_not_there_is_refused(tmp_path: Path, kind: sources.Sourc
             open_source(kind, str(path), key="data.valid_path")
 
 
+def test_a_hub_name_needs_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def load(name: str, *arguments: object, **more: object) -> datasets.Dataset:
+        asked.append(name)
+        return datasets.Dataset.from_dict({"text": texts()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match="data.valid_path: 'some/corpus' is no local folder.*data.allow_download=true"):
+        open_source("hub", "some/corpus", key="data.valid_path")
+    assert asked == []
+    assert good(open_source("hub", "some/corpus", allow_download=True)) == texts() and asked == ["some/corpus"]
+
+
 def test_unusable_hub_and_saved_data_sets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "hub").mkdir()
     write_jsonl(tmp_path / "hub" / "train.jsonl", texts())
