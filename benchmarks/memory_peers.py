@@ -170,21 +170,21 @@ def exact_sum(size: Size, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tens
 def _own_delta(size: Size, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
     q = q * size.dim**-0.5
     beta, g = (to_chunks(x.unsqueeze(-1), size.chunk).squeeze(-1) for x in (beta, g))
-    chunks = [to_chunks(x, size.chunk) for x in (q, k, v)]
-    return from_chunks(gated_delta_rule(*chunks, beta, g, q.new_zeros(size.heads, size.dim, size.dim))[0], 1, size.tokens)
+    q, k, v = (to_chunks(x, size.chunk) for x in (q, k, v))
+    return from_chunks(gated_delta_rule(q, k, v, beta, g, q.new_zeros(size.heads, size.dim, size.dim))[0], 1, size.tokens)
 
 
 def _own_slots(size: Size, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    chunks = [to_chunks(x, 16) for x in (q * size.dim**-0.5, k, v, g)]
-    out, _ = gated_slots(*chunks, q.new_zeros(size.heads, size.slots, 2 * size.dim))
+    q, k, v, g = (to_chunks(x, 16) for x in (q * size.dim**-0.5, k, v, g))
+    out, _ = gated_slots(q, k, v, g, q.new_zeros(size.heads, size.slots, 2 * size.dim))
     assert out is not None
     return from_chunks(out, 1, size.tokens)
 
 
 def _own_sum(size: Size, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
     beta, g = (to_chunks(x.unsqueeze(-1), size.chunk).squeeze(-1) for x in (beta, g))
-    chunks = [to_chunks(x, size.chunk) for x in (q, k, v)]
-    out, _ = decayed_sum(*chunks, beta, g, q.new_zeros(size.heads, size.dim, size.dim))
+    q, k, v = (to_chunks(x, size.chunk) for x in (q, k, v))
+    out, _ = decayed_sum(q, k, v, beta, g, q.new_zeros(size.heads, size.dim, size.dim))
     assert out is not None
     return from_chunks(out, 1, size.tokens)
 
