@@ -58,7 +58,8 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_never_saved(settings: 
 def test_a_signal_saves_at_the_step_boundary_and_exits_75(settings: list[str]) -> None:
     """One run, stopped three times; each time the next resume goes on where it was."""
     run = RunDir(folder_of(settings) / "stopped")
-    arguments = ["train", "debug_cpu", *settings, "run.name=stopped", "train.steps=100000", "checkpoint.save_every_steps=0", "parallel.cp=2"]
+    endless = ["run.name=stopped", "train.steps=100000", "checkpoint.save_every_steps=0", "parallel.cp=2"]
+    arguments = ["train", "debug_cpu", *settings, *endless]
     saved: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         last = _stopped_by(number, run, arguments)
