@@ -2,8 +2,8 @@
 
 Operators (gated delta rule, gated slots, decayed sum) compute one function: all take the same tensors [B, T, H, .], and exact is the token
 recurrence in float64 (``benchmarks/memory_operators.py``). Modules (Titans, RMT, memory layers) have the same sizes and each its author's
-details, so that each is compared with itself in float64; longstride's, at smoke size, with their oracles (RMT: plain backpropagation). Packages are imported when
-asked for; what they raise is the answer.
+details, so that each is compared with itself in float64; longstride's, at smoke size, with their oracles (RMT: plain backpropagation).
+Packages are imported when asked for; what they raise is the answer.
 
 Legend: B row, T token, H head, K key, V value, M slot, C channel.
 """
