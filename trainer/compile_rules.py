@@ -98,7 +98,8 @@ def compile_lines(config: RunConfig) -> list[str]:
 def plan_note(config: RunConfig) -> str:
     """What a plan says of compiled blocks, which it does not trace; nothing where none is."""
     layers = compiled_layers(config)
-    return f"{len(layers)} blocks; what they hold and how long they take is planned as if they were not compiled" if layers else ""
+    text = "; traced as plain blocks: their memory and time are not planned, nor is the compiler's own host memory, some 0.1 GiB per rank"
+    return f"{len(layers)} blocks{text}" if layers else ""
 
 
 def announced(old: RunConfig, new: RunConfig) -> list[str]:
