@@ -58,7 +58,7 @@ def _of_layers(config: RunConfig) -> tuple[tuple[int, ...], list[str]]:
         "memory layers: their states follow one another, in loops that a graph would unroll": [
             i for i, (kind, _) in enumerate(kinds) if kind == "memory"
         ],
-        "a table in place of the feed-forward: which rows are read depends on the tokens": [
+        "a table in place of the feed-forward or beside it: which rows are read depends on the tokens": [
             i for i, (kind, ffn) in enumerate(kinds) if kind != "memory" and ffn != "dense"
         ],
     }
