@@ -197,7 +197,8 @@ class Shapes:
 
     def product_keys_kept(self) -> int:
         """A memory layer with product keys (models/product_keys.py): the stream, its norm's statistic and the normed stream; queries, keys
-        in the computing dtype; index and weight of every row that is read; what was read, its gate and their product."""
+        in the computing dtype; index and weight of every row that is read; what was read, its gate and their product; of a dense one beside
+        it gate, up and their product."""
         c = self.config
         heads, size = c.product_keys.heads, c.query_dim
         kept = self.stream + self.statistic + self.narrow + self.n * heads * size * self.e + self.entries * (4 + self.w)
@@ -208,6 +209,7 @@ class Shapes:
         kept += sets * heads * c.product_keys.n_keys * size * (self.e if self.precision == "bf16" or c.product_keys.qk_norm else 0)
         if c.product_keys.qk_norm:
             kept += self.n * heads * (size * self.e + 2 * self.w)
+        kept += 3 * self.n * c.ff_width * self.e if c.product_keys.attach == "beside" else 0
         return kept + (3 * self.n * c.value_width * self.e if c.product_keys.gate == "swish" else 0)
 
     def product_keys_backward(self) -> int:
@@ -216,7 +218,9 @@ class Shapes:
         c, keys = self.config, self.config.product_keys
         tile = min(self.n * keys.tucker_rank * keys.heads * keys.n_keys, 1 << 22)
         entries = 3 * self.entries * self.w + 2 * min(self.entries * c.value_width, 1 << 20) * self.w
-        return 3 * self.n * c.value_width * self.e + max(entries, self.n * keys.heads * c.query_dim * self.e + 4 * tile * self.w)
+        own = 3 * self.n * c.value_width * self.e + max(entries, self.n * keys.heads * c.query_dim * self.e + 4 * tile * self.w)
+        dense = 3 * self.n * c.ff_width * self.e if keys.attach == "beside" else 0  # one goes backward after the other
+        return max(own, dense) + (self.narrow if dense else 0)
 
     def product_keys_exchange(self, shards: int) -> int:
         """Of ranks that share the table by columns: entries of every rank's tokens, what this rank's columns give for them, and that of

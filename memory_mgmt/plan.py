@@ -134,6 +134,8 @@ class MemoryPlan:
     """What one more GiB of device or host memory would buy."""
     sequence: str = ""
     """Why ranks do not share a sequence, where the architecture does not let them."""
+    compiled: str = ""
+    """What the plan leaves out of blocks that are compiled, where there are any."""
 
     @property
     def peak_bytes(self) -> int:

@@ -105,11 +105,15 @@ def _verdict_style(plan: MemoryPlan) -> str:
     return "bold green" if plan.fits else "bold red"
 
 
+def _said(plan: MemoryPlan) -> list[tuple[str, str]]:
+    return [(label, text) for label, text in (("one sequence", plan.sequence), ("compiled", plan.compiled)) if text]
+
+
 def _sections(plan: MemoryPlan) -> list[list[tuple[str, str]]]:
     """(label, text) lines below the table, in groups; groups that would be empty are left out."""
     groups = [
         [("layers " if i == 0 else "", line) for i, line in enumerate(policy_lines(plan.policy))] if plan.policy else [],
-        prediction_lines(plan.prediction) + [("one sequence", plan.sequence)] * bool(plan.sequence) + _host_lines(plan),
+        [*prediction_lines(plan.prediction), *_said(plan), *_host_lines(plan)],
         _address_lines(plan),
         [("binding", plan.binding)] * bool(plan.binding) + [("more would buy", text) for text in plan.worth],
         [

@@ -87,9 +87,7 @@ class Attention(nn.Module):
     def forward(self, x_BTC: torch.Tensor, positions_BT: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         """[B, T, C] -> [B, T, C]; ``positions_BT`` count from the start of each document. x and what is returned are the tokens that
         ``tokens`` leaves to this rank, everything between and ``positions`` all of its group's."""
-        x_BTC = self.tokens.gathered(x_BTC)
-        q_BHTD, k_BGTD = self._heads(x_BTC, self.wq, self.q_norm), self._heads(x_BTC, self.wk, self.k_norm)
-        v_BGTD = self._heads(x_BTC, self.wv, None)
+        q_BHTD, k_BGTD, v_BGTD = self.project(self.tokens.gathered(x_BTC))
         cos_sin = self.rope_table(positions_BT, q_BHTD.dtype, bounds)
         k_BGTD = rotate(k_BGTD, *cos_sin)
         k_BGTD, v_BGTD = self.keys_leave(k_BGTD, v_BGTD, bounds)
@@ -101,6 +99,11 @@ class Attention(nn.Module):
         (parallel/host_keys.py) stand-ins, so that the memory of the given ones is free when the caller lets go of them."""
         leave = getattr(self.inner_attention, "leave", None)
         return (k_BGTD, v_BGTD) if leave is None else leave(k_BGTD, v_BGTD, bounds)
+
+    def project(self, x_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(q_BHTD, k_BGTD, v_BGTD) of these tokens before rope: views of [B, T, heads, D]."""
+        q_BHTD, k_BGTD = self._heads(x_BTC, self.wq, self.q_norm), self._heads(x_BTC, self.wk, self.k_norm)
+        return q_BHTD, k_BGTD, self._heads(x_BTC, self.wv, None)
 
     def _heads(self, x_BTC: torch.Tensor, project: Linear, norm: RMSNorm | None) -> torch.Tensor:
         y_BTHD = project(x_BTC).unflatten(-1, (-1, self.head_dim))

@@ -43,12 +43,14 @@ LayerKind = Literal["full", "swa", "memory"]
 """full: causal attention over everything before; swa: sliding window; memory: a memory module (``model.memory``)."""
 
 FeedForwardKind = Literal["dense", "product_keys"]
-"""dense: SwiGLU; product_keys: a memory layer that reads a table of values (``model.product_keys``)."""
+"""dense: SwiGLU; product_keys: a memory layer that reads a table of values, in its place or beside it (``model.product_keys``)."""
 
 
 class ProductKeysConfig(Section):
-    """Memory layers with product keys (arXiv 1907.05242, 2412.09764) in place of feed-forwards."""
+    """Memory layers with product keys (arXiv 1907.05242, 2412.09764) in place of feed-forwards or beside them."""
 
+    attach: Literal["replace", "beside"] = "replace"
+    """replace: in place of the layer's feed-forward; beside: a dense feed-forward reads the same input, and the two outputs are added."""
     n_keys: PositiveInt = 256
     """Keys of each half of a query; the table has n_keys squared values."""
     heads: PositiveInt = 4

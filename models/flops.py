@@ -55,10 +55,12 @@ def ffn_parameters(config: ModelConfig) -> int:
 
 
 def product_key_matmul_parameters(config: ModelConfig) -> int:
-    """Parameters of one memory layer with product keys that meet every token in a product: query, keys, gate and output projection."""
+    """Parameters of one memory layer with product keys that meet every token in a product: query, keys, gate and output
+    projection, and the dense feed-forward beside it."""
     keys = config.product_keys
     gated = 2 * config.d_model * config.value_width if keys.gate == "swish" else 0
     expanded = keys.expansion * config.value_width**2 if keys.expansion > 1 else 0
+    expanded += ffn_parameters(config) if keys.attach == "beside" else 0
     return (config.d_model + keys.tucker_rank * keys.n_keys) * keys.heads * config.query_dim + gated + expanded
 
 

@@ -20,7 +20,9 @@ from models.int8_weight import Int8Weight, in_dtype
 
 
 def gradient_dtype(weight: Tensor) -> torch.dtype:
-    """What the gradient of ``weight`` is kept in."""
+    """What the gradient of ``weight`` is kept in. A compiler's graphs know its own dtype only; ``models/compiled.py`` refuses others."""
+    if torch.compiler.is_compiling():
+        return weight.dtype
     return (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
 
 
@@ -94,6 +96,19 @@ class _AddBias(torch.autograd.Function):
         return grads[0], bias_gradient(grads[0]).to(ctx.gradient_dtype)
 
 
+class _NewSum(torch.autograd.Function):
+    """`_AddBias` that leaves ``y`` alone: a compiler takes no function that writes over its input, and makes one pass of it anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias_O: Tensor) -> Tensor:
+        ctx.gradient_dtype = gradient_dtype(bias_O)
+        return y + bias_O.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], bias_gradient(grads[0]).to(ctx.gradient_dtype)
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` that runs `linear`, without a bias unless asked for one, which begins at zero."""
 
@@ -107,4 +122,7 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]"""
         y = linear(input, self.weight)
-        return y if self.bias is None else _AddBias.apply(y, self.bias)  # type: ignore[return-value]
+        if self.bias is None:
+            return y
+        add = _NewSum if torch.compiler.is_compiling() else _AddBias
+        return add.apply(y, self.bias)  # type: ignore[return-value]

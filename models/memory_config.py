@@ -48,6 +48,10 @@ class Mamba2Config(Section):
     """Groups of heads that share B and C."""
 
 
+MOST_PAIRED = 1024
+"""Largest chunk of Titans whose tokens are compared with each other."""
+
+
 class TitansConfig(Section):
     """What only Titans reads (arXiv 2501.00663): a small network per head whose weights learn while it reads."""
 
@@ -62,6 +66,10 @@ class TitansConfig(Section):
     """Wrap the network as x + LayerNorm(f(x)), as Miras does; key and value sizes must be equal."""
     chunk_size: Annotated[int, Field(ge=1, le=1_048_576)] = 64
     """Tokens that read, and take gradients at, the same weights. Part of the model: another size is another model."""
+    read: Literal["chunk_start", "token", "shifted"] = "chunk_start"
+    """Which weights a token reads. chunk_start: those its chunk began with (apply, then update); token: those after its own write, for a
+    linear memory of variant titans or yaad; shifted: as chunk_start, but a chunk's last token reads what the whole chunk has written.
+    Part of the model: another read is another model."""
     max_lr: float | None = Field(default=None, gt=0)
     """Largest inner learning rate; null means 4 / chunk_size, at most 1. A chunk takes all its gradients at its first weights, so that
     equal keys are learnt stably only while its rates add up to less than 2. At 1 a linear memory corrects its error at a key in one
@@ -74,7 +82,26 @@ class TitansConfig(Section):
     def _check(self) -> TitansConfig:
         if self.residual_norm and self.architecture == "linear":
             raise ValueError("residual_norm needs network mlp or swiglu")
+        if self.read == "token":
+            self._check_token()
         return self
+
+    def _check_token(self) -> None:
+        """Reading inside a chunk is a weighted sum over its tokens only where the read is linear in the weights that are written."""
+        if self.architecture != "linear":
+            raise ValueError(
+                f"read token is exact for a linear memory only, and the network is {self.architecture}; set network linear, or read to "
+                "chunk_start or shifted"
+            )
+        if self.variant not in ("titans", "yaad"):
+            raise ValueError(
+                f"read token needs variant titans or yaad: {self.variant} reads weights that are normed at chunk starts; set read to "
+                "chunk_start or shifted"
+            )
+        if self.chunk_size > MOST_PAIRED:
+            raise ValueError(
+                f"read token compares all tokens of a chunk, at most {MOST_PAIRED}, and chunk_size is {self.chunk_size}; lower it"
+            )
 
     @property
     def architecture(self) -> Literal["linear", "mlp", "swiglu"]:
@@ -270,6 +297,11 @@ class MemoryModuleConfig(Section):
             return
         if self.kind != "titans":
             raise ValueError(f"memory.attach mac reads and writes a memory by itself, and knows kind titans only, not {self.kind}")
+        if titans.read != "chunk_start":
+            raise ValueError(
+                f"memory.titans.read {titans.read} is not known to memory.attach mac, whose segments read what was written before them; "
+                "leave it at chunk_start"
+            )
         if self.titans.chunk_size != TitansConfig().chunk_size:
             raise ValueError(
                 "memory.titans.chunk_size is not read by memory.attach mac, whose chunks are its segments; set memory.mac.segment"

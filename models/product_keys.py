@@ -1,4 +1,4 @@
-"""A memory layer in place of a feed-forward: each token reads a few rows of a large table of values, found by product keys.
+"""A memory layer in place of a feed-forward or beside it: each token reads a few rows of a large table of values, found by product keys.
 
     q_h = W_q x, two halves per head;  scores s1 = K1_h q_h1, s2 = K2_h q_h2;  value (i, j) has score s1_i + s2_j
     w = softmax over the top_k largest of all n_keys^2 scores;  y = sum over heads of w times the rows;  out = W_o (y * silu(W_s x))
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.batch import Bounds
 from models.config import ModelConfig
-from models.feedforward import RMSNorm, _GatedProduct, compute_dtype
+from models.feedforward import RMSNorm, SwiGLU, _GatedProduct, compute_dtype
 from models.linear import Linear
 from models.repeat import turns
 from models.tucker_scores import TuckerSelect, leading_vectors
@@ -124,6 +124,7 @@ class ProductKeyMemory(nn.Module):
         gated = settings.gate == "swish"
         self.w_gate = Linear(config.d_model, width) if gated else None
         self.w_out = Linear(width, config.d_model) if gated else None
+        self.dense = SwiGLU(config.d_model, config.ff_width) if settings.attach == "beside" else None
 
     @property
     def table(self) -> ValueTable:
@@ -160,6 +161,10 @@ class ProductKeyMemory(nn.Module):
 
     def forward(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
         """Same shape, in the dtype of products."""
+        read_BTC = self._looked_up(x_BTC, bounds)
+        return read_BTC if self.dense is None else read_BTC + self.dense(x_BTC)
+
+    def _looked_up(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
         index_nE, weight_nE = self.select(x_BTC)
         y_nD = self._read(index_nE, weight_nE, bounds, compute_dtype(x_BTC))
         y_BTD = y_nD.view(*x_BTC.shape[:-1], self.value_dim)
@@ -195,9 +200,12 @@ class ProductKeyMemory(nn.Module):
         if self.expand:
             values_VD = torch.cat([linear(values_VD) for linear in self.expand])
         y_BTD = torch.einsum("nhv,vd->nd", weights_nHV, values_VD).view(*x_BTC.shape[:-1], self.value_dim)
-        if self.w_gate is None or self.w_out is None:
-            return y_BTD
-        return self.w_out(nn.functional.silu(self.w_gate(x_BTC)) * y_BTD)
+        if self.w_gate is not None and self.w_out is not None:
+            y_BTD = self.w_out(nn.functional.silu(self.w_gate(x_BTC)) * y_BTD)
+        if self.dense is not None:
+            beside = self.dense
+            y_BTD = y_BTD + beside.w_down(nn.functional.silu(beside.w_gate(x_BTC)) * beside.w_up(x_BTC))
+        return y_BTD
 
     def _candidates(self, scores_nHrN: Tensor, half: int) -> Tensor:
         """Which keys of a half are among the best by its core's leading vector."""
@@ -214,6 +222,8 @@ class ProductKeyMemory(nn.Module):
         products += 2 * self.d_model * self.value_dim if gated else 0
         maps = len(self.expand)
         products += maps * self.value_dim**2
+        hidden = 0 if self.dense is None else self.dense.w_up.out_features
+        products += 3 * self.d_model * hidden
         selecting, chosen = 0, 0
         if self.core is not None:  # leading scores and the grid of candidates; gradients of chosen scores and of the core
             selecting = self.heads * self.sets * (2 * self.n_keys + self.top_k * (self.sets + self.top_k))
@@ -225,7 +235,7 @@ class ProductKeyMemory(nn.Module):
         saved -= n * entries * wide
         saved += 2 * self.sets * n * entries * wide if self.core is not None else 0
         saved += maps * n * (entries * (1 + wide) + self.value_dim * itemsize)
-        saved += n * 3 * self.value_dim * itemsize if gated else 0
+        saved += n * 3 * (self.value_dim if gated else 0) * itemsize + n * 3 * hidden * itemsize
         columns = -(-self.value_dim // shards)
         sent = n * entries * (4 + wide) + n * (shards - 1) * columns * itemsize if shards > 1 else 0
         return ProductKeyCost(forward + 2.0 * n * selecting, 2 * forward + 2.0 * n * chosen, saved, max(1, maps) * sent)

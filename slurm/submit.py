@@ -31,6 +31,7 @@ from trainer.commands.open_run import (
     with_values,
 )
 from trainer.commands.places import HOME, find_run
+from trainer.compile_rules import announced
 from trainer.config import RunConfig
 from trainer.planning import plan_run
 from trainer.run_dir import RunDir, write_atomic
@@ -77,6 +78,7 @@ def resubmit(args: argparse.Namespace) -> int:
     old = config_file.resolve(run_dir.config)
     new = config_file.resolve(run_dir.config, args.overrides)
     resume_rules.check(old, new, args.allow)
+    print("".join(f"{line}\n" for line in announced(old, new)), end="", file=sys.stderr)
     check_engine(new)
     site = read_site()
     before = read_submission(run_dir) if has_submission(run_dir) else None

@@ -184,7 +184,7 @@ def test_one_rank_runs_in_this_process(place: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_saves_and_exits_75_and_resume_goes_on(place: Path, ranks: int) -> None:
     name = f"stopped_{ranks}"
-    process = start(place, name, f"parallel.cp={ranks}")
+    process = start(place, name, f"parallel.cp={ranks}", "memory.plan=estimate")
     run_dir = place / "runs" / name
     wait_for_step(process, run_dir, 2)
     process.send_signal(signal.SIGUSR1)
@@ -205,7 +205,7 @@ def test_a_signal_saves_and_exits_75_and_resume_goes_on(place: Path, ranks: int)
 
 
 def test_a_killed_rank_fails_the_run_and_says_who(place: Path) -> None:
-    process = start(place, "killed", "parallel.cp=2")
+    process = start(place, "killed", "parallel.cp=2", "memory.plan=estimate")
     run_dir = place / "runs" / "killed"
     wait_for_step(process, run_dir, 1)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "_rank" in child.cmdline()]

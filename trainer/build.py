@@ -43,6 +43,8 @@ from parallel.parallelize import keep_keys_in_host, parallelize, split_sequence
 from trainer.carried_states import CarriedStates
 from trainer.checkpoint import CheckpointManager
 from trainer.choosing_offload import as_planned
+from trainer.compile_rules import compiled_layers
+from trainer.compiling import compiled
 from trainer.config import RunConfig
 from trainer.config_file import dump
 from trainer.console import RunConsole
@@ -109,7 +111,8 @@ def shaped_model(
         if config.engine == "deepspeed":  # which deals out parameters itself
             split_sequence(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, narrow)
         else:
-            gather_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+            # A compiled graph takes gradients in their weights' dtype: those of bf16 copies would be rounded before they are summed.
+            gather_dtype = torch.bfloat16 if config.train.precision == "bf16" and not compiled_layers(config) else None
             parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, narrow)
     if config.parallel.kv_residence == "host":
         assert store is not None, "host_store makes one"
@@ -295,7 +298,7 @@ def _build_trainer(
         cleanup.callback(arena.close)
     engine = build_engine(placed, vocab_size, mesh, device, policy, store, fill)
     state, notes = _starting_state(checkpoints, engine) if resume else (TrainState(), [])
-    notes += found
+    notes += found + compiled(placed, engine.model)
     metrics = MetricsWriter(run_dir, state.step, enabled=is_main)
     cleanup.callback(metrics.close)
     at_step(state.step)

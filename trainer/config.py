@@ -12,6 +12,7 @@ from optim.config import OptimConfig
 from parallel.config import ParallelConfig
 from trainer import tensor_rules
 from trainer.carry_rules import refused_carrying
+from trainer.compile_rules import refused_compile
 from trainer.config_sections import RUN_NAME, CheckpointSection, DataSection, GuardsSection, RunSection, TrainSection
 from trainer.engine_config import DeepSpeedSection, EngineName, refused_engine
 from trainer.prefix_rules import refused_prefixes
@@ -41,7 +42,13 @@ class RunConfig(Section):
         self._check_guards()
         if self.optim.mup_base_width is not None and self.model.tie_embeddings:
             raise ValueError("optim.mup_base_width scales embedding and output matrix differently; set model.tie_embeddings false")
-        for refused in (refused_carrying(self), refused_engine(self), refused_segments(self), refused_prefixes(self)):
+        for refused in (
+            refused_carrying(self),
+            refused_engine(self),
+            refused_segments(self),
+            refused_prefixes(self),
+            refused_compile(self),
+        ):
             if refused:
                 raise ValueError(refused)
         if refused := self.optim.refused_clip():

@@ -174,6 +174,9 @@ class TrainSection(Section):
     residual: Literal["fp32", "bf16"] = "fp32"
     """What the residual stream between blocks is kept in. fp32: as the parameters are (fp64 under precision fp64). bf16, with precision
     bf16: half the memory of every block's input, as most systems train; each of the stream's sums is rounded to 8 bits."""
+    compile: Literal["none", "block", "auto"] = "none"
+    """block: torch.compile makes kernels of what a block of attention and a dense feed-forward computes before and after attention; the
+    same results to rounding, not bit for bit. Refused where no block can be; memory layers stay as they are. auto: where it can be."""
     carry_state: Literal["none", "document"] = "none"
     """document: a memory goes on from the state in which the sequence before left it where a document runs through several sequences
     (gradients do not); every row of a step reads on where it stood in the step before. Needs data.shuffle documents or none."""

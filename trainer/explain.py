@@ -11,6 +11,7 @@ import torch
 from memory_mgmt.devices import Device
 from models.block import CAUSAL, NONE, BlockMask
 from models.kernels import IMPLEMENTATIONS, capability_of, explain
+from trainer.compile_rules import compile_lines
 from trainer.config import RunConfig
 from trainer.planning import target_for
 
@@ -23,7 +24,7 @@ def explain_run(config: RunConfig, device_name: str | None = None) -> list[str]:
     kinds, parallel = config.model.layer_kinds, config.parallel
     attention = [kind for kind in ("full", "swa") if kind in kinds]
     if not attention:
-        return ["attention: no layer has any"]
+        return ["attention: no layer has any", *compile_lines(config)]
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in attention)
     lines = [f"attention layers: {counted}; {config.model.n_heads} query heads, {config.model.kv_heads} key/value heads"]
     if parallel.cp == 1:
@@ -36,6 +37,7 @@ def explain_run(config: RunConfig, device_name: str | None = None) -> list[str]:
     if parallel.tp > 1:
         heads = f"{config.model.n_heads // parallel.tp} query and {config.model.kv_heads // parallel.tp} key/value heads"
         lines.append(f"tensor parallelism: {parallel.tp} ranks with {heads} each")
+    lines += compile_lines(config)
     return [*lines, *_kernels(config, target_for(config, device_name).device, "swa" in attention)]
 
 

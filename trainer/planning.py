@@ -31,6 +31,7 @@ from models.flops import model_flops_per_token, parameter_count
 from parallel.dims import ParallelDims
 from trainer.choosing import choose_policy, setting_of
 from trainer.choosing_offload import resolve_offload
+from trainer.compile_rules import plan_note
 from trainer.config import RunConfig
 from trainer.evals.registry import tokenizer_of
 from trainer.optimizer_plan import optimizer_plan
@@ -103,7 +104,8 @@ def plan_run(config: RunConfig, device_name: str | None = None, correction: floa
 
     Raises UserError for an unknown device, a vocabulary that does not fit the tokenizer, or a step that cannot be traced.
     """
-    return plan_target(replace(target_for(config, device_name), correction=correction), with_changes)
+    plan = plan_target(replace(target_for(config, device_name), correction=correction), with_changes)
+    return replace(plan, compiled=plan_note(config))
 
 
 def target_for(config: RunConfig, device_name: str | None) -> Target:

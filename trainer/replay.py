@@ -102,7 +102,7 @@ class SegmentRunner:
         size = self.window or len(steps)
         windows = [range(start, min(start + size, len(steps))) for start in range(0, len(steps), size)]
         with held_together(self.model) as reduce, self.segmented.in_place():
-            chance = Chance(shard.tokens_BT.device) if self.draws else None
+            chance = Chance(next(self.model.parameters()).device) if self.draws else None  # a batch may wait in host memory
             one = _Sequence(call, shard, divisor, steps, chance, _Last(windows[-1].start, around, reduce))
             state: State | None = None
             for window in turns(windows, shard.tokens_BT, one.kind):

@@ -16,6 +16,7 @@ LAWFUL_KEYS = (
     "engine",  # the same updates, in the same checkpoints
     "train.steps",
     "train.device",
+    "train.compile",  # announced: equal to rounding
     "train.deterministic",
     "train.threads_per_rank",
     "train.eval_every_steps",

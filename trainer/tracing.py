@@ -18,6 +18,7 @@ from memory_mgmt.native import cache_dir
 from memory_mgmt.policy import Policy
 from memory_mgmt.trace import Trace
 from trainer import trace_workers
+from trainer.compile_rules import compiled_layers
 from trainer.config import RunConfig
 from trainer.one_process import for_one_process
 
@@ -73,7 +74,8 @@ class TraceRequest:
                 "deepspeed": config["deepspeed"],
                 "model": config["model"],
                 "data": {"seq_len": config["data"]["seq_len"]} | _ORDER_TO_CARRY[config["train"]["carry_state"]],
-                "train": {key: config["train"][key] for key in _RELATED_TRAIN},
+                "train": {key: config["train"][key] for key in _RELATED_TRAIN}
+                | {"compile": "auto" if compiled_layers(self.config) else "none"},
                 "optim": config["optim"],
                 "parallel": config["parallel"],
                 "memory": memory,

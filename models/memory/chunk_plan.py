@@ -41,6 +41,8 @@ class Chunks:
     start_c: _Ints
     """First token, global."""
     length_c: _Ints
+    closes_c: _Ints
+    """Its last token is the last one of a full chunk, which may have begun before the range."""
     fresh_NS: _Ints
     """The chunk begins with the initial weights: a document or a reset period starts."""
     begins_NS: _Ints
@@ -64,11 +66,11 @@ def plan_chunks(bounds: Bounds, span: Range, chunk: int, reset_every: int = 0, f
 
 
 def _plan(bounds: Bounds, span: Range, chunk: int, reset_every: int, from_start: bool) -> Chunks:
-    steps, streams, rows, starts, lengths, fresh, first_open = [], [], [], [], [], [], []
+    steps, streams, rows, starts, lengths, closes, fresh, first_open = [], [], [], [], [], [], [], []
     n_streams, row_of, last_of_row = 0, [], []
     spans = [(_chunk_start(row, span[0], chunk) if from_start else span[0], span[1]) for row in bounds.documents]
     for row, documents in enumerate(bounds.documents):
-        start_c, length_c, fresh_c, is_open = _row_chunks(documents, spans[row], chunk, reset_every)
+        start_c, length_c, closes_c, fresh_c, is_open = _row_chunks(documents, spans[row], chunk, reset_every)
         heads = np.flatnonzero(fresh_c) if reset_every else np.array([], dtype=np.int64)
         cuts = np.unique(np.concatenate([[0], heads])).astype(np.int64)
         stream_c = np.searchsorted(cuts, np.arange(len(start_c)), side="right") - 1
@@ -77,6 +79,7 @@ def _plan(bounds: Bounds, span: Range, chunk: int, reset_every: int, from_start:
         rows.append(np.full(len(start_c), row))
         starts.append(start_c)
         lengths.append(length_c)
+        closes.append(closes_c)
         fresh.append(fresh_c)
         first_open += [is_open] + [False] * (len(cuts) - 1)
         row_of += [row] * len(cuts)
@@ -101,6 +104,7 @@ def _plan(bounds: Bounds, span: Range, chunk: int, reset_every: int, from_start:
         row_c=np.concatenate(rows),
         start_c=np.concatenate(starts),
         length_c=np.concatenate(lengths),
+        closes_c=np.concatenate(closes),
         fresh_NS=fresh_NS,
         begins_NS=begins_NS,
         open_S=open_S,
@@ -117,12 +121,13 @@ def _chunk_start(documents: Sequence[int], token: int, chunk: int) -> int:
     return origin + (token - origin) // chunk * chunk
 
 
-def _row_chunks(documents: Sequence[int], span: Range, chunk: int, reset_every: int) -> tuple[_Ints, _Ints, _Ints, bool]:
-    """(starts, lengths, whether each begins with the initial weights, whether the first one began before the range) of one row."""
+def _row_chunks(documents: Sequence[int], span: Range, chunk: int, reset_every: int) -> tuple[_Ints, _Ints, _Ints, _Ints, bool]:
+    """(starts, lengths, whether each ends a full chunk, whether it begins with the initial weights, whether the first one began before the
+    range) of one row."""
     first, end = span
     place = max(bisect_right(documents, first) - 1, 0)
     origins = [documents[place] if documents else 0, *(s for s in documents[place + 1 :] if s < end)]
-    starts, fresh, is_open = [], [], False
+    starts, closes, fresh, is_open = [], [], [], False
     for i, (origin, until) in enumerate(zip(origins, [*origins[1:], end], strict=True)):
         begin = max(origin, first)
         grid = origin + chunk * np.arange((begin - origin) // chunk, -(-(until - origin) // chunk))
@@ -133,9 +138,10 @@ def _row_chunks(documents: Sequence[int], span: Range, chunk: int, reset_every: 
             grid[0], begins_new[0] = begin, False
             is_open = is_open or i == 0
         starts.append(grid)
+        closes.append((np.append(grid[1:], until) - origin) % chunk == 0)
         fresh.append(begins_new)
     start_c = np.concatenate(starts)
-    return start_c, np.diff(np.append(start_c, end)), np.concatenate(fresh), is_open
+    return start_c, np.diff(np.append(start_c, end)), np.concatenate(closes), np.concatenate(fresh), is_open
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,10 @@ class Share:
     """Slots that hold a token."""
     first_NSp: Tensor
     """The first token of a chunk that begins here."""
+    close_NSp: Tensor
+    """The last token of a full chunk."""
+    any_close: tuple[bool, ...]
+    """By step: whether there is one, on this rank."""
     give_T: Tensor
     """This rank's own tokens [B * T] in the order in which they are given away, rank after rank ..."""
     take_T: Tensor
@@ -184,6 +194,7 @@ def share_of(chunks: Chunks, held: Sequence[Sequence[Range]], rank: int, device:
     mask, leading = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     mask.reshape(-1)[slot] = True
     leading.reshape(-1)[slot[leads]] = True
+    closing = _closing(chunks, rank, len(held), shape)
 
     def on_device(values: _Ints) -> Tensor:
         return torch.tensor(values).to(device)
@@ -194,6 +205,8 @@ def share_of(chunks: Chunks, held: Sequence[Sequence[Range]], rank: int, device:
         shape=shape,
         mask_NSp=on_device(mask),
         first_NSp=on_device(leading & chunks.begins_NS[..., None]),
+        close_NSp=on_device(closing),
+        any_close=tuple(bool(step.any()) for step in closing),
         give_T=on_device(np.concatenate(give)),
         take_T=on_device(slot[np.argsort(origin, kind="stable")]),
         given=tuple(given),
@@ -210,3 +223,13 @@ def _slots(chunks: Chunks, rank: int, size: int, width: int) -> tuple[_Ints, _In
     token = (chunks.start_c + low_c)[of_chunk] + inside
     slot = ((chunks.step_c * chunks.n_streams + chunks.stream_c) * width)[of_chunk] + inside
     return chunks.row_c[of_chunk], token, slot, (low_c[of_chunk] + inside) == 0
+
+
+def _closing(chunks: Chunks, rank: int, size: int, shape: tuple[int, int, int]) -> _Ints:
+    """[N, S, p]: slots with the last token of a full chunk, which every chunk leaves to the last rank."""
+    closing = np.zeros(shape, dtype=bool)
+    if rank == size - 1:
+        slot_c = chunks.length_c - 1 - chunks.length_c * rank // size
+        of = chunks.closes_c
+        closing[chunks.step_c[of], chunks.stream_c[of], slot_c[of]] = True
+    return closing

@@ -48,8 +48,8 @@ class MemoryTraits:
     """layer: state of (layer, segment s) follows from (layer, s-1) and the layer below; stack: top of s-1 feeds the bottom of s."""
     transition: Literal["affine_diag", "affine_dense", "token_sum", "nonlinear", "append_detached"]
     """How the outgoing state depends on the incoming one."""
-    read_at: Literal["segment_start", "token"]
-    """What a token may see of its own segment."""
+    read_at: Literal["segment_start", "segment_end", "token"]
+    """What a token may see of its own segment: nothing; all of it, if it is the last one; what is up to itself."""
     granularity: int = 1
     """Token ranges held by a rank must be multiples of this."""
     halo_tokens: int = 0

@@ -4,9 +4,10 @@
     S_t = eta_t S_{t-1} - (1 - eta_t) theta_t grad l(A; k_t, v_t)             M_t = (1 - alpha_t) M_{t-1} + S_t
     o_t = f_A(q_t)        y = W_o (RMSNorm(o) * silu(W_g x))
 
-A are the weights M at the start of the token's chunk: reads and gradients see what was written in earlier chunks ("apply, then update"),
-so a token never sees later ones, and a chunk's update is a sum over its tokens, which is how it splits over ranks
-(`models/memory/chunk_scan.py`, `chunk_plan.py`). Variants (Yaad, Moneta of Miras, LaCT) change loss, gates and what keeps weights bounded.
+A are the weights M at the start of the token's chunk: reads and gradients see what was written in earlier chunks ("apply, then update";
+``read: token`` and ``shifted`` read later weights, decision 0041). So a token never sees later ones, and a chunk's update is a sum over
+its tokens, which is how it splits over ranks (`models/memory/chunk_scan.py`, `chunk_plan.py`). Variants (Yaad, Moneta, LaCT) change
+loss, gates and what keeps weights bounded.
 
 Arithmetic of the memory is float32 (float64 in float64).
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from models.batch import Bounds, Range
 from models.config import ModelConfig, TitansConfig
 from models.linear import Linear, linear
 from models.memory.chunk_plan import Chunks, Share, plan_chunks
-from models.memory.chunk_scan import Rule, Total, Turns, scan_chunks, turns_of
+from models.memory.chunk_scan import Rule, Turns, scan_chunks, turns_of
 from models.memory.dealing import collect, deal, share_in
 from models.memory.documents import plan_documents
 from models.memory.fast_weights import FastNetwork
@@ -37,9 +38,18 @@ from models.memory.short_conv import conv_silu_chunks, gated_norm
 from models.memory.titans_gates import write_weights
 from models.memory.titans_oracle import titans_oracle
 from models.memory.titans_shapes import TitansShapes, gates_of
+from models.memory.token_reads import from_start, gates_inside, written_inside
 
 _INITIAL_GATES = {"theta": (-1.0, -1.0), "eta": (-1.0, -1.0), "alpha": (-8.0, -4.0), "delta": (0.5, 0.5)}
 """Range of the initial gate biases over heads; those of forgetting are spread, so that some heads keep for long."""
+
+
+_READ_AT: dict[str, Literal["segment_start", "segment_end", "token"]] = {
+    "chunk_start": "segment_start",
+    "shifted": "segment_end",
+    "token": "token",
+}
+"""``titans.read`` as a trait."""
 
 
 class _Weights(NamedTuple):
@@ -81,7 +91,7 @@ class Titans(RecurrentMixer):
         self.traits = MemoryTraits(
             carry="layer",
             transition="token_sum",
-            read_at="segment_start",
+            read_at=_READ_AT[settings.read],
             halo_tokens=conv_kernel - 1,
             reset_every=settings.reset_every,
             head_splittable=n_heads,
@@ -160,7 +170,7 @@ class Titans(RecurrentMixer):
         features_BTE = self._features(bounds, span, weights, x_BTC, before_BnC)
         turns, tokens = self._dealt(chunks, share, here, features_BTE)
         initial_GF = weights.initial.repeat(chunks.n_streams, 1)
-        o_NGpV, state_YGF = self._scan(turns, here.total, self.to_streams(chunks, state_GYF), initial_GF, *tokens)
+        o_NGpV, state_YGF = self._scan(turns, here, share.rank, self.to_streams(chunks, state_GYF), initial_GF, *tokens)
         o_BTD = self._to_tokens(o_NGpV, share, here, x_BTC.shape[1])
         return self._write_out(weights, x_BTC, o_BTD), self.to_rows(chunks, state_YGF)
 
@@ -183,7 +193,7 @@ class Titans(RecurrentMixer):
         for (span, _), a, b in zip(tiles, [0, *ends[:-1]], ends, strict=True):  # as many groups of chunks as tiles, made again like them
             if a < b:
                 group = (x[a:b] for x in tokens)
-                body = partial(self._scan, turns.part(a, b), self.carry.total)
+                body = partial(self._scan, turns.part(a, b), self.carry, share.rank)
                 o_NGpV, state_YGF = self.run(bounds, span, body, state_YGF, initial_GF, *group)
                 read.append(o_NGpV)
         o_BTD = self._to_tokens(read[0] if len(read) == 1 else torch.cat(read), share, self.carry, joined.shape[1])
@@ -211,11 +221,20 @@ class Titans(RecurrentMixer):
         """What `_scan` needs of this rank's share of all chunks: flags, and tensors with one entry per chunk."""
         q, k, v, gates = self._by_memory(deal(features_BTE, share, carry))
         write, whole, delta = write_weights(self.settings, self.largest_rate, gates, share, carry)
-        return turns_of(chunks, self.n_heads, q.device), (whole, q, k, v, write, *(() if delta is None else (delta,)))
+        turns = turns_of(chunks, self.n_heads, q.device, share if self.settings.read == "shifted" else None)
+        tokens = (k, v, write, *(() if delta is None else (delta,)))
+        if self.settings.read != "token":
+            return turns, (whole, q, *tokens)
+        gates_NLGc = gates_inside(self.settings, self.largest_rate, gates, share, carry)
+        return turns, (q, gates_NLGc, whole, from_start(q, gates_NLGc, share.rank), *tokens)
 
-    def _scan(self, turns: Turns, total: Total, state_YGF: Tensor, initial_GF: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _scan(self, turns: Turns, carry: Carry, rank: int, state_YGF: Tensor, initial_GF: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [N, G, p, V] of some chunks and the state after them."""
-        o_NGpV, state_ZGF, anchor_GF = scan_chunks(self.rule, turns, total, state_YGF[:-1], initial_GF, state_YGF[-1], *tokens)
+        inside, tokens = (tokens[:2], tokens[2:]) if self.settings.read == "token" else ((), tokens)
+        o_NGpV, state_ZGF, anchor_GF = scan_chunks(self.rule, turns, carry.total, state_YGF[:-1], initial_GF, state_YGF[-1], *tokens)
+        if inside:
+            o_NGpV, error_NGpV = o_NGpV.chunk(2, dim=-1)
+            o_NGpV = o_NGpV - written_inside(inside[0], tokens[2], error_NGpV, inside[1], carry, rank)
         return o_NGpV, torch.cat([state_ZGF, anchor_GF.unsqueeze(0)])
 
     # ------------------------------------------------------------------------------------------------ token-wise parts
@@ -297,6 +316,7 @@ def rule_of(settings: TitansConfig, network: FastNetwork) -> Rule:
         settings.has_momentum,
         at_norm=settings.variant == "moneta",
         at_initial_norms=settings.variant == "lact",
+        read=settings.read,
     )
 
 

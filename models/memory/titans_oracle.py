@@ -53,8 +53,9 @@ def titans_oracle(module: Titans, x_BTC: Tensor, state: State | None, bounds: Bo
             before = [m / (m.pow(4).sum((-2, -1), keepdim=True) + _EPS**2).pow(0.5) for m in before]
         A = [torch.where(begins, new, a) for new, a in zip(before, A, strict=True)]
         u = _gradient(module, A, k, v, gates.get("delta"))
-        outputs.append(_write_out(module, _network(module, A, q), x_BTC[:, t - first]))
         M, S = _learn(module, M, S, u, gates)
+        at = A if module.settings.read == "chunk_start" else _read_at(module, A, M, t, bounds)
+        outputs.append(_write_out(module, _network(module, at, q), x_BTC[:, t - first]))
     flat = [torch.cat([m.flatten(2) for m in each], -1) for each in (M, S, A)]
     learnt = torch.stack(flat if module.rule.momentum else [flat[0], flat[2]], 2)
     return torch.stack(outputs, 1), {"state": learnt, "conv": inputs[:, inputs.shape[1] - module.halo :]}
@@ -70,6 +71,20 @@ def _learn(
         S = [gates["eta"] * s - (1 - gates["eta"]) * theta * g for s, g in zip(S, u, strict=True)]
         return [(1 - gates["alpha"]) * m + s for m, s in zip(M, S, strict=True)], S
     return [(1 - gates["alpha"]) * m - theta * g for m, g in zip(M, u, strict=True)], S
+
+
+def _read_at(module: Titans, A: list[Tensor], M: list[Tensor], t: int, bounds: Bounds) -> list[Tensor]:
+    """The weights that token t reads, M being those after it: M itself, or at a full chunk's last token what the next chunk would read."""
+    if module.settings.read == "token":
+        return M
+    origins = [max((s for s in row if s <= t), default=0) for row in bounds.documents]
+    closes = torch.tensor([(t + 1 - o) % module.settings.chunk_size == 0 for o in origins], device=A[0].device).view(-1, 1, 1, 1)
+    if module.settings.variant == "moneta":
+        M = [m / (m.pow(4).sum((-2, -1), keepdim=True) + _EPS**2).pow(0.5) for m in M]
+    if module.settings.variant == "lact":
+        initial = [p for p in (module.start_in, getattr(module, "start_out", None)) if p is not None]
+        M = [m * _norms(p) / _norms(m) for m, p in zip(M, initial, strict=True)]
+    return [torch.where(closes, m, a) for m, a in zip(M, A, strict=True)]
 
 
 def _marks(module: Titans, t: int, bounds: Bounds, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -92,8 +92,16 @@ class TitansShapes:
 
     def scan_flops(self) -> int:
         """One token's share of a chunk, forward: read and prediction 2 F each, the error taken back through the last layer, and the
-        gradient's outer products once per part of the state."""
-        return self.heads * (2 * (2 + self.parts) * self.fast_weights + 2 * self.hidden * self.value)
+        gradient's outer products once per part of the state; shifted reads read once more per chunk, token by token see `pair_flops`."""
+        c = self.settings.chunk_size
+        again = {"chunk_start": 0, "shifted": 2 * self.fast_weights // c, "token": self.pair_flops()}[self.settings.read]
+        return self.heads * (2 * (2 + self.parts) * self.fast_weights + 2 * self.hidden * self.value + again)
+
+    def pair_flops(self) -> int:
+        """Of reading token by token, per token and head: momentum is read too; scores of a chunk's tokens, what they read, their weights
+        from running sums of gates (twice each), with momentum a product of two triangles and what reaches from the chunk's start."""
+        c, momentum = self.settings.chunk_size, self.parts - 1
+        return 2 * momentum * self.fast_weights + 2 * c * (self.key + self.value) + 4 * c * self.parts + momentum * (2 * c * c + 2 * c)
 
     def flops_forward(self) -> int:
         """Per token, projections included."""
@@ -119,11 +127,20 @@ class TitansShapes:
         (w) q and k twice, v and the output once, four statistics, gates and what they come to, and the states before every chunk."""
         n, H, K, V, F, Z = rows * tokens, self.heads, self.key, self.value, self.fast_weights, self.parts
         delta = 1 if self.settings.variant == "yaad" else 0
-        wide = 4 * K + 2 * V + 3 + self.n_gates + Z + delta
+        wide = 4 * K + 2 * V + 3 + self.n_gates + Z + delta + self.token_kept
         periods = self.periods(tokens)
         states = rows * H * F * (Z * (self.chunks(tokens) + periods) + (Z + 2) * periods)
         halo = rows * self.halo * H * (2 * K + V) * e
         return n * H * ((2 * K + 3 * V) * e + wide * w) + states * w + halo
+
+    @property
+    def token_kept(self) -> int:
+        """Numbers per token and head kept for reading token by token: queries of M and S, what is read beside errors, gates of the chunk;
+        keys, errors and gates of all ranks where there are several."""
+        if self.settings.read != "token":
+            return 0
+        gathered = self.ranks * (self.key + self.value + self.parts + 2) if self.ranks > 1 else 0
+        return self.parts * self.key + 2 * self.value + self.parts + 2 + gathered
 
     def saved_bytes(self, rows: int, tokens: int, itemsize: int, tile: int) -> int:
         """Everything kept from forward to backward, the input included; with tiles one state per tile, and where tokens are dealt what is
@@ -140,6 +157,8 @@ class TitansShapes:
         if not self.split:
             return tiles * rows * self.state_elements * w
         dealt = n * H * (2 * self.key + 2 * self.value + self.n_gates + self.parts + delta) * w
+        if self.settings.read == "token":
+            dealt += n * H * (self.parts * self.key + (self.parts + 2) * (1 + (self.ranks if self.ranks > 1 else 0))) * w
         periods = self.periods(tokens)
         groups = min(tiles, -(-self.chunks(tokens) // periods))  # of chunks, all periods side by side
         return dealt + groups * periods * rows * self.state_elements * w
@@ -152,6 +171,8 @@ class TitansShapes:
         chunk = min(self.settings.chunk_size, tokens * self.ranks) // self.ranks
         of_chunk = rows * H * chunk * (8 * U * (2 if self.settings.architecture == "swiglu" else 1) + 4 * V + 2 * K * self.parts) * w
         states = rows * H * self.fast_weights * (4 * self.parts + 4) * w
+        if self.settings.read == "token":  # pairs of a chunk's tokens: products of gates, weights, scores, and their gradients
+            tokenwise += n * H * self.settings.chunk_size * (4 + 4 * self.parts) * w
         return tokenwise + of_chunk + states
 
     def exchange_bytes(self, rows: int, tokens: int, itemsize: int) -> int:
@@ -161,4 +182,6 @@ class TitansShapes:
         w = max(itemsize, 4)
         tokenwise = rows * tokens * (self.features + self.heads * self.value) * w
         sums = self.chunks(tokens) * self.heads * self.parts * self.fast_weights * w
+        if self.settings.read == "token":
+            tokenwise += rows * tokens * self.heads * (self.key + self.value + self.parts + 2) * w
         return tokenwise + rows * (sums + self.halo * self.d_model * itemsize)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "data.seq_len=128",
         "checkpoint.save_every_steps=2",
         "train.eval_sequences=0",
+        "memory.plan=estimate",  # tracing has tests of its own
     ]
 
 
@@ -53,40 +55,51 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_never_saved(settings: 
     assert all(step <= records[-1]["step"] for step in run.checkpoint_steps())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_at_the_step_boundary_and_exits_75(settings: list[str], number: signal.Signals) -> None:
-    name = f"stopped_{number.name}"
-    run = RunDir(folder_of(settings) / name)
-    arguments = [
-        "train",
-        "debug_cpu",
-        *settings,
-        f"run.name={name}",
-        "train.steps=100000",
-        "checkpoint.save_every_steps=0",
-        "parallel.cp=2",
-    ]
-    process = subprocess.Popen([sys.executable, "-m", "longstride", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 120
-    while not (run.metrics.exists() and run.metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode == 75, output.decode()[-2000:]
-    last = json.loads(run.metrics.read_text().splitlines()[-1])["step"]
-    assert run.checkpoint_steps() == [last]
-    state = run.read_state()
-    assert state is not None and (state.status, state.step) == ("stopped", last) and number.name in state.reason
+def test_a_signal_saves_at_the_step_boundary_and_exits_75(settings: list[str]) -> None:
+    """One run, stopped three times; each time the next resume goes on where it was."""
+    run = RunDir(folder_of(settings) / "stopped")
+    endless = ["run.name=stopped", "train.steps=100000", "checkpoint.save_every_steps=0", "parallel.cp=2"]
+    arguments = ["train", "debug_cpu", *settings, *endless]
+    saved: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        last = _stopped_by(number, run, arguments)
+        saved.append(last)
+        assert run.checkpoint_steps() == saved[-2:]  # checkpoint.keep_last
+        state = run.read_state()
+        assert state is not None and (state.status, state.step) == ("stopped", last) and number.name in state.reason
+        arguments = ["resume", str(run.path)]
     resumed = longstride("resume", run.path, f"train.steps={last + 2}")
     assert resumed.returncode == 0, resumed.stderr
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert steps == list(range(1, last + 3))
 
 
-def test_all_checkpoints_damaged_is_an_error_and_not_a_fresh_start(settings: list[str]) -> None:
-    assert longstride("train", "debug_cpu", *settings, "run.name=damaged", "train.steps=4").returncode == 0
-    run = RunDir(folder_of(settings) / "damaged")
+def _stopped_by(number: signal.Signals, run: RunDir, arguments: list[str]) -> int:
+    """The last step of what ``arguments`` start, which gets signal ``number`` when it has made three steps."""
+
+    def steps() -> int:
+        return run.metrics.read_text().count("\n") if run.metrics.exists() else 0
+
+    before, deadline = steps(), time.monotonic() + 120
+    process = subprocess.Popen([sys.executable, "-m", "longstride", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while steps() < before + 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75, output.decode()[-2000:]
+    return json.loads(run.metrics.read_text().splitlines()[-1])["step"]
+
+
+@pytest.fixture(scope="module")
+def trained(settings: list[str]) -> Path:
+    """A run of four steps with checkpoints of two and four; to be copied."""
+    assert longstride("train", "debug_cpu", *settings, "run.name=trained", "train.steps=4").returncode == 0
+    return folder_of(settings) / "trained"
+
+
+def test_all_checkpoints_damaged_is_an_error_and_not_a_fresh_start(trained: Path) -> None:
+    run = RunDir(shutil.copytree(trained, trained.parent / "damaged"))
     for step in run.checkpoint_steps():
         shard = next(run.checkpoint(step).glob("*.distcp"))
         data = bytearray(shard.read_bytes())
@@ -98,9 +111,8 @@ def test_all_checkpoints_damaged_is_an_error_and_not_a_fresh_start(settings: lis
     assert run.metrics.read_bytes() == before
 
 
-def test_the_newest_checkpoint_damaged_falls_back_and_says_so(settings: list[str]) -> None:
-    assert longstride("train", "debug_cpu", *settings, "run.name=half_damaged", "train.steps=4").returncode == 0
-    run = RunDir(folder_of(settings) / "half_damaged")
+def test_the_newest_checkpoint_damaged_falls_back_and_says_so(trained: Path) -> None:
+    run = RunDir(shutil.copytree(trained, trained.parent / "half_damaged"))
     shard = next(run.checkpoint(4).glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
     done = longstride("resume", run.path, "train.steps=6")

@@ -21,7 +21,7 @@ from trainer.data.build import build_data
 STEPS = 3
 MODEL = {
     "feedforward": ["product_keys", "dense", "product_keys"],
-    "product_keys": {"n_keys": 9, "heads": 2, "top_k": 4, "key_dim": 16, "value_dim": 10, "qk_norm": True},
+    "product_keys": {"n_keys": 9, "heads": 2, "top_k": 4, "key_dim": 16, "value_dim": 10, "qk_norm": True, "attach": "beside"},
 }
 MESHES = {
     # ranks: (dp_replicate, dp_shard, cp, layout); four ranks hold 3, 3, 3 and 1 of 10 columns

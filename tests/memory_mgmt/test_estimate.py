@@ -93,8 +93,9 @@ def test_kept_bytes_of_a_block_equal_what_it_leaves_allocated(kind, memory, prec
         config_of("full", qkv_bias=True, qk_norm=True),
         config_of("memory", memory=MemoryModuleConfig(kind="titans", expand_v=2.0, titans=TitansConfig(chunk_size=32))),
         config_of("memory", memory=MemoryModuleConfig(kind="titans", titans=TitansConfig(variant="lact", chunk_size=128))),
+        config_of("memory", memory=MemoryModuleConfig(kind="titans", titans=TitansConfig(network="linear", read="token", chunk_size=32))),
     ],
-    ids=["memory", "attention", "biases and normed heads", "titans", "lact"],
+    ids=["memory", "attention", "biases and normed heads", "titans", "lact", "titans by token"],
 )
 def test_kept_bytes_of_other_shapes(config):
     model, batch = model_of(config, "fp32", MemoryConfig()), batch_of(rows=2)

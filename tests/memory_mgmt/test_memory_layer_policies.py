@@ -14,7 +14,8 @@ from tests.memory_mgmt.measured import kept_bytes
 from tests.memory_mgmt.test_execution import PRECISIONS, all_layers, assert_same, config_of, gradients, make, make_batch
 
 KEYS = {"n_keys": 6, "heads": 2, "top_k": 3, "key_dim": 8, "qk_norm": True}
-CONFIG = config_of("swa", "memory", n_layers=4, feedforward=("product_keys", "product_keys", "dense"), product_keys=KEYS)
+BESIDE = {**KEYS, "attach": "beside"}
+CONFIG = config_of("swa", "memory", n_layers=4, feedforward=("product_keys", "product_keys", "dense"), product_keys=BESIDE)
 PARTS = LayerPolicy(Split(0.5, 0.5, 0), Split(0.3, 0.3, 0.4), Split(0.6, 0.4, 0), Split(0.5, 0.0, 0.5))
 POLICIES = {
     "block": all_layers(CONFIG, RECOMPUTE_BLOCK),
@@ -45,9 +46,10 @@ def test_same_losses_and_gradients(name: str, precision: str) -> None:
     assert_same(got, results(make(CONFIG, dtype), bf16), tolerance)
 
 
-def test_recomputing_the_feed_forward_keeps_only_the_stream() -> None:
+@pytest.mark.parametrize("keys", [KEYS, BESIDE], ids=["in place", "beside"])
+def test_recomputing_the_feed_forward_keeps_only_the_stream(keys: dict) -> None:
     """Of a layer that reads a table: its share of what waits for backward is the formula's (``Shapes.product_keys_kept``)."""
-    config = config_of("swa", n_layers=1, d_model=32, feedforward=("product_keys",), product_keys=KEYS)
+    config = config_of("swa", n_layers=1, d_model=32, feedforward=("product_keys",), product_keys=keys)
     batch = make_batch()
 
     def kept(policy: LayerPolicy) -> int:

@@ -20,6 +20,7 @@ SETTINGS = [
     {"n_keys": 5, "heads": 1, "top_k": 5, "key_dim": 6, "qk_norm": True},
     {"n_keys": 6, "heads": 2, "top_k": 4, "key_dim": 4, "value_dim": 8, "expansion": 4},
     {"n_keys": 7, "heads": 2, "top_k": 4, "key_dim": 8, "qk_norm": True, "tucker_rank": 2},
+    {"n_keys": 6, "heads": 2, "top_k": 3, "key_dim": 4, "attach": "beside"},
     {"n_keys": 4, "heads": 3, "top_k": 2, "gate": "none", "qk_norm": True, "shared_table": False},
 ]
 
@@ -105,7 +106,7 @@ def test_counts_are_the_model_s(settings: dict) -> None:
     assert model_flops_per_token(model.config, 32, 8) == pytest.approx(without + read)
 
 
-@pytest.mark.parametrize("settings", SETTINGS[:4])
+@pytest.mark.parametrize("settings", SETTINGS[:5])
 def test_cost_is_what_is_saved_and_computed(settings: dict) -> None:
     layer = layer_of(model_of(settings))
     x_BTC = torch.randn(2, 24, 16, dtype=torch.float64, requires_grad=True)

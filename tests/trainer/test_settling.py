@@ -145,10 +145,10 @@ def test_a_preset_takes_only_settings_that_it_reads():
 
 def test_a_preset_that_other_settings_refuse_is_left_out():
     asked = with_presets(0.1, dp_replicate=1, dp_shard=1, cp=1)
-    host = asked.model_copy(update={"memory": asked.memory.model_copy(update={"offload_optimizer": "host"})})
+    host = asked.model_copy(update={"memory": asked.memory.model_copy(update={"offload_optimizer": "host", "offload_parameters": "host"})})
     chosen = settled(host, "h100")
     assert chosen.config.optim.preset == "adamw"
-    assert chosen.tried[-1].words == "adamw_8bit" and "moves the states of adamw" in chosen.tried[-1].status
+    assert chosen.tried[-1].words == "adamw_8bit" and "moves parameters with adamw's states" in chosen.tried[-1].status
 
 
 def test_tries_stop_at_the_time_limit(monkeypatch):

@@ -39,6 +39,7 @@ from trainer.commands.open_run import (
 )
 from trainer.commands.places import HOME, find_run
 from trainer.commands.terminal import progress, tell
+from trainer.compile_rules import announced, check_compiler
 from trainer.config import RunConfig
 from trainer.run_dir import RunDir
 from trainer.run_timeline import drawn
@@ -80,6 +81,7 @@ def resume(args: argparse.Namespace) -> int:
     old = config_file.resolve(run_dir.config)
     new = config_file.resolve(run_dir.config, args.overrides)
     resume_rules.check(old, new, args.allow)
+    print("".join(f"{line}\n" for line in announced(old, new)), end="", file=sys.stderr)
     return _start(new, run_dir, run_dir.name, args.nproc)
 
 
@@ -95,6 +97,7 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
     if env.accelerate is not None and env.accelerate.use_cpu and config.train.device == "auto":  # cuda is refused below
         config = with_values(config, "train", device="cpu")
     check_engine(config)
+    check_compiler(config)
     if run_dir is None and env.rank == 0:
         check_init_from(config)
     config = _settled_by_one(config, started, env)

@@ -163,6 +163,8 @@ CASES: dict[str, Case] = {
     "titans": _titans(),
     "titans, linear, reset": _titans(network="linear", reset_every=16),
     "titans, lact": _titans(variant="lact"),
+    "titans, token, reset": _titans(network="linear", read="token", reset_every=16),
+    "titans, shifted": _titans(read="shifted"),
     "titans, mac": _mac(),
     "titans, mac, lact": _mac(segment=6, persistent=0, residual=True, variant="lact"),
     "titans, mac, linear, reset": _mac(network="linear", reset_every=16),

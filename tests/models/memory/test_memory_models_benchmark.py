@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import memory_models
-from benchmarks.memory_peers import CASES, SMOKE, Case, System, _operator, _own_sum, delta_inputs, exact_sum
+from benchmarks.memory_operators import Case, System, _operator, _own_sum, delta_inputs, exact_sum
+from benchmarks.memory_peers import CASES, SMOKE
 
 
 def test_smoke_measures_every_case_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -16,6 +16,9 @@ VARIANTS = {
     "moneta, linear": {"variant": "moneta", "network": "linear"},
     "linear": {"network": "linear"},
     "swiglu": {"network": "swiglu"},
+    "yaad, token": {"variant": "yaad", "network": "linear", "read": "token"},
+    "moneta, shifted": {"variant": "moneta", "read": "shifted"},
+    "lact, shifted, reset": {"variant": "lact", "read": "shifted", "reset_every": 16},
     "lact, mlp, norm, reset": {"variant": "lact", "network": "mlp", "residual_norm": True, "reset_every": 16},
 }
 
@@ -45,6 +48,23 @@ def test_variants_equal_their_token_recurrence(name, packed):
         results.append([y, *(after[key] for key in sorted(after)), *grads])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_reads_see_of_their_chunk_what_they_are_named_for():
+    """Where a change of token 3 is read without convolution, in chunks of 8 (itself changes by its query); at chunk size 1 both are one."""
+    seen = {}
+    for read in ("chunk_start", "token", "shifted"):
+        module = make("titans", conv_kernel=1, titans=TitansConfig(network="linear", chunk_size=8, read=read))
+        changed = make_x()
+        changed[:, 3] += 1.0
+        moved = (module(make_x(), None, whole())[0] - module(changed, None, whole())[0]).abs().amax((0, 2)) > 0
+        seen[read] = moved[:9].nonzero().flatten().tolist()
+    assert seen == {"chunk_start": [3, 8], "token": [3, 4, 5, 6, 7, 8], "shifted": [3, 7, 8]}
+    alone = [
+        make("titans", titans=TitansConfig(network="linear", chunk_size=1, read=read))(make_x(), None, whole(packed=True))[0]
+        for read in ("token", "shifted")
+    ]
+    torch.testing.assert_close(*alone, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -105,6 +125,13 @@ def test_equal_keys_are_learnt_stably_at_the_default_rate():
         ({"kind": "titans", "titans": {"reset_every": 96}}, "reset_every 96 is not a multiple of chunk_size 64"),
         ({"kind": "titans", "titans": {"network": "linear", "residual_norm": True}}, "residual_norm needs network mlp or swiglu"),
         ({"kind": "titans", "expand_v": 2.0, "titans": {"residual_norm": True}}, "needs equal key and value sizes"),
+        ({"kind": "titans", "titans": {"read": "token"}}, "exact for a linear memory only, and the network is mlp; set network linear"),
+        (
+            {"kind": "titans", "titans": {"read": "token", "network": "linear", "variant": "moneta"}},
+            "read token needs variant titans or yaad",
+        ),
+        ({"kind": "titans", "titans": {"read": "token", "network": "linear", "chunk_size": 2048}}, "at most 1024, and chunk_size is 2048"),
+        ({"kind": "titans", "attach": "mac", "titans": {"read": "shifted"}}, "read shifted is not known to memory.attach mac"),
     ],
 )
 def test_settings_that_are_not_read_or_do_not_go_together_are_refused(settings, named):
