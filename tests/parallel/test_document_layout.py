@@ -117,7 +117,6 @@ def test_a_batch_is_split_by_its_documents_and_rows_must_agree() -> None:
     ("settings", "text"),
     [
         ({"parallel": {"sequence": "ulysses", "cp": 2}}, "parallel.sequence=ring or double_ring"),
-        ({"parallel": {"tp": 2}}, "parallel.tp=1"),
         ({"train": {"micro_batch_size": 2}}, "train.micro_batch_size=1"),
         ({"data": {"document_mask": False}}, "data.document_mask=true"),
         ({"model": {"layers": ["full", "memory"]}}, "layers without memory"),

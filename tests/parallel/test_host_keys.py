@@ -157,7 +157,11 @@ def test_the_traced_plan_counts_them_in_host_memory() -> None:
         ({"parallel": {"kv_residence": "host", "sequence": "ulysses"}}, "set parallel.sequence=ring, or parallel.kv_residence=device"),
         ({"parallel": {"kv_residence": "host", "sequence": "auto"}}, "set parallel.sequence=ring, or parallel.kv_residence=device"),
         ({"parallel": {"kv_residence": "host"}, "model": {"layers": ["swa"]}}, "full attention, and model.layers has none"),
-        ({"parallel": {"kv_residence": "host", "tp": 2}}, "only been shown with parallel.tp 1"),
+        ({"parallel": {"kv_residence": "host"}, "engine": "deepspeed"}, "set parallel.kv_residence device, or engine native"),
+        (
+            {"parallel": {"kv_residence": "host"}, "model": {"layers": ["full"], "memory": {"kind": "rmt"}}},
+            "only been shown with layers read once per sequence",
+        ),
         ({"parallel": {"kv_residence": "host"}, "memory": {"recompute": "auto"}}, "memory.recompute none, mixer or block"),
     ],
 )
