@@ -213,11 +213,11 @@ class Shapes:
         return kept + (3 * self.n * c.value_width * self.e if c.product_keys.gate == "swish" else 0)
 
     def product_keys_backward(self) -> int:
-        """The gradients of what was read, its gate and their product; then of the table one piece of entries times columns, of the weights
-        and, by tiles of tokens, of the scores of one half."""
+        """The gradients of what was read, its gate and their product; then of the table two pieces of entries times columns, the last one
+        and the next, of the weights and, by tiles of tokens, of the scores of one half."""
         c, keys = self.config, self.config.product_keys
         tile = min(self.n * keys.tucker_rank * keys.heads * keys.n_keys, 1 << 22)
-        entries = 3 * self.entries * self.w + 2 * min(self.entries * c.value_width, 1 << 20) * self.w
+        entries = 3 * self.entries * self.w + min(self.entries * c.value_width, 2 << 20) * self.w
         own = 3 * self.n * c.value_width * self.e + max(entries, self.n * keys.heads * c.query_dim * self.e + 4 * tile * self.w)
         dense = 3 * self.n * c.ff_width * self.e if keys.attach == "beside" else 0  # one goes backward after the other
         return max(own, dense) + (self.narrow if dense else 0)
