@@ -41,6 +41,9 @@ _RELATED_TRAIN = (
 _ORDER_TO_CARRY: dict[str, dict[str, str]] = {"none": {}, "document": {"shuffle": "documents"}}
 """An order that carrying states allows; which one it is, changes no trace."""
 
+_WITH_PREFIXES = {"source": "jsonl", "path": "any", "prefix_key": "any"}
+"""Documents that have them, wherever those are: a trace reads none."""
+
 DeviceType = Literal["cpu", "cuda"]
 
 
@@ -73,7 +76,7 @@ class TraceRequest:
                 "engine": config["engine"],
                 "deepspeed": config["deepspeed"],
                 "model": config["model"],
-                "data": {"seq_len": config["data"]["seq_len"]} | _ORDER_TO_CARRY[config["train"]["carry_state"]],
+                "data": self._data(),
                 "train": {key: config["train"][key] for key in _RELATED_TRAIN}
                 | {"compile": "auto" if compiled_layers(self.config) else "none"},
                 "optim": config["optim"],
@@ -88,6 +91,12 @@ class TraceRequest:
             "whole": self.whole,
             "capability": self.capability,
         }
+
+    def _data(self) -> dict[str, Any]:
+        """What a step's shapes and masks depend on: not where documents come from, but whether they have prefixes that are seen."""
+        data = self.config.data
+        found: dict[str, Any] = {"seq_len": data.seq_len} | _ORDER_TO_CARRY[self.config.train.carry_state]
+        return found | (_WITH_PREFIXES if data.bidirectional_prefixes else {})
 
 
 def trace_step(request: TraceRequest) -> Trace:

@@ -32,6 +32,9 @@ SMALL = {
 }
 
 
+PREFIXES = {"source": "jsonl", "path": "none.jsonl", "prefix_key": "prompt"}
+
+
 def config(**sections):
     merged = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections}}
     return RunConfig.model_validate(merged)
@@ -240,7 +243,8 @@ def test_traced_peak_is_the_allocators(name):
         {"model": {"layers": ["full"] * 3}, "memory": {"offload_optimizer": "host", "offload_parameters": "host"}},
         {"model": {"layers": ["full", "memory"]}, "parallel": {"tp": 2}},
         {"model": {"layers": ["full", "full"]}, "memory": {"recompute": "block"}, "parallel": {"tp": 2}},
-        {"model": {"layers": ["full", "full"]}, "data": {"source": "jsonl", "path": "none.jsonl", "prefix_key": "prompt"}},
+        {"model": {"layers": ["full", "full"]}, "data": PREFIXES},
+        {"model": {"layers": ["full", "swa"]}, "data": PREFIXES},
         {
             "model": {"layers": ["full", "full"]},
             "optim": {"preset": "muon"},
@@ -253,6 +257,15 @@ def test_traced_peak_is_the_allocators_on_two_ranks(sections):
     traced = trace_request(request(cfg)).peak()[0]
     measured = run_distributed(real_peak_of_ranks, 2, cfg.model_dump(mode="json"), None)
     assert traced == pytest.approx(max(measured), rel=1e-3)
+
+
+def test_a_traced_step_attends_as_prefixes_ask():
+    """The keys after a query, inside the prefix, cost products; where the documents come from changes no trace."""
+    elsewhere, causal = PREFIXES | {"path": "other.jsonl", "prefix_key": "q"}, PREFIXES | {"prefix_mask": "causal"}
+    requests = [request(config(model={"layers": ["full"]}, data=data)) for data in ({}, PREFIXES, elsewhere, causal)]
+    assert requests[1] == requests[2] and requests[3] == requests[0]
+    plain, seen = (sum(op.flops * op.repeats for op in trace_request(one).ops) for one in requests[:2])
+    assert seen > 1.1 * plain
 
 
 def test_a_plan_counts_the_bytes_of_tensor_parallel_ranks():
