@@ -80,7 +80,7 @@ def _refused_diagonals(config: RunConfig) -> str | None:
     kind, memory, parallel = config.model.memory.kind, config.memory, config.parallel
     if kind != "armt":
         return f"{asked} is for model.memory.kind armt, whose layers' memories follow from their own and the layer below; leave it out"
-    if "auto" in (parallel.dp_shard, parallel.dp_replicate) or parallel.ranks_asked > 1:
+    if parallel.chosen_by_plan or parallel.ranks_asked > 1:
         return f"{asked} stacks the weights of all layers, which is done on one rank; set all degrees of parallel to 1, or leave it out"
     if config.train.bptt_segments is not None:
         return (

@@ -187,6 +187,24 @@ def test_what_segments_cannot_do_is_refused(change: dict, message: str):
         RunConfig.model_validate({**settings("rmt"), **change})
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("rmt", {}, "diagonal_segments 3 is for model.memory.kind armt"),
+        ("armt", {"parallel": {"dp_shard": 2}}, "done on one rank; set all degrees of parallel to 1"),
+        ("armt", {"parallel": {"dp_shard": "auto"}}, "done on one rank; set all degrees of parallel to 1"),
+        ("armt", {"train": {"bptt_segments": 2}}, "gradients cannot end inside a diagonal"),
+        ("armt", {"memory": {"recompute": "mixer", "offload": "kept"}}, "needs memory.recompute none or block and memory.offload none"),
+        ("armt", {"optim": {"fuse_backward": True, "clip_norm": None}}, "needs optim.fuse_backward false"),
+    ],
+    ids=str,
+)
+def test_what_diagonals_cannot_do_is_refused(kind: str, change: dict, message: str):
+    train = {"diagonal_segments": 3, **change.get("train", {})}
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate({**settings(kind), **change, "train": train})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_says_that_ranks_do_not_share_a_sequence(kind: str):
     bare = MemoryPlan("trace", "cpu", 1, (Term("step", "transient", 8, 8),), (Moment("forward", 8),), None, None)
