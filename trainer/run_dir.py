@@ -235,11 +235,17 @@ class RunDir:
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             if private:
-                self.path.chmod(0o700)
+                self.set_private(True)
             for folder in (self.tensorboard, self.logs, self.checkpoints):
                 folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create run directory {self.path}: {error.strerror or error}; choose another run.root") from None
+
+    def set_private(self, private: bool) -> None:
+        """Let nobody else look into the directory, or again everybody whom the umask lets."""
+        umask = os.umask(0)  # there is no other way to read it
+        os.umask(umask)
+        self.path.chmod(0o700 if private else 0o777 & ~umask)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

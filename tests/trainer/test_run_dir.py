@@ -64,6 +64,21 @@ def test_nobody_else_looks_into_a_run_unless_it_may(tmp_path):
     assert [(tmp_path / "runs" / name).stat().st_mode & 0o777 for name in ("mine", "ours", "")] == [0o700, 0o755, 0o755]
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_run_made_open_later_is_as_open_as_the_umask_lets(tmp_path, umask):
+    run = RunDir(tmp_path / "run")
+    run.create()
+    before = os.umask(umask)
+    try:
+        run.set_private(False)
+        assert os.umask(umask) == umask, "reading the umask leaves it as it was"
+    finally:
+        os.umask(before)
+    assert run.path.stat().st_mode & 0o777 == 0o777 & ~umask
+    run.set_private(True)
+    assert run.path.stat().st_mode & 0o777 == 0o700
+
+
 def test_checkpoint_steps_lists_published_ones_only(tmp_path):
     run = RunDir(tmp_path)
     assert run.checkpoint_steps() == []

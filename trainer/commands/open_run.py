@@ -47,7 +47,7 @@ def open_run(config: RunConfig, run_dir: RunDir | None, name: str, plan: MemoryP
     with run_dir.lock():
         if run_dir.config.exists() and run_dir.config.read_text() != text:
             if config_file.resolve(run_dir.config).run.private != config.run.private:
-                run_dir.path.chmod(0o700 if config.run.private else 0o755)
+                run_dir.set_private(config.run.private)
             earlier = len(list(run_dir.path.glob("config.before_resume_*.yaml"))) + 1
             run_dir.config.replace(run_dir.path / f"config.before_resume_{earlier}.yaml")
         write_atomic(run_dir.config, text.encode())
