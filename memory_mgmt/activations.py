@@ -20,7 +20,7 @@ from models.flops import ffn_parameters, memory_matmul_parameters
 from models.memory.attached_shapes import AttachedShapes
 from models.memory.context_shapes import ContextShapes
 from models.memory.titans_shapes import TitansShapes
-from parallel.config import SequenceScheme
+from parallel.config import KVDtype, SequenceScheme
 
 ELEMENT = {"bf16": 2, "fp32": 4, "fp64": 8}
 KNOWN_MEMORIES = ("gated_deltanet", "titans")
@@ -52,6 +52,8 @@ class Shapes:
     head_chunk: int | None = None
     staged: bool = False
     """Projections are recomputed, and made stage by stage where heads have stages."""
+    kv_dtype: KVDtype = "compute"
+    """As ``parallel.kv_dtype``."""
 
     @property
     def split(self) -> bool:
@@ -67,6 +69,11 @@ class Shapes:
     def e(self) -> int:
         """Bytes of a value computed under the run's precision."""
         return ELEMENT[self.precision]
+
+    @property
+    def sent(self) -> int:
+        """Bytes of a value of keys and values on their way to other ranks."""
+        return self.e if self.kv_dtype == "compute" else ELEMENT[self.kv_dtype]
 
     @property
     def w(self) -> int:
@@ -113,7 +120,7 @@ class Shapes:
         c = self.config
         heads = c.n_heads + c.kv_heads if self._stage(kind) is None else c.n_heads / 2  # of stages out alone is ever whole
         values = c.d_model + int(2 * heads * c.attention_head_dim)
-        halo = self._halo_keys(self.e) if kind == "swa" else 0
+        halo = self._halo_keys(self.sent) if kind == "swa" else 0
         return self.n * (values * self.e + c.n_heads * self.w) + halo + self._qk_norm_kept(kind)
 
     def _qk_norm_kept(self, kind: LayerKind) -> int:
@@ -264,15 +271,18 @@ class Shapes:
 
     def attention_backward(self, kind: LayerKind) -> int:
         """Gradients of out, q, k and v, then the rotation of q beside them; a window that runs as stacked blocks instead needs wide
-        accumulators and the gradients of one stack."""
+        accumulators and the gradients of one stack. Keys and values rounded without a scheme that passes them (it counts its own): one
+        more of each."""
         c = self.config
         queries, keys = c.n_heads * c.attention_head_dim, c.kv_heads * c.attention_head_dim
+        near = not self.split or (kind == "swa" and self._halo_keys(1) > 0)
+        rounded = self.n * 2 * keys * self.e if near and self.sent < self.e else 0
         if kind == "swa" and c.window < self.tokens and not self.cuda:
-            return self.n * (2 * queries * self.e + (queries + 2 * keys) * self.w) + self._window_stack(queries, keys)
+            return rounded + self.n * (2 * queries * self.e + (queries + 2 * keys) * self.w) + self._window_stack(queries, keys)
         out = queries
         if (stage := self._stage(kind)) is not None:
             queries, keys = (heads * c.attention_head_dim for heads in stage)
-        total = self.n * ((out + queries + 2 * keys) * self.e + queries * self.w // 2)
+        total = rounded + self.n * ((out + queries + 2 * keys) * self.e + queries * self.w // 2)
         if not self.cuda:
             tokens = self.tokens * (self._exchanged.tokens_together if self.split else 1)
             return total + flash_cpu_backward_scratch(tokens, tokens, self.e)
@@ -336,7 +346,7 @@ class Shapes:
     def _exchanged(self) -> Exchange:
         c = self.config
         sizes = (self.cp, self.degree, c.n_heads, c.kv_heads, self.e, self.w)
-        return Exchange(self.scheme, *sizes, self.head_chunk, self.staged)
+        return Exchange(self.scheme, *sizes, self.head_chunk, self.staged, self.sent)
 
     def _stage(self, kind: LayerKind) -> tuple[int, int] | None:
         """(query, key/value) heads of all ranks in a stage that makes its own projections; None where they are made whole."""
@@ -349,7 +359,7 @@ class Shapes:
         """Attention beside a memory, with the keys of the window before each range of a split sequence."""
         if self.config.memory.attach not in ("mag", "mal", "after"):
             return 0
-        halo = 0 if tiled else self._halo_keys(self.e)
+        halo = 0 if tiled else self._halo_keys(self.sent)
         return AttachedShapes.of(self.config).saved_bytes(self.rows, self.tokens, self.e, self.w, tiled) + halo
 
     @property

@@ -1,15 +1,16 @@
 """What each sequence-parallel scheme sends, waits for and holds, and which one ``parallel.sequence: auto`` takes. Pure; imports no torch.
 
 Per layer of full attention and micro-batch, on one of P ranks with n tokens (rows counted in), G key/value and H query heads of size d, b
-bytes per value and w per gradient (float32, or float64 for float64; b with ``parallel.kv_gradient_dtype: compute``). S is the number of
-key/value heads that the ranks of a Ulysses group of U get together: G, or more where several read the same one. Bytes that a rank sends:
+bytes per value, k per value of keys and values on their way (b, or what ``parallel.kv_dtype`` says) and w per gradient (float32, or float64
+for float64; b with ``parallel.kv_gradient_dtype: compute``). S is the number of key/value heads that the ranks of a Ulysses group of U get
+together: G, or more where several read the same one. Bytes that a rank sends:
 
   scheme           forward                                  backward
-  ring             (P-1) n 2G d b                           (P-1) n 2G d (b + w)
+  ring             (P-1) n 2G d k                           (P-1) n 2G d (k + w)
   double_ring      as ring; to other inner rings, of I ranks, N = P/I of them:
-                   (N-1) n 2G d b                           n 2G d ((N-1) b + N w)
-  allgather_kv     (P-1) n 2G d b                           (P-1) n 2G d (b + w)
-  ulysses          (U-1)/U n (2H + 2S) d b, U = P           (U-1)/U n d ((4H + 2S) b + 2S w'), w' = w where keys are shared, else b
+                   (N-1) n 2G d k                           n 2G d ((N-1) k + N w)
+  allgather_kv     (P-1) n 2G d k                           (P-1) n 2G d (k + w)
+  ulysses          (U-1)/U n d (2H b + 2S k), U = P         (U-1)/U n d (4H b + 2S (k + w')), w' = w where keys are shared, else b
   ring_x_ulysses   that of ulysses with U, and of a ring of P/U ranks with U n tokens and a rank's own key/value heads
 
 The ring's transfers run beside the attention of the same hop, all but the first keys of the backward pass, and the double ring's messages
@@ -54,6 +55,18 @@ class SequenceProblem:
     rates: Rates
     narrow: bool = False
     """``parallel.kv_gradient_dtype`` is compute."""
+    kv_bytes: int | None = None
+    """Of a value of keys and values on their way (``parallel.kv_dtype``); None: as computed."""
+
+    @property
+    def key_bytes(self) -> int:
+        """Of keys and values on their way."""
+        return self.value_bytes if self.kv_bytes is None else self.kv_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Of keys and values as they are computed with, where they are copies of narrower ones."""
+        return self.value_bytes if self.key_bytes < self.value_bytes else 0
 
     @property
     def gradient_bytes(self) -> int:
@@ -134,15 +147,15 @@ def _ring(p: SequenceProblem, attention: tuple[float, float] | None = None) -> S
     size = p.topology.cp // p.topology.ulysses
     keys = 2 * p.tokens * p.n_kv_heads * p.head_dim
     forward, backward = attention or p.attention_seconds()
-    there, back = (communication_seconds("send", keys * each, size, p.rates, p.topology) for each in (p.value_bytes, p.gradient_bytes))
+    there, back = (communication_seconds("send", keys * each, size, p.rates, p.topology) for each in (p.key_bytes, p.gradient_bytes))
     hops = size - 1
     exposed = hops * _left(p, there, forward / size)
     # In backward the first keys are waited for; the others travel during the hops before theirs, the gradients of a hop during the next
     # one, and those of the last hop home during the own keys', which come last.
     beside = [(there if hop < hops else 0.0) + (back if hop >= 2 else 0.0) for hop in range(1, size)] + [min(hops, 1) * back]
     exposed += sum(_left(p, seconds, backward / size) for seconds in beside) + min(hops, 1) * there
-    buffers = 2 * keys * p.value_bytes + 3 * keys * p.gradient_bytes
-    sent = hops * keys * p.value_bytes
+    buffers = keys * (2 * p.key_bytes + p.read_bytes + 3 * p.gradient_bytes)
+    sent = hops * keys * p.key_bytes
     return SchemeCost("ring", 1, sent, sent + hops * keys * p.gradient_bytes, hops * (2 * there + back), exposed, buffers)
 
 
@@ -152,8 +165,8 @@ def _double_ring(p: SequenceProblem, inner: int) -> SchemeCost:
     turns = size // inner
     keys = 2 * p.tokens * p.n_kv_heads * p.head_dim
     nested = replace(p.topology, ulysses=inner)
-    key_in, back_in = (communication_seconds("send", keys * b, inner, p.rates, p.topology) for b in (p.value_bytes, p.gradient_bytes))
-    key_out, back_out = (communication_seconds("send", keys * b, turns, p.rates, nested) for b in (p.value_bytes, p.gradient_bytes))
+    key_in, back_in = (communication_seconds("send", keys * b, inner, p.rates, p.topology) for b in (p.key_bytes, p.gradient_bytes))
+    key_out, back_out = (communication_seconds("send", keys * b, turns, p.rates, nested) for b in (p.key_bytes, p.gradient_bytes))
     forward, backward = (seconds / size for seconds in p.attention_seconds())
     exposed = turns * (inner - 1) * _left(p, key_in, forward) + (turns - 1) * _left(p, key_out, inner * forward)
     # Backward: the first keys are waited for. Gradients of a hop travel during the next one, those of a turn's last hop between rings.
@@ -162,10 +175,11 @@ def _double_ring(p: SequenceProblem, inner: int) -> SchemeCost:
         key = key_in if hop < size and (hop + 1) % inner else 0.0
         gradient = 0.0 if hop == 1 else back_out if hop % inner == 0 else back_in
         exposed += _left(p, key + gradient, backward) if gradient == back_in else _left(p, max(key, gradient), backward)
-    sent, of_gradients = (size - 1) * keys * p.value_bytes, (size - 1) * keys * p.gradient_bytes
-    across = ((turns - 1) * keys * p.value_bytes, (turns - 1) * keys * p.value_bytes + turns * keys * p.gradient_bytes)
+    sent, of_gradients = (size - 1) * keys * p.key_bytes, (size - 1) * keys * p.gradient_bytes
+    across = ((turns - 1) * keys * p.key_bytes, (turns - 1) * keys * p.key_bytes + turns * keys * p.gradient_bytes)
     seconds = 2 * (turns * (inner - 1) * key_in + (turns - 1) * key_out) + (size - 1 - turns) * back_in + turns * back_out
-    buffers = 4 * keys * p.value_bytes + 3 * keys * p.gradient_bytes  # a turn's first keys on their way across, and those that arrive
+    # A turn's first keys on their way across, and those that arrive.
+    buffers = keys * (4 * p.key_bytes + p.read_bytes + 3 * p.gradient_bytes)
     return SchemeCost("double_ring", inner, sent, sent + of_gradients, seconds, exposed, buffers, across)
 
 
@@ -173,13 +187,15 @@ def _allgather(p: SequenceProblem, head_chunk: int) -> SchemeCost:
     size, chunks = p.topology.cp, math.ceil(p.n_kv_heads / head_chunk)
     keys = 2 * p.tokens * p.n_kv_heads * p.head_dim  # this rank's
     whole = size * keys // chunks
-    gather = communication_seconds("all_gather", whole * p.value_bytes, size, p.rates, p.topology)
+    gather = communication_seconds("all_gather", whole * p.key_bytes, size, p.rates, p.topology)
     scatter = communication_seconds("reduce_scatter", whole * p.gradient_bytes, size, p.rates, p.topology)
     forward, backward = (seconds / chunks for seconds in p.attention_seconds())
     exposed = gather + (chunks - 1) * _left(p, gather, forward)
     exposed += gather + scatter + (chunks - 1) * _left(p, gather + scatter, backward)
-    buffers = whole * (3 * p.value_bytes + 3 * p.gradient_bytes)  # here, on its way and in order; sums, in order and on their way
-    sent = (size - 1) * keys * p.value_bytes
+    buffers = whole * (
+        2 * p.key_bytes + p.value_bytes + 3 * p.gradient_bytes
+    )  # here, on its way and in order; sums, in order and on their way
+    sent = (size - 1) * keys * p.key_bytes
     return SchemeCost(
         "allgather_kv", 1, sent, sent + (size - 1) * keys * p.gradient_bytes, chunks * (2 * gather + scatter), exposed, buffers
     )
@@ -191,14 +207,22 @@ def _ulysses(p: SequenceProblem, scheme: SequenceScheme, size: int, head_chunk: 
     stages = len(plan_stages(p.n_heads, p.n_kv_heads, size, head_chunk))
     value = p.tokens * p.head_dim * p.value_bytes
     of_keys = p.tokens * p.head_dim * (p.gradient_bytes if shared else p.value_bytes)
-    messages = {  # whole, with what stays here: forward in and out, backward in and out
-        "in": value * (heads + 2 * dealt),
-        "out": value * heads,
-        "back in": value * (3 * heads + 2 * dealt),
-        "back out": value * heads + 2 * of_keys * dealt,
+    keys = 2 * dealt * p.tokens * p.head_dim * p.key_bytes
+    alone = p.key_bytes != p.value_bytes  # keys and values are a message of their own
+    parts = {  # by messages, whole, with what stays here: forward in and out, backward in and out
+        "in": (value * heads, keys),
+        "out": (value * heads, 0),
+        "back in": (value * 3 * heads, keys),
+        "back out": (value * heads, 2 * of_keys * dealt),
     }
+    messages = {name: sum(each) for name, each in parts.items()}
     inside = replace(p.topology, ulysses=size)
-    seconds = {name: stages * communication_seconds("all_to_all", m // stages, size, p.rates, inside) for name, m in messages.items()}
+
+    def at(name: str) -> float:
+        sent = parts[name] if alone and name.endswith("in") else (messages[name],)
+        return stages * sum(communication_seconds("all_to_all", each // stages, size, p.rates, inside) for each in sent)
+
+    seconds = {name: at(name) for name in messages}
     forward, backward = p.attention_seconds()
     exposed = 0.0
     for names, attention in ((("in", "out"), forward), (("back in", "back out"), backward)):

@@ -67,6 +67,7 @@ class Step:
             degree=self.parallel.ulysses or 1,
             head_chunk=self.parallel.head_chunk,
             staged=self.recompute,
+            kv_dtype=self.parallel.kv_dtype,
         )
 
     @property

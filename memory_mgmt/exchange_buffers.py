@@ -4,7 +4,8 @@ The formulas follow the schemes of parallel/ tensor by tensor, at their fullest 
 allocator's log. Imports no torch.
 
 Legend: P ranks, U of a Ulysses group, S stages; H query and G key/value heads of the model; W query heads of all ranks in one stage, K the
-key/value heads that these read; b bytes of a value, w of a gradient that is added up. Counted in values of one head and this rank's tokens.
+key/value heads that these read; b bytes of a value, k of one of keys and values on their way, w of a gradient that is added up. Counted in
+values of one head and this rank's tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Exchange:
         value, wide: bytes of a computed value, and of a gradient that is added up.
         head_chunk: as ``parallel.head_chunk``.
         staged: projections are made stage by stage (``memory_mgmt/staged_attention.py``).
+        key: bytes of a value of keys and values on their way (``parallel.kv_dtype``); None: as computed.
     """
 
     scheme: SequenceScheme
@@ -38,13 +40,14 @@ class Exchange:
     wide: int
     head_chunk: int | None = None
     staged: bool = False
+    key: int | None = None
 
     def bytes_per_token(self) -> int:
         """For every value of a head and token: times tokens and head size."""
         if self.scheme == "ring":
             return self._ring(self.size, self.heads, self.kv_heads)
         if self.scheme == "double_ring":  # a turn's first keys on their way across
-            return self._ring(self.size, self.heads, self.kv_heads) + 2 * self.kv_heads * self.value
+            return self._ring(self.size, self.heads, self.kv_heads) + 2 * self.kv_heads * self._sent
         return self._gathered() if self.scheme == "allgather_kv" else self._by_heads()
 
     @property
@@ -63,21 +66,31 @@ class Exchange:
         return max(_count(stage.q) for stage in self.stages), max(_count(stage.kv) for stage in self.stages)
 
     @property
+    def _sent(self) -> int:
+        """Bytes of a value of keys and values on their way."""
+        return self.value if self.key is None else self.key
+
+    @property
+    def _read(self) -> int:
+        """Of one that was narrow on its way, as it is computed with."""
+        return self.value if self._sent < self.value else 0
+
+    @property
     def _group(self) -> int:
         return self.size if self.scheme == "ulysses" else self.degree
 
     def _ring(self, size: int, heads: int, kv_heads: int) -> int:
-        """Keys and values in hand and arriving, the wide gradients of the own, of those in hand, and from the third rank on of those sent
-        and arriving, and of the queries."""
+        """Keys and values in hand and arriving, and those in hand as they are computed with where that is wider; the wide gradients of
+        the own, of those in hand, and from the third rank on of those sent and arriving, and of the queries."""
         more = 2 if size > 2 else 1
-        return more * kv_heads * (2 * self.value + 4 * self.wide) + heads * self.wide
+        return kv_heads * (more * (2 * self._sent + 4 * self.wide) + 2 * self._read) + heads * self.wide
 
     def _gathered(self) -> int:
         """Keys and values of a chunk of heads from all ranks: here, in order, those of the next chunk on their way in two places; wide
         gradients: sums, in order and on their way."""
         chunk = min(self.head_chunk or 1, self.kv_heads)
         several = math.ceil(self.kv_heads / chunk) > 1
-        return 2 * self.size * chunk * ((4 if several else 3) * self.value + 3 * self.wide)
+        return 2 * self.size * chunk * (2 * self.value + (2 if several else 1) * self._sent + 3 * self.wide)
 
     def _by_heads(self) -> int:
         """The fullest stage: its q, k, v, out and dout, those of the next one sent and arriving; what the kernel has made of it, and
@@ -87,13 +100,16 @@ class Exchange:
         if len(stages) == 1:
             queries, keys = self.stage_heads
             here, back = (3 * queries + 2 * keys) * self.value, 2 * home[0]
-            return here + max(back, self._inner_ring(queries, keys)) + self._projected(stages[0], home[0])
+            ordered = (
+                2 * here - 2 * (queries + keys) * self.value
+            )  # as it came and in order, before the kernel makes as much as counts there
+            return max(here + self._inner_ring(queries, keys), ordered, back) + self._projected(stages[0], home[0])
         most = 0
         for i, stage in enumerate(stages):
             queries, keys = _count(stage.q), _count(stage.kv)
             total = (3 * queries + 2 * keys) * self.value + (queries + 2 * keys) * self.value + self._inner_ring(queries, keys)
             if i + 1 < len(stages):
-                total += 2 * (3 * _count(stages[i + 1].q) + 2 * _count(stages[i + 1].arriving)) * self.value
+                total += 2 * (3 * _count(stages[i + 1].q) * self.value + 2 * _count(stages[i + 1].arriving) * self._sent)
                 total += self._projected(stages[i + 1], 0)
             total += 2 * keys * self.wide if stage.arriving != stage.kv or stage.leaving != stage.kv else 0
             total += 2 * home[i - 1] if i else 0
@@ -108,7 +124,7 @@ class Exchange:
         """A ring whose members have the tokens of a group, and of its heads one rank's; the own keys in one piece."""
         if self.scheme != "ring_x_ulysses":
             return 0
-        return self._ring(self.size // self.degree, queries, keys) + 2 * keys * self.value
+        return self._ring(self.size // self.degree, queries, keys) + 2 * keys * self._sent
 
 
 def _count(by_rank: tuple[tuple[int, int], ...]) -> int:

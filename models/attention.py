@@ -121,11 +121,12 @@ class Attention(nn.Module):
 class LocalAttention:
     """Attention of a whole sequence on one device: ``(q_BHTD, k_BGTD, v_BGTD, bounds) -> out_BHTD``, differentiable.
 
-    ``window``: tokens a query sees, its own included; None for all before it. ``call``: what the kernels are told.
+    ``window``: tokens a query sees, its own included; None for all before it. ``call``: what the kernels are told. ``keys_dtype``: keys
+    and values are rounded to it first, as where they travel in it (parallel/comm_dtypes.py).
     """
 
-    def __init__(self, window: int | None, call: KernelCall = DEFAULT_CALL) -> None:
-        self.window, self.call = window, call
+    def __init__(self, window: int | None, call: KernelCall = DEFAULT_CALL, keys_dtype: torch.dtype | None = None) -> None:
+        self.window, self.call, self.keys_dtype = window, call, keys_dtype
 
     def __call__(self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         if bounds.ranges != ((0, bounds.seq_len),):
@@ -139,27 +140,34 @@ class LocalAttention:
         if plan is None:
             whole = (0, bounds.seq_len)
             plan = bounds._cache[key] = plan_rows(bounds.documents, [Pair(whole, 0, whole, 0)], self.window, limits, bounds.prefixes)
-        return attended(q_BHTD, k_BGTD, v_BGTD, plan)
+        return attended(q_BHTD, k_BGTD, v_BGTD, plan, self.keys_dtype)
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, plan):
-        out_BHTD, lse_BHT = attend_all(q_BHTD, k_BGTD, v_BGTD, plan)
-        ctx.plan = plan
+    def forward(ctx, q_BHTD, k_BGTD, v_BGTD, plan, keys_dtype):
+        out_BHTD, lse_BHT = attend_all(q_BHTD, *_rounded(k_BGTD, v_BGTD, keys_dtype), plan)
+        ctx.plan, ctx.keys_dtype = plan, keys_dtype
         ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT)
         return out_BHTD
 
     @staticmethod
     def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT = ctx.saved_tensors
-        grads = attend_all_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, ctx.plan)
-        return *(grad.to(dout_BHTD.dtype) for grad in grads), None
+        grads = attend_all_backward(dout_BHTD, q_BHTD, *_rounded(k_BGTD, v_BGTD, ctx.keys_dtype), out_BHTD, lse_BHT, ctx.plan)
+        return *(grad.to(dout_BHTD.dtype) for grad in grads), None, None
 
 
-def attended(q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """out_BHTD of `attend_all`, differentiable."""
-    return _TiledAttention.apply(q_BHTD, k_BGSD, v_BGSD, plan)  # pyright: ignore[reportReturnType]
+def attended(
+    q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, plan: Plan, keys_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """out_BHTD of `attend_all`, differentiable; ``keys_dtype`` as in `LocalAttention`."""
+    return _TiledAttention.apply(q_BHTD, k_BGSD, v_BGSD, plan, keys_dtype)  # pyright: ignore[reportReturnType]
+
+
+def _rounded(k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values with the bits of ``dtype`` only."""
+    return (k_BGSD, v_BGSD) if dtype is None else (k_BGSD.to(dtype).to(k_BGSD.dtype), v_BGSD.to(dtype).to(v_BGSD.dtype))
 
 
 def attend_all(q_BHTD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:

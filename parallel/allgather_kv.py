@@ -21,7 +21,8 @@ from models.attention import DEFAULT_CALL, KernelCall, LocalAttention, Plan, att
 from models.attention_plan import Pair, plan_rows
 from models.batch import Bounds
 from models.repeat import in_flight
-from parallel.config import KVGradientDtype
+from parallel.comm_dtypes import AS_COMPUTED, CommDtypes, checked_dtypes
+from parallel.config import KVDtype, KVGradientDtype
 from parallel.head_exchange import HeadExchange
 from parallel.sequence import Layout, check_ranges
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
@@ -36,7 +37,7 @@ class AllGatherKVAttention:
         window: tokens a query sees, its own included; None for all before it.
         head_chunk: key/value heads gathered and attended at a time.
         call: what the kernels are told.
-        narrow: gradients of keys and values travel and are summed in their own dtype instead of float32.
+        comm: dtypes in which keys, values and their gradients travel, and in which the latter are summed.
     Raises (on call):
         ValueError: when tensors or bounds are not this rank's part of the sequence.
     """
@@ -48,20 +49,20 @@ class AllGatherKVAttention:
         window: int | None,
         head_chunk: int = 1,
         call: KernelCall = DEFAULT_CALL,
-        narrow: bool = False,
+        comm: CommDtypes = AS_COMPUTED,
     ) -> None:
         if head_chunk < 1:
             raise ValueError(f"head_chunk is {head_chunk}; at least 1 key/value head is gathered at a time")
-        self.window, self.head_chunk, self.call, self.narrow = window, head_chunk, call, narrow
+        self.window, self.head_chunk, self.call, self.comm = window, head_chunk, call, comm
         self.exchange = HeadExchange(group, layout)
-        self._alone = LocalAttention(window, call)
+        self._alone = LocalAttention(window, call, comm.keys)
 
     def __call__(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         if self.exchange.size == 1:
             return self._alone(q_BHnD, k_BGnD, v_BGnD, bounds)
         check_shapes(q_BHnD, k_BGnD, bounds)
         plan = self._plan(q_BHnD, bounds)
-        return _AllGatherKV.apply(q_BHnD, k_BGnD, v_BGnD, plan, self.exchange, self.head_chunk, self.narrow)  # pyright: ignore[reportReturnType]
+        return _AllGatherKV.apply(q_BHnD, k_BGnD, v_BGnD, plan, self.exchange, self.head_chunk, self.comm)  # pyright: ignore[reportReturnType]
 
     def _plan(self, q_BHnD: torch.Tensor, bounds: Bounds) -> Plan:
         """This rank's queries against all keys, planned once per micro-step."""
@@ -82,59 +83,65 @@ class AllGatherKVAttention:
 
 class _AllGatherKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHnD, k_BGnD, v_BGnD, plan, exchange, head_chunk, narrow):
+    def forward(ctx, q_BHnD, k_BGnD, v_BGnD, plan, exchange, head_chunk, comm):
         out_BHnD = torch.empty_like(q_BHnD)
         lses = []
-        for _, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk, messages=1):
+        for _, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, comm, head_chunk, messages=1):
             out, lse = attend_all(q_BHnD[:, queries], k, v, plan)
             out_BHnD[:, queries].copy_(out)
             lses.append(lse)
         lse_BHn = lses[0] if len(lses) == 1 else torch.cat(lses, 1)
-        ctx.args = (plan, exchange, head_chunk, narrow)
+        ctx.args = (plan, exchange, head_chunk, comm)
         ctx.save_for_backward(q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BHn)
         return out_BHnD
 
     @staticmethod
     def backward(ctx, dout_BHnD):  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BHn = ctx.saved_tensors
-        plan, exchange, head_chunk, narrow = ctx.args
+        plan, exchange, head_chunk, comm = ctx.args
         dq_BHnD, dk_BGnD, dv_BGnD = (torch.empty_like(x) for x in (q_BHnD, k_BGnD, v_BGnD))
         returning: _Scatter | None = None
-        for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, head_chunk, messages=2):
+        for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, comm, head_chunk, messages=2):
             dout, q, out, lse = (x[:, queries] for x in (dout_BHnD, q_BHnD, out_BHnD, lse_BHn))
             dq, dk, dv = attend_all_backward(dout, q, k, v, out, lse, plan)
             dq_BHnD[:, queries].copy_(dq)
             if returning is not None:
                 returning.put()
             with in_flight(2 if heads.stop < k_BGnD.shape[1] else 0):
-                returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]), narrow)
+                returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]), comm.narrow_gradients)
         if returning is not None:
             returning.put()
         return dq_BHnD, dk_BGnD, dv_BGnD, None, None, None, None
 
 
 def _gathered(
-    q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, exchange: HeadExchange, head_chunk: int, messages: int
+    q_BHnD: torch.Tensor,
+    k_BGnD: torch.Tensor,
+    v_BGnD: torch.Tensor,
+    exchange: HeadExchange,
+    comm: CommDtypes,
+    head_chunk: int,
+    messages: int,
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
     """(key/value heads, their query heads, k_BgTD, v_BgTD in global order), chunk after chunk; the next is gathered during
     each, when ``messages`` are on their way."""
     n_kv_heads, per_kv = k_BGnD.shape[1], q_BHnD.shape[1] // k_BGnD.shape[1]
     chunks = [slice(first, min(first + head_chunk, n_kv_heads)) for first in range(0, n_kv_heads, head_chunk)]
-    coming = _Gather(k_BGnD[:, chunks[0]], v_BGnD[:, chunks[0]], exchange)
+    coming = _Gather(k_BGnD[:, chunks[0]], v_BGnD[:, chunks[0]], exchange, comm)
     for i, heads in enumerate(chunks):
         k, v = coming.wait()
         if i + 1 < len(chunks):
             with in_flight(messages):
-                coming = _Gather(k_BGnD[:, chunks[i + 1]], v_BGnD[:, chunks[i + 1]], exchange)
+                coming = _Gather(k_BGnD[:, chunks[i + 1]], v_BGnD[:, chunks[i + 1]], exchange, comm)
         yield heads, slice(heads.start * per_kv, heads.stop * per_kv), k, v
 
 
 class _Gather:
     """Keys and values of a few heads, on their way from all ranks."""
 
-    def __init__(self, k_BgnD: torch.Tensor, v_BgnD: torch.Tensor, exchange: HeadExchange) -> None:
-        self._exchange = exchange
-        own_nBgD = torch.cat([x.permute(2, 0, 1, 3) for x in (k_BgnD, v_BgnD)], 2)  # token after token
+    def __init__(self, k_BgnD: torch.Tensor, v_BgnD: torch.Tensor, exchange: HeadExchange, comm: CommDtypes) -> None:
+        self._exchange, self._dtype = exchange, k_BgnD.dtype
+        own_nBgD = torch.cat([comm.sent(x.permute(2, 0, 1, 3)) for x in (k_BgnD, v_BgnD)], 2)  # token after token
         self._all_PnBgD = own_nBgD.new_empty(exchange.size, *own_nBgD.shape)
         self._sent_nBgD: torch.Tensor | None = own_nBgD
         self._work = dist.all_gather(list(self._all_PnBgD.unbind(0)), own_nBgD, group=exchange.group, async_op=True)
@@ -144,7 +151,7 @@ class _Gather:
         if self._work is not None:
             self._work.wait()
         self._work = self._sent_nBgD = None  # gone, and free
-        k_TBgD, v_TBgD = self._exchange.in_global_order(self._all_PnBgD.flatten(0, 1)).chunk(2, dim=2)
+        k_TBgD, v_TBgD = self._exchange.in_global_order(self._all_PnBgD.flatten(0, 1), self._dtype).chunk(2, dim=2)
         return k_TBgD.permute(1, 2, 0, 3), v_TBgD.permute(1, 2, 0, 3)
 
 
@@ -190,6 +197,7 @@ def allgather_kv_attention(
     kernel: str = "auto",
     prefix: torch.Tensor | None = None,
     scale: float | None = None,
+    kv_dtype: KVDtype = "compute",
     kv_gradient_dtype: KVGradientDtype = "fp32",
     head_chunk: int = 1,
     bounds: Bounds | None = None,
@@ -208,6 +216,8 @@ def allgather_kv_attention(
         kernel: one of ``models.kernels.KERNELS``.
         prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
         scale: of the scores; None: 1/sqrt(D).
+        kv_dtype: in which keys and values travel: ``compute`` (theirs), or ``fp32`` or ``bf16`` where that is narrower: they are rounded to
+            it once, this rank's own too, so that the result is the same at any number of ranks, one included.
         kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
         head_chunk: key/value heads gathered and attended at a time.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
@@ -220,10 +230,10 @@ def allgather_kv_attention(
     bounds = checked_bounds(
         (q, k, v), group, bounds, causal=causal, window=window, document_ids=document_ids, prefix=prefix, layout=layout, kernel=kernel
     )
-    call = KernelCall(kernel, scale)
+    call, comm = KernelCall(kernel, scale), checked_dtypes(kv_dtype, kv_gradient_dtype, q.dtype)
     scheme = (
-        LocalAttention(window, call)
+        LocalAttention(window, call, comm.keys)
         if bounds.local_len == bounds.seq_len
-        else AllGatherKVAttention(given_or_all(group), layout, window, head_chunk, call, kv_gradient_dtype == "compute")
+        else AllGatherKVAttention(given_or_all(group), layout, window, head_chunk, call, comm)
     )
     return attend_public(scheme, q, k, v, bounds)

@@ -13,8 +13,8 @@ one rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -23,6 +23,7 @@ import torch
 from models.block import Gradients
 from models.errors import UserError
 from models.repeat import in_flight
+from parallel.comm_dtypes import CommDtypes
 from parallel.head_exchange import HeadExchange, Piece, ToHeads, ToTokens
 from parallel.head_plan import Range, Stage, keys_are_shared, plan_stages, segments
 
@@ -137,8 +138,8 @@ class ByHeads(NamedTuple):
     n_heads: int
     n_kv_heads: int
     head_chunk: int | None
-    narrow: bool
-    """Gradients of keys and values that several ranks have parts of travel in their own dtype instead of float32."""
+    comm: CommDtypes
+    """Gradients of keys and values travel in float32 only where several ranks have parts of one."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -161,13 +162,13 @@ class ByHeads(NamedTuple):
         exchange, stages = self.exchange, self.stages
         lses: list[torch.Tensor] = []
         here: list[_Keys] = []
-        coming = exchange.start_to_heads(heads.pieces(stages[0]))
+        coming = exchange.start_to_heads(self._pieces(heads, stages[0]))
         returning: ToTokens | None = None
         for i, stage in enumerate(stages):
             q, k, v = coming.wait()
             if i + 1 < len(stages):
                 with in_flight(MESSAGES):  # the next heads travel while these are computed
-                    coming = exchange.start_to_heads(heads.pieces(stages[i + 1]))
+                    coming = exchange.start_to_heads(self._pieces(heads, stages[i + 1]))
             turn = _Turn(stage, exchange.rank, self.per_kv)
             here.append(_Keys(turn.arriving[0], k, v))
             out, lse = _attend(q, here, turn, self.inner)
@@ -188,16 +189,17 @@ class ByHeads(NamedTuple):
         coming = self._start_backward(stages[0], heads, out_BHnD, dout_BHnD)
         returning: _Returning | None = None
         for i, stage in enumerate(stages):
-            q, k, v, out, dout = coming.wait()
+            q, out, dout, k, v = coming.wait()
             if i + 1 < len(stages):
                 with in_flight(MESSAGES):
                     coming = self._start_backward(stages[i + 1], heads, out_BHnD, dout_BHnD)
             turn = _Turn(stage, exchange.rank, self.per_kv)
             here.append(_Keys(turn.arriving[0], k, v))
             dq = _attend_backward(dout, q, out, lses[i], here, turn, self.inner)
-            leaving = [part for keys in here for part in keys.only(stage.leaving[exchange.rank])]
+            # Of what leaves only the gradients: keys and values are parts of the message that everything came in.
+            leaving = [part.gradients() for keys in here for part in keys.only(stage.leaving[exchange.rank])]
             here = _kept(here, turn.kv, stage.leaving[exchange.rank])
-            nothing = k.new_empty(k[:, :0].shape, dtype=wide(k) if self.shared and not self.narrow else k.dtype)
+            nothing = k.new_empty(k[:, :0].shape, dtype=wide(k) if self.shared and not self.comm.narrow_gradients else k.dtype)
             del q, k, v, out, dout
             if returning is not None:
                 returning.finish(heads, self.shared)
@@ -208,7 +210,13 @@ class ByHeads(NamedTuple):
         returning.finish(heads, self.shared)
 
     def _start_backward(self, stage: Stage, heads: Heads, out_BHnD: torch.Tensor, dout_BHnD: torch.Tensor) -> ToHeads:
-        return self.exchange.start_to_heads([*heads.pieces(stage), Piece([out_BHnD], stage.q), Piece([dout_BHnD], stage.q)])
+        q, k, v = self._pieces(heads, stage)
+        return self.exchange.start_to_heads([q, Piece([out_BHnD], stage.q), Piece([dout_BHnD], stage.q), k, v])
+
+    def _pieces(self, heads: Heads, stage: Stage) -> list[Piece]:
+        """The stage's queries, keys and values, the latter as they travel."""
+        q, *kv = heads.pieces(stage)
+        return [q, *(replace(piece, dtype=self.comm.keys) for piece in kv)]
 
 
 def by_heads(q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, how: ByHeads) -> torch.Tensor:
@@ -251,6 +259,11 @@ class _Keys:
         low, high = max(heads[0], self.first) - self.first, min(heads[1], self.first + self.k_BgTD.shape[1]) - self.first
         tensors = (self.k_BgTD, self.v_BgTD, self.dk_BgTD, self.dv_BgTD)
         return [_Keys(self.first + low, *(x if x is None else x[:, low:high] for x in tensors))] if high > low else []  # type: ignore[arg-type]
+
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """dk, dv of heads that were attended to."""
+        assert self.dk_BgTD is not None and self.dv_BgTD is not None
+        return self.dk_BgTD, self.dv_BgTD
 
     def detached(self) -> _Keys:
         """A copy of the keys, so that the message that they came in can be let go."""
@@ -341,12 +354,17 @@ class _Returning:
 
 
 def _return(
-    dq_BhTD: torch.Tensor, leaving: Sequence[_Keys], nothing_BgTD: torch.Tensor, stage: Stage, exchange: HeadExchange, n: int
+    dq_BhTD: torch.Tensor,
+    leaving: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    nothing_BgTD: torch.Tensor,
+    stage: Stage,
+    exchange: HeadExchange,
+    n: int,
 ) -> _Returning:
-    """Send dq and the finished dk, dv home: in one message, or in two where they differ in dtype. ``nothing``: no heads, in dk's dtype."""
+    """Send dq and the finished ``leaving`` (dk, dv) home: in one message, or in two where they differ in dtype. ``nothing``: no heads, in
+    dk's dtype."""
     dtype = nothing_BgTD.dtype
-    of: list[Callable[[_Keys], torch.Tensor | None]] = [lambda keys: keys.dk_BgTD, lambda keys: keys.dv_BgTD]
-    parts = [[x.to(dtype) for keys in leaving if (x := gradient(keys)) is not None] for gradient in of]
+    parts = [[grads[i].to(dtype) for grads in leaving] for i in range(2)]
     dq_piece = Piece([dq_BhTD], stage.q)
     dkv_pieces = [Piece(part or [nothing_BgTD], stage.leaving) for part in parts]
     if dtype == dq_BhTD.dtype:

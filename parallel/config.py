@@ -27,6 +27,8 @@ SequenceScheme = Literal["ring", "double_ring", "ulysses", "ring_x_ulysses", "al
 INNER_DEGREES = {"ring_x_ulysses": "ulysses", "double_ring": "ring_inner"}
 """The setting that says how many neighbouring ranks such a scheme puts together."""
 
+KVDtype = Literal["compute", "fp32", "bf16"]
+"""In which dtype keys and values travel."""
 KVGradientDtype = Literal["fp32", "compute"]
 """In which dtype gradients of keys and values travel."""
 
@@ -63,6 +65,9 @@ class ParallelConfig(Section):
     head_chunk: PositiveInt | None = None
     """Heads exchanged and attended at a time: ulysses and ring_x_ulysses: query heads of one rank (null: all of them); allgather_kv:
     key/value heads (null: 1). Fewer need smaller buffers and more messages."""
+    kv_dtype: KVDtype = "compute"
+    """In which keys and values travel between ranks. compute: as they are computed; fp32 or bf16, narrower than train.precision: rounded to
+    it once, where they are made, on one rank too, and computed with as they arrive: the same results at any cp, in fewer bytes."""
     kv_gradient_dtype: KVGradientDtype = "fp32"
     """In which gradients of keys and values travel between ranks. fp32: added up in float32 and rounded once; compute: in the dtype of the
     products, half the bytes with bf16, rounded at every rank they pass."""

@@ -24,15 +24,23 @@ from parallel.sequence import Layout, ranges_for
 @dataclass(frozen=True)
 class Piece:
     """One tensor of a message. On the way to heads: ``parts`` is one x_BHnD, ``heads`` what of its heads each rank gets. On the way back:
-    ``parts`` together are this rank's heads, x_BhTD, and ``heads`` what each rank holds of them."""
+    ``parts`` together are this rank's heads, x_BhTD, and ``heads`` what each rank holds of them. ``dtype``: in which it travels to heads;
+    None: its own, in which it arrives anyway."""
 
     parts: Sequence[torch.Tensor]
     heads: Sequence[Range]
+    dtype: torch.dtype | None = None
+
+    @property
+    def travels(self) -> torch.dtype:
+        """The dtype on the way."""
+        return self.dtype or self.parts[0].dtype
 
 
 @dataclass
 class ToHeads:
-    """A message on its way; ``wait`` gives every piece as [B, h, T, D] in global order (views of one buffer)."""
+    """A message on its way; ``wait`` gives every piece as [B, h, T, D] in global order (views of one buffer, of which those that travel
+    in another dtype have their own)."""
 
     exchange: HeadExchange
     sent: torch.Tensor | None
@@ -40,6 +48,10 @@ class ToHeads:
     arriving_TBhD: torch.Tensor | None
     heads: list[int]
     work: dist.Work | None
+    dtype: torch.dtype
+    """Of what ``wait`` gives."""
+    rest: ToHeads | None = None
+    """The pieces after these, in a message of another dtype."""
 
     def wait(self) -> list[torch.Tensor]:
         """The pieces; once."""
@@ -47,9 +59,10 @@ class ToHeads:
             self.work.wait()
         self.sent = self.work = None
         assert self.arriving_TBhD is not None
-        x_TBhD = self.exchange.in_global_order(self.arriving_TBhD)
+        x_TBhD = self.exchange.in_global_order(self.arriving_TBhD, self.dtype)
         self.arriving_TBhD = None
-        return [piece.permute(1, 2, 0, 3) for piece in x_TBhD.split(self.heads, dim=2)]
+        pieces = [piece.permute(1, 2, 0, 3) for piece in x_TBhD.split(self.heads, dim=2)]
+        return pieces if self.rest is None else [*pieces, *self.rest.wait()]
 
 
 @dataclass
@@ -90,12 +103,15 @@ class HeadExchange:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def start_to_heads(self, pieces: Sequence[Piece]) -> ToHeads:
-        """Send every rank its heads of this rank's tokens, of all ``pieces`` in one message."""
-        like = pieces[0].parts[0]
+        """Send every rank its heads of this rank's tokens, of all ``pieces`` in one message; of pieces that travel in several dtypes,
+        those that come one after the other in the same one."""
+        like, travels = pieces[0].parts[0], pieces[0].travels
+        alike = next((i for i, piece in enumerate(pieces) if piece.travels != travels), len(pieces))
+        pieces, others = pieces[:alike], pieces[alike:]
         rows, _, n, dim = like.shape
         counts = [sum(_len(piece.heads[rank]) for piece in pieces) for rank in range(self.size)]
         sizes = [count * n * rows * dim for count in counts]
-        message = like.new_empty(sum(sizes))
+        message = like.new_empty(sum(sizes), dtype=travels)
         for rank, block in enumerate(message.split(sizes)):
             x_nBhD, first = block.view(n, rows, counts[rank], dim), 0
             for piece in pieces:
@@ -103,11 +119,12 @@ class HeadExchange:
                 x_nBhD[:, :, first : first + high - low].copy_(piece.parts[0].permute(2, 0, 1, 3)[:, :, low:high])
                 first += high - low
         mine = counts[self.rank]
-        arriving_TBhD = like.new_empty(self.size * n, rows, mine, dim)
+        arriving_TBhD = like.new_empty(self.size * n, rows, mine, dim, dtype=travels)
         work = dist.all_to_all_single(
             arriving_TBhD.view(-1), message, [mine * n * rows * dim] * self.size, sizes, group=self.group, async_op=True
         )
-        return ToHeads(self, message, arriving_TBhD, [_len(piece.heads[self.rank]) for piece in pieces], work)
+        rest = self.start_to_heads(others) if others else None
+        return ToHeads(self, message, arriving_TBhD, [_len(piece.heads[self.rank]) for piece in pieces], work, like.dtype, rest)
 
     def start_to_tokens(self, pieces: Sequence[Piece], n: int) -> ToTokens:
         """Send every rank its ``n`` tokens of this rank's heads, of all ``pieces`` in one message."""
@@ -122,11 +139,11 @@ class HeadExchange:
         )
         return ToTokens(message, arriving, [piece.heads for piece in pieces], (n, rows, dim), work)
 
-    def in_global_order(self, x_TBhD: torch.Tensor) -> torch.Tensor:
-        """Tokens that lie rank after rank, in the order of the sequence; a copy unless they are so already."""
+    def in_global_order(self, x_TBhD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Tokens that lie rank after rank, in the order of the sequence and in ``dtype``; a copy unless they are so already."""
         if self.layout == "contiguous":
-            return x_TBhD
-        ordered = torch.empty_like(x_TBhD)
+            return x_TBhD.to(dtype)
+        ordered = torch.empty_like(x_TBhD, dtype=dtype)
         for here, (start, end) in self._places(len(x_TBhD)):
             ordered[start:end].copy_(x_TBhD[here : here + end - start])
         return ordered

@@ -28,7 +28,8 @@ import torch.distributed as dist
 from models.attention import DEFAULT_CALL, KernelCall, check_shapes, empty_accumulators, new_gradient, tile_limits
 from models.attention_plan import Pair, TileLimits, plan_rows
 from models.batch import Bounds, Range
-from parallel.config import KVGradientDtype
+from parallel.comm_dtypes import AS_COMPUTED, CommDtypes, checked_dtypes
+from parallel.config import KVDtype, KVGradientDtype
 from parallel.ring_attention import RingPlan, any_sees, attend_around, backward_around, local_offsets
 from parallel.ring_links import Links
 from parallel.sequence import Layout, check_ranges, ranges_for
@@ -75,7 +76,7 @@ class HostKeysAttention:
         chunk: tokens of a rank's keys and values on the device at a time.
         slot: names the layer to the store.
         call: what the kernels are told.
-        narrow: gradients of keys and values travel in their own dtype instead of float32.
+        comm: dtypes in which keys, values and their gradients travel.
     Raises (on call):
         ValueError: when tensors or bounds are not this rank's part of the sequence.
     """
@@ -89,13 +90,13 @@ class HostKeysAttention:
         chunk: int = DEFAULT_CHUNK,
         slot: Hashable = 0,
         call: KernelCall = DEFAULT_CALL,
-        narrow: bool = False,
+        comm: CommDtypes = AS_COMPUTED,
     ) -> None:
         if chunk < 1:
             raise ValueError(f"parallel.kv_chunk is {chunk}; at least 1 token's keys are on the device at a time")
         self.layout: Layout = layout
         self.group, self.window, self.store = group, window, store
-        self.chunk, self.slot, self.call, self.narrow = chunk, slot, call, narrow
+        self.chunk, self.slot, self.call, self.comm = chunk, slot, call, comm
         self.cp_rank, self.cp_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
     def __call__(self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
@@ -108,7 +109,8 @@ class HostKeysAttention:
     def leave(self, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values go to host memory; stand-ins of their shapes, which only this attention takes. Differentiable."""
         held: list[InHost] = []
-        k, v = _ToHost.apply(k_BGTD, v_BGTD, self._spans(bounds.local_len), self.store, (("keys", self.slot), 0), held)  # type: ignore[misc]
+        args = (self._spans(bounds.local_len), self.store, (("keys", self.slot), 0), held, self.comm)
+        k, v = _ToHost.apply(k_BGTD, v_BGTD, *args)  # type: ignore[misc]
         setattr(k, _STAND_IN, held)
         return k, v
 
@@ -117,12 +119,12 @@ class HostKeysAttention:
 
     def _plans(self, bounds: Bounds, limits: TileLimits) -> list[RingPlan]:
         """By chunk, this rank's blocks at each hop; made once per micro-step and shared by all layers with the same window."""
-        key = ("host keys", self.layout, self.window, self.cp_size, self.chunk, limits, self.narrow)
+        key = ("host keys", self.layout, self.window, self.cp_size, self.chunk, limits, self.comm)
         if key not in bounds._cache:
             check_ranges(bounds, self.layout, self.cp_rank, self.cp_size)
             held = [ranges_for(self.layout, bounds.seq_len, rank, self.cp_size, bounds.documents) for rank in range(self.cp_size)]
             spans = self._spans(bounds.local_len)
-            plans = [plan_chunk(held, self.cp_rank, span, bounds, self.window, limits)._replace(narrow=self.narrow) for span in spans]
+            plans = [plan_chunk(held, self.cp_rank, span, bounds, self.window, limits)._replace(comm=self.comm) for span in spans]
             bounds._cache[key] = plans
         return bounds._cache[key]
 
@@ -182,15 +184,15 @@ def _cut(q_range: Range, offset: int, k_range: Range) -> Iterator[tuple[Range, i
 
 class _ToHost(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, k_BGTD, v_BGTD, spans, store, slot, held):
+    def forward(ctx, k_BGTD, v_BGTD, spans, store, slot, held, comm):
         for start, end in spans:
-            held.append(store.park(torch.stack((k_BGTD[:, :, start:end], v_BGTD[:, :, start:end])), slot))
+            held.append(store.park(comm.both(k_BGTD[:, :, start:end], v_BGTD[:, :, start:end]), slot))
             store.settle()  # one chunk's copy at a time beside the keys
         return k_BGTD.new_zeros(()).expand(k_BGTD.shape), v_BGTD.new_zeros(()).expand(v_BGTD.shape)
 
     @staticmethod
     def backward(ctx, dk_BGTD, dv_BGTD):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return dk_BGTD, dv_BGTD, None, None, None, None
+        return dk_BGTD, dv_BGTD, None, None, None, None, None
 
 
 class _HostKeys(torch.autograd.Function):
@@ -222,7 +224,7 @@ class _HostKeys(torch.autograd.Function):
 
 
 def _fetch(held: Sequence[InHost], i: int) -> torch.Tensor:
-    """kv_2BGSD of a chunk; the copy of the next one is started."""
+    """kv_2BGSD of a chunk, as it travels; the copy of the next one is started."""
     kv_2BGSD = held[i].fetch()
     if i + 1 < len(held):
         held[i + 1].prefetch()
@@ -244,6 +246,7 @@ def host_keys_attention(
     kernel: str = "auto",
     prefix: torch.Tensor | None = None,
     scale: float | None = None,
+    kv_dtype: KVDtype = "compute",
     kv_gradient_dtype: KVGradientDtype = "fp32",
     bounds: Bounds | None = None,
 ) -> torch.Tensor:
@@ -262,5 +265,6 @@ def host_keys_attention(
         (q, k, v), group, bounds, causal=causal, window=window, document_ids=document_ids, prefix=prefix, layout=layout, kernel=kernel
     )
     ring = None if bounds.local_len == bounds.seq_len else given_or_all(group)
-    scheme = HostKeysAttention(ring, layout, window, store, kv_chunk, "", KernelCall(kernel, scale), kv_gradient_dtype == "compute")
+    comm = checked_dtypes(kv_dtype, kv_gradient_dtype, q.dtype)
+    scheme = HostKeysAttention(ring, layout, window, store, kv_chunk, "", KernelCall(kernel, scale), comm)
     return attend_public(scheme, q, k, v, bounds)

@@ -19,7 +19,8 @@ from models.attention import DEFAULT_CALL, KernelCall, check_shapes, tile_limits
 from models.batch import Bounds
 from models.block import Gradients
 from parallel.by_heads import ByHeads, by_heads
-from parallel.config import KVGradientDtype
+from parallel.comm_dtypes import AS_COMPUTED, CommDtypes, checked_dtypes
+from parallel.config import KVDtype, KVGradientDtype
 from parallel.head_exchange import HeadExchange
 from parallel.ring_attention import RingPlan, plan_ring, ring_backward, ring_forward
 from parallel.ring_links import Links
@@ -61,7 +62,7 @@ class HybridAttention:
         window: tokens a query sees, its own included; None for all before it.
         head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
         call: what the kernels are told.
-        narrow: gradients of keys and values travel in their own dtype instead of float32.
+        comm: dtypes in which keys, values and their gradients travel.
     Raises (on call):
         UserError: when there are fewer query heads than ranks in a Ulysses group.
         ValueError: when tensors or bounds are not this rank's part of the sequence.
@@ -75,10 +76,10 @@ class HybridAttention:
         window: int | None,
         head_chunk: int | None = None,
         call: KernelCall = DEFAULT_CALL,
-        narrow: bool = False,
+        comm: CommDtypes = AS_COMPUTED,
     ) -> None:
         self.layout: Layout = layout
-        self.window, self.head_chunk, self.call, self.narrow = window, head_chunk, call, narrow
+        self.window, self.head_chunk, self.call, self.comm = window, head_chunk, call, comm
         self.exchange, self.ring_group = HeadExchange(ulysses_group, layout), ring_group
         self.ring_rank, self.ring_size = dist.get_rank(ring_group), dist.get_world_size(ring_group)
 
@@ -93,18 +94,18 @@ class HybridAttention:
     def _how(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, bounds: Bounds) -> ByHeads:
         check_shapes(q_BHnD, k_BGnD, bounds)
         heads = (q_BHnD.shape[1], k_BGnD.shape[1])
-        return ByHeads(self.exchange, self._inner(q_BHnD, bounds), *heads, self.head_chunk, self.narrow)
+        return ByHeads(self.exchange, self._inner(q_BHnD, bounds), *heads, self.head_chunk, self.comm)
 
     def _inner(self, q_BHnD: torch.Tensor, bounds: Bounds) -> RingOfGroups:
         """The ring of this rank's group, planned once per micro-step."""
         limits = tile_limits(q_BHnD, self.window, self.call)
-        key = ("hybrid", self.layout, self.window, self.ring_size, self.exchange.size, limits, self.narrow)
+        key = ("hybrid", self.layout, self.window, self.ring_size, self.exchange.size, limits, self.comm)
         if key not in bounds._cache:
             cp_rank, cp_size = self.ring_rank * self.exchange.size + self.exchange.rank, self.ring_size * self.exchange.size
             check_ranges(bounds, self.layout, cp_rank, cp_size)
             held = [ranges_for(self.layout, bounds.seq_len, member, self.ring_size) for member in range(self.ring_size)]
             plan = plan_ring(held, self.ring_rank, bounds.documents, self.window, limits, bounds.prefixes)
-            bounds._cache[key] = RingOfGroups(plan._replace(narrow=self.narrow), self.ring_group)
+            bounds._cache[key] = RingOfGroups(plan._replace(comm=self.comm), self.ring_group)
         return bounds._cache[key]
 
 
@@ -122,6 +123,7 @@ def hybrid_attention(
     kernel: str = "auto",
     prefix: torch.Tensor | None = None,
     scale: float | None = None,
+    kv_dtype: KVDtype = "compute",
     kv_gradient_dtype: KVGradientDtype = "fp32",
     head_chunk: int | None = None,
     bounds: Bounds | None = None,
@@ -142,6 +144,8 @@ def hybrid_attention(
         kernel: one of ``models.kernels.KERNELS``.
         prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
         scale: of the scores; None: 1/sqrt(D).
+        kv_dtype: in which keys and values travel: ``compute`` (theirs), or ``fp32`` or ``bf16`` where that is narrower: they are rounded to
+            it once, this rank's own too, so that the result is the same at any number of ranks, one included.
         kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
         head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
@@ -162,6 +166,6 @@ def hybrid_attention(
         layout=layout,
         kernel=kernel,
     )
-    call = KernelCall(kernel, scale)
-    scheme = HybridAttention(ulysses_group, ring_group, layout, window, head_chunk, call, kv_gradient_dtype == "compute")
+    call, comm = KernelCall(kernel, scale), checked_dtypes(kv_dtype, kv_gradient_dtype, q.dtype)
+    scheme = HybridAttention(ulysses_group, ring_group, layout, window, head_chunk, call, comm)
     return attend_public(scheme, q, k, v, bounds)

@@ -12,6 +12,7 @@ from models.errors import UserError
 from models.memory.protocol import MemoryModule
 from models.transformer import Transformer
 from parallel.columns import share_tables
+from parallel.comm_dtypes import AS_COMPUTED, CommDtypes
 from parallel.config import SequenceScheme
 from parallel.fsdp import shard_parameters
 from parallel.host_keys import DEFAULT_CHUNK, HostKeysAttention, KeyStore
@@ -29,10 +30,10 @@ def split_sequence(
     layout: Layout,
     scheme: SequenceScheme = "ring",
     head_chunk: int | None = None,
-    narrow: bool = False,
+    comm: CommDtypes = AS_COMPUTED,
 ) -> None:
     """Fill the seams through which a layer reaches tokens of other ranks: attention by ``scheme``, and the carry of memory states, which
-    is the same under every scheme. ``narrow``: gradients of keys and values travel in their own dtype.
+    is the same under every scheme. ``comm``: dtypes in which keys, values and their gradients travel.
 
     A memory layer, and attention inside of it, has of a tensor-parallel group's tokens those that its rank has in the residual stream:
     its sequence is split over cp x tp ranks."""
@@ -45,23 +46,23 @@ def split_sequence(
             raise TypeError(f"no way to split a sequence over ranks is known for {type(block.mixer).__name__}")
         for mixer in block.mixer.modules():  # attention and memory may be parts of one mixer
             if isinstance(mixer, Attention) and mixer is not block.mixer and mesh.dims.tp > 1:
-                mixer.inner_attention = RingAttention(mesh.tokens_group, layout, mixer.window, narrow=narrow)
+                mixer.inner_attention = RingAttention(mesh.tokens_group, layout, mixer.window, comm=comm)
             elif isinstance(mixer, Attention):
                 if mesh.dims.cp > 1:
-                    mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk, narrow)
+                    mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk, comm)
             elif isinstance(mixer, MemoryModule):
                 check_layout(mixer, layout, mesh.dims.cp, mesh.dims.tp)
                 mixer.carry = RingCarry(mesh.tokens_group, layout, mesh.dims.tp)
 
 
-def keep_keys_in_host(model: Transformer, mesh: Mesh | None, layout: Layout, store: KeyStore, chunk: int | None, narrow: bool) -> None:
+def keep_keys_in_host(model: Transformer, mesh: Mesh | None, layout: Layout, store: KeyStore, chunk: int | None, comm: CommDtypes) -> None:
     """Keys and values of full attention wait in ``store`` (``parallel.kv_residence: host``): after ``split_sequence``, or with no mesh.
     Windows read few keys at a time and keep theirs. ``chunk``: ``parallel.kv_chunk``."""
     group = mesh.cp_group if mesh is not None and mesh.dims.cp > 1 else None
     for number, block in enumerate(model.blocks):
         mixer = block.mixer
         if isinstance(mixer, Attention) and mixer.window is None:
-            mixer.inner_attention = HostKeysAttention(group, layout, None, store, chunk or DEFAULT_CHUNK, number, narrow=narrow)
+            mixer.inner_attention = HostKeysAttention(group, layout, None, store, chunk or DEFAULT_CHUNK, number, comm=comm)
 
 
 def check_layout(memory: MemoryModule, layout: str, cp: int, tp: int = 1) -> None:
@@ -90,13 +91,13 @@ def parallelize(
     scheme: SequenceScheme = "ring",
     head_chunk: int | None = None,
     gather_dtype: torch.dtype | None = None,
-    narrow: bool = False,
+    comm: CommDtypes = AS_COMPUTED,
 ) -> None:
     """Sequence seams first, then tables by columns, then products and tokens within tensor-parallel groups, then FSDP2 around blocks that
     already hold their recompute and tiling wrappers.
 
-    ``gather_dtype``: what products read under autocast; None without it. ``narrow``: see ``split_sequence``."""
-    split_sequence(model, mesh, layout, scheme, head_chunk, narrow)
+    ``gather_dtype``: what products read under autocast; None without it. ``comm``: see ``split_sequence``."""
+    split_sequence(model, mesh, layout, scheme, head_chunk, comm)
     if model.stack is not None:
         model.stack.agree = partial(most, mesh)
     share_tables(model, mesh)

@@ -38,7 +38,8 @@ from models.attention_plan import Pair, TileLimits, plan_rows, sees
 from models.batch import Bounds, Range
 from models.block import Gradients
 from models.repeat import turns
-from parallel.config import KVGradientDtype
+from parallel.comm_dtypes import AS_COMPUTED, CommDtypes, checked_dtypes
+from parallel.config import KVDtype, KVGradientDtype
 from parallel.halo import start_halo, start_return
 from parallel.ring_links import KEY_TAG, VALUE_TAG, Links, Travelling, keys_of
 from parallel.sequence import Layout, check_ranges, ranges_for
@@ -49,8 +50,7 @@ class RingPlan(NamedTuple):
     """Blocks by the hop at which their keys are here (``ring_links.keys_of``); hop 0 are the own ones."""
 
     hops: tuple[Plan, ...]
-    narrow: bool = False
-    """Gradients travel in the dtype of keys and values."""
+    comm: CommDtypes = AS_COMPUTED
 
 
 class HaloPlan(NamedTuple):
@@ -59,7 +59,7 @@ class HaloPlan(NamedTuple):
     n: int
     own: Plan
     halos: tuple[Plan, ...]
-    narrow: bool = False
+    comm: CommDtypes = AS_COMPUTED
 
 
 class RingAttention:
@@ -70,7 +70,7 @@ class RingAttention:
         layout: how its ranks share the sequence.
         window: tokens a query sees, its own included; None for all before it.
         call: what the kernels are told.
-        narrow: gradients of keys and values travel in their own dtype instead of float32.
+        comm: dtypes in which keys, values and their gradients travel.
         rings: for a double ring (inner, outer): neighbouring ranks of ``group``, and those with this one's place among theirs.
     Raises (on call):
         ValueError: when tensors or bounds are not this rank's part of the sequence.
@@ -82,21 +82,21 @@ class RingAttention:
         layout: Layout,
         window: int | None,
         call: KernelCall = DEFAULT_CALL,
-        narrow: bool = False,
+        comm: CommDtypes = AS_COMPUTED,
         rings: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ) -> None:
         self.group = group
         self.links = Links(group, *(rings or ()))
         self.layout: Layout = layout
-        self.window, self.call, self.narrow = window, call, narrow
+        self.window, self.call, self.comm = window, call, comm
         self.cp_rank, self.cp_size = dist.get_rank(group), dist.get_world_size(group)
-        self._alone = LocalAttention(window, call)
+        self._alone = LocalAttention(window, call, comm.keys)
 
     def __call__(self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         if self.cp_size == 1:
             return self._alone(q_BHTD, k_BGTD, v_BGTD, bounds)
         check_shapes(q_BHTD, k_BGTD, bounds)
-        plan = self._plan(bounds, tile_limits(q_BHTD, self.window, self.call))._replace(narrow=self.narrow)
+        plan = self._plan(bounds, tile_limits(q_BHTD, self.window, self.call))._replace(comm=self.comm)
         if isinstance(plan, HaloPlan):
             return _HaloAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, bounds, self.layout, self.group)  # pyright: ignore[reportReturnType]
         return _RingAttention.apply(q_BHTD, k_BGTD, v_BGTD, plan, self.links)  # pyright: ignore[reportReturnType]
@@ -197,21 +197,23 @@ def ring_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out_BHTD in q's dtype, lse_BHT)`` over the keys of all hops; the next keys are on their way while a hop computes."""
     out_BHTD, lse_BHT = new_accumulators(q_BHTD)
-    attend_around(q_BHTD, torch.stack((k_BGTD, v_BGTD)), plan, links, out_BHTD, lse_BHT)
+    attend_around(q_BHTD, plan.comm.both(k_BGTD, v_BGTD), plan, links, out_BHTD, lse_BHT)
     return out_BHTD.to(q_BHTD.dtype), lse_BHT
 
 
 def attend_around(
     q_BHTD: torch.Tensor, kv_2BGSD: torch.Tensor, plan: RingPlan, links: Links, out_BHTD: torch.Tensor, lse_BHT: torch.Tensor
 ) -> None:
-    """Merge the keys and values of all hops into the accumulators, in place."""
+    """Merge the keys and values of all hops into the accumulators, in place. ``kv``: the own ones, as they travel."""
     last_hop = len(plan.hops) - 1
     travelling = Travelling(links, last_hop)
     for hop in _hops(plan, q_BHTD, 1, links.width):
         if hop:
             kv_2BGSD = travelling.wait(hop)
         travelling.start(kv_2BGSD, hop)
-        attend(q_BHTD, kv_2BGSD[0], kv_2BGSD[1], plan.hops[hop], out_BHTD, lse_BHT)
+        read_2BGSD = kv_2BGSD.to(q_BHTD.dtype)
+        attend(q_BHTD, read_2BGSD[0], read_2BGSD[1], plan.hops[hop], out_BHTD, lse_BHT)
+        del read_2BGSD
 
 
 def ring_backward(
@@ -240,29 +242,33 @@ def backward_around(
     links: Links,
     dq_BHTD: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(dk_BGTD, dv_BGTD)`` of these keys of this rank, for what ``attend_around`` gave; adds to ``dq_BHTD``."""
+    """``(dk_BGTD, dv_BGTD)`` of these keys of this rank (as they were made, or as they travel), for what ``attend_around`` gave; adds to
+    ``dq_BHTD``."""
+    comm = plan.comm
     last_hop = len(plan.hops) - 1
     followers = None  # gradients of the keys in hand, from the ranks that had them before; one hop behind the keys
     travelling = Travelling(links, last_hop)
     if last_hop:
-        travelling.start(torch.stack((k_BGTD, v_BGTD)), 0)
+        travelling.start(comm.both(k_BGTD, v_BGTD), 0)
     for hop in _hops(plan, q_BHTD, 2, links.width):  # gradients follow from the second hop on
         if hop == 0:
             continue
         # The keys in hand are an argument of each step, never what was saved: those are this rank's own, at every hop.
         kv_2BGSD = travelling.wait(hop)
         travelling.start(kv_2BGSD, hop)
+        kv_2BGSD = kv_2BGSD.to(q_BHTD.dtype)
         dkv_2BGSD = new_gradient(kv_2BGSD)
         blocks = plan.hops[hop]
         attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, blocks, dq_BHTD, dkv_2BGSD[0], dkv_2BGSD[1])
         if followers is not None:
             dkv_2BGSD += followers.wait()
             followers = None
-        if plan.narrow:
-            dkv_2BGSD = dkv_2BGSD.to(kv_2BGSD.dtype)
+        if comm.narrow_gradients:
+            dkv_2BGSD = dkv_2BGSD.to(q_BHTD.dtype)
         followers = links.gradients(dkv_2BGSD, hop, last_hop)
         del kv_2BGSD, dkv_2BGSD
     # The own keys come last: their gradients take no room before, and the others' way home is hidden behind them.
+    k_BGTD, v_BGTD = (comm.read(x, q_BHTD.dtype) for x in (k_BGTD, v_BGTD))
     dk_BGTD, dv_BGTD = new_gradient(k_BGTD), new_gradient(v_BGTD)
     attend_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, plan.hops[0], dq_BHTD, dk_BGTD, dv_BGTD)
     if followers is not None:
@@ -290,12 +296,13 @@ class _RingAttention(torch.autograd.Function):
 class _HaloAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHTD, k_BGTD, v_BGTD, plan, bounds, layout, group):
-        pending = [start_halo(x, plan.n, 2, bounds, layout, group, tag) for x, tag in ((k_BGTD, KEY_TAG), (v_BGTD, VALUE_TAG))]
+        sent, dtype = [plan.comm.sent(x) for x in (k_BGTD, v_BGTD)], q_BHTD.dtype
+        pending = [start_halo(x, plan.n, 2, bounds, layout, group, tag) for x, tag in zip(sent, (KEY_TAG, VALUE_TAG), strict=True)]
         out_BHTD, lse_BHT = new_accumulators(q_BHTD)
-        attend(q_BHTD, k_BGTD, v_BGTD, plan.own, out_BHTD, lse_BHT)
+        attend(q_BHTD, sent[0].to(dtype), sent[1].to(dtype), plan.own, out_BHTD, lse_BHT)
         k_halos, v_halos = (p.wait() for p in pending)
         for blocks, k_halo, v_halo in zip(plan.halos, k_halos, v_halos, strict=True):
-            attend(q_BHTD, k_halo, v_halo, blocks, out_BHTD, lse_BHT)
+            attend(q_BHTD, k_halo.to(dtype), v_halo.to(dtype), blocks, out_BHTD, lse_BHT)
         out_BHTD = out_BHTD.to(q_BHTD.dtype)
         ctx.plan, ctx.exchange = plan, (bounds, layout, group)
         ctx.save_for_backward(q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, *k_halos, *v_halos)
@@ -305,15 +312,18 @@ class _HaloAttention(torch.autograd.Function):
     def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, *halos = ctx.saved_tensors
         plan, (bounds, layout, group) = ctx.plan, ctx.exchange
+        comm, dtype = plan.comm, q_BHTD.dtype
+        halos = [x.to(dtype) for x in halos]
         k_halos, v_halos = halos[: len(plan.halos)], halos[len(plan.halos) :]
         dq_BHTD, dk_BGTD, dv_BGTD = (new_gradient(x) for x in (q_BHTD, k_BGTD, v_BGTD))
         dk_halos, dv_halos = [new_gradient(x) for x in k_halos], [new_gradient(x) for x in v_halos]
         for i, blocks in enumerate(plan.halos):
             attend_backward(dout_BHTD, q_BHTD, k_halos[i], v_halos[i], out_BHTD, lse_BHT, blocks, dq_BHTD, dk_halos[i], dv_halos[i])
-        if plan.narrow:
+        if comm.narrow_gradients:
             dk_halos, dv_halos = [x.to(k_BGTD.dtype) for x in dk_halos], [x.to(v_BGTD.dtype) for x in dv_halos]
         pending = [start_return(x, plan.n, 2, bounds, layout, group, tag) for x, tag in ((dk_halos, KEY_TAG), (dv_halos, VALUE_TAG))]
-        attend_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, plan.own, dq_BHTD, dk_BGTD, dv_BGTD)
+        own_k, own_v = (comm.read(x, dtype) for x in (k_BGTD, v_BGTD))
+        attend_backward(dout_BHTD, q_BHTD, own_k, own_v, out_BHTD, lse_BHT, plan.own, dq_BHTD, dk_BGTD, dv_BGTD)
         pending[0].add_to(dk_BGTD)
         pending[1].add_to(dv_BGTD)
         grads = (dq_BHTD.to(q_BHTD.dtype), dk_BGTD.to(k_BGTD.dtype), dv_BGTD.to(v_BGTD.dtype))
@@ -333,6 +343,7 @@ def ring_attention(
     kernel: str = "auto",
     prefix: torch.Tensor | None = None,
     scale: float | None = None,
+    kv_dtype: KVDtype = "compute",
     kv_gradient_dtype: KVGradientDtype = "fp32",
     rings: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     bounds: Bounds | None = None,
@@ -351,6 +362,8 @@ def ring_attention(
         kernel: one of ``models.kernels.KERNELS``.
         prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
         scale: of the scores; None: 1/sqrt(D).
+        kv_dtype: in which keys and values travel: ``compute`` (theirs), or ``fp32`` or ``bf16`` where that is narrower: they are rounded to
+            it once, this rank's own too, so that the result is the same at any number of ranks, one included.
         kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
         rings: for a double ring (inner, outer): groups of neighbouring ranks, and of the ranks with this one's place among theirs.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
@@ -363,10 +376,10 @@ def ring_attention(
     bounds = checked_bounds(
         (q, k, v), group, bounds, causal=causal, window=window, document_ids=document_ids, prefix=prefix, layout=layout, kernel=kernel
     )
-    call = KernelCall(kernel, scale)
+    call, comm = KernelCall(kernel, scale), checked_dtypes(kv_dtype, kv_gradient_dtype, q.dtype)
     scheme = (
-        LocalAttention(window, call)
+        LocalAttention(window, call, comm.keys)
         if bounds.local_len == bounds.seq_len
-        else RingAttention(given_or_all(group), layout, window, call, kv_gradient_dtype == "compute", rings)
+        else RingAttention(given_or_all(group), layout, window, call, comm, rings)
     )
     return attend_public(scheme, q, k, v, bounds)

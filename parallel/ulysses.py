@@ -24,7 +24,8 @@ from models.attention_plan import Pair, plan_rows
 from models.batch import Bounds
 from models.block import Gradients
 from parallel.by_heads import ByHeads, by_heads
-from parallel.config import KVGradientDtype
+from parallel.comm_dtypes import AS_COMPUTED, CommDtypes, checked_dtypes
+from parallel.config import KVDtype, KVGradientDtype
 from parallel.head_exchange import HeadExchange
 from parallel.sequence import Layout, check_ranges
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
@@ -62,7 +63,7 @@ class UlyssesAttention:
         window: tokens a query sees, its own included; None for all before it.
         head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
         call: what the kernels are told.
-        narrow: gradients of keys and values that several ranks have parts of travel in their own dtype instead of float32.
+        comm: dtypes in which keys, values and their gradients travel.
     Raises (on call):
         UserError: when there are fewer query heads than ranks.
         ValueError: when tensors or bounds are not this rank's part of the sequence.
@@ -75,11 +76,11 @@ class UlyssesAttention:
         window: int | None,
         head_chunk: int | None = None,
         call: KernelCall = DEFAULT_CALL,
-        narrow: bool = False,
+        comm: CommDtypes = AS_COMPUTED,
     ) -> None:
-        self.window, self.head_chunk, self.call, self.narrow = window, head_chunk, call, narrow
+        self.window, self.head_chunk, self.call, self.comm = window, head_chunk, call, comm
         self.exchange = HeadExchange(group, layout)
-        self._alone = LocalAttention(window, call)
+        self._alone = LocalAttention(window, call, comm.keys)
 
     def __call__(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         if self.exchange.size == 1:
@@ -95,7 +96,7 @@ class UlyssesAttention:
     def _how(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, bounds: Bounds) -> ByHeads:
         check_shapes(q_BHnD, k_BGnD, bounds)
         heads = (q_BHnD.shape[1], k_BGnD.shape[1])
-        return ByHeads(self.exchange, self._inner(q_BHnD, bounds), *heads, self.head_chunk, self.narrow)
+        return ByHeads(self.exchange, self._inner(q_BHnD, bounds), *heads, self.head_chunk, self.comm)
 
     def _inner(self, q_BHnD: torch.Tensor, bounds: Bounds) -> WholeSequence:
         """Attention of the whole sequence, planned once per micro-step."""
@@ -122,6 +123,7 @@ def ulysses_attention(
     kernel: str = "auto",
     prefix: torch.Tensor | None = None,
     scale: float | None = None,
+    kv_dtype: KVDtype = "compute",
     kv_gradient_dtype: KVGradientDtype = "fp32",
     head_chunk: int | None = None,
     bounds: Bounds | None = None,
@@ -140,6 +142,8 @@ def ulysses_attention(
         kernel: one of ``models.kernels.KERNELS``.
         prefix: [B, T/cp] booleans, True for the tokens that a document begins with and that all of its tokens see.
         scale: of the scores; None: 1/sqrt(D).
+        kv_dtype: in which keys and values travel: ``compute`` (theirs), or ``fp32`` or ``bf16`` where that is narrower: they are rounded to
+            it once, this rank's own too, so that the result is the same at any number of ranks, one included.
         kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
         head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
@@ -152,10 +156,10 @@ def ulysses_attention(
     bounds = checked_bounds(
         (q, k, v), group, bounds, causal=causal, window=window, document_ids=document_ids, prefix=prefix, layout=layout, kernel=kernel
     )
-    call = KernelCall(kernel, scale)
+    call, comm = KernelCall(kernel, scale), checked_dtypes(kv_dtype, kv_gradient_dtype, q.dtype)
     scheme = (
-        LocalAttention(window, call)
+        LocalAttention(window, call, comm.keys)
         if bounds.local_len == bounds.seq_len
-        else UlyssesAttention(given_or_all(group), layout, window, head_chunk, call, kv_gradient_dtype == "compute")
+        else UlyssesAttention(given_or_all(group), layout, window, head_chunk, call, comm)
     )
     return attend_public(scheme, q, k, v, bounds)

@@ -34,6 +34,7 @@ from models.flops import model_flops_per_token
 from models.transformer import Transformer, init_weights
 from optim.build import build_optimizer, quantise_matrices_
 from optim.fused_backward import fuse_backward
+from parallel.comm_dtypes import comm_dtypes, round_where_alone
 from parallel.dims import ParallelDims
 from parallel.distributed import name_device
 from parallel.fsdp import add_up_in_float32
@@ -105,18 +106,19 @@ def shaped_model(
         quantise_matrices_(model)
     model.residual_dtype = torch.bfloat16 if config.train.residual == "bf16" else None
     apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
-    narrow = config.parallel.kv_gradient_dtype == "compute"
+    comm = comm_dtypes(config.parallel.kv_dtype, config.parallel.kv_gradient_dtype)
     if mesh is not None:
         assert config.parallel.sequence != "auto", "settled before"
         if config.engine == "deepspeed":  # which deals out parameters itself
-            split_sequence(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, narrow)
+            split_sequence(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, comm)
         else:
             # A compiled graph takes gradients in their weights' dtype: those of bf16 copies would be rounded before they are summed.
             gather_dtype = torch.bfloat16 if config.train.precision == "bf16" and not compiled_layers(config) else None
-            parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, narrow)
+            parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, comm)
     if config.parallel.kv_residence == "host":
         assert store is not None, "host_store makes one"
-        keep_keys_in_host(model, mesh, config.layout, store, config.parallel.kv_chunk, narrow)
+        keep_keys_in_host(model, mesh, config.layout, store, config.parallel.kv_chunk, comm)
+    round_where_alone(model, comm)
     return model
 
 

@@ -12,10 +12,8 @@ from memory_mgmt.cost_model import Topology
 from memory_mgmt.cost_schemes import SchemeChoice, SequenceProblem, choose_scheme
 from models.errors import UserError
 from parallel.config import AUTO, INNER_DEGREES, SequenceScheme
-from trainer.config import RunConfig
+from trainer.config import VALUE_BYTES, RunConfig
 from trainer.planning import rates_of, target_for
-
-_VALUE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 def scheme_is_open(config: RunConfig) -> bool:
@@ -61,11 +59,12 @@ def _choice(config: RunConfig, device_name: str | None, possible: list[tuple[Seq
         head_dim=model.attention_head_dim,
         tokens=rows * config.data.seq_len // parallel.cp,
         rows=rows,
-        value_bytes=_VALUE_BYTES[config.train.precision],
+        value_bytes=VALUE_BYTES[config.train.precision],
         precision=config.train.precision,
         topology=Topology(min(target.ranks_per_node, target.ranks), parallel.cp, parallel.dp_shard, parallel.dp_replicate, tp=parallel.tp),
         rates=rates,
         narrow=parallel.kv_gradient_dtype == "compute",
+        kv_bytes=None if parallel.kv_dtype == "compute" else VALUE_BYTES[parallel.kv_dtype],
     )
     if config.parallel.sequence == "auto" and not problem.topology.crosses_nodes(parallel.cp):
         possible = [each for each in possible if each[0] != "double_ring"]  # one ring is as good where all links are equal

@@ -20,6 +20,9 @@ from trainer.segment_rules import refused_segments
 
 __all__ = ["RUN_NAME", "CheckpointSection", "DataSection", "GuardsSection", "RunConfig", "RunSection", "TrainSection"]
 
+VALUE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+"""Of a value computed under a precision."""
+
 
 class RunConfig(Section):
     """Everything about one run."""
@@ -81,6 +84,7 @@ class RunConfig(Section):
                 f"{reason}: set offload_parameters none"
             )
         self._check_kv_residence()
+        self._check_kv_dtype()
         self._check_per_document()
         parallel = self.parallel
         if parallel.tp > 1 and (refused := tensor_rules.refusal(self)):
@@ -185,6 +189,21 @@ class RunConfig(Section):
             raise ValueError(
                 "parallel.kv_residence host: the planner of memory.recompute auto counts keys and values on the device; set "
                 "memory.recompute none, mixer or block, or kv_residence device"
+            )
+
+    def _check_kv_dtype(self) -> None:
+        """Refuse a dtype that would send more bytes, or that nothing would be sent in."""
+        kv_dtype, precision = self.parallel.kv_dtype, self.train.precision
+        if kv_dtype == "compute":
+            return
+        if VALUE_BYTES[kv_dtype] > VALUE_BYTES[precision]:
+            raise ValueError(f"parallel.kv_dtype {kv_dtype} is wider than keys and values of train.precision {precision}: set it compute")
+        if not self.model.has_attention:
+            raise ValueError(f"parallel.kv_dtype {kv_dtype} is of keys and values of attention, and model.layers has none: set it compute")
+        if self.train.segment_tokens is not None:
+            raise ValueError(
+                f"parallel.kv_dtype {kv_dtype}: windows hand their keys from segment to segment of train.segment_tokens as they are "
+                "computed: set it compute"
             )
 
     def _check_per_document(self) -> None:

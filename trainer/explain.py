@@ -34,6 +34,8 @@ def explain_run(config: RunConfig, device_name: str | None = None) -> list[str]:
         lines.append(f"sequence: {parallel.sequence} over {parallel.cp} ranks{near}, layout {config.layout}")
     if parallel.kv_residence == "host":
         lines.append(f"keys and values of full attention: in host memory, {parallel.kv_chunk or 65536} tokens on the device at a time")
+    if parallel.kv_dtype not in ("compute", config.train.precision):
+        lines.append(f"keys and values: rounded to {parallel.kv_dtype} once, on one rank too, and sent so")
     if parallel.tp > 1:
         heads = f"{config.model.n_heads // parallel.tp} query and {config.model.kv_heads // parallel.tp} key/value heads"
         lines.append(f"tensor parallelism: {parallel.tp} ranks with {heads} each")

@@ -20,6 +20,7 @@ def kept_bytes(run: Callable[[], torch.Tensor]) -> int:
 
 def peak_allocated(run: Callable[[], Any]) -> int:
     """The most that torch's CPU allocator handed out at one moment during ``run()``, above what was held before: exact."""
+    gc.collect()  # what others left is not freed in between
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     live = peak = 0

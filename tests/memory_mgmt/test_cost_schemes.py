@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from memory_mgmt.cost_rates import Rates, Topology
 from memory_mgmt.cost_schemes import SequenceProblem, choose_scheme, dealt_keys, scheme_cost
 from memory_mgmt.devices import DEVICES
 from models.batch import Bounds
-from parallel.config import SequenceScheme
+from parallel.comm_dtypes import comm_dtypes
+from parallel.config import KVDtype, SequenceScheme
 from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
 from parallel.schemes import attention_over
@@ -52,13 +54,17 @@ def _all_sent() -> list[tuple[int, int, int, int]]:
     return [_sent(*volume) for volume in VOLUMES]
 
 
-def _sent(scheme: SequenceScheme, ulysses: int, heads: tuple[int, int], head_chunk: int | None, narrow: bool) -> tuple[int, int, int, int]:
-    """(forward, backward) bytes of this rank in bfloat16, and those that leave its ``ulysses`` neighbours."""
+def _sent(
+    scheme: SequenceScheme, ulysses: int, heads: tuple[int, int], head_chunk: int | None, narrow: bool, kv_dtype: KVDtype = "compute"
+) -> tuple[int, int, int, int]:
+    """(forward, backward) bytes of this rank in bfloat16, or where ``kv_dtype`` is that in float32, and those that leave its ``ulysses``
+    neighbours."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = build_mesh(ParallelDims(cp=size, ulysses=ulysses), "cpu")
     bounds = Bounds.whole(1, SEQ_LEN).with_ranges(ranges_for("zigzag", SEQ_LEN, rank, size))
-    q, k, v = (torch.randn(1, n, SEQ_LEN // size, DIM, dtype=torch.bfloat16, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
-    attend = attention_over(mesh, "zigzag", None, scheme, head_chunk, narrow)
+    dtype = torch.bfloat16 if kv_dtype == "compute" else torch.float32
+    q, k, v = (torch.randn(1, n, SEQ_LEN // size, DIM, dtype=dtype, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
+    attend = attention_over(mesh, "zigzag", None, scheme, head_chunk, comm_dtypes(kv_dtype, "compute" if narrow else "fp32"))
     with Sent(ulysses) as forward:
         out = attend(q, k, v, bounds)
     with Sent(ulysses) as backward:
@@ -71,7 +77,7 @@ def problem(cp: int, tokens: int, heads: tuple[int, int] = (32, 8), ranks_per_no
     return SequenceProblem(*heads, dim, tokens, 1, 2, "bf16", topology, Rates.from_device(DEVICES["h100"]))
 
 
-VOLUMES: list[tuple[SequenceScheme, int, tuple[int, int], int | None, bool]] = [
+VOLUMES: list[Any] = [
     ("ring", 1, (4, 2), None, False),
     ("ring", 1, (4, 2), None, True),
     ("double_ring", 2, (4, 2), None, False),
@@ -85,13 +91,23 @@ VOLUMES: list[tuple[SequenceScheme, int, tuple[int, int], int | None, bool]] = [
     ("ulysses", 4, (7, 1), None, True),
     ("ring_x_ulysses", 2, (4, 2), None, False),
     ("ring_x_ulysses", 2, (4, 2), None, True),
+    ("ring", 1, (4, 2), None, True, "bf16"),
+    ("double_ring", 2, (4, 2), None, False, "bf16"),
+    ("allgather_kv", 1, (4, 2), 1, False, "bf16"),
+    ("ulysses", 4, (8, 4), 1, False, "bf16"),
+    ("ulysses", 4, (7, 1), None, False, "bf16"),
+    ("ring_x_ulysses", 2, (4, 2), None, False, "bf16"),
 ]
 
 
 def test_volumes_are_those_of_the_engine() -> None:
     by_rank = run_distributed(_all_sent, 4)
-    for i, (scheme, ulysses, heads, head_chunk, narrow) in enumerate(VOLUMES):
-        cost = scheme_cost(replace(problem(4, SEQ_LEN // 4, heads, dim=DIM), narrow=narrow), scheme, ulysses, head_chunk)
+    for i, (scheme, ulysses, heads, head_chunk, narrow, *kv_dtype) in enumerate(VOLUMES):
+        given = replace(problem(4, SEQ_LEN // 4, heads, dim=DIM), narrow=narrow)
+        given = replace(given, value_bytes=4, kv_bytes=2) if kv_dtype else given
+        cost = scheme_cost(given, scheme, ulysses, head_chunk)
+        if kv_dtype and scheme in ("ring", "double_ring", "allgather_kv"):
+            assert 2 * cost.forward_bytes == scheme_cost(replace(given, kv_bytes=None), scheme, ulysses, head_chunk).forward_bytes
         # Ragged heads: ranks differ, the formula is their mean (rounded).
         assert sum(sent[i][0] for sent in by_rank) / 4 == pytest.approx(cost.forward_bytes, abs=1), VOLUMES[i]
         assert sum(sent[i][1] for sent in by_rank) / 4 == pytest.approx(cost.backward_bytes, abs=1), VOLUMES[i]

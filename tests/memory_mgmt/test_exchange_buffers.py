@@ -10,10 +10,12 @@ import torch
 from memory_mgmt.activations import Shapes
 from memory_mgmt.config import MemoryConfig
 from memory_mgmt.estimate import estimate
+from models.attention import LocalAttention
 from models.batch import Bounds
 from models.config import ModelConfig
 from optim.config import OptimConfig
 from parallel.allgather_kv import AllGatherKVAttention
+from parallel.comm_dtypes import CommDtypes, comm_dtypes
 from parallel.config import ParallelConfig
 from parallel.hybrid import HybridAttention
 from parallel.ring_attention import RingAttention
@@ -25,6 +27,7 @@ from tests.parallel.loopback import Lone, be_alone
 RANKS, TOKENS, DIM = 4, 512, 32
 CASES: list[tuple[str, int | None, tuple[int, int], Layout]] = [
     ("ring", None, (16, 16), "zigzag"),
+    ("alone", None, (16, 16), "contiguous"),
     ("double_ring", None, (16, 4), "zigzag"),
     ("allgather_kv", 1, (16, 4), "zigzag"),
     ("allgather_kv", 4, (16, 16), "zigzag"),
@@ -38,37 +41,44 @@ CASES: list[tuple[str, int | None, tuple[int, int], Layout]] = [
 ]
 
 
-def _attention(scheme: str, head_chunk: int | None, layout: Layout) -> Any:
+def _attention(scheme: str, head_chunk: int | None, layout: Layout, comm: CommDtypes) -> Any:
     whole, half = Lone(RANKS), Lone(2)
+    if scheme == "alone":
+        return LocalAttention(None, keys_dtype=comm.keys)
     if scheme == "allgather_kv":
-        return AllGatherKVAttention(whole, layout, None, head_chunk or 1)  # type: ignore[arg-type]
+        return AllGatherKVAttention(whole, layout, None, head_chunk or 1, comm=comm)  # type: ignore[arg-type]
     if scheme == "ulysses":
-        return UlyssesAttention(whole, layout, None, head_chunk)  # type: ignore[arg-type]
+        return UlyssesAttention(whole, layout, None, head_chunk, comm=comm)  # type: ignore[arg-type]
     if scheme == "ring_x_ulysses":
-        return HybridAttention(half, half, layout, None, head_chunk)  # type: ignore[arg-type]
-    return RingAttention(whole, layout, None, rings=(half, half) if scheme == "double_ring" else None)  # type: ignore[arg-type]
+        return HybridAttention(half, half, layout, None, head_chunk, comm=comm)  # type: ignore[arg-type]
+    return RingAttention(whole, layout, None, comm=comm, rings=(half, half) if scheme == "double_ring" else None)  # type: ignore[arg-type]
 
 
-def _measured(scheme: str, head_chunk: int | None, heads: tuple[int, int], layout: Layout, dtype: torch.dtype) -> int:
+def _measured(scheme: str, head_chunk: int | None, heads: tuple[int, int], layout: Layout, dtype: torch.dtype, comm: CommDtypes) -> int:
     """The peak of a backward pass above what forward kept, with the gradient that it is given."""
     rank = 3 if scheme == "ring_x_ulysses" else 2  # what two groups of two make of "in the middle"
     bounds = Bounds.whole(1, RANKS * TOKENS).with_ranges(ranges_for(layout, RANKS * TOKENS, rank, RANKS))
     q, k, v, dout = (torch.randn(1, TOKENS, n, DIM).to(dtype).transpose(1, 2) for n in (heads[0], heads[1], heads[1], heads[0]))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = _attention(scheme, head_chunk, layout)(*leaves, bounds)
+    bounds = Bounds.whole(1, TOKENS) if scheme == "alone" else bounds
+    out = _attention(scheme, head_chunk, layout, comm)(*leaves, bounds)
     return peak_allocated(lambda: torch.autograd.grad(out, leaves, dout)) + dout.nbytes
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_buffers_are_those_of_the_allocator(monkeypatch: pytest.MonkeyPatch, precision: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("precision", "dtype", "kv_dtype"),
+    [("fp32", torch.float32, "compute"), ("fp32", torch.float32, "bf16"), ("bf16", torch.bfloat16, "compute")],
+)
+def test_buffers_are_those_of_the_allocator(monkeypatch: pytest.MonkeyPatch, precision: str, dtype: torch.dtype, kv_dtype: Any) -> None:
     be_alone(monkeypatch)
     found = {}
     for scheme, head_chunk, heads, layout in CASES:
         config = ModelConfig(d_model=64, n_heads=heads[0], n_kv_heads=heads[1], head_dim=DIM, layers=("full",), memory={"n_heads": 1})  # type: ignore[arg-type]
         degree = 2 if scheme == "ring_x_ulysses" else 1
-        shapes = Shapes(config, 1, TOKENS, precision, cp=RANKS, ranges=2, scheme=scheme, degree=degree, head_chunk=head_chunk)  # type: ignore[arg-type]
+        sizes: dict[str, Any] = {"cp": 1} if scheme == "alone" else {"cp": RANKS, "ranges": 2, "scheme": scheme, "degree": degree}
+        shapes = Shapes(config, 1, TOKENS, precision, head_chunk=head_chunk, kv_dtype=kv_dtype, **sizes)
         planned = shapes.attention_backward("full") + shapes.exchange("full")
-        found[scheme, head_chunk, heads] = planned / _measured(scheme, head_chunk, heads, layout, dtype)
+        found[scheme, head_chunk, heads] = planned / _measured(scheme, head_chunk, heads, layout, dtype, comm_dtypes(kv_dtype, "fp32"))
     wrong = {case: ratio for case, ratio in found.items() if not 0.95 < ratio < 1.35}
     assert not wrong, wrong
 

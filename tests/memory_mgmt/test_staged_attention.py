@@ -15,6 +15,7 @@ from memory_mgmt.policy import KEEP, KEEP_MIXER, RECOMPUTE, RECOMPUTE_BLOCK, SWA
 from models.batch import Batch, Bounds
 from models.config import ModelConfig
 from models.transformer import Transformer
+from parallel.comm_dtypes import AS_COMPUTED, CommDtypes, comm_dtypes, round_where_alone
 from parallel.hybrid import HybridAttention
 from parallel.sequence import shard_batch
 from parallel.ulysses import UlyssesAttention
@@ -48,12 +49,12 @@ def _batch() -> Batch:
 
 
 def _attention(dist: Any, case: dict[str, Any], window: int | None) -> Any:
-    rank, size = dist.get_rank(), case["cp"]
+    rank, size, comm = dist.get_rank(), case["cp"], case.get("comm", AS_COMPUTED)
     if case["degree"] == size:
-        return UlyssesAttention(Group(range(size)), case["layout"], window, case["head_chunk"])  # type: ignore[arg-type]
+        return UlyssesAttention(Group(range(size)), case["layout"], window, case["head_chunk"], comm=comm)  # type: ignore[arg-type]
     near = [rank // case["degree"] * case["degree"] + i for i in range(case["degree"])]
     far = range(rank % case["degree"], size, case["degree"])
-    return HybridAttention(Group(near), Group(far), case["layout"], window, case["head_chunk"])  # type: ignore[arg-type]
+    return HybridAttention(Group(near), Group(far), case["layout"], window, case["head_chunk"], comm=comm)  # type: ignore[arg-type]
 
 
 def _on_a_rank(dist: Any, case: dict[str, Any], store: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -84,7 +85,7 @@ def _cases() -> list[dict[str, Any]]:
             group = 2 if policy is RECOMPUTE_BLOCK and rng.random() < 0.5 else 1
             found.append({"cp": cp, "degree": degree, "config": config, "policy": Policy((policy,) * 2, group, ffn_tile_tokens=tile),
                           "layout": rng.choice(["zigzag", "contiguous"]), "head_chunk": rng.choice([1, 1, 2, 3]),
-                          "bf16": False})  # fmt: skip
+                          "bf16": False, "comm": comm_dtypes("bf16" if len(found) % 4 == 1 else "compute", "fp32")})  # fmt: skip
     return found
 
 
@@ -102,12 +103,13 @@ def _run(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> list[torch.Te
 
 @pytest.mark.parametrize("case", _cases(), ids=lambda case: f"{case['cp']}-{case['degree']}-{case['config'].n_heads}")
 def test_gradients_of_one_process(monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]) -> None:
-    want = gradients_of_whole(case["config"])
+    want = gradients_of_whole(case["config"], case["comm"])
     assert_same(_run(monkeypatch, case), want, 1e-12)
 
 
-def gradients_of_whole(config: ModelConfig) -> list[torch.Tensor]:
+def gradients_of_whole(config: ModelConfig, comm: CommDtypes = AS_COMPUTED) -> list[torch.Tensor]:
     model = make(config)
+    round_where_alone(model, comm)
     model(_batch()).sum().backward()
     return [p.grad for p in model.parameters()]  # type: ignore[misc]
 

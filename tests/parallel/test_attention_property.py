@@ -23,6 +23,7 @@ from tests.distributed import run_distributed
 from tests.parallel.simulated import Group, run_simulated
 
 TINY = TileLimits(block=3, keys_per_call=17, triangle=2, small=3, packed=7)
+KV_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS = [(28, 4), (7, 1), (8, 8), (4, 2), (12, 4), (9, 3), (3, 1)]
 
 
@@ -108,6 +109,7 @@ def _random_case(rng: random.Random, scheme: str, cp: int) -> Case:
     without_loss = rng.choice([0, 0, 1])
     case = Case(scheme, cp, heads, layout, window, documents, prefixes, causal, length, real, without_loss, degree, options)
     case.tiny, case.keep_bounds = rng.random() < 0.5, rng.random() < 0.3
+    case.options |= {"kv_dtype": rng.choice(["bf16", "fp32"])} if rng.random() < 0.25 else {}
     return case
 
 
@@ -160,8 +162,10 @@ def _call(dist: Any, case: Case, tensors: list[torch.Tensor], groups: dict[str, 
 
 
 def _expected(case: Case, tensors: list[torch.Tensor], length: int) -> list[torch.Tensor]:
-    """[out, dq, dk, dv] of the first ``length`` tokens, alone, in float64."""
-    leaves = [x[:, :length].double().transpose(1, 2).clone().requires_grad_() for x in tensors[:3]]
+    """[out, dq, dk, dv] of the first ``length`` tokens, alone, in float64; of keys and values that were rounded at once to what they
+    travel in."""
+    kv = [x.to(KV_DTYPES.get(case.options.get("kv_dtype", ""), x.dtype)) for x in tensors[1:3]]
+    leaves = [x[:, :length].double().transpose(1, 2).clone().requires_grad_() for x in (tensors[0], *kv)]
     documents = [tuple(s for s in row if s < length) for row in case.documents]
     prefixes = [tuple(min(e, length) for e in ends[: len(row)]) for ends, row in zip(case.prefixes, documents, strict=False)]
     out = attention_reference(*leaves, documents, case.window, prefixes, case.options.get("scale"))
@@ -269,8 +273,30 @@ def test_gradients_that_travel_in_bf16_are_rounded_and_no_more(monkeypatch, sche
         assert all(w < n for w, n in zip(wide[2:], narrow[2:], strict=True))
 
 
+@pytest.mark.parametrize("scheme", list(FUNCTIONS))
+def test_keys_that_travel_in_bf16_give_the_same_at_any_number_of_ranks(monkeypatch, scheme) -> None:
+    found, length = {}, 96
+    for cp, layout, window in ((1, "zigzag", None), (2, "zigzag", None), (4, "contiguous", None), (1, "zigzag", 9), (4, "zigzag", 9)):
+        for kv_dtype in ("bf16", "compute") if cp == 4 else ("bf16",):
+            degree = 2 if cp == 4 and scheme in ("hybrid", "double_ring") else 1
+            case = Case(scheme, cp, (4, 2), layout, window, [(0, 50)], [], True, length, length, 0, degree, {"kv_dtype": kv_dtype})
+            tensors = case.tensors(torch.float64, 3)
+            if scheme in ("host", "ulysses", "hybrid"):
+                case.options |= {"kv_chunk": 20} if scheme == "host" else {"head_chunk": 1}
+            parts = zip(*run_simulated(monkeypatch, _call, cp, case, tensors), strict=True)
+            found[cp, window, kv_dtype] = [unshard_sequence(list(part), 1, layout) for part in parts]
+    for window in (None, 9):
+        alone = found[1, window, "bf16"]
+        for cp in (2, 4) if window is None else (4,):
+            for got, wanted in zip(found[cp, window, "bf16"], alone, strict=True):
+                assert _error(got, wanted) < 1e-14, (cp, window)
+        away = [_error(got, wanted) for got, wanted in zip(found[4, window, "compute"], alone, strict=True)]
+        assert all(1e-4 < error < 1e-2 for error in away), f"rounded to eight bits, and no more: {away}"
+
+
 def _refused(dist: Any, function: Any, error: type[Exception], text: str, heads: tuple[int, int], mask: dict[str, Any]) -> None:
-    q, k = (torch.zeros(1, 4, n, 8) for n in heads)
+    dtype = torch.bfloat16 if "kv_dtype" in mask else torch.float32
+    q, k = (torch.zeros(1, 4, n, 8, dtype=dtype) for n in heads)
     with pytest.raises(error, match=text):
         function(q, k, k, group=None, **mask)
 
@@ -286,6 +312,8 @@ REFUSED = [
     ((4, 2), {"window": 0}, ValueError, "window is 0"),
     ((4, 2), {"kernel": "flash"}, UserError, "use one of auto, flash_cpu"),
     ((4, 2), {"kernel": "cudnn"}, UserError, "'cudnn' cannot compute .* it runs on CUDA only; use 'auto'"),
+    ((4, 2), {"kv_dtype": "fp32"}, ValueError, "no fewer bits than q, k and v, which are torch.bfloat16; use kv_dtype='compute'"),
+    ((4, 2), {"kv_dtype": "fp8"}, ValueError, "kv_dtype is 'fp8'; use one of compute, fp32, bf16"),
     ((4, 2), {"layout": "striped"}, ValueError, "layout is 'striped'"),
 ]
 

@@ -13,6 +13,7 @@ from models.attention_plan import DEFAULT_LIMITS
 from models.batch import Batch, Bounds
 from models.config import ModelConfig
 from models.transformer import Transformer, init_weights
+from parallel.comm_dtypes import AS_COMPUTED
 from parallel.dims import ParallelDims
 from parallel.host_keys import HostKeysAttention, is_stand_in, plan_chunk
 from parallel.mesh import Mesh, build_mesh
@@ -55,7 +56,7 @@ def _trained(
     if mesh is not None:
         split_sequence(model, mesh, layout)
     if store is not None:
-        keep_keys_in_host(model, mesh, layout, store, CHUNK, narrow=False)
+        keep_keys_in_host(model, mesh, layout, store, CHUNK, AS_COMPUTED)
     batch = shard_batch(_batch(), layout, *((mesh.cp_rank, mesh.dims.cp) if mesh else (0, 1)))
     found = []
     for _ in range(2):

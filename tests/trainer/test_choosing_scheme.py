@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from models.errors import UserError
 from parallel.dims import ParallelDims
 from trainer.config import RunConfig
+from trainer.explain import explain_run
 from trainer.planning import plan_run, predict, target_for
 from trainer.settling import open_settings, settled
 from trainer.tracing import trace_steps
@@ -69,6 +71,34 @@ def test_scheme_and_degrees_are_settled_together() -> None:
 def test_what_a_scheme_cannot_do_is_refused_by_name(parallel: dict[str, Any], heads: tuple[int, int], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         config(heads=heads, **parallel)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({}, r"parallel\.kv_dtype fp32 is wider than keys and values of train\.precision bf16: set it compute"),
+        ({"train": {"precision": "fp64"}, "model": {"layers": ["memory"]}}, r"kv_dtype fp32 is of keys .* model\.layers has none: set it"),
+        (
+            {"train": {"precision": "fp64", "segment_tokens": 64}, "model": {"layers": ["swa", "memory"], "window": 32}},
+            r"kv_dtype fp32: windows hand .* train\.segment_tokens .*: set it compute",
+        ),
+    ],
+)
+def test_a_dtype_of_keys_that_makes_no_sense_is_refused(sections: dict[str, Any], words: str) -> None:
+    values = config().model_dump() | {"parallel": {"kv_dtype": "fp32"}}
+    values = {name: {**value, **sections.get(name, {})} if isinstance(value, dict) else value for name, value in values.items()}
+    with pytest.raises(ValidationError, match=words):
+        RunConfig.model_validate(values)
+
+
+def test_keys_that_travel_in_fewer_bits_are_counted_and_explained() -> None:
+    asked = config(cp=8, sequence="auto", kv_dtype="bf16")
+    asked = RunConfig.model_validate(asked.model_dump() | {"train": {"precision": "fp32"}})
+    wide = asked.model_copy(update={"parallel": asked.parallel.model_copy(update={"kv_dtype": "compute"})})
+    lines = ["\n".join(settled(one, "h100").lines()) for one in (asked, wide)]
+    sent = [float(re.findall(r" ring +sends ([\d,.]+) MiB", text)[0].replace(",", "")) for text in lines]
+    assert sent[0] == pytest.approx(sent[1] * 2 / 3, rel=0.01), "keys twice, their gradients once and as they were"
+    assert "keys and values: rounded to bf16 once, on one rank too, and sent so" in explain_run(settled(asked, "h100").config, "h100")
 
 
 def test_two_rings_are_refused_where_they_are_one_and_offered_across_nodes() -> None:
