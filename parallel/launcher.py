@@ -267,8 +267,8 @@ def join_launcher(launcher_pid: int, rank: int, log_path: Path, *, stamped: bool
 
     Rank 0 keeps the terminal: its standard output goes there, and to the log as well; of a terminal, where a bar moves, what is given to
     ``log_lines.beside``. Its Python standard error goes to both. Whatever libraries write to the error stream directly goes to the log
-    only. ``stamped``: lines that Python writes begin with clock and step in the log, with ``console_stamped`` (where that is a log too) also
-    on the terminal.
+    only. ``stamped``: lines that Python writes begin with clock and step in the log, with ``console_stamped`` (where that is a log
+    too) also on the terminal.
     """
     die_with_parent(launcher_pid)
     file = log_path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
