@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HOME = Path(__file__).resolve().parent
 ROOMS = ("trainer", "parallel", "memory_mgmt", "optim", "models", "slurm")
@@ -54,13 +55,28 @@ def _function(name: str) -> Callable[..., int]:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    args, rest = _parser().parse_known_args(arguments)
+    parser, verbs = _parsers()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    if not arguments[0].startswith("-") and arguments[0] not in verbs:
+        parser.error(f"there is no verb '{arguments[0]}'{_did_you_mean(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
+    args, rest = parser.parse_known_args(arguments)
     if rest:  # argparse does not put key=value that follow an option with those before it
+        verb = verbs[arguments[0]]
         options = [word for word in rest if word.startswith("-")]
-        if options or not hasattr(args, "overrides"):
-            _parser().error(f"unrecognized arguments: {' '.join(options or rest)}")
+        if options:
+            known = [option for option in verb._option_string_actions if option.startswith("--")]
+            verb.error(f"there is no option {options[0]}{_did_you_mean(options[0], known)}")
+        if not hasattr(args, "overrides"):
+            verb.error(f"one word too many: {rest[0]}")
         args.overrides += rest
     return _function(args.run)(args)
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word.split("=")[0], known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _leave_if_failed(code: int) -> None:
@@ -104,13 +120,40 @@ class _HelpConfig(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Version(argparse.Action):
+    """Prints which longstride this is, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            found = version("longstride")
+        except PackageNotFoundError:  # run from a copy of the sources
+            found = "(not installed)"
+        print(f"longstride {found} in {HOME}")
+        parser.exit()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options are written out: one that a later release adds must not change what a script's abbreviation means."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage before it."""
+        self.exit(2, f"error: {message}\n{self.prog} --help says what there is\n")
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The command line, and each verb's own."""
+    parser = _Parser(
         prog="longstride",
         description="Pretrain memory-augmented language models on long sequences, planned before the run.",
-        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 75 stopped early, 85 hung (both resumable). "
-        "--debug with any verb shows tracebacks.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 75 stopped early, 85 hung (both resumable), 130 interrupted. "
+        "--debug with any verb shows tracebacks. longstride VERB --help says more.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print which longstride this is, and from where")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     train = verbs.add_parser("train", help="train a configuration, on one process or on N local ranks")
@@ -140,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument(
         "--sweep",
         "--array",
-        metavar="key=value,value,...",
+        metavar="key=V,V",
         nargs="+",
         help="one run for every combination, as the tasks of one job array; 64k is 65536 (optim.lr=1e-3,3e-4 train.seed=0,1)",
     )
@@ -153,18 +196,18 @@ def _parser() -> argparse.ArgumentParser:
     cancel.add_argument("--now", action="store_true", help="do not wait for the step and the checkpoint")
     cancel.set_defaults(run="slurm.commands:cancel")
 
-    plan = verbs.add_parser("plan", help="show the memory one rank will need, without running anything")
+    plan = verbs.add_parser("plan", help="show what a run will need and how fast it will be, without running anything")
     _add_config(plan)
     plan.add_argument("--device", help="plan for this device: cpu, h100, ... (default: this machine's)")
     plan.add_argument("--json", action="store_true", help="print the plan, or the rows of --sweep, as JSON")
     plan.add_argument("--timeline", metavar="DIR", help="write memory_plan.json and the memory timeline (PNG, HTML) into DIR")
     plan.add_argument("--optimizer", action="store_true", help="also show what kinds of parameters get: update, states, bytes, messages")
+    plan.add_argument("--optimizer-rows", action="store_true", help="like --optimizer, parameter by parameter")
     plan.add_argument("--explain", action="store_true", help="show which attention kernels would be used and why, instead of the memory")
-    plan.add_argument("--optimizer-rows", action="store_true", help="the same, parameter by parameter")
     plan.add_argument("--calibrate", action="store_true", help="first measure this machine's device (seconds); kept for later plans")
     plan.add_argument(
         "--sweep",
-        metavar="key=value,value,...",
+        metavar="key=V,V",
         nargs="+",
         help="print a fit table over all combinations; keys are settings, device and gpus; 64k is 65536 (data.seq_len=64k,1m gpus=1,8)",
     )
@@ -217,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest good one)")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as the checkpoint has them)")
     export.set_defaults(run="trainer.commands.interchange:export_run")
-    return parser
+    return parser, dict(verbs.choices)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +274,7 @@ def _add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    parser.add_argument("name", metavar="RUN", nargs=nargs, help="name or path of a run directory")
+    parser.add_argument("name", metavar="RUN", nargs=nargs, help="name below --root, or path, of a run directory")
     parser.add_argument("--root", default="runs", help="directory that holds runs (default: runs)")
 
 
@@ -243,14 +286,14 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("of a Slurm job", "defaults: ~/.config/longstride/site.yaml, see docs/slurm.md")
     job.add_argument("--device", help="what the nodes compute on, for the plan: h100, a100, cpu, ...")
     job.add_argument("--nodes", type=int, metavar="N", help="nodes that share the ranks evenly")
-    for option, meaning in (
-        ("--time", "time limit of one job, such as 24:00:00"),
-        ("--partition", "partition"),
-        ("--qos", "quality of service"),
-        ("--account", "account"),
-        ("--dependency", "such as afterok:1234"),
+    for option, letter, meaning in (
+        ("--time", "T", "limit of one attempt, after which the run goes on in the next: 24:00:00, 2-12 (days-hours), 90 (minutes)"),
+        ("--partition", "P", "nodes to choose from (sinfo lists partitions)"),
+        ("--qos", "Q", "quality of service, as the cluster calls it"),
+        ("--account", "A", "account to charge"),
+        ("--dependency", "D", "start only then: afterok:1234, singleton, ..."),
     ):
-        job.add_argument(option, metavar=option[2:].upper(), help=meaning)
+        job.add_argument(option, metavar=letter, help=meaning)
     job.add_argument(
         "--chain",
         type=int,

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from typing import Any, TextIO
 
 from models.errors import RunFailed, UserError
 from parallel.distributed import rank_variables
-from parallel.log_lines import Stamped, without_stamp
+from parallel.log_lines import Stamped, native_lines_to, without_stamp, write_beside
 
 STOPPED = 75
 """Exit code of a run that was stopped early and can be resumed (sysexits.h EX_TEMPFAIL)."""
@@ -264,9 +265,10 @@ def join_launcher(launcher_pid: int, rank: int, log_path: Path, *, stamped: bool
     """Bind this process to its launcher: it dies when the launcher dies, and what it prints is appended to its log, which is
     returned.
 
-    Rank 0 keeps the terminal: its standard output goes there, and to the log as well when it is no terminal; its Python standard
-    error goes to both. Whatever libraries write to the error stream directly goes to the log only. ``stamped``: lines that Python writes
-    begin with clock and step in the log, with ``console_stamped`` (where that is a log too) also on the terminal.
+    Rank 0 keeps the terminal: its standard output goes there, and to the log as well; of a terminal, where a bar moves, what is given to
+    ``log_lines.beside``. Its Python standard error goes to both. Whatever libraries write to the error stream directly goes to the log
+    only. ``stamped``: lines that Python writes begin with clock and step in the log, with ``console_stamped`` (where that is a log
+    too) also on the terminal.
     """
     die_with_parent(launcher_pid)
     file = log_path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
@@ -274,7 +276,9 @@ def join_launcher(launcher_pid: int, rank: int, log_path: Path, *, stamped: bool
     if rank == 0:
         console: Any = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
         sys.stderr = _Tee(Stamped(console) if console_stamped else console, log)
-        if not sys.stdout.isatty():
+        if sys.stdout.isatty():
+            write_beside(log)
+        else:
             sys.stdout = _Tee(Stamped(sys.stdout) if console_stamped else sys.stdout, log)
     else:
         sys.stdout.flush()
@@ -284,6 +288,37 @@ def join_launcher(launcher_pid: int, rank: int, log_path: Path, *, stamped: bool
     os.dup2(file.fileno(), 2)
     _keep_warnings_of_libraries_in(log)
     return log
+
+
+@contextlib.contextmanager
+def own_log(path: Path) -> Iterator[None]:
+    """The log of a rank that nobody here has launched: what it prints, and the error that it ends with, go to ``path`` too."""
+    try:
+        file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    except OSError as error:  # a disk that is full does not end a run for this
+        print(f"cannot write {path} ({error.strerror}); training goes on without a log", file=sys.stderr)
+        yield
+        return
+    log: Any = Stamped(file)
+    before = sys.stdout, sys.stderr
+    sys.stderr = _Tee(sys.stderr, log)
+    if sys.stdout.isatty():
+        write_beside(log)
+    else:
+        sys.stdout = _Tee(sys.stdout, log)
+    native_lines_to(file.fileno())
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            log.write(f"error: {error}\n" if isinstance(error, UserError) else traceback.format_exc())
+        raise
+    finally:
+        sys.stdout, sys.stderr = before
+        write_beside(None)
+        native_lines_to(2)
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def _keep_warnings_of_libraries_in(log: TextIO) -> None:
@@ -314,13 +349,15 @@ class _Tee:
         self._console, self._log = console, log
 
     def write(self, text: str) -> int:
-        self._log.write(text)
+        with contextlib.suppress(OSError):  # nor a full disk
+            self._log.write(text)
         with contextlib.suppress(OSError):  # a closed terminal or pipe must not end a run
             self._console.write(text)
         return len(text)
 
     def flush(self) -> None:
-        self._log.flush()
+        with contextlib.suppress(OSError):
+            self._log.flush()
         with contextlib.suppress(OSError):
             self._console.flush()
 

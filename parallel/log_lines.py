@@ -1,7 +1,8 @@
-"""The clock and the step at the beginning of every line of a log. Imports no torch."""
+"""The clock and the step at the beginning of every line of a log, and what reaches a log although it is not printed. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from typing import Any, TextIO
 
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?: step \d+)? \| ")
 _step: int | None = None
+_beside: TextIO | None = None
+_native = 2
 
 
 def at_step(step: int) -> None:
@@ -20,6 +23,31 @@ def at_step(step: int) -> None:
 def stamp() -> str:
     """``2026-11-21 10:15:02 step 37 | ``; no step before there is one. Local time, as Slurm's own log has."""
     return time.strftime("%Y-%m-%d %H:%M:%S") + (f" step {_step}" if _step is not None else "") + " | "
+
+
+def write_beside(log: TextIO | None) -> None:
+    """From now on ``beside`` writes to ``log``: where a terminal shows a moving bar, its lines would not be in a log."""
+    global _beside
+    _beside = log
+
+
+def beside(text: str) -> None:
+    """A line for the log beside a terminal, if there is one."""
+    if _beside is not None:
+        with contextlib.suppress(OSError):  # a full disk must not end a run
+            _beside.write(f"{text}\n")
+
+
+def native_lines_to(descriptor: int) -> None:
+    """Where the log is for what is not written through Python's streams, such as the stacks of all threads; 2, the error stream, where that
+    is the log itself."""
+    global _native
+    _native = descriptor
+
+
+def native_descriptors() -> set[int]:
+    """The error stream and the log, which may be the same."""
+    return {2, _native}
 
 
 def without_stamp(line: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import secrets
 import shlex
 import sys
@@ -58,6 +59,11 @@ def submit_sweep(path: Path, args: argparse.Namespace, options: dict[str, Any], 
 
 
 def _combinations(words: list[str]) -> list[dict[str, str]]:
+    if numbered := next((word for word in words if re.fullmatch(r"[\d,:%-]+", word)), None):
+        raise UserError(
+            f"--array {numbered}: tasks are not numbered by hand; each is a run with settings of its own, such as "
+            "--array train.seed=0,1,2,3 (Slurm's %N is --at-once N)"
+        )
     axes = sweep.parse_axes(words)
     for axis in axes:
         if axis.key in NOT_SWEPT:

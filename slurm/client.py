@@ -22,6 +22,16 @@ def has_slurm() -> bool:
     return shutil.which("squeue") is not None
 
 
+def need_slurm() -> None:
+    """Raise UserError where nothing can be queued, before anything is planned or made for it."""
+    if shutil.which("sbatch") is None:
+        raise UserError(_not_found("sbatch"))
+
+
+def _not_found(command: str) -> str:
+    return f"{command}: not found; is this a machine with Slurm? longstride train runs without it"
+
+
 def sbatch(script: Path, *options: str) -> str:
     """Submit ``script``; the job id. ``options`` win over those in it. Raises UserError with Slurm's own words."""
     answer = _call(["sbatch", "--parsable", *options, "--", str(script)])
@@ -61,6 +71,13 @@ def leave_out(job_id: str, nodes: Sequence[str]) -> None:
     _call(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}"])
 
 
+def node_addresses(nodes: str, timeout: float = 5.0) -> dict[str, str]:
+    """By which name or number Slurm itself reaches each of ``nodes``, such as ``n[1-4]``."""
+    lines = _call(["scontrol", "--oneliner", "show", "nodes", nodes], timeout).splitlines()
+    found = [(re.search(r"\bNodeName=(\S+)", line), re.search(r"\bNodeAddr=(\S+)", line)) for line in lines]
+    return {name[1]: address[1] for name, address in found if name and address}
+
+
 def warn(job_id: str) -> None:
     """Send the batch script of a running job the signal that comes before a time limit."""
     _call(["scancel", "--batch", "--signal=USR1", "--", job_id])
@@ -75,10 +92,15 @@ def _call(command: list[str], timeout: float = TIMEOUT_SECONDS) -> str:
             env=env if command[0] == "sbatch" and "SLURM_JOB_ID" in os.environ else None,
         )  # fmt: skip
     except FileNotFoundError:
-        raise UserError(f"{command[0]}: not found; is this a machine with Slurm? longstride train runs without it") from None
+        raise UserError(_not_found(command[0])) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]}: no answer in {timeout:.0f} s; is Slurm's controller up? (scontrol ping)") from None
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise UserError(f"{command[0]}: {said.removeprefix(f'{command[0]}: error: ')}")
+        raise UserError(f"{command[0]}: {_said(command[0], done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _said(command: str, text: str) -> str:
+    """What Slurm wrote to its error stream as one line: each of its lines once, without its own name and rank before it."""
+    lines = [re.sub(rf"^({re.escape(command)}: )?((error|fatal): )?", "", " ".join(line.split())) for line in text.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line))

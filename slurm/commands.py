@@ -30,7 +30,7 @@ def list_runs(args: argparse.Namespace) -> int:
     if rows:
         runs_table.render(with_jobs(rows))
     else:
-        print(f"no runs in {args.root}")
+        print(f"no runs in directory {args.root} (--root DIR looks elsewhere)")
     return 0
 
 

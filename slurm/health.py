@@ -210,5 +210,7 @@ def node_run(path: str, attempt: str, gpus: str, ranks: str, *command: str) -> i
     for problem in problems:
         print(f"node {node_name()} is not fit: {problem}", file=sys.stderr, flush=True)
     if not problems:
-        os.execv(command[0], command)
+        from slurm import network  # here: longstride runs imports this module, and starts in half the time without psutil
+
+        os.execve(command[0], command, {**os.environ, **network.variables(os.environ, int(gpus))})
     return UNFIT

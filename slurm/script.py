@@ -12,6 +12,16 @@ from slurm.site import Site
 from slurm.submission import comment_of
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
+MODULE_INITS = (
+    '"${MODULESHOME:-}/init/bash"',
+    '"${LMOD_PKG:-}/init/bash"',
+    "/etc/profile.d/lmod.sh",
+    "/etc/profile.d/z00_lmod.sh",
+    "/etc/profile.d/modules.sh",
+    "/usr/share/lmod/lmod/init/bash",
+    "/usr/share/modules/init/bash",
+)
+"""Where ``module`` comes from in a shell that is no login shell and was not given the submitter's functions."""
 _PLACE = re.compile(r"@([A-Z_]+)@")
 
 
@@ -111,10 +121,17 @@ def _output(run: Path, array: bool) -> str:
 
 
 def _setup(site: Site) -> list[str]:
-    lines = [f"module load {_word('site.modules', module)}" for module in site.modules]
+    lines = []
+    if site.modules:
+        lines.append(f"command -v module >/dev/null || for init in {' '.join(MODULE_INITS)}; do")
+        lines.append('    if [ -r "$init" ]; then . "$init"; break; fi')
+        lines.append("done")
+        modules = [_word("site.modules", module) for module in site.modules]
+        lines += [f"module load {module} || {{ say cannot load module {module}; exit 1; }}" for module in modules]
     lines += [f"export {name}={_word(f'site.environment.{name}', value)}" for name, value in site.environment.items()]
     lines += [_printable("site.setup", line) for line in site.setup]
-    return lines or [": # site.yaml names no modules, environment or setup"]
+    # What clusters and people write reads variables that are not set.
+    return ["set +u", *lines, "set -u"] if lines else [": # site.yaml names no modules, environment or setup"]
 
 
 def _word(name: str, value: str) -> str:

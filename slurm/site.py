@@ -6,6 +6,7 @@ and backups can read.
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from models.config import PositiveInt, Section
 from models.errors import UserError
-from trainer.config_file import read_mapping
+from trainer.config_file import describe, read_mapping
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_KEY|_KEY$|^KEY$|AUTH", re.IGNORECASE)
@@ -44,7 +45,7 @@ class Site(Section):
     sbatch: tuple[str, ...] = ()
     """Further options, one each: "--constraint=h100"."""
     modules: tuple[str, ...] = ()
-    """Environment modules to load."""
+    """Environment modules to load; a job whose modules do not load fails before it starts."""
     environment: dict[str, str] = {}
     """Variables set in the job. No secrets: they would be written into the run directory."""
     export: tuple[str, ...] = ("HOME", "USER", "LANG", "PATH")
@@ -100,5 +101,9 @@ def read_site(path: Path | None = None) -> Site:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        known = f"; known keys: {', '.join(Site.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise UserError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}{known}") from None
+        if first["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(key, Site.model_fields, n=1)
+            said = f"unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(Site.model_fields)}")
+        else:
+            said = describe(key, first)
+        raise UserError(f"{path}: {said}") from None

@@ -18,6 +18,7 @@ from slurm import client
 from slurm.script import Job, render
 from slurm.site import Site, read_site
 from slurm.submission import Submission, has_submission, job_of, read_submission, write_submission
+from slurm.times import check_limit
 from trainer import config_file, resume_rules
 from trainer.commands.open_run import (
     check_engine,
@@ -52,6 +53,9 @@ def submit(args: argparse.Namespace) -> int:
     site = read_site()
     options = options_of(args, {})
     links = _links(args)
+    check_limit(options.get("time") or site.time, site)
+    if not args.dry_run:
+        client.need_slurm()
     if args.sweep:
         from slurm.array import submit_sweep
 
@@ -83,6 +87,8 @@ def resubmit(args: argparse.Namespace) -> int:
     site = read_site()
     before = read_submission(run_dir) if has_submission(run_dir) else None
     options = options_of(args, before.options if before else {})
+    check_limit(options.get("time") or site.time, site)
+    client.need_slurm()
     if before and (job := _live_job(before)):
         raise UserError(f"run {run_dir.name} has a job: {job.id} is {job.state}; end it first with longstride cancel {run_dir.name}")
     config, plan = planned(new, options, site, args.force, run_dir)

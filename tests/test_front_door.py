@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -58,9 +59,11 @@ def test_does_without_torch(arguments: list[str], tmp_path: Path) -> None:
     ("arguments", "parts"),
     [
         ([], ["VERB"]),
-        (["frobnicate"], ["frobnicate"]),
+        (["trian"], ["no verb 'trian'", "did you mean train?", "resume"]),
+        (["runs", "a", "b"], ["one word too many: b"]),
+        (["plan", "debug_cpu", "--dev=cpu"], ["no option --dev=cpu"]),
         (["train"], ["CONFIG"]),
-        (["train", "debug_cpu", "--frob"], ["--frob"]),
+        (["train", "debug_cpu", "--nprocs", "2"], ["no option --nprocs", "did you mean --nproc?"]),
         (["train", "absent"], ["absent", ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))]),
         (["train", "debug_cup"], ["did you mean 'debug_cpu'"]),
         (["train", "debug_cpu", "train.stps=3"], ["command line", "'train.steps'"]),
@@ -85,6 +88,10 @@ def test_bad_usage_exits_2_says_where_and_writes_nothing(arguments: list[str], p
         assert part in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_version_says_which_one(tmp_path: Path) -> None:
+    assert re.fullmatch(rf"longstride \S+.* in {re.escape(str(ROOT))}\n", run("--version", cwd=tmp_path).stdout)
 
 
 def test_debug_shows_where(tmp_path: Path) -> None:
@@ -167,6 +174,9 @@ def test_one_rank_runs_in_this_process(place: Path) -> None:
     assert f"memory timeline: {Path('runs/one/memory_timeline.html')}" in done.stderr
     assert (run_dir / "memory_timeline.html").is_file() and (run_dir / "memory_timeline.png").is_file()
     assert (run_dir / "code" / "longstride.py").read_text() == (ROOT / "longstride.py").read_text()
+    log = (run_dir / "logs" / "rank_0.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in log) and len(log) >= len(done.stdout.splitlines())
+    assert [line for line in log if " step 2 | step 2/2 | loss " in line], "clock and step"
     again = run(*tiny("one", "train.steps=2"), cwd=place)
     assert again.returncode == 2 and "longstride resume" in again.stderr
     assert "one\tdone\t2/2" in run("runs", cwd=place).stdout

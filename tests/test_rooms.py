@@ -54,7 +54,7 @@ def test_a_loaded_foreign_room_is_refused(foreign: Path, tmp_path: Path) -> None
 def test_the_checkout_wins_when_started_from_its_file(foreign: Path, tmp_path: Path) -> None:
     done = run([str(ROOT / "longstride.py"), "runs"], [foreign], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "no runs in runs\n"
+    assert done.stdout == "no runs in directory runs (--root DIR looks elsewhere)\n"
 
 
 def test_python_m_is_the_console_script(tmp_path: Path) -> None:

@@ -299,14 +299,14 @@ def _explain(error: ValidationError, path: Path | str | None, text: str, from_co
         dotted = ".".join(str(part) for part in entry["loc"])
         key = next((key for key in from_command_line if dotted == key or dotted.startswith(key + ".")), None)
         where = COMMAND_LINE if key is not None or path is None else f"{path}{_line_of(root, entry['loc'])}"
-        lines.append(f"{where}: {_describe(dotted, entry)}")
+        lines.append(f"{where}: {describe(dotted, entry)}")
     if len(errors) > MAX_ERRORS_SHOWN:
         lines.append(f"and {len(errors) - MAX_ERRORS_SHOWN} more")
     return "\n".join(lines)
 
 
-def _describe(dotted: str, entry: Any) -> str:
-    """What is wrong with one setting, as ``key: value: limit; way out``."""
+def describe(dotted: str, entry: Any) -> str:
+    """What is wrong with one setting, as ``key: value: limit; way out``. ``entry``: of a pydantic ValidationError's ``errors()``."""
     kind, value, context = entry["type"], entry["input"], entry.get("ctx", {})
     if kind == "extra_forbidden":
         return _unknown(dotted)

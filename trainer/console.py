@@ -1,4 +1,4 @@
-"""What a person sees of a running run: a live bar on a terminal, the same facts as plain lines in a pipe or log file."""
+"""What a person sees of a running run: a live bar on a terminal, the same facts as plain lines in a pipe and in the log."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from parallel.log_lines import beside
 
 GIB = 1 << 30
 
@@ -59,7 +61,7 @@ class RunConsole:
         self.total_steps = total_steps
         self.start_step = start_step
         self.enabled = enabled
-        self._stream = stream or sys.stdout
+        self._stream, self._open = stream or sys.stdout, True
         self._every = plain_every_seconds
         self._printed: float | None = None
         self._began: tuple[float, int] | None = None
@@ -75,9 +77,12 @@ class RunConsole:
         step, now = int(record["step"]), time.monotonic()
         if self._progress is not None:
             self._progress.update(self._task, completed=step, facts=facts(record))
-        elif self._printed is None or step >= self.total_steps or now - self._printed >= self._every:
+        if self._printed is None or step >= self.total_steps or now - self._printed >= self._every:
             self._printed = now
-            self._line(f"step {step}/{self.total_steps} | {facts(record)}{self._eta(step, now)}")
+            line = f"step {step}/{self.total_steps} | {facts(record)}{self._eta(step, now)}"
+            beside(line)
+            if self._progress is None:
+                self._line(line)
         self._began = self._began or (now, step)
 
     def valid(self, record: Mapping[str, Any]) -> None:
@@ -88,6 +93,7 @@ class RunConsole:
         """One line of its own, above the bar."""
         if not self.enabled:
             return
+        beside(text)
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -121,6 +127,7 @@ class RunConsole:
 
     def _line(self, text: str) -> None:
         try:
-            print(text, file=self._stream, flush=True)
+            if self._open:
+                print(text, file=self._stream, flush=True)
         except (OSError, ValueError):  # reader gone: the record is in metrics.jsonl
-            self.enabled = False
+            self._open = False

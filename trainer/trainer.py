@@ -17,7 +17,7 @@ from models.batch import Batch
 from models.errors import RunFailed
 from optim.schedule import learning_rate
 from parallel.columns import usage_of
-from parallel.log_lines import at_step
+from parallel.log_lines import at_step, beside
 from trainer import out_of_memory
 from trainer.checkpoint import CheckpointManager
 from trainer.checkpoint_ranks import DiskFull
@@ -210,6 +210,7 @@ class Trainer:
         measured, step = self.monitor.read().peak_bytes, self.state.step + 1
         for line in self.check.state(measured):
             print(line, flush=True)
+            beside(line)
         out_of_memory.record(self.run_dir, self.engine.rank, step, self.plan.measurable_peak_bytes, measured)
         remedy = "more is kept free when it is resumed" if self.config.memory.recompute == "auto" else "memory.recompute=auto plans again"
         return RunFailed(

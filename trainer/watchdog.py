@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from parallel.launcher import HUNG
-from parallel.log_lines import stamp
+from parallel.log_lines import native_descriptors, stamp
 
 LONG = 3.0
 """Times the minimum: what the first steps, an evaluation or a save may take."""
@@ -101,5 +101,6 @@ class Watchdog:
 
 
 def _write_stacks(reason: str) -> None:
-    os.write(2, f"{stamp()}error: hung: {reason}; every thread stands here:\n".encode())
-    faulthandler.dump_traceback(file=2, all_threads=True)
+    for descriptor in native_descriptors():
+        os.write(descriptor, f"{stamp()}error: hung: {reason}; every thread stands here:\n".encode())
+        faulthandler.dump_traceback(file=descriptor, all_threads=True)

@@ -103,14 +103,15 @@ def test_a_node_becomes_its_ranks_or_says_why_not(
     run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     started: list[tuple[str, ...]] = []
-    monkeypatch.setattr(os, "execv", lambda path, words: started.append(words))
+    monkeypatch.setattr(os, "execve", lambda path, words, environment: started.append((*words, environment["GLOO_SOCKET_IFNAME"])))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     command = ("/bin/echo", "ranks")
     write_submission(run_dir, Submission("token", "5", 2, health=("exit 1",)))
     assert health.node_run(str(run_dir.path), "1", "0", "1", *command) == health.UNFIT and not started
     assert "node n7 is not fit: site.health: exit 1: exit code 1" in capfd.readouterr().err
     write_submission(run_dir, Submission("token", "5", 2))
     health.node_run(str(run_dir.path), "2", "0", "1", *command)
-    assert started == [command]
+    assert started == [(*command, "ib0")], "what the site says stays"
     write_submission(run_dir, Submission("token", "5", 2, node_check=False, health=("exit 1",)))
     health.node_run(str(run_dir.path), "3", "0", "1", *command)
-    assert started == [command] * 2 and not folder_of(run_dir, 3).exists()
+    assert started == [(*command, "ib0")] * 2 and not folder_of(run_dir, 3).exists()

@@ -108,6 +108,23 @@ def test_the_script_asks_for_what_the_job_needs() -> None:
     assert directive("--a", 'q"\\') == '--a="q\\"\\\\"'
 
 
+def test_modules_are_loaded_in_a_shell_that_has_none_of_them(tmp_path: Path) -> None:
+    """A batch script is no login shell, and is given no functions of the one that submits."""
+    (tmp_path / "init").mkdir()
+    (tmp_path / "init" / "bash").write_text('echo "$NOT_SET_ANYWHERE"; module() { echo "module $*"; [ "$2" != absent ]; }')
+    (tmp_path / "python").write_text("#!/bin/bash\necho done\n")
+    (tmp_path / "python").chmod(0o755)
+    job = dataclasses.replace(JOB, run=tmp_path, submit_dir=tmp_path, python=str(tmp_path / "python"))
+    env = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "MODULESHOME": str(tmp_path)}
+
+    def output(*modules: str) -> str:
+        script = render(job, Site(modules=modules, setup=('echo "$NOT_SET_EITHER"',)))
+        return subprocess.run(["bash"], input=script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60).stdout
+
+    assert "module load cuda/12.8\nmodule load a b\n" in (shown := output("cuda/12.8", "a b")) and "the run is done already" in shown
+    assert "cannot load module absent" in (shown := output("absent", "cuda")) and "load cuda" not in shown and "done already" not in shown
+
+
 def test_notes_are_made_whatever_slurm_sends_meanwhile(tmp_path: Path) -> None:
     """Every program that makes a note gets SIGTERM, as in a preemption: the job still hears what it has to do."""
     programs = {
@@ -130,7 +147,10 @@ def test_notes_are_made_whatever_slurm_sends_meanwhile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("partitoin: gpu", ["partitoin", "known keys", "partition"]),
+        ("partitoin: gpu", ["unknown key 'partitoin'", "did you mean 'partition'?"]),
+        ("frobnicate: 3", ["unknown key 'frobnicate'", "known keys: device"]),
+        ("modules: cuda", ["modules: cuda is not a list", "write [cuda]"]),
+        ("environment: {OMP_NUM_THREADS: 8}", ["environment.OMP_NUM_THREADS: 8", 'in quotes: "8"']),
         ("environment: {HF_TOKEN: hf_x}", ["environment", "HF_TOKEN looks like a secret", "source FILE"]),
         ("export: [AWS_SECRET_ACCESS_KEY]", ["export", "looks like a secret"]),
         ("export: ['HOME;rm']", ["is not the name of a variable"]),

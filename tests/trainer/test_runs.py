@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from parallel.log_lines import write_beside
 from trainer.console import RunConsole, duration, facts
 from trainer.metrics import encode_record
 from trainer.run_dir import Process, RunDir
@@ -185,12 +186,18 @@ def test_plain_lines_first_last_and_notes(monkeypatch):
 def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm")
-    stream = _Terminal()
-    console = RunConsole(10, stream=stream)
-    for step in range(1, 11):
-        console.step(step_record(step))
-    console.note("[saved]")
-    console.close()
+    stream, log = _Terminal(), io.StringIO()
+    write_beside(log)
+    try:
+        console = RunConsole(10, stream=stream)
+        for step in range(1, 11):
+            console.step(step_record(step))
+        console.note("[saved]")
+        console.close()
+        console.note("next")
+    finally:
+        write_beside(None)
+    assert [line.split(" | ")[0] for line in log.getvalue().splitlines()] == ["step 1/10", "step 10/10", "[saved]", "next"], "no bar"
     text = stream.getvalue()
     assert "step 10/10" in text
     assert "loss 2.3457 | 5,912 tokens/s" in text
@@ -204,9 +211,14 @@ def test_other_ranks_are_silent_and_a_closed_pipe_does_not_stop_training():
     silent.note("x")
     assert stream.getvalue() == ""
     stream.close()
-    console = RunConsole(10, stream=_Broken())
-    console.step(step_record(1))
-    console.step(step_record(10))
+    console, log = RunConsole(10, stream=_Broken()), io.StringIO()
+    write_beside(log)
+    try:
+        console.step(step_record(1))
+        console.step(step_record(10))
+    finally:
+        write_beside(None)
+    assert log.getvalue().count("\n") == 2, "the log goes on"
 
 
 class _Broken(io.StringIO):

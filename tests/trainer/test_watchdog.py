@@ -42,6 +42,7 @@ def test_the_limit_follows_the_median_and_never_falls_below_the_minimum() -> Non
 HANGING = """
 import sys, threading, time
 from pathlib import Path
+from parallel.launcher import own_log
 from trainer.watchdog import Watchdog
 def stuck_in_a_collective(): time.sleep(60)
 def stuck_in_a_save(): time.sleep(60)
@@ -49,7 +50,7 @@ def tell(reason):
     Path(sys.argv[1]).write_text(reason)
     time.sleep(60)  # a file system that hangs
 if __name__ == "__main__":
-    with Watchdog(1.0, 0.2, tell, peers_seconds=0.0) as dog:
+    with own_log(Path(sys.argv[1] + ".log")), Watchdog(1.0, 0.2, tell, peers_seconds=0.0) as dog:
         threading.Thread(target=stuck_in_a_save, daemon=True).start()
         for _ in range(30):
             time.sleep(0.01)
@@ -77,7 +78,7 @@ def test_a_hung_process_says_where_and_ends(tmp_path: Path) -> None:
         os.close(end)
     assert done.returncode == HUNG and time.monotonic() - began < 45
     for words in ("error: hung: no step for", "stuck_in_a_collective", "stuck_in_a_save"):
-        assert words in done.stderr
+        assert words in done.stderr and words in (tmp_path / "reason.log").read_text()
     assert (tmp_path / "reason").read_text().startswith("hung: no step for")
 
 

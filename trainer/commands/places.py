@@ -17,5 +17,9 @@ def find_run(name: str, root: str) -> RunDir:
         if (path / "config.yaml").is_file():
             return RunDir(path)
     known = sorted(path.parent.name for path in Path(root).glob("*/config.yaml"))
-    there = f"runs in {root}: {', '.join(known[-8:])}" if known else f"there are no runs in {root}; give its path or --root"
+    there = (
+        f"runs in {root}: {', '.join(known[-8:])}" + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+        if known
+        else f"there are no runs in directory {root}; give its path, or --root DIR"
+    )
     raise UserError(f"no run '{name}' ({Path(root) / name / 'config.yaml'} does not exist)\n{there}")

@@ -22,7 +22,7 @@ from parallel.distributed import (
     threads_for,
     use_threads,
 )
-from parallel.launcher import join_launcher, launch_local
+from parallel.launcher import join_launcher, launch_local, own_log
 from trainer import config_file, out_of_memory, resume_rules, trace_workers
 from trainer.commands.guard import guarded
 from trainer.commands.open_run import (
@@ -167,7 +167,7 @@ def _train_here(config: RunConfig, run_dir: RunDir | None, name: str, plan: Memo
     join_ranks(config, env)
     on_one_rank(env, lambda: prepare_data(config), per_machine=True)
     run_dir = on_one_rank(env, lambda: open_run(config, run_dir, name, plan))
-    with drawn(run_dir, tell) if env.rank == 0 else contextlib.nullcontext():
+    with own_log(run_dir.log(env.rank)), drawn(run_dir, tell) if env.rank == 0 else contextlib.nullcontext():
         code = build.train(reload(run_dir), run_dir.path, resume)
     end_distributed()
     return code

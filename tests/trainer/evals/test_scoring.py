@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longstride import _parser
+from longstride import _parsers
 from models.errors import UserError
 from tests.trainer.evals.solvers import next_token
 from tests.trainer.evals.test_tasks import CASES, made
@@ -149,14 +149,14 @@ def test_what_cannot_be_measured_is_refused(run: dict[str, Any], names: list[str
 )
 def test_words_that_would_not_be_read_are_refused(words: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        _refuse_foreign(_parser().parse_args(["eval", "run", *words]))
+        _refuse_foreign(_parsers()[0].parse_args(["eval", "run", *words]))
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="on one process"):
-        _refuse_foreign(_parser().parse_args(["eval", "run"]))
+        _refuse_foreign(_parsers()[0].parse_args(["eval", "run"]))
 
 
 def test_lengths_and_depths_are_read_or_refused() -> None:
