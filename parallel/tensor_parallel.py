@@ -29,8 +29,8 @@ from models.errors import UserError
 from models.feedforward import SwiGLU
 from models.linear import Linear
 from models.parts import Part
-from models.product_keys import ProductKeyMemory
 from models.transformer import Block, Transformer
+from models.value_table import TableReader
 from parallel.mesh import Mesh, TensorMeshes
 from parallel.vocabulary import SharedEmbedding, share_vocabulary
 
@@ -114,7 +114,7 @@ def leave_parts(model: Transformer, rank: int, ranks: int, meshes: TensorMeshes 
         shared: dict[str, tuple[Linear, Part]] = {}
         if isinstance(ffn := block.ffn, SwiGLU):
             shared |= {"ffn.w_gate": (ffn.w_gate, rows), "ffn.w_up": (ffn.w_up, rows), "ffn.w_down": (ffn.w_down, columns)}
-        elif not isinstance(ffn, ProductKeyMemory):  # reads for the tokens of its rank; its table is shared (`columns.share_tables`)
+        elif not isinstance(ffn, TableReader):  # reads for the tokens of its rank; its table is shared (`columns.share_tables`)
             raise UserError(f"parallel.tp {ranks}: layers of {type(ffn).__name__} cannot be shared; set parallel.tp=1")
         if isinstance(mixer := block.mixer, Attention):
             shared |= {f"mixer.{key}": (getattr(mixer, key), rows) for key in ("wq", "wk", "wv")} | {"mixer.wo": (mixer.wo, columns)}
