@@ -124,11 +124,11 @@ def _readings(blocks: list[Block]) -> list[list[Block]]:
     return found
 
 
-def plan_readings(bounds: Bounds, settings: HierarchicalConfig, table: ValueTable) -> list[Reading]:
-    """The readings of one layer, equally many on all ranks that share the table; kept in ``bounds`` for all layers. All ranks must ask."""
-    key = ("hierarchical", table)
+def plan_readings(bounds: Bounds, layer: HierarchicalMemory) -> list[Reading]:
+    """The readings of one layer, equally many on all ranks that share its table; kept in ``bounds`` for all layers. All ranks must ask."""
+    table, key = layer.table, ("hierarchical", layer.table)
     if key not in bounds._cache:
-        own = _readings(blocks_of(bounds, settings))
+        own = _readings(blocks_of(layer.held(bounds), layer.settings))
         every = table.look_up.agreed([sum(block.units for block in blocks) for blocks in own], table.weight.device)
         n = len(every[0])
         own += [[]] * (n - len(own))
@@ -237,7 +237,7 @@ class HierarchicalMemory(TableReader):
 
     def forward(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
         """Same shape, in the dtype of products. Documents without a cluster, and bounds without any, get the dense part alone."""
-        plan = plan_readings(bounds, self.settings, self.table)
+        plan = plan_readings(bounds, self)
         root, touched = self.table.begun(bounds)
         dtype = compute_dtype(x_BTC)
         with torch.autocast(x_BTC.device.type, enabled=False):

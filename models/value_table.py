@@ -257,12 +257,18 @@ class _Read(torch.autograd.Function):
         return droot, None, dweight_nE.to(weight_nE.dtype), None, None, None
 
 
+def _as_it_is(bounds: Bounds) -> Bounds:
+    return bounds
+
+
 class TableReader(nn.Module):
     """Base of feed-forwards that read a value table of the model, which is none of their own modules."""
 
     def __init__(self, table: ValueTable) -> None:
         super().__init__()
         self._table = (table,)  # in a tuple: not a submodule
+        self.held: Callable[[Bounds], Bounds] = _as_it_is
+        """Of a block's tokens those that this layer gets: fewer where tensor-parallel ranks have parts of the residual stream."""
 
     @property
     def table(self) -> ValueTable:
