@@ -27,6 +27,8 @@ CHARACTERS = 65_536
 _BUCKETS = 1 << 16
 _WORD = re.compile(r"\w+")
 _TURNS = 25
+_STARTS = 8
+"""Of every split, each with other first centres; the best is kept."""
 
 
 def documents_of(source: Source) -> Iterator[Document]:
@@ -121,7 +123,13 @@ def grow(features_ND: np.ndarray, frequencies: np.ndarray, branching: Sequence[i
 
 
 def _split(x_ND: np.ndarray, k: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(centres of unit length, at most ``k``; each document's) by spherical k-means from k-means++ centres."""
+    """(centres of unit length, at most ``k``; each document's) by spherical k-means."""
+    found = [_means(x_ND, k, draw) for _ in range(_STARTS)]
+    return max(found, key=lambda one: float((x_ND * one[0][one[1]]).sum(dtype=np.float64)))
+
+
+def _means(x_ND: np.ndarray, k: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """From k-means++ centres."""
     first = x_ND[draw.integers(len(x_ND))]
     chosen = [first if first.any() else np.full(SIZE, SIZE**-0.5, dtype=np.float32)]
     while len(chosen) < k:
