@@ -207,7 +207,8 @@ class ModelConfig(Section):
             return self
         if len(own.branching) != len(own.units):
             raise ValueError(
-                f"hierarchical.branching has {len(own.branching)} levels and hierarchical.units {len(own.units)}: give both one entry a level"
+                f"hierarchical.branching has {len(own.branching)} levels and hierarchical.units {len(own.units)}: "
+                "give both one entry a level"
             )
         if readers * own.rows >= 2**31:
             raise ValueError(

@@ -66,7 +66,7 @@ def blocks_of(bounds: Bounds, settings: HierarchicalConfig) -> list[Block]:
     """The blocks that the tokens held here use: level after level, in the order of clusters. Raises ValueError for a cluster that the
     settings do not have."""
     spans = _spans(bounds)
-    if spans and not (0 <= min(spans) and max(spans) < settings.clusters[-1]):
+    if spans and not (min(spans) >= 0 and max(spans) < settings.clusters[-1]):
         raise ValueError(f"clusters {min(spans)} to {max(spans)} are not in 0..{settings.clusters[-1] - 1}")
     found, first = [], 0
     for clusters, units in zip(settings.clusters, settings.units, strict=True):

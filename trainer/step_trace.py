@@ -61,8 +61,8 @@ def trace_request(request: dict[str, Any]) -> Trace:
 
 def _cuts(config: RunConfig, policy: Policy) -> list[Shortening]:
     """Cuts to try, the one that traces least first. With several passes, with shards or with swapping a layer reaches further."""
-    if "hierarchical" in config.model.feedforward_kinds:
-        return []  # their table has rows for every layer
+    if "hierarchical" in config.model.feedforward_kinds or len(config.model.table_shapes) > 1:
+        return []  # layers have rows of a table, or tables, of their own
     kinds, swaps = _repeating(_kinds(config), policy), _swaps(policy) or config.parallel.kv_residence == "host"
     margins = (MARGIN, MARGIN + 1) if swaps else (MARGIN - 1, MARGIN, MARGIN + 1)
     cuts = [shorten(kinds, multiple, margin) for multiple in ((2,) if swaps else (1, 2)) for margin in margins]

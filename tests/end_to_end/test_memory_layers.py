@@ -1,4 +1,4 @@
-"""Memory layers with product keys and hierarchical memories: the same training whoever shares the table, from checkpoints of other meshes too."""
+"""Product keys and hierarchical memories: the same training whoever shares the table, from checkpoints of other meshes too."""
 
 from __future__ import annotations
 

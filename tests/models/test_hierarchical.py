@@ -129,8 +129,8 @@ def test_counts_are_those_of_the_model(feedforward: list[str]) -> None:
     assert count.ffn == sum(p.numel() for name, p in names.items() if ".ffn." in name)
     layers = model.config.feedforward_kinds.count("hierarchical")
     assert names[f"value_tables.{len(model.value_tables) - 1}.weight"].shape == (layers * (3 * 5 + 6 * 4), 3 * 12)
-    without = ModelConfig.model_validate(model.config.model_dump() | {"feedforward": [f.replace("hierarchical", "dense") for f in feedforward],
-                                         "hierarchical": {}})  # fmt: skip
+    plain = {"feedforward": [kind.replace("hierarchical", "dense") for kind in feedforward], "hierarchical": {}}
+    without = ModelConfig.model_validate(model.config.model_dump() | plain)
     fetched = 18 * 12 * (5 + 4) * layers
     assert model_flops_per_token(model.config, 32, 8) == pytest.approx(model_flops_per_token(without, 32, 8) + fetched)
 

@@ -53,7 +53,8 @@ def cluster(args: argparse.Namespace) -> int:
     _written(target, write_documents)
     print(f"{counts.sum()} documents in {(counts > 0).sum()} of {len(counts)} clusters ({_words(tree.branching)}): {target}")
     print(f"the largest has {counts.max()}; centres: {args.like or tree_path}")
-    print(f"train with data.source=jsonl data.path={target} data.cluster_key=cluster model.hierarchical.branching=[{_words(tree.branching)}]")
+    settings = f"data.source=jsonl data.path={target} data.cluster_key=cluster model.hierarchical.branching=[{_words(tree.branching)}]"
+    print(f"train with {settings}")
     return 0
 
 

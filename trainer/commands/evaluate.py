@@ -64,8 +64,8 @@ def _suites(args: argparse.Namespace, run_dir: RunDir, config: RunConfig) -> int
         )
     if config.data.cluster_key is not None:
         raise UserError(
-            "--suite: its samples have no clusters, by which this run's layers fetch parameters (data.cluster_key); leave --suite out for the "
-            "held-out loss"
+            "--suite: its samples have no clusters, by which this run's layers fetch parameters (data.cluster_key); "
+            "leave --suite out for the held-out loss"
         )
     request = suites.Request(
         tasks=suites.tasks_of(args.suite.split(",")),

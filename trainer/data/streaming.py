@@ -103,7 +103,7 @@ class SequenceStream:
                 yield partial(pack, *made_of), place
 
     def _epoch(self, place: Place) -> Iterator[tuple[_Fragments, Place]]:
-        """Fragments, prefixes and clusters of each sequence (T + 1 tokens, the last a mere label) to the end of the epoch, and the place after it."""
+        """What each sequence is made of (T + 1 tokens, the last a mere label) to the end of the epoch, and the place after it."""
         skipped = dict(place.skipped)
         documents = self._documents(place, skipped)
         pending: deque[_Held] = deque()

@@ -294,10 +294,8 @@ def _checked(path: Path, column: Any) -> Any:
     return column
 
 
-def _rows(
-    columns: Sequence[Any], field: str, beside: Beside, path: str, row: int, first: int, position: int
-) -> Iterator[tuple[int, Item]]:
-    """Cells of one batch, texts and what stands beside them, whose first row has position ``row``; ``first`` + position is the row in the file."""
+def _rows(columns: Sequence[Any], field: str, beside: Beside, path: str, row: int, first: int, position: int) -> Iterator[tuple[int, Item]]:
+    """Cells of one batch, texts and what stands beside them. Its first row has position ``row``; ``first`` + position: in the file."""
     column, *others = columns
     for i in range(max(0, position - row), len(column)):
         origin = f"{path} row {first + row + i}"

@@ -60,8 +60,8 @@ def export_model(
     check_target(target)
     if config.data.cluster_key is not None:
         raise UserError(
-            "hierarchical memories (model.feedforward) fetch parameters by clusters of documents, which transformers' models are not given: "
-            "such a run cannot be exported"
+            "hierarchical memories (model.feedforward) fetch parameters by clusters of documents, which transformers does not know: "
+            "a run with them cannot be exported"
         )
     checkpoint, found_step = _find(run_dir, config, step)
     _, metadata = read_checkpoint_metadata(checkpoint)

@@ -20,7 +20,10 @@ WORLDS = [[f"{place}common{i}" for i in range(30)] for place in ("sea", "land")]
 def corpus() -> tuple[list[str], list[int]]:
     draw = random.Random(0)
     topics = [draw.randrange(6) for _ in range(90)]
-    texts = [" ".join(draw.choices(TOPICS[t], k=40) + draw.choices(WORLDS[t // 3], k=60) + draw.choices("the of a".split(), k=20)) for t in topics]
+    texts = [
+        " ".join(draw.choices(TOPICS[t], k=40) + draw.choices(WORLDS[t // 3], k=60) + draw.choices(["the", "of", "a"], k=20))
+        for t in topics
+    ]
     return texts, topics
 
 
@@ -43,7 +46,9 @@ def test_the_same_documents_give_the_same_tree_and_a_saved_one_the_same_clusters
     assert all(np.array_equal(a, b) for a, b in zip(one.centres, other.centres, strict=True))
     one.save(tmp_path / "t.npz")
     kept = Tree.load(tmp_path / "t.npz")
-    assert [kept.cluster(features(text, kept.frequencies)) for text in texts] == [one.cluster(features(text, one.frequencies)) for text in texts]
+    rows = [features(text, one.frequencies) for text in texts]
+    assert np.array_equal(kept.frequencies, one.frequencies)
+    assert [kept.cluster(row) for row in rows] == [one.cluster(row) for row in rows]
 
 
 def test_fewer_documents_than_clusters_leave_some_unused() -> None:
@@ -70,15 +75,19 @@ def test_the_command_writes_what_runs_read_and_overwrites_nothing(
     assert len({(topic, row["cluster"]) for topic, row in zip(topics, rows, strict=True)}) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["more.jsonl", "more_out.jsonl", "out.centres.npz", "out.jsonl", "raw.jsonl"]
     capsys.readouterr()
+    given = ["cluster", "x.jsonl", "--source", "jsonl", "--path", "more.jsonl"]
     for refused, said in (
         (words, "out.jsonl exists"),
         (["cluster", "x.txt"], "ends in .jsonl"),
         (["cluster", "x.jsonl", "--source", "text"], "--path: source text needs"),
         (["cluster", "x.jsonl", "--source", "jsonl", "--path", "raw.jsonl", "--branching", "2,3"], "no text field 'text'"),
-        (["cluster", "x.jsonl", "--source", "jsonl", "--path", "more.jsonl"], "--branching: say how many"),
-        (["cluster", "x.jsonl", "--source", "jsonl", "--path", "more.jsonl", "--branching", "2,x"], "--branching 2,x: give whole numbers"),
-        (["cluster", "x.jsonl", "--source", "jsonl", "--path", "more.jsonl", "--like", "raw.jsonl"], "raw.jsonl holds no centres"),
-        (["cluster", "x.jsonl", "--source", "jsonl", "--path", "more.jsonl", "--like", "out.centres.npz", "--branching", "3"], "not that of"),
+        (given, "--branching: say how many"),
+        ([*given, "--branching", "2,x"], "--branching 2,x: give whole numbers"),
+        ([*given, "--like", "raw.jsonl"], "raw.jsonl holds no centres"),
+        (
+            ["cluster", "x.jsonl", "--source", "jsonl", "--path", "more.jsonl", "--like", "out.centres.npz", "--branching", "3"],
+            "not that of",
+        ),
     ):
         assert main(refused) == 2
         assert said in capsys.readouterr().err

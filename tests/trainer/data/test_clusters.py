@@ -1,7 +1,7 @@
 """Clusters of documents from the data to the batch: every token has its document's, in files, tables, streams and resumed runs."""
 
 import json
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def test_every_token_has_its_document_s(documents: list[tuple[int, int]], seq_le
         own = stream[i * seq_len : (i + 1) * seq_len]
         wanted = own + [-1] * (seq_len - len(own))
         assert [[c for start, c in found if start <= t][-1] for t in range(seq_len)] == wanted
-        assert all(a[1] != b[1] for a, b in zip(found, found[1:], strict=False)), "neighbours of one cluster are one stretch"
+        assert all(a[1] != b[1] for a, b in pairwise(found)), "neighbours of one cluster are one stretch"
 
 
 @pytest.mark.parametrize("mode", [{}, {"document_mask": False}, {"streaming": True}, {"prefix_key": "prompt"}])
