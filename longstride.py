@@ -247,6 +247,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_overrides(evaluate, "settings of the tasks, such as data.synthetic.pairs=16")
     evaluate.set_defaults(run="trainer.commands.evaluate:evaluate")
 
+    clusters = verbs.add_parser("cluster", help="write documents with the clusters by which hierarchical memories fetch parameters")
+    clusters.add_argument("target", metavar="FILE.jsonl", help="what to write; must not exist (FILE.centres.npz beside it neither)")
+    kinds = ("python_stdlib", "text", "jsonl", "parquet", "arrow")
+    clusters.add_argument("--source", choices=kinds, default="python_stdlib", help="kind of documents, as data.source")
+    clusters.add_argument("--path", metavar="PATH", help="file, folder or glob that holds them, as data.path")
+    clusters.add_argument("--text-field", metavar="NAME", default="text", help="column or key of the text (default: text)")
+    clusters.add_argument("--branching", metavar="N,...", help="clusters that each level divides into, such as 16,16")
+    clusters.add_argument("--seed", type=int, metavar="N", default=0, help="other clusters (default: 0)")
+    clusters.add_argument("--like", metavar="FILE.centres.npz", help="clusters of an earlier call, such as the training data's")
+    clusters.set_defaults(run="trainer.commands.cluster:cluster")
+
     importing = verbs.add_parser("import", help="make a directory that runs can begin from out of a Hugging Face model")
     importing.add_argument("model", metavar="MODEL_DIR", help="a local directory with config.json and safetensors")
     importing.add_argument("target", metavar="DIR", help="what to make; must not exist")

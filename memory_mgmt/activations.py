@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from memory_mgmt.exchange_buffers import Exchange
 from memory_mgmt.op_scratch import flash_cpu_backward_scratch
 from models.attention_plan import TileLimits
-from models.config import LayerKind, ModelConfig
+from models.config import FeedForwardKind, LayerKind, ModelConfig
 from models.flops import ffn_parameters, memory_matmul_parameters
 from models.memory.attached_shapes import AttachedShapes
 from models.memory.context_shapes import ContextShapes
@@ -201,6 +201,15 @@ class Shapes:
     def entries(self) -> int:
         """Rows of a value table that one memory layer reads for all tokens of this rank."""
         return self.n * self.config.product_keys.heads * self.config.product_keys.top_k
+
+    def reader_kept(self, feed_forward: FeedForwardKind) -> int:
+        """Of a feed-forward that reads a value table."""
+        return self.product_keys_kept() if feed_forward == "product_keys" else self.hierarchical_kept()
+
+    def hierarchical_kept(self) -> int:
+        """Hierarchical memories (models/hierarchical.py): the stream, its norm's statistic and the normed stream; of the dense part gate,
+        up and their product. What was fetched is fetched again."""
+        return self.stream + self.statistic + self.narrow + 3 * self.n * self.config.ff_width * self.e
 
     def product_keys_kept(self) -> int:
         """A memory layer with product keys (models/product_keys.py): the stream, its norm's statistic and the normed stream; queries, keys

@@ -185,10 +185,10 @@ class _Reader:
         """What the execution keeps of each class (memory_mgmt/execution.py), and the time to make it again."""
         kind, feed_forward = kinds
         found = self.dense_classes(kind)
-        if feed_forward == "product_keys":
+        if feed_forward != "dense":
             # The stream before it is kept anyway, as if it were part of the input, which is not recomputed either.
             found["input"] = replace(found["input"], bytes=2 * found["input"].bytes)
-            kept = self.setting.shapes.product_keys_kept() - self.setting.shapes.stream
+            kept = self.setting.shapes.reader_kept(feed_forward) - self.setting.shapes.stream
             seconds = self.setting.passes * self.module_seconds(kinds)
             found["feed_forward"] = ClassCost(kept, seconds, may_swap=False, whole_recompute=True)
         return found
@@ -262,7 +262,7 @@ class _Reader:
         i = self.represented_by(i)
         stretch = self.stretch("forward", i)
         token_wise = self.product_seconds(2 * self.setting.shapes.n * ffn_parameters(self.setting.model))
-        if self.kinds[i][1] == "product_keys":
+        if self.kinds[i][1] != "dense":
             token_wise = self.module_seconds(self.kinds[i])
         return self.setting.passes * max(0.0, stretch.end - stretch.start - token_wise)
 
@@ -338,7 +338,7 @@ class _Reader:
             base = Stage(max(0, forward[name] - below - in_forward), max(0, backward[name] - above - in_backward))
             if kind == "memory" and name == "mixer":
                 base = Stage(max(0, forward[name] - below - size["input"]), max(0, backward[name] - above - size["input"]))
-            if name == "ffn" and feed_forward == "product_keys":  # it has tiles of its own
+            if name == "ffn" and feed_forward != "dense":  # it has tiles of its own
                 found["ffn_stages"] = (base,)
                 continue
             found[f"{name}_stages"] = self.other_tiles(base, name, self.baseline.memory_tile_tokens if tiled else tile, tiled)

@@ -28,11 +28,11 @@ from models.feedforward import RMSNorm, SwiGLU, gated_product, gated_product_bac
 from models.int8_weight import in_dtype
 from models.linear import add_bias_, bias_gradient, gradient_dtype
 from models.memory.protocol import MemoryModule
-from models.product_keys import ProductKeyMemory
 from models.repeat import again
 from models.rope import turn
 from models.tokens import ALL_TOKENS, Tokens
 from models.transformer import Block
+from models.value_table import TableReader
 
 RopeTable = tuple[Tensor, Tensor]
 """(cos, sin), each [B, 1, T, D / 2]"""
@@ -328,7 +328,7 @@ def check_known(block: Block) -> None:
     """Raise TypeError unless every part of ``block`` is one whose arithmetic is written here."""
     known = {"norm1": RMSNorm, "norm2": RMSNorm, "ffn": SwiGLU}
     for name, kind in known.items():
-        if type(getattr(block, name)) is not kind and type(getattr(block, name)) is not ProductKeyMemory:
+        if type(getattr(block, name)) is not kind and not isinstance(getattr(block, name), TableReader):
             raise TypeError(f"a memory policy knows {kind.__name__} as a block's {name}, not {type(getattr(block, name)).__name__}")
     if type(block.mixer) is not Attention and not isinstance(block.mixer, MemoryModule):
         raise TypeError(f"a memory policy knows Attention and memory modules as a block's mixer, not {type(block.mixer).__name__}")

@@ -27,12 +27,15 @@ class Bounds:
     start index of every document in the *whole* sequence (the first is 0), identical on every rank. ``prefixes`` holds where the
     prefix of each of these documents ends, its start for none; empty when no document of any row has one. Attention lets all tokens
     of a document see its prefix (a prefix as long as the document: attention in both directions); memory layers stay causal.
+    ``clusters`` holds, per row, (first token, cluster) of every stretch of the whole sequence whose documents are of one cluster, in
+    order, for layers that fetch parameters by document (``models/hierarchical.py``); -1: of none; empty: no document of any row has one.
     """
 
     seq_len: int
     ranges: tuple[Range, ...]
     documents: tuple[tuple[int, ...], ...]
     prefixes: tuple[tuple[int, ...], ...] = ()
+    clusters: tuple[tuple[tuple[int, int], ...], ...] = ()
     _cache: dict = field(default_factory=dict, compare=False, repr=False)
     """Scratch for derived host-side plans (tile lists), shared by all layers of one forward and backward pass."""
 
@@ -43,7 +46,7 @@ class Bounds:
 
     def with_ranges(self, ranges: tuple[Range, ...]) -> Bounds:
         """The same sequence seen by a rank that holds other ranges."""
-        return Bounds(self.seq_len, ranges, self.documents, self.prefixes)
+        return Bounds(self.seq_len, ranges, self.documents, self.prefixes, self.clusters)
 
     @staticmethod
     def whole(batch_size: int, seq_len: int) -> Bounds:

@@ -5,6 +5,7 @@ Try alone: ``python -c "from models.config import ModelConfig; print(ModelConfig
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -27,6 +28,7 @@ __all__ = [
     "ContextConfig",
     "FeedForwardKind",
     "GatedSlotConfig",
+    "HierarchicalConfig",
     "LayerKind",
     "Mamba2Config",
     "MemoryKind",
@@ -42,8 +44,9 @@ __all__ = [
 LayerKind = Literal["full", "swa", "memory"]
 """full: causal attention over everything before; swa: sliding window; memory: a memory module (``model.memory``)."""
 
-FeedForwardKind = Literal["dense", "product_keys"]
-"""dense: SwiGLU; product_keys: a memory layer that reads a table of values, in its place or beside it (``model.product_keys``)."""
+FeedForwardKind = Literal["dense", "product_keys", "hierarchical"]
+"""dense: SwiGLU; product_keys: a memory layer that reads a table of values, in its place or beside it (``model.product_keys``);
+hierarchical: SwiGLU with hidden units beside it that are fetched for every document (``model.hierarchical``)."""
 
 
 class ProductKeysConfig(Section):
@@ -72,6 +75,27 @@ class ProductKeysConfig(Section):
     """swish: what is read times silu of a projection of the input, and an output projection; none: what is read as it is."""
     qk_norm: bool = False
     """RMSNorm on the halves of queries and keys, each with a learned scale: steadies large learning rates."""
+
+
+class HierarchicalConfig(Section):
+    """Hierarchical memories (arXiv 2510.02375): hidden units of a feed-forward that every document fetches by its clusters."""
+
+    branching: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)] = (16, 16)
+    """Clusters that each cluster is divided into, from the top level down: 16, 16 are 16 clusters of 16 each."""
+    units: Annotated[tuple[PositiveInt, ...], Field(min_length=1, strict=False)] = (32, 32)
+    """Hidden units per layer that one cluster of each level has; a document fetches those of its clusters of all levels."""
+    planned_documents: PositiveInt = 8
+    """Documents of different clusters per sequence for which a memory plan makes room; more are read all the same, and need more."""
+
+    @property
+    def clusters(self) -> tuple[int, ...]:
+        """Clusters of each level."""
+        return tuple(math.prod(self.branching[: level + 1]) for level in range(len(self.branching)))
+
+    @property
+    def rows(self) -> int:
+        """Hidden units of one layer, over all clusters."""
+        return sum(count * units for count, units in zip(self.clusters, self.units, strict=True))
 
 
 class ModelConfig(Section):
@@ -113,6 +137,8 @@ class ModelConfig(Section):
     """The memory architecture."""
     product_keys: ProductKeysConfig = ProductKeysConfig()
     """The memory layers with product keys (kind product_keys of feedforward)."""
+    hierarchical: HierarchicalConfig = HierarchicalConfig()
+    """The hierarchical memories (kind hierarchical of feedforward)."""
 
     @model_validator(mode="after")
     def _check_shapes(self) -> ModelConfig:
@@ -172,6 +198,24 @@ class ModelConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_hierarchical(self) -> ModelConfig:
+        own, readers = self.hierarchical, self.feedforward_kinds.count("hierarchical")
+        if not readers:
+            if own != HierarchicalConfig():
+                raise ValueError("hierarchical is set, but no layer has feedforward hierarchical; name it there or leave hierarchical out")
+            return self
+        if len(own.branching) != len(own.units):
+            raise ValueError(
+                f"hierarchical.branching has {len(own.branching)} levels and hierarchical.units {len(own.units)}: "
+                "give both one entry a level"
+            )
+        if readers * own.rows >= 2**31:
+            raise ValueError(
+                f"hierarchical.branching and units make {readers * own.rows} hidden units, which 31 bits cannot tell apart; lower them"
+            )
+        return self
+
     @property
     def kv_heads(self) -> int:
         """Key/value heads after defaults."""
@@ -199,10 +243,13 @@ class ModelConfig(Section):
         return tuple(self.feedforward[i % len(self.feedforward)] for i in range(len(self.layer_kinds)))
 
     @property
-    def n_value_tables(self) -> int:
-        """Tables of values that the model has."""
-        readers = self.feedforward_kinds.count("product_keys")
-        return min(readers, 1) if self.product_keys.shared_table else readers
+    def table_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(rows, width) of every value table: those of product keys, then that of hierarchical memories, one for all their layers."""
+        kinds = self.feedforward_kinds
+        readers, hierarchical = kinds.count("product_keys"), kinds.count("hierarchical")
+        tables = min(readers, 1) if self.product_keys.shared_table else readers
+        found = ((self.table_rows, self.value_width),) * tables
+        return (*found, (hierarchical * self.hierarchical.rows, 3 * self.d_model)) if hierarchical else found
 
     @property
     def query_dim(self) -> int:
@@ -211,7 +258,7 @@ class ModelConfig(Section):
 
     @property
     def table_rows(self) -> int:
-        """Rows of a value table."""
+        """Rows of a value table of product keys."""
         return self.product_keys.n_keys**2 // self.product_keys.expansion
 
     @property

@@ -24,7 +24,7 @@ class ParameterCount:
     ffn: int
     """Feed-forwards, dense ones and memory layers with product keys (their keys included, their tables not)."""
     tables: int
-    """Values of the tables that memory layers with product keys read."""
+    """Values of the tables that memory layers with product keys and hierarchical memories read."""
     norms: int
     """RMSNorm weights of the blocks and the final norm; norms inside a mixer belong to the mixer."""
     matmul: int
@@ -65,8 +65,8 @@ def product_key_matmul_parameters(config: ModelConfig) -> int:
 
 
 def feed_forward_parameters(config: ModelConfig, kind: FeedForwardKind) -> int:
-    """Parameters of one feed-forward of ``kind``; of one with product keys without the table."""
-    if kind == "dense":
+    """Parameters of one feed-forward of ``kind``; without the table that it reads."""
+    if kind != "product_keys":
         return ffn_parameters(config)
     keys = config.product_keys
     core = keys.heads * keys.tucker_rank**2 if keys.tucker_rank > 1 else 0
@@ -75,7 +75,7 @@ def feed_forward_parameters(config: ModelConfig, kind: FeedForwardKind) -> int:
 
 def table_parameters(config: ModelConfig) -> int:
     """Values of all tables."""
-    return config.n_value_tables * config.table_rows * config.value_width
+    return sum(rows * width for rows, width in config.table_shapes)
 
 
 def memory_matmul_parameters(config: ModelConfig) -> int:
@@ -146,6 +146,7 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
       full attention     6 S Hq D                    (2 products x 2 FLOPs x S/2 causal keys x 3)
       sliding window    12 Hq D mean_t min(t + 1, W)
       product keys       6 E V                       (E = heads x top_k rows of V values read and summed, once for each expansion, x 3)
+      hierarchical      18 C U                       (U hidden units of three vectors of C = d_model numbers, those that a document fetches)
       Gated DeltaNet    18 H K V + 6 c H (2K + V)    (per head and token: k S, the rank-1 write and q S, 2 K V each, x 3;
                                                       causal convolution of c taps on q, k and v)
       other memories    ``models/memory/counts.py``
@@ -160,4 +161,7 @@ def model_flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) ->
         return 3.0 * shapes.flops_forward(seq_len) / seq_len + 6.0 * vocab_size * config.d_model
     mixing = sum(mixing_flops_per_token(config, kind, seq_len) for kind in config.layer_kinds)
     read = 6.0 * config.product_keys.expansion * config.product_keys.heads * config.product_keys.top_k * config.value_width
-    return 6.0 * parameter_count(config, vocab_size).matmul + mixing + read * config.feedforward_kinds.count("product_keys")
+    fetched = 18.0 * config.d_model * sum(config.hierarchical.units)
+    kinds = config.feedforward_kinds
+    tables = read * kinds.count("product_keys") + fetched * kinds.count("hierarchical")
+    return 6.0 * parameter_count(config, vocab_size).matmul + mixing + tables

@@ -16,7 +16,6 @@ Try alone: ``pytest tests/models/test_product_keys.py``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from models.feedforward import RMSNorm, SwiGLU, _GatedProduct, compute_dtype
 from models.linear import Linear
 from models.repeat import turns
 from models.tucker_scores import TuckerSelect, leading_vectors
-from models.value_table import ValueTable
+from models.value_table import ReaderCost, TableReader, ValueTable
 
 SCORES_AT_ONCE = 1 << 22
 """Of one half of the queries of a tile, or of its candidates: pairs of the best of both halves."""
@@ -89,27 +88,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass(frozen=True)
-class ProductKeyCost:
-    """What one layer costs for the given tokens of one rank, its table's part included. Flops count 2 per multiply-add."""
-
-    flops_forward: float
-    flops_backward: float
-    saved_bytes: int
-    """Bytes kept from forward to backward, the layer's input included, parameters excluded."""
-    exchange_bytes: int
-    """Bytes one rank sends in one forward pass where ranks share the table."""
-
-
-class ProductKeyMemory(nn.Module):
+class ProductKeyMemory(TableReader):
     """See the module. ``table`` belongs to the model, not to this layer."""
 
     def __init__(self, config: ModelConfig, table: ValueTable) -> None:
-        super().__init__()
+        super().__init__(table)
         settings, width = config.product_keys, config.value_width
         self.heads, self.n_keys, self.top_k = settings.heads, settings.n_keys, settings.top_k
         self.key_dim, self.d_model, self.value_dim = config.query_dim, config.d_model, width
-        self._table = (table,)  # in a tuple: not a submodule
         self.query = Linear(config.d_model, self.heads * self.key_dim)
         self.sets = settings.tucker_rank
         self.keys = nn.Parameter(torch.empty(2 * self.sets * self.heads * self.n_keys, self.key_dim // 2))
@@ -125,11 +111,6 @@ class ProductKeyMemory(nn.Module):
         self.w_gate = Linear(config.d_model, width) if gated else None
         self.w_out = Linear(width, config.d_model) if gated else None
         self.dense = SwiGLU(config.d_model, config.ff_width) if settings.attach == "beside" else None
-
-    @property
-    def table(self) -> ValueTable:
-        """What it reads."""
-        return self._table[0]
 
     def init_parameter(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
         """Keys: uniform between +-1 / sqrt(key_dim). Cores: 1 / sets, of rank 1 but for a tenth of noise."""
@@ -213,9 +194,8 @@ class ProductKeyMemory(nn.Module):
         lead_nHN = torch.einsum("hr,nhrk->nhk", leading_vectors(self.core)[half], scores_nHrN)
         return lead_nHN >= lead_nHN.topk(self.top_k, dim=-1).values[..., -1:]
 
-    def cost(self, batch_size: int, tokens: int, itemsize: int, shards: int = 1) -> ProductKeyCost:
-        """Arithmetic and bytes for ``tokens`` per row on one of ``shards`` ranks that share the table. ``itemsize``: of an
-        activation."""
+    def cost(self, batch_size: int, tokens: int, itemsize: int, shards: int = 1) -> ReaderCost:
+        """See `TableReader.cost`."""
         n, entries, wide = batch_size * tokens, self.heads * self.top_k, max(4, itemsize)
         gated = self.w_gate is not None
         products = self.d_model * self.heads * self.key_dim + self.sets * self.heads * self.n_keys * self.key_dim
@@ -238,9 +218,4 @@ class ProductKeyMemory(nn.Module):
         saved += n * 3 * (self.value_dim if gated else 0) * itemsize + n * 3 * hidden * itemsize
         columns = -(-self.value_dim // shards)
         sent = n * entries * (4 + wide) + n * (shards - 1) * columns * itemsize if shards > 1 else 0
-        return ProductKeyCost(forward + 2.0 * n * selecting, 2 * forward + 2.0 * n * chosen, saved, max(1, maps) * sent)
-
-
-def build_tables(config: ModelConfig) -> nn.ModuleList:
-    """The value tables of a model, in the order of the layers that read them; empty without such layers."""
-    return nn.ModuleList(ValueTable(config.table_rows, config.value_width) for _ in range(config.n_value_tables))
+        return ReaderCost(forward + 2.0 * n * selecting, 2 * forward + 2.0 * n * chosen, saved, max(1, maps) * sent)

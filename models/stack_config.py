@@ -63,6 +63,6 @@ def refused_pattern(kind: str, layers: Sequence[str], feedforward: Sequence[str]
     """Why a memory of ``kind`` cannot stand around such layers; None if it can."""
     if "memory" in layers:
         return f"memory.kind {kind} stands around the whole stack and is no layer of it: name full or swa in layers, not memory"
-    if "product_keys" in feedforward:
-        return f"memory.kind {kind} runs the layers segment by segment, which feedforward product_keys does not know: name dense"
+    if tables := [kind for kind in feedforward if kind != "dense"]:
+        return f"memory.kind {kind} runs the layers segment by segment, which feedforward {tables[0]} does not know: name dense"
     return None

@@ -26,6 +26,7 @@ from models.batch import IGNORE_INDEX, Batch, Bounds
 from models.config import LayerKind, ModelConfig
 from models.embedding import Embedding
 from models.feedforward import RMSNorm, SwiGLU
+from models.hierarchical import BlockTable, HierarchicalMemory
 from models.layer_segments import LayerSegments
 from models.loss import Sweep, chunked_cross_entropy
 from models.memory.attached import MemoryAfterAttention, MemoryAsGate, MemoryAsLayer
@@ -34,9 +35,9 @@ from models.memory.context import MemoryAsContext
 from models.memory.protocol import MemoryModule, State, build_memory
 from models.memory.stack import Backbone, StackMemory
 from models.parts import Part
-from models.product_keys import ProductKeyMemory, build_tables
+from models.product_keys import ProductKeyMemory
 from models.segments import Segment, Step, put_together
-from models.value_table import ValueTable
+from models.value_table import TableReader, ValueTable
 
 __all__ = ["Block", "LossHead", "RMSNorm", "SwiGLU", "Transformer", "init_weights"]
 
@@ -60,13 +61,13 @@ class Block(nn.Module):
     """One layer. ``run(body, *args)`` decides how the inside is executed (kept, swapped, recomputed, in tiles); it stays inside
     ``forward`` so that FSDP's hooks are outside of any recomputation."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, table: ValueTable | None = None) -> None:
-        """``table``: what a memory layer in place of the feed-forward reads; None: a dense one."""
+    def __init__(self, config: ModelConfig, kind: LayerKind, reader: TableReader | None = None) -> None:
+        """``reader``: what reads a table, in place of a dense feed-forward or with one inside."""
         super().__init__()
         self.norm1 = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = _build_mixer(config, kind)
         self.norm2 = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = SwiGLU(config.d_model, config.ff_width) if table is None else ProductKeyMemory(config, table)
+        self.ffn = SwiGLU(config.d_model, config.ff_width) if reader is None else reader
         self.run: Callable[..., Tensor] = call
 
     def forward(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
@@ -106,6 +107,32 @@ def _build_attention(config: ModelConfig, window: int | None) -> Attention:
     return Attention(config.d_model, *heads, window, config.rope, config.qkv_bias, qk_norm_eps)
 
 
+def _build_tables(config: ModelConfig) -> nn.ModuleList:
+    """The value tables of a model: of product keys, in the order of the layers that read them, then of hierarchical memories."""
+    shapes, std = config.table_shapes, config.init_std
+    hierarchical = "hierarchical" in config.feedforward_kinds
+    tables = [ValueTable(*shape) for shape in (shapes[:-1] if hierarchical else shapes)]
+    if hierarchical:
+        tables.append(BlockTable(shapes[-1][0], config.d_model, std, std / (2 * len(config.layer_kinds)) ** 0.5))
+    return nn.ModuleList(tables)
+
+
+def _build_readers(config: ModelConfig, tables: list[ValueTable]) -> list[TableReader | None]:
+    """Of every layer what reads a table; None where the feed-forward is dense."""
+    found: list[TableReader | None] = []
+    keys, layers = 0, 0
+    for kind in config.feedforward_kinds:
+        if kind == "product_keys":
+            found.append(ProductKeyMemory(config, tables[0 if config.product_keys.shared_table else keys]))
+            keys += 1
+        elif kind == "hierarchical":
+            found.append(HierarchicalMemory(config, tables[-1], layers * config.hierarchical.rows))
+            layers += 1
+        else:
+            found.append(None)
+    return found
+
+
 class LossHead(nn.Module):
     """Output projection and loss in one, so that logits never leave it."""
 
@@ -135,9 +162,9 @@ class Transformer(nn.Module):
         self.sweep: Callable[..., Sweep] = Sweep
         """As that of `LossHead`, where embedding and head are one matrix."""
         self.embed = Embedding(vocab_size, config.d_model)
-        self.value_tables = build_tables(config)
-        tables = self._tables_by_layer()
-        self.blocks = nn.ModuleList(Block(config, kind, table) for kind, table in zip(config.layer_kinds, tables, strict=True))
+        self.value_tables = _build_tables(config)
+        readers = _build_readers(config, [cast(ValueTable, table) for table in self.value_tables])
+        self.blocks = nn.ModuleList(Block(config, kind, reader) for kind, reader in zip(config.layer_kinds, readers, strict=True))
         self.run_blocks: Callable[..., Tensor] = run_in_order
         self.stack = cast(StackMemory, build_memory(config)) if config.memory.around_stack else None
         """A memory around all layers, which then run on one segment at a time."""
@@ -146,12 +173,6 @@ class Transformer(nn.Module):
         so without gradients; with them, segments are run one by one (``trainer/replay.py``)."""
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else LossHead(vocab_size, config.d_model)
-
-    def _tables_by_layer(self) -> list[ValueTable | None]:
-        readers = [i for i, kind in enumerate(self.config.feedforward_kinds) if kind == "product_keys"]
-        tables = list(self.value_tables) * (len(readers) if len(self.value_tables) == 1 else 1)
-        by_layer = dict(zip(readers, tables, strict=True))
-        return [cast("ValueTable | None", by_layer.get(i)) for i in range(len(self.config.layer_kinds))]
 
     def stream(self, batch: Batch) -> Tensor:
         """x_BTC after the last block: what the final norm reads."""

@@ -60,6 +60,19 @@ class Usage:
         return Usage(float((usage_V > 0).double().mean()), kl)
 
 
+@dataclass(frozen=True)
+class ReaderCost:
+    """What one layer that reads a table costs for the given tokens of one rank, the table's part included. Flops count 2 per
+    multiply-add."""
+
+    flops_forward: float
+    flops_backward: float
+    saved_bytes: int
+    """Bytes kept from forward to backward, the layer's input included, parameters excluded."""
+    exchange_bytes: int
+    """Bytes one rank sends in one forward pass where ranks share the table."""
+
+
 Add = Callable[[Tensor, Tensor, Tensor], None]
 """Takes index_nE, weight_nE and dy_nD of some tokens."""
 
@@ -80,6 +93,15 @@ class LookUp(Protocol):
         """Summed over the ranks that hold the same columns for other tokens."""
         ...
 
+    def agreed(self, readings: list[int], device: torch.device) -> list[list[int]]:
+        """What every rank that shares the table is to read, in the order of ranks: index rows of each reading, all equally many readings
+        (0 rows where a rank has no more). A message, and a wait for it; of a plan's fake ranks each is to read what this one is."""
+        ...
+
+    def reading(self, counts: list[int]) -> LookUp:
+        """The same for one reading in which ranks have so many index rows."""
+        ...
+
 
 class LocalLookUp:
     """One process holds the whole table."""
@@ -98,6 +120,14 @@ class LocalLookUp:
     def over_replicas(self, touched: TouchedRows, n_rows: int) -> TouchedRows:
         """See `LookUp.over_replicas`."""
         return touched
+
+    def agreed(self, readings: list[int], device: torch.device) -> list[list[int]]:
+        """See `LookUp.agreed`."""
+        return [readings]
+
+    def reading(self, counts: list[int]) -> LookUp:
+        """See `LookUp.reading`."""
+        return self
 
 
 def weighted_rows(values_VD: Tensor, index_nE: Tensor, weight_nE: Tensor) -> Tensor:
@@ -190,9 +220,12 @@ class _Root(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         table, touched = ctx.table, ctx.touched
         held, touched.held = touched.held, None
-        if held is None:  # nothing was read
-            return None, None, None
+        if held is None:  # nothing was read here, but perhaps by a replica
+            nothing = table.weight.detach().new_zeros(0, table.weight.shape[1])
+            held = TouchedRows(torch.zeros(0, dtype=torch.long, device=nothing.device), nothing)
         held = table.look_up.over_replicas(held, touched.n_rows)
+        if not len(held.rows_U):
+            return None, None, None
         before, table.weight.grad = table.weight.grad, None
         if before is not None:
             held = add_rows(TouchedRows(before._indices()[0], before._values()), held, touched.n_rows)
@@ -222,6 +255,34 @@ class _Read(torch.autograd.Function):
         dweight_nE = table.look_up.backward(table.weight.detach(), index_nE, weight_nE, grads[0].contiguous(), add)
         droot = table.weight.new_zeros(()) if wanted else None
         return droot, None, dweight_nE.to(weight_nE.dtype), None, None, None
+
+
+def _as_it_is(bounds: Bounds) -> Bounds:
+    return bounds
+
+
+class TableReader(nn.Module):
+    """Base of feed-forwards that read a value table of the model, which is none of their own modules."""
+
+    def __init__(self, table: ValueTable) -> None:
+        super().__init__()
+        self._table = (table,)  # in a tuple: not a submodule
+        self.held: Callable[[Bounds], Bounds] = _as_it_is
+        """Of a block's tokens those that this layer gets: fewer where tensor-parallel ranks have parts of the residual stream."""
+
+    @property
+    def table(self) -> ValueTable:
+        """What it reads."""
+        return self._table[0]
+
+    def forward(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
+        """Same shape, in the dtype of products."""
+        raise NotImplementedError
+
+    def cost(self, batch_size: int, tokens: int, itemsize: int, shards: int = 1) -> ReaderCost:
+        """Arithmetic and bytes for ``tokens`` per row on one of ``shards`` ranks that share the table. ``itemsize``: of an
+        activation."""
+        raise NotImplementedError
 
 
 class ValueTable(nn.Module):
@@ -265,23 +326,31 @@ class ValueTable(nn.Module):
         return usage_V
 
     def draw(self, generator: torch.Generator) -> None:
-        """Initial values: normal with standard deviation ``width ** -0.5``, the same whatever columns are held; some rows at a time."""
+        """Initial values (``drawn``), the same whatever columns are held; some rows at a time."""
         step = max(1, AT_ONCE // max(1, self.width))
         for first in range(0, self.rows, step):
-            drawn = torch.empty(min(step, self.rows - first), self.width).normal_(0, self.width**-0.5, generator=generator)
+            drawn = self.drawn(min(step, self.rows - first), generator)
             self.weight[first : first + len(drawn)].copy_(drawn[:, self.columns.first : self.columns.first + self.columns.count])
+
+    def drawn(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Initial values of the next ``rows`` rows, all columns: normal with standard deviation ``width ** -0.5``."""
+        return torch.empty(rows, self.width).normal_(0, self.width**-0.5, generator=generator)
 
     def begin(self, bounds: Bounds) -> None:
         """Before the first reading of a forward pass over what ``bounds`` describes."""
         touched = Touched(self.rows, self)
         bounds._cache[self] = (_Root.apply(self.weight, self, touched), touched) if torch.is_grad_enabled() else None
 
+    def begun(self, bounds: Bounds) -> tuple[Tensor, Touched | None]:
+        """What a reading depends on in the graph, and what collects its gradient (None: not wanted). Raises RuntimeError as `read`."""
+        if self not in bounds._cache:
+            raise RuntimeError("a value table was read before ValueTable.begin; the Transformer calls it once in a forward pass")
+        return bounds._cache[self] or (self.weight.detach().new_zeros(()), None)
+
     def read(self, index_nE: Tensor, weight_nE: Tensor, bounds: Bounds, dtype: torch.dtype) -> Tensor:
         """y_nD in ``dtype``, over all columns: for each token the sum of weight times row. ``index_nE``: int32 or int64.
 
         Raises RuntimeError where ``begin`` was not called for ``bounds``."""
-        if self not in bounds._cache:
-            raise RuntimeError("a value table was read before ValueTable.begin; the Transformer calls it once in a forward pass")
-        root, touched = bounds._cache[self] or (self.weight.detach().new_zeros(()), None)
+        root, touched = self.begun(bounds)
         with torch.autocast(index_nE.device.type, enabled=False):
             return _Read.apply(root, index_nE, weight_nE, self, touched, dtype)  # type: ignore[return-value]

@@ -15,11 +15,13 @@ Try alone: ``pytest tests/parallel/test_columns.py``.
 
 from __future__ import annotations
 
+import copy
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.tables import Columns
@@ -111,14 +113,32 @@ class ColumnLookUp(CopiedLookUp):
         group: the ranks that share the table; all must read at the same time.
         width: columns of the whole table.
         replicas: ranks that hold the same columns.
-        ragged: ranks may come with different numbers of tokens, which costs one more message and a wait for it.
     """
 
-    def __init__(self, group: dist.ProcessGroup, width: int, replicas: dist.ProcessGroup | None = None, ragged: bool = False) -> None:
+    def __init__(self, group: dist.ProcessGroup, width: int, replicas: dist.ProcessGroup | None = None) -> None:
         super().__init__(replicas)
-        self.group, self.width, self.ragged = group, width, ragged
+        self.group, self.width = group, width
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.columns = [columns_for(width, rank, self.ranks) for rank in range(self.ranks)]
+        self.counts: list[int] | None = None
+        """Tokens of every rank; None: as many as this one's."""
+
+    def agreed(self, readings: list[int], device: torch.device) -> list[list[int]]:
+        """See `LookUp.agreed`: first how many readings there are at most, then how long they are."""
+        most = max(number for (number,) in self._of_all([len(readings)], device))
+        return self._of_all([*readings, *[0] * (most - len(readings))], device)
+
+    def _of_all(self, numbers: list[int], device: torch.device) -> list[list[int]]:
+        mine = torch.tensor([numbers], device=device)
+        found = mine.new_empty(self.ranks, len(numbers))
+        dist.all_gather_into_tensor(found, mine, group=self.group)
+        return [numbers] * self.ranks if isinstance(found, FakeTensor) else found.tolist()
+
+    def reading(self, counts: list[int]) -> ColumnLookUp:
+        """See `LookUp.reading`."""
+        found = copy.copy(self)
+        found.counts = counts
+        return found
 
     def forward(self, values_VD: Tensor, index_nE: Tensor, weight_nE: Tensor, dtype: torch.dtype) -> Tensor:
         """See `LookUp.forward`. The sums are rounded to ``dtype`` before they travel, as they would be after."""
@@ -142,11 +162,7 @@ class ColumnLookUp(CopiedLookUp):
 
     def _tiles(self, x_nE: Tensor) -> list[tuple[slice, list[int]]]:
         """(this rank's tokens, every rank's number of them), tile by tile; equally many tiles on every rank."""
-        totals = [len(x_nE)] * self.ranks
-        if self.ragged:
-            counted = torch.empty(self.ranks, dtype=torch.int64, device=x_nE.device)
-            dist.all_gather_into_tensor(counted, torch.tensor([len(x_nE)], device=x_nE.device), group=self.group)
-            totals = counted.tolist()
+        totals = [len(x_nE)] * self.ranks if self.counts is None else self.counts
         tiles = []
         for first in range(0, max(totals), TILE_TOKENS):
             counts = [max(0, min(total - first, TILE_TOKENS)) for total in totals]

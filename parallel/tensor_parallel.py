@@ -17,6 +17,7 @@ Try alone: ``pytest tests/parallel/test_tensor_parallel.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,13 +26,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from models.attention import Attention
+from models.batch import Bounds
 from models.errors import UserError
 from models.feedforward import SwiGLU
 from models.linear import Linear
 from models.parts import Part
-from models.product_keys import ProductKeyMemory
 from models.transformer import Block, Transformer
+from models.value_table import TableReader
 from parallel.mesh import Mesh, TensorMeshes
+from parallel.sequence import part_of
 from parallel.vocabulary import SharedEmbedding, share_vocabulary
 
 
@@ -100,7 +103,13 @@ def share_products(model: Transformer, mesh: Mesh) -> None:
         for module in (block.mixer, block.ffn):
             if isinstance(module, (Attention, SwiGLU)):
                 module.tokens = tokens
+            elif isinstance(module, TableReader):
+                module.held = partial(_part_of_stream, rank=mesh.tp_rank, ranks=mesh.dims.tp)
     share_vocabulary(model, tokens, mesh.tp_group)
+
+
+def _part_of_stream(bounds: Bounds, rank: int, ranks: int) -> Bounds:
+    return bounds.with_ranges(part_of(bounds.ranges, rank, ranks))
 
 
 def leave_parts(model: Transformer, rank: int, ranks: int, meshes: TensorMeshes | None = None) -> None:
@@ -114,7 +123,7 @@ def leave_parts(model: Transformer, rank: int, ranks: int, meshes: TensorMeshes 
         shared: dict[str, tuple[Linear, Part]] = {}
         if isinstance(ffn := block.ffn, SwiGLU):
             shared |= {"ffn.w_gate": (ffn.w_gate, rows), "ffn.w_up": (ffn.w_up, rows), "ffn.w_down": (ffn.w_down, columns)}
-        elif not isinstance(ffn, ProductKeyMemory):  # reads for the tokens of its rank; its table is shared (`columns.share_tables`)
+        elif not isinstance(ffn, TableReader):  # reads for the tokens of its rank; its table is shared (`columns.share_tables`)
             raise UserError(f"parallel.tp {ranks}: layers of {type(ffn).__name__} cannot be shared; set parallel.tp=1")
         if isinstance(mixer := block.mixer, Attention):
             shared |= {f"mixer.{key}": (getattr(mixer, key), rows) for key in ("wq", "wk", "wv")} | {"mixer.wo": (mixer.wo, columns)}

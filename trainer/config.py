@@ -69,8 +69,10 @@ class RunConfig(Section):
                 "memory.offload_optimizer host updates bucket after bucket once all gradients are there, optim.fuse_backward frees them in "
                 "the backward pass: set offload_optimizer none or fuse_backward false"
             )
-        if "product_keys" in self.model.feedforward_kinds:
-            self._check_product_keys()
+        if self.data.cluster_key is not None and "hierarchical" not in self.model.feedforward_kinds:
+            raise ValueError("data.cluster_key is read by layers of model.feedforward hierarchical, and there is none: leave it out")
+        if self.model.table_shapes:
+            self._check_tables()
         movable = (self.optim.is_torch_adamw or self.optim.preset == "auto") and not self.optim.is_fused
         if self.memory.offload_parameters == "host" and not movable:
             if self.optim.is_fused:
@@ -118,17 +120,22 @@ class RunConfig(Section):
             if wanted == "rollback" and not self.checkpoint.save_every_steps:
                 raise ValueError(f"guards.{key} rollback goes back to a checkpoint: set checkpoint.save_every_steps")
 
-    def _check_product_keys(self) -> None:
-        """Refuse what memory layers with product keys cannot do."""
+    def _check_tables(self) -> None:
+        """Refuse what layers that read value tables cannot do."""
+        if "hierarchical" in self.model.feedforward_kinds and self.data.cluster_key is None:
+            raise ValueError(
+                "model.feedforward hierarchical fetches parameters by the clusters of documents: set data.cluster_key to the key that "
+                "holds them (`longstride cluster` writes one)"
+            )
         memory, optim = self.memory, self.optim
         if memory.quantise == "feed_forward" and memory.recompute != "auto":
             raise ValueError(
-                "memory.quantise feed_forward keeps dense feed-forwards in eight bits, not memory layers with product keys: "
+                "memory.quantise feed_forward keeps dense feed-forwards in eight bits, not layers that read value tables: "
                 "set quantise none, or recompute auto, which leaves those out"
             )
         if memory.offload == "kept" and memory.recompute == "none" and not memory.ffn_tile_tokens:
             raise ValueError(
-                "memory.offload kept would swap the inside of memory layers with product keys, which are kept or recomputed: "
+                "memory.offload kept would swap the inside of layers that read value tables, which are kept or recomputed: "
                 "set recompute block or auto, or offload inputs"
             )
         if optim.is_torch_adamw and optim.preset != "auto":

@@ -79,6 +79,9 @@ class DataSection(Section):
     memory layers stay causal. causal: a prefix is read like any text, and only left out of the loss."""
     prefix_loss: bool = False
     """Whether tokens of a prefix are predicted. Under prefix_mask bidirectional each of them is seen by the token that predicts it."""
+    cluster_key: str | None = None
+    """Column or JSON key (jsonl, parquet, arrow, hub) that holds the number of its document's cluster of the lowest level, for layers that
+    fetch parameters by document (model.feedforward hierarchical), which need it. null: no document has one."""
     valid_path: str | None = None
     """Held-out data of the same source kind; null holds out documents of data.path by valid_fraction."""
     valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -114,7 +117,21 @@ class DataSection(Section):
         elif self.synthetic != SyntheticSection():
             raise ValueError(f"data.synthetic is not read by source '{self.source}'; leave it out, or set data.source synthetic/...")
         self._check_prefixes()
+        self._check_clusters()
         return self
+
+    def _check_clusters(self) -> None:
+        """Refuse a key that would not be read."""
+        if self.cluster_key is None:
+            return
+        if self.source not in ("jsonl", "parquet", "arrow", "hub"):
+            raise ValueError(
+                f"data.cluster_key is not read by source '{self.source}', whose documents have no keys: leave it out, or set data.source "
+                "jsonl, parquet, arrow or hub"
+            )
+        if self.cluster_key in (self.text_field, self.prefix_key):
+            other = "data.text_field" if self.cluster_key == self.text_field else "data.prefix_key"
+            raise ValueError(f"data.cluster_key and {other} both name {self.cluster_key!r}: each needs a key of its own")
 
     def _check_prefixes(self) -> None:
         """Refuse what would not be read, or would mean nothing."""

@@ -104,7 +104,8 @@ def _native_only(config: RunConfig) -> list[tuple[bool, str]]:
             f"parallel.dp_shard {parallel.tp * parallel.dp_shard}",
         ),
         (
-            "product_keys" in config.model.feedforward_kinds,
-            "memory layers with product keys update rows of a table, and ZeRO knows no rows; take model.feedforward dense",
+            bool(config.model.table_shapes),
+            "memory layers with product keys and hierarchical memories update rows of a table, and ZeRO knows no rows; take "
+            "model.feedforward dense",
         ),
     ]

@@ -153,6 +153,8 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
                 f"model.memory.{key}: {getattr(asked, key)} needs a traced step (formulas know {known} in place of attention); "
                 "leave memory.plan at trace"
             )
+        if "hierarchical" in target.config.model.feedforward_kinds:
+            raise UserError("model.feedforward: hierarchical memories need a traced step; leave memory.plan at trace")
         if target.config.optim.is_fused:
             raise UserError("optim.fuse_backward: an update in the backward pass needs a traced step; leave memory.plan at trace")
         if target.config.optim.bfloat16_weights:

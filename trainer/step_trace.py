@@ -61,6 +61,8 @@ def trace_request(request: dict[str, Any]) -> Trace:
 
 def _cuts(config: RunConfig, policy: Policy) -> list[Shortening]:
     """Cuts to try, the one that traces least first. With several passes, with shards or with swapping a layer reaches further."""
+    if "hierarchical" in config.model.feedforward_kinds or len(config.model.table_shapes) > 1:
+        return []  # layers have rows of a table, or tables, of their own
     kinds, swaps = _repeating(_kinds(config), policy), _swaps(policy) or config.parallel.kv_residence == "host"
     margins = (MARGIN, MARGIN + 1) if swaps else (MARGIN - 1, MARGIN, MARGIN + 1)
     cuts = [shorten(kinds, multiple, margin) for multiple in ((2,) if swaps else (1, 2)) for margin in margins]
@@ -192,9 +194,18 @@ def _batch(config: RunConfig, tokens: int, documents: tuple[int, ...] = (0,)) ->
     sequence that is one document is one: so there are queries that see keys after them, and others that do not."""
     rows = config.train.micro_batch_size
     prefixes = ((tokens // 2,),) * rows if config.data.bidirectional_prefixes and documents == (0,) else ()
-    bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows, prefixes)
+    clusters = _planned_clusters(config, rows, tokens) if config.data.cluster_key is not None else ()
+    bounds = Bounds(tokens, ((0, tokens),), (documents,) * rows, prefixes, clusters)
     tokens_BT, labels_BT, positions_BT = (torch.zeros(rows, tokens, dtype=torch.int32) for _ in range(3))
     return Batch(tokens_BT, labels_BT, positions_BT, bounds, (True,) * rows)
+
+
+def _planned_clusters(config: RunConfig, rows: int, tokens: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """So many stretches of a sequence as the settings plan for, equally long, of clusters as far from one another as there are."""
+    own = config.model.hierarchical
+    each, leaves = min(own.planned_documents, tokens), own.clusters[-1]
+    spread = [number * leaves // (rows * each) % leaves for number in range(rows * each)]
+    return tuple(tuple((i * tokens // each, spread[row * each + i]) for i in range(each)) for row in range(rows))
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ _ORDER_TO_CARRY: dict[str, dict[str, str]] = {"none": {}, "document": {"shuffle"
 """An order that carrying states allows; which one it is, changes no trace."""
 
 _WITH_PREFIXES = {"source": "jsonl", "path": "any", "prefix_key": "any"}
+_WITH_CLUSTERS = {"source": "jsonl", "path": "any", "cluster_key": "any cluster"}
 """Documents that have them, wherever those are: a trace reads none."""
 
 DeviceType = Literal["cpu", "cuda"]
@@ -96,7 +97,8 @@ class TraceRequest:
         """What a step's shapes and masks depend on: not where documents come from, but whether they have prefixes that are seen."""
         data = self.config.data
         found: dict[str, Any] = {"seq_len": data.seq_len} | _ORDER_TO_CARRY[self.config.train.carry_state]
-        return found | (_WITH_PREFIXES if data.bidirectional_prefixes else {})
+        found |= _WITH_PREFIXES if data.bidirectional_prefixes else {}
+        return found | (_WITH_CLUSTERS if data.cluster_key is not None else {})
 
 
 def trace_step(request: TraceRequest) -> Trace:

@@ -1,7 +1,8 @@
-"""Memory layers with product keys: the same training whoever shares the table, from checkpoints of other meshes too."""
+"""Product keys and hierarchical memories: the same training whoever shares the table, from checkpoints of other meshes too."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ MESHES = {
     2: [(1, 1, 2, "zigzag"), (2, 1, 1, "auto")],
     4: [(1, 1, 4, "zigzag"), (2, 1, 2, "contiguous"), (1, 2, 2, "zigzag")],
 }
+
+
+HIERARCHICAL = {
+    "feedforward": ["hierarchical", "product_keys", "hierarchical"],
+    "product_keys": MODEL["product_keys"],
+    "hierarchical": {"branching": [2, 3], "units": [4, 3]},
+}
+CLUSTERED_MESHES = {2: [(1, 1, 2, "zigzag")], 4: [(2, 1, 2, "contiguous"), (1, 2, 2, "zigzag")]}
 
 
 def config_of(documents: tuple[str, str], mesh: tuple[int, int, int, str], precision: str = "fp64", **changes: Any) -> RunConfig:  # noqa: F811
@@ -65,13 +74,26 @@ def train(config: RunConfig, start_from: str | None = None, save_to: str | None 
     return losses, norms, whole(engine.state_dict()), planned
 
 
-def on_meshes(configs: list[RunConfig], start_from: str, of_parts: list[RunConfig]) -> tuple[list[tuple], list[tuple]]:
-    return [(train(config), train(config, start_from)) for config in configs], [train(config) for config in of_parts]
+def on_meshes(configs: list[tuple[RunConfig, str]], of_parts: list[RunConfig]) -> tuple[list[tuple], list[tuple]]:
+    """Of every configuration a whole run, and one that goes on from a checkpoint."""
+    return [(train(config), train(config, start_from)) for config, start_from in configs], [train(config) for config in of_parts]
 
 
-def with_tensor_parallel_ranks(documents: tuple[str, str], mesh: tuple[int, int, int, str], tp: int) -> RunConfig:  # noqa: F811
-    """By momentum: states of few bits lie in blocks, for which the parts of this model are too narrow."""
+def clustered(documents: tuple[str, str], mesh: tuple[int, int, int, str]) -> RunConfig:  # noqa: F811
+    """Hierarchical memories, on the same documents with clusters."""
+    path = Path(documents[0]).with_name("clustered.jsonl")
+    if not path.exists():
+        lines = [json.loads(line) for line in Path(documents[0]).read_text().splitlines()]
+        path.write_text("".join(json.dumps(line | {"cluster": i * 5 % 6}) + "\n" for i, line in enumerate(lines)))
     data = config_of(documents, mesh).model_dump(mode="json")
+    data["model"] |= HIERARCHICAL
+    data["data"] |= {"path": str(path), "cluster_key": "cluster"}
+    return RunConfig.model_validate(data)
+
+
+def with_tensor_parallel_ranks(config: RunConfig, tp: int) -> RunConfig:
+    """By momentum: states of few bits lie in blocks, for which the parts of this model are too narrow."""
+    data = config.model_dump(mode="json")
     data["optim"] |= {"preset": "sgd", "momentum": 0.9}
     return RunConfig.model_validate({**data, "parallel": {**data["parallel"], "tp": tp}})
 
@@ -91,21 +113,38 @@ def alone(documents: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) 
     return result, path
 
 
+@pytest.fixture(scope="module")
+def alone_clustered(documents: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple, str]:  # noqa: F811
+    path = str(tmp_path_factory.mktemp("checkpoint") / "half")
+    result = train(clustered(documents, (1, 1, 1, "auto")), save_to=path)
+    assert result[0][-1] < result[0][0]
+    values = result[2]["model.value_tables.1.weight"]
+    assert values.shape == (2 * (2 * 4 + 6 * 3), 3 * 32)
+    return result, path
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_same_training_on_any_mesh(documents: tuple[str, str], alone: tuple[tuple, str], world: int) -> None:  # noqa: F811
+def test_same_training_on_any_mesh(
+    documents: tuple[str, str],  # noqa: F811
+    alone: tuple[tuple, str],
+    alone_clustered: tuple[tuple, str],
+    world: int,
+) -> None:
     """Losses, norms, parameters and states in float64, of whole runs and of runs that go on from one process's checkpoint."""
-    configs = [config_of(documents, mesh) for mesh in MESHES[world]]
-    result, path = alone
-    rest = (result[0][STEPS // 2 :], result[1][STEPS // 2 :], *result[2:])
+    configs = [(config_of(documents, mesh), *alone) for mesh in MESHES[world]]
+    configs += [(clustered(documents, mesh), *alone_clustered) for mesh in CLUSTERED_MESHES[world]]
     meshes = {2: [(1, 1, 1, "auto")], 4: [(1, 1, 2, "contiguous"), (2, 1, 1, "auto"), (1, 2, 1, "auto")]}
-    of_parts = [with_tensor_parallel_ranks(documents, mesh, 2) for mesh in meshes[world]]
-    want = train(with_tensor_parallel_ranks(documents, (1, 1, 1, "auto"), 1))
-    for answers, others in run_distributed(on_meshes, world, configs, path, of_parts):
-        for started, resumed in answers:
+    of_parts = [with_tensor_parallel_ranks(config_of(documents, mesh), 2) for mesh in meshes[world]]
+    of_parts.append(with_tensor_parallel_ranks(clustered(documents, meshes[world][0]), 2))
+    want = train(with_tensor_parallel_ranks(config_of(documents, (1, 1, 1, "auto")), 1))
+    want_clustered = train(with_tensor_parallel_ranks(clustered(documents, (1, 1, 1, "auto")), 1))
+    for answers, others in run_distributed(on_meshes, world, [(config, path) for config, _, path in configs], of_parts):
+        for (started, resumed), (_, result, _) in zip(answers, configs, strict=True):
             same(started, result, 1e-9)
-            same(resumed, rest, 1e-9)
-        for other in others:
+            same(resumed, (result[0][STEPS // 2 :], result[1][STEPS // 2 :], *result[2:]), 1e-9)
+        for other in others[:-1]:
             same(other, want, 1e-9)
+        same(others[-1], want_clustered, 1e-9)
 
 
 def test_options_learn_too(documents: tuple[str, str], tmp_path: Path) -> None:  # noqa: F811

@@ -71,7 +71,10 @@ def on_ranks() -> list[tuple]:
         ragged = len(set(counts)) > 1
         module.TILE_TOKENS = tile
         first, count = columns_for(width, rank, world)
-        look_up = ColumnLookUp(dist.group.WORLD, width, ragged=ragged)  # pyright: ignore[reportArgumentType]
+        look_up = ColumnLookUp(dist.group.WORLD, width)  # pyright: ignore[reportArgumentType]
+        readings = look_up.agreed([counts[rank]] * (rank + 1), torch.device("cpu"))
+        assert readings == [[counts[r]] * (r + 1) + [0] * (world - r - 1) for r in range(world)]
+        look_up = look_up.reading(counts) if ragged else look_up
         table = table_of(values, Columns(width, first, count), look_up)
         sent: list[int] = []
         with pytest.MonkeyPatch.context() as patch:

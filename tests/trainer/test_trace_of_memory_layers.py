@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from memory_mgmt.allocator_log import record_cpu_allocations
 from memory_mgmt.estimate import estimate
+from memory_mgmt.policy_settings import policy_of
 from memory_mgmt.trace import Trace
 from parallel.columns import sent_bytes
 from tests.distributed import run_distributed
 from tests.trainer.test_step_trace import VOCAB, config, request
 from trainer.build import build_engine, mesh_for
 from trainer.config import RunConfig
-from trainer.step_trace import _batch, trace_request
+from trainer.step_trace import _batch, _cuts, trace_request
 
 MODEL = {
     "layers": ["swa"],
@@ -81,6 +82,41 @@ def test_two_ranks_that_share_the_table() -> None:
     exchanged = [op for op in trace.ops if "alltoall" in op.name and op.module.endswith("ffn") and op.phase == "forward"]
     assert len(exchanged) == 2 * 2 and exchanged[0].message_bytes == tokens * width * 4
     assert sent[0] == tokens * 16 * 8 + tokens * 48 * 4
+
+
+HIERARCHICAL = {
+    "layers": ["swa"],
+    "n_layers": 3,
+    "feedforward": ["hierarchical", "dense"],
+    "hierarchical": {"branching": [4, 4], "units": [24, 40], "planned_documents": 4},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_planned_documents_of_hierarchical_memories(name: str) -> None:
+    """As many as are planned for, of clusters apart from each other: the allocator's peak, and their rows of the table's gradient."""
+    settings = config_of(CASES[name]).model_dump(mode="json") | {"model": HIERARCHICAL}
+    settings["data"] |= {"source": "jsonl", "path": "any", "cluster_key": "cluster"}
+    settings["train"] |= {"grad_accum": 1}
+    cfg = RunConfig.model_validate(settings)
+    trace = trace_request(request(cfg))
+    measured, rows = real_peak(cfg.model_dump(mode="json"))
+    assert rows == 2 * 4 * (24 + 40)  # two layers
+    assert trace.peak()[0] == pytest.approx(measured, rel=0.02)
+    assert any(b.kind == "gradient" and b.size == rows * 3 * cfg.model.d_model * 4 for b in trace.of("device"))
+    if name == "kept":  # over two ranks each fetches for its two documents, half of the columns from the other
+        settings["parallel"] |= {"cp": 2}
+        shared = trace_request({**request(RunConfig.model_validate(settings)), "world_size": 2})
+        sent = [op for op in shared.ops if "alltoall" in op.name and op.module.endswith("ffn") and op.phase == "forward"]
+        assert [op.message_bytes for op in sent] == [2 * 2 * (24 + 40) * (3 * cfg.model.d_model // 2) * 4] * 2
+
+
+def test_layers_with_tables_of_their_own_are_all_traced() -> None:
+    """A few layers would have a few of the tables."""
+    for tables, cut in (({}, True), ({"shared_table": False}, False)):
+        keys = {**MODEL["product_keys"], **tables}
+        cfg = config(model={**MODEL, "n_layers": 8, "product_keys": keys}, optim={"preset": "adamw_8bit"})
+        assert bool(_cuts(cfg, policy_of(cfg.memory, cfg.model.layer_kinds))) == cut
 
 
 @pytest.mark.parametrize("cp", [1, 2])

@@ -62,6 +62,11 @@ def _suites(args: argparse.Namespace, run_dir: RunDir, config: RunConfig) -> int
             "--suite: reads sequences chunk by chunk, in one direction, and this run's attention sees prefixes whole (data.prefix_mask "
             "bidirectional); leave --suite out for the held-out loss, or train with data.prefix_mask=causal"
         )
+    if config.data.cluster_key is not None:
+        raise UserError(
+            "--suite: its samples have no clusters, by which this run's layers fetch parameters (data.cluster_key); "
+            "leave --suite out for the held-out loss"
+        )
     request = suites.Request(
         tasks=suites.tasks_of(args.suite.split(",")),
         lengths=_lengths(args.lengths) if args.lengths else (config.data.seq_len,),

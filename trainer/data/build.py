@@ -18,6 +18,8 @@ import numpy as np
 from models.batch import Batch
 from models.errors import RunFailed, UserError
 from trainer.config import DataSection, RunConfig
+from trainer.data.beside import Beside
+from trainer.data.clusters import Clusters
 from trainer.data.documents import Source
 from trainer.data.held_out import split_documents, without_copies
 from trainer.data.loader import Cursor, Share, Step, StoredSequences, held_out_batches, stored_steps, streamed_steps
@@ -136,7 +138,7 @@ def build_data(
     share = Share(dp_rank, dp_size, config.train.micro_batch_size, config.train.grad_accum)
     if is_synthetic(data.source):
         return _generated(config, tokenizer, share)
-    open_store = partial(_open_store, data, verify=verify, progress=progress)
+    open_store = partial(_open_store, config, verify=verify, progress=progress)
     sequences = partial(
         StoredSequences,
         seq_len=data.seq_len,
@@ -146,7 +148,7 @@ def build_data(
         prefix_use=_prefix_use(data),
     )
     if data.streaming:
-        return _streamed(data, tokenizer, share, open_store, sequences, check=verify)
+        return _streamed(config, tokenizer, share, open_store, sequences, check=verify)
     return _stored(config, tokenizer, share, open_store, sequences)
 
 
@@ -198,7 +200,7 @@ def _stored(
 
 
 def _streamed(
-    data: DataSection,
+    config: RunConfig,
     tokenizer: Tokenizer,
     share: Share,
     open_store: Callable[[ValidOrTrain], TokenStore],
@@ -206,14 +208,15 @@ def _streamed(
     check: bool,
 ) -> Data:
     """Training documents as they are read; held-out ones from a token store. ``check`` reads up to the first sequence."""
-    source = _open_source(data, "data.path")
+    data = config.data
+    source = _open_source(config, "data.path")
     training = SequenceStream(
         source,
         tokenizer,
         seq_len=data.seq_len,
         document_mask=data.document_mask,
         on_bad_document=data.on_bad_document,
-        prefixes=_prefixes(data),
+        beside=_beside(config),
         prefix_use=_prefix_use(data),
     )
     if check:
@@ -239,13 +242,14 @@ def _check_settings(data: DataSection) -> None:
         raise UserError("data.streaming=true needs " + " and ".join(wrong))
 
 
-def _open_source(data: DataSection, key: ValidOrTrain) -> Source:
+def _open_source(config: RunConfig, key: ValidOrTrain) -> Source:
+    data = config.data
     train = key == "data.path"
     return open_source(
         cast(SourceKind, data.source),  # generated data have no files
         data.path if train else data.valid_path,
         text_field=data.text_field,
-        prefixes=_prefixes(data),
+        beside=_beside(config),
         hub_config=data.hub_config,
         hub_split=data.hub_split,
         streaming=data.streaming and train,
@@ -254,14 +258,16 @@ def _open_source(data: DataSection, key: ValidOrTrain) -> Source:
     )
 
 
-def _open_store(data: DataSection, key: ValidOrTrain, verify: bool, progress: Progress | None) -> TokenStore:
-    source = _open_source(data, key)
-    spec = StoreSpec(source, data.tokenizer, data.on_bad_document, data.cache_dir, data.tokenize_workers, key, _prefixes(data))
+def _open_store(config: RunConfig, key: ValidOrTrain, verify: bool, progress: Progress | None) -> TokenStore:
+    data, source = config.data, _open_source(config, key)
+    spec = StoreSpec(source, data.tokenizer, data.on_bad_document, data.cache_dir, data.tokenize_workers, key, _beside(config))
     return open_or_build(spec, verify, progress)
 
 
-def _prefixes(data: DataSection) -> Prefixes | None:
-    return None if data.prefix_key is None else Prefixes(data.prefix_key, data.prefix_unit)
+def _beside(config: RunConfig) -> Beside:
+    data = config.data
+    prefixes = None if data.prefix_key is None else Prefixes(data.prefix_key, data.prefix_unit)
+    return Beside(prefixes, None if data.cluster_key is None else Clusters(data.cluster_key, config.model.hierarchical.clusters[-1]))
 
 
 def _prefix_use(data: DataSection) -> PrefixUse:

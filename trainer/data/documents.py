@@ -22,6 +22,8 @@ class Document:
     """Never held out."""
     prefix: int = 0
     """How long its prefix is, in what the data count it in (``prefixes.py``)."""
+    cluster: int | None = None
+    """Of the lowest level (``clusters.py``); None where the data name none."""
     prefix_record: tuple[int, int] | None = None
     """The prefix's tokens and UTF-8 bytes, once they are known; None where the data have no prefixes."""
 
@@ -31,7 +33,7 @@ class BadDocument:
     """A document that cannot be used; stops the run or is counted (``data.on_bad_document``)."""
 
     reason: str
-    """What it is counted under: empty, invalid_utf8, invalid_json, missing_text, bad_prefix or unreadable."""
+    """What it is counted under: empty, invalid_utf8, invalid_json, missing_text, bad_prefix, bad_cluster or unreadable."""
     origin: str
     """File, and line or row."""
     detail: str

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from models.batch import Batch, Bounds
+from trainer.data.clusters import NONE
 from trainer.data.packing import PackedSequence, Packing, Shuffle, pack, padding_sequence
 from trainer.data.prefixes import CAUSAL, PrefixUse, left_of
 from trainer.data.streaming import Place
@@ -107,7 +108,8 @@ class StoredSequences:
         fragments = [self.store.read(int(self.documents[piece.document]), piece.start, piece.stop) for piece in pieces]
         known, at = self.store.prefixes, [int(self.documents[piece.document]) for piece in pieces]
         prefixes = () if known is None else [left_of(int(known["tokens"][i]), p.start, p.stop) for i, p in zip(at, pieces, strict=True)]
-        packed = pack(fragments, self.packing.seq_len, self.document_mask, self.pad_id, prefixes, self.prefix_use)
+        clusters = () if self.store.clusters is None else self.store.clusters[at].tolist()
+        packed = pack(fragments, self.packing.seq_len, self.document_mask, self.pad_id, prefixes, self.prefix_use, clusters)
         return packed._replace(continued=True) if self.packing.continues(n) else packed
 
 
@@ -120,7 +122,8 @@ def make_batch(rows: Sequence[PackedSequence]) -> Batch:
     )
     # One row's padding or documents without prefixes: their prefixes end where they begin.
     prefixes = tuple(row.prefixes or row.documents for row in rows) if any(row.prefixes for row in rows) else ()
-    bounds = Bounds(seq_len, ((0, seq_len),), tuple(row.documents for row in rows), prefixes)
+    clusters = tuple(row.clusters or ((0, NONE),) for row in rows) if any(row.clusters for row in rows) else ()
+    bounds = Bounds(seq_len, ((0, seq_len),), tuple(row.documents for row in rows), prefixes, clusters)
     return Batch(tokens_BT, labels_BT, positions_BT, bounds, tuple(row.continued for row in rows))
 
 

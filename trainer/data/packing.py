@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from models.batch import IGNORE_INDEX
+from trainer.data.clusters import stretches
 from trainer.data.prefixes import CAUSAL, PrefixUse, ends_of
 from trainer.data.shuffling import make_key, permutation, permuted
 
@@ -37,6 +38,8 @@ class PackedSequence(NamedTuple):
     documents: tuple[int, ...]
     prefixes: tuple[int, ...] = ()
     """Where the prefix of each of these fragments ends; empty when none has one, or none is to be seen."""
+    clusters: tuple[tuple[int, int], ...] = ()
+    """(first token, cluster) of the stretches of one cluster each; empty where documents have none."""
     continued: bool = False
     """Whether the first token follows the last one of the sequence one step earlier in this one's lane."""
 
@@ -116,6 +119,7 @@ def pack(
     pad_id: int,
     prefixes: Sequence[int] = (),
     use: PrefixUse = CAUSAL,
+    clusters: Sequence[int] = (),
 ) -> PackedSequence:
     """The arrays of one sequence from the fragments of documents in it (up to T + 1 tokens in all, the last a mere label).
 
@@ -128,6 +132,7 @@ def pack(
 
     ``documents`` are the fragments' starts, the padding's included, with ``document_mask``; else (0,). ``prefixes``: how many tokens each
     fragment begins with that are of its document's prefix; ``use`` says whether they are labels and whether all of the fragment sees them.
+    ``clusters``: of each fragment's document, whatever the mask; empty where documents have none.
     """
     stream = np.concatenate(fragments).astype(np.int64, copy=False)
     n = min(len(stream), seq_len)
@@ -139,14 +144,15 @@ def pack(
     if prefixes and not use.loss:
         for start, prefix in zip(starts.tolist(), prefixes, strict=False):  # a token's label is the one after it
             labels_T[max(start - 1, 0) : max(start + prefix - 1, 0)] = IGNORE_INDEX
+    of_clusters = stretches(starts.tolist(), clusters, seq_len) if clusters else ()
     if not document_mask:
-        return PackedSequence(tokens_T, labels_T, np.arange(seq_len), (0,))
+        return PackedSequence(tokens_T, labels_T, np.arange(seq_len), (0,), (), of_clusters)
     ends = starts[1:-1]  # every fragment but the last ends its document inside the stream
     labels_T[ends - 1] = IGNORE_INDEX
     documents = starts[starts < seq_len]
     positions_T = np.arange(seq_len) - np.repeat(documents, np.diff(documents, append=seq_len))
     shown = ends_of(documents.tolist(), prefixes, seq_len) if use.mask else ()
-    return PackedSequence(tokens_T, labels_T, positions_T, tuple(documents.tolist()), shown)
+    return PackedSequence(tokens_T, labels_T, positions_T, tuple(documents.tolist()), shown, of_clusters)
 
 
 def padding_sequence(seq_len: int, pad_id: int) -> PackedSequence:

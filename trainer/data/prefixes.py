@@ -56,11 +56,6 @@ class Prefixes:
         return BadDocument("bad_prefix", origin, f"{self.key!r} (data.prefix_key) is {prefix}, and the document has {length} {self.unit}")
 
 
-def fingerprint_prefixes(prefixes: Prefixes | None) -> list[str]:
-    """What a source's fingerprint says of its prefixes: nothing where there are none."""
-    return [] if prefixes is None else [prefixes.key, prefixes.unit]
-
-
 @dataclass(frozen=True)
 class PrefixUse:
     """What becomes of prefixes in a sequence. ``mask``: every token of a document sees its prefix, later tokens of it included.

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.errors import UserError
+from trainer.data.beside import NOTHING, Beside
 from trainer.data.documents import BadDocument, Document, Item, Source, Unit, check_text
 from trainer.data.files import fingerprint_files, list_files, size_of
-from trainer.data.prefixes import Prefixes, fingerprint_prefixes
 from trainer.data.tables import ArrowSource, HubSource, ParquetSource
 
 SourceKind = Literal["python_stdlib", "text", "jsonl", "parquet", "arrow", "hub"]
@@ -33,7 +33,7 @@ def open_source(
     path: str | None,
     *,
     text_field: str = "text",
-    prefixes: Prefixes | None = None,
+    beside: Beside = NOTHING,
     hub_config: str | None = None,
     hub_split: str = "train",
     streaming: bool = False,
@@ -51,15 +51,15 @@ def open_source(
         case "text":
             return TextSource(list_files(path, None, key))
         case "jsonl":
-            return JsonlSource(list_files(path, ".jsonl", key), text_field, prefixes)
+            return JsonlSource(list_files(path, ".jsonl", key), text_field, beside)
         case "parquet":
-            return ParquetSource(list_files(path, ".parquet", key), text_field, prefixes)
+            return ParquetSource(list_files(path, ".parquet", key), text_field, beside)
         case "arrow":
-            return ArrowSource.open(path, text_field, key, prefixes)
+            return ArrowSource.open(path, text_field, key, beside)
         case "hub":
             if not allow_download and not Path(path).expanduser().exists():
                 raise UserError(f"{key}: {path!r} is no local folder, and nothing is downloaded; allow it with data.allow_download=true")
-            return HubSource(path, hub_config, hub_split, text_field, streaming, key, prefixes)
+            return HubSource(path, hub_config, hub_split, text_field, streaming, key, beside)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class JsonlSource:
 
     files: tuple[Path, ...]
     text_field: str
-    prefixes: Prefixes | None = None
+    beside: Beside = NOTHING
 
     def units(self) -> Sequence[Unit]:
         """Byte ranges of about UNIT_BYTES; an empty file is one unit, so that it is reported."""
@@ -143,14 +143,12 @@ class JsonlSource:
         text = record.get(self.text_field) if isinstance(record, dict) else None
         found = check_text(text, f"{path} byte {start}", "")
         if isinstance(found, Document):
-            return self._with_prefix(found, record, path, start)
+            return self._with_beside(found, record, path, start)
         detail = self._what_is_missing(record, text) if found.reason == "missing_text" else found.detail
         return BadDocument(found.reason, _line_of(path, start), detail)
 
-    def _with_prefix(self, found: Document, record: dict[str, Any], path: Path, start: int) -> Item:
-        if self.prefixes is None:
-            return found
-        item = self.prefixes.checked(found, record.get(self.prefixes.key), "")
+    def _with_beside(self, found: Document, record: dict[str, Any], path: Path, start: int) -> Item:
+        item = self.beside.checked(found, [record.get(key) for key in self.beside.keys], "")
         return item if isinstance(item, Document) else replace(item, origin=_line_of(path, start))
 
     def _what_is_missing(self, record: Any, text: Any) -> str:
@@ -167,7 +165,7 @@ class JsonlSource:
 
     def fingerprint(self) -> Any:
         """Names, contents and the fields."""
-        return [self.text_field, fingerprint_files(self.files), *fingerprint_prefixes(self.prefixes)]
+        return [self.text_field, fingerprint_files(self.files), *self.beside.fingerprint()]
 
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}

@@ -26,10 +26,12 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from models.errors import UserError
+from trainer.data.beside import NOTHING, Beside
+from trainer.data.clusters import CLUSTER
 from trainer.data.documents import BadDocument, Document, Item, Source, Unit
 from trainer.data.files import sha256_file
 from trainer.data.prefixes import PREFIX, Prefixes
-from trainer.data.token_store import DOCUMENT, PREFIXES, STORE_VERSION, DamagedStore, TokenStore, document_key, token_dtype
+from trainer.data.token_store import CLUSTERS, DOCUMENT, PREFIXES, STORE_VERSION, DamagedStore, TokenStore, document_key, token_dtype
 from trainer.data.tokenizers import Tokenizer, load_tokenizer
 
 DEFAULT_CACHE = "~/.cache/longstride/tokens"
@@ -53,8 +55,8 @@ class StoreSpec:
     workers: int = 0
     key: str = "data.path"
     """Setting that names the source in error messages."""
-    prefixes: Prefixes | None = None
-    """The source's, if its documents have some."""
+    beside: Beside = NOTHING
+    """What the source reads beside texts."""
 
     def cache_name(self) -> str:
         """Hash of the source's content, the tokenizer and the format."""
@@ -98,6 +100,8 @@ class _Part:
     error: BadDocument | None
     prefixes: np.ndarray
     """PREFIX records, one per document; none where the source has no prefixes."""
+    clusters: np.ndarray
+    """CLUSTER numbers likewise."""
 
 
 def _build(spec: StoreSpec, folder: Path, progress: Progress | None) -> None:
@@ -143,12 +147,12 @@ def _tokenise_unit(spec: StoreSpec, tokenizer: Tokenizer, work: Path, index: int
     """Read and tokenise one unit into a file; stops at the first bad document unless they are skipped."""
     dtype, end = token_dtype(tokenizer.vocab_size), np.array([tokenizer.eos_id])
     path, skipped = work / f"part-{index}", Counter[str]()
-    records, origins, prefixes = [], [], []
+    records, origins, prefixes, clusters = [], [], [], []
     with path.open("wb") as file:
-        for item in _batches(_measured(spec.prefixes, tokenizer, (item for _, item in spec.source.read(unit)))):
+        for item in _batches(_measured(spec.beside.prefixes, tokenizer, (item for _, item in spec.source.read(unit)))):
             if isinstance(item, BadDocument):
                 if spec.on_bad_document == "error":
-                    return _Part(path, np.empty(0, DOCUMENT), [], skipped, item, np.empty(0, PREFIX))
+                    return _Part(path, np.empty(0, DOCUMENT), [], skipped, item, np.empty(0, PREFIX), np.empty(0, CLUSTER))
                 skipped[item.reason] += 1
                 continue
             encoded = tokenizer.encode_batch([document.text for document in item])
@@ -160,7 +164,10 @@ def _tokenise_unit(spec: StoreSpec, tokenizer: Tokenizer, work: Path, index: int
                 origins.append(document.origin.replace("\n", "\\n"))
                 if document.prefix_record is not None:
                     prefixes.append(document.prefix_record)
-    return _Part(path, np.array(records, DOCUMENT), origins, skipped, None, np.array(prefixes, PREFIX))
+                if document.cluster is not None:
+                    clusters.append(document.cluster)
+    beside = np.array(prefixes, PREFIX), np.array(clusters, CLUSTER)
+    return _Part(path, np.array(records, DOCUMENT), origins, skipped, None, *beside)
 
 
 def _measured(prefixes: Prefixes | None, tokenizer: Tokenizer, items: Iterable[Item]) -> Iterator[Item]:
@@ -191,7 +198,7 @@ def _batches(items: Iterable[Item]) -> Iterator[list[Document] | BadDocument]:
 
 def _write_store(spec: StoreSpec, work: Path, parts: Iterator[_Part], n_parts: int, progress: Progress | None) -> None:
     """Append the parts to one file and describe it; the description is written last."""
-    documents, prefixes, skipped = [], [], Counter()
+    documents, prefixes, clusters, skipped = [], [], [], Counter()
     with (
         (work / "tokens.bin").open("wb") as tokens,
         (work / "origins.txt").open("w", encoding="utf-8", errors="surrogateescape") as origins,
@@ -204,6 +211,7 @@ def _write_store(spec: StoreSpec, work: Path, parts: Iterator[_Part], n_parts: i
             part.path.unlink()
             documents.append(part.documents)
             prefixes.append(part.prefixes)
+            clusters.append(part.clusters)
             origins.writelines(f"{origin}\n" for origin in part.origins)
             skipped += part.skipped
             if progress is not None:
@@ -214,9 +222,10 @@ def _write_store(spec: StoreSpec, work: Path, parts: Iterator[_Part], n_parts: i
         raise UserError(f"{spec.key}: no usable document ({counts}); nothing to train on")
     np.save(work / "documents.npy", records, allow_pickle=False)
     names = ["tokens.bin", "documents.npy", "origins.txt"]
-    if spec.prefixes is not None:
-        np.save(work / PREFIXES, np.concatenate(prefixes), allow_pickle=False)
-        names.append(PREFIXES)
+    for name, held, values in ((PREFIXES, spec.beside.prefixes, prefixes), (CLUSTERS, spec.beside.clusters, clusters)):
+        if held is not None:
+            np.save(work / name, np.concatenate(values), allow_pickle=False)
+            names.append(name)
     meta = {
         "version": STORE_VERSION,
         "dtype": token_dtype(load_tokenizer(spec.tokenizer).vocab_size),

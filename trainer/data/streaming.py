@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from models.errors import UserError
+from trainer.data.beside import NOTHING, Beside
 from trainer.data.documents import BadDocument, Source
 from trainer.data.packing import PackedSequence, pack
-from trainer.data.prefixes import CAUSAL, Prefixes, PrefixUse, left_of
+from trainer.data.prefixes import CAUSAL, PrefixUse, left_of
 from trainer.data.tokenizers import Tokenizer
 
 
@@ -56,8 +57,13 @@ class _Held:
     position: int
     tokens: np.ndarray
     prefix: int
+    cluster: int | None
     offset: int
     skipped: tuple[tuple[str, int], ...]
+
+
+_Fragments = tuple[list[np.ndarray], list[int], list[int]]
+"""Of one sequence; no clusters where documents have none."""
 
 
 class SequenceStream:
@@ -72,7 +78,7 @@ class SequenceStream:
         document_mask: bool,
         on_bad_document: Literal["error", "skip"],
         key: str = "data.path",
-        prefixes: Prefixes | None = None,
+        beside: Beside = NOTHING,
         prefix_use: PrefixUse = CAUSAL,
     ) -> None:
         self.source = source
@@ -81,7 +87,7 @@ class SequenceStream:
         self.document_mask = document_mask
         self.on_bad_document = on_bad_document
         self.key = key
-        self.prefixes, self.prefix_use = prefixes, prefix_use
+        self.prefixes, self.prefix_use = beside.prefixes, prefix_use
         self.units = source.units()
 
     def read(self, place: Place) -> Iterator[tuple[Callable[[], PackedSequence], Place]]:
@@ -91,13 +97,13 @@ class SequenceStream:
         that the place was taken in.
         """
         while True:
-            for (fragments, prefixes), after in self._epoch(place):
+            for (fragments, prefixes, clusters), after in self._epoch(place):
                 place = after
-                made_of = fragments, self.seq_len, self.document_mask, self.tokenizer.pad_id, prefixes, self.prefix_use
+                made_of = fragments, self.seq_len, self.document_mask, self.tokenizer.pad_id, prefixes, self.prefix_use, clusters
                 yield partial(pack, *made_of), place
 
-    def _epoch(self, place: Place) -> Iterator[tuple[tuple[list[np.ndarray], list[int]], Place]]:
-        """Fragments and prefixes of each sequence (T + 1 tokens, the last a mere label) to the end of the epoch, and the place after it."""
+    def _epoch(self, place: Place) -> Iterator[tuple[_Fragments, Place]]:
+        """What each sequence is made of (T + 1 tokens, the last a mere label) to the end of the epoch, and the place after it."""
         skipped = dict(place.skipped)
         documents = self._documents(place, skipped)
         pending: deque[_Held] = deque()
@@ -131,7 +137,7 @@ class SequenceStream:
                 tokens = np.append(self.tokenizer.encode_batch([item.text])[0], self.tokenizer.eos_id)
                 if offset >= len(tokens):
                     raise UserError(f"{item.origin}: shorter than when the run was saved; {self.key} must not change while streaming")
-                yield _Held(unit, position, tokens, prefix[0], offset, _frozen(skipped))
+                yield _Held(unit, position, tokens, prefix[0], item.cluster, offset, _frozen(skipped))
                 offset = 0
 
     def _pass_over(self, document: BadDocument, skipped: dict[str, int]) -> None:
@@ -144,16 +150,18 @@ def _frozen(counts: dict[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(counts.items()))
 
 
-def _peek(pending: deque[_Held], n: int) -> tuple[list[np.ndarray], list[int]]:
-    """The next ``n`` tokens, or as many as there are, one array per document, and how many of each are of a prefix."""
-    found, prefixes = [], []
+def _peek(pending: deque[_Held], n: int) -> _Fragments:
+    """The next ``n`` tokens, or as many as there are, one array per document, how many of each are of a prefix, and its cluster."""
+    found, prefixes, clusters = [], [], []
     for held in pending:
         if n <= 0:
             break
         found.append(held.tokens[held.offset : held.offset + n])
         prefixes.append(left_of(held.prefix, held.offset, held.offset + len(found[-1])))
+        if held.cluster is not None:
+            clusters.append(held.cluster)
         n -= len(found[-1])
-    return found, prefixes
+    return found, prefixes, clusters
 
 
 def _consume(pending: deque[_Held], n: int) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
+from trainer.data.beside import NOTHING, Beside
 from trainer.data.documents import BadDocument, Item, Unit, check_text
 from trainer.data.files import fingerprint_files, list_files, size_of
-from trainer.data.prefixes import Prefixes, fingerprint_prefixes
 
 _ROWS_PER_BATCH = 256
 _ROWS_PER_UNIT = 16_384
@@ -29,7 +29,7 @@ class ParquetSource:
 
     files: tuple[Path, ...]
     text_field: str
-    prefixes: Prefixes | None = None
+    beside: Beside = NOTHING
 
     def units(self) -> Sequence[Unit]:
         """One per row group."""
@@ -57,15 +57,15 @@ class ParquetSource:
                 if group < 0:
                     yield 0, BadDocument("empty", str(path), "the file has no rows")
                     return
-                if missing := _no_column(path, self.text_field, self.prefixes, file.schema_arrow.names):
+                if missing := _no_column(path, self.text_field, self.beside, file.schema_arrow.names):
                     yield 0, missing
                     return
-                wanted = [self.text_field, *([self.prefixes.key] if self.prefixes else [])]
+                wanted = [self.text_field, *self.beside.keys]
                 batches = _reading(path, file.iter_batches(_ROWS_PER_BATCH, row_groups=[group], columns=wanted))
                 for batch in batches:
                     if row + batch.num_rows > position:
-                        columns = (batch.column(self.text_field), batch.column(self.prefixes.key) if self.prefixes else None)
-                        yield from _rows(columns, self.text_field, self.prefixes, f"{path}", row, first, position)
+                        columns = [batch.column(name) for name in wanted]
+                        yield from _rows(columns, self.text_field, self.beside, f"{path}", row, first, position)
                     row += batch.num_rows
         except _Unreadable as error:
             yield row, error.document
@@ -76,7 +76,7 @@ class ParquetSource:
 
     def fingerprint(self) -> Any:
         """Names, contents and the columns."""
-        return [self.text_field, fingerprint_files(self.files), *fingerprint_prefixes(self.prefixes)]
+        return [self.text_field, fingerprint_files(self.files), *self.beside.fingerprint()]
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class ArrowSource:
 
     files: tuple[Path, ...]
     text_field: str
-    prefixes: Prefixes | None = None
+    beside: Beside = NOTHING
 
     @staticmethod
-    def open(path: str, text_field: str, key: str, prefixes: Prefixes | None = None) -> ArrowSource:
+    def open(path: str, text_field: str, key: str, beside: Beside = NOTHING) -> ArrowSource:
         """Files of a saved data set (its state.json lists them), or every .arrow file at ``path``."""
         folder = Path(path).expanduser()
         if (folder / "dataset_dict.json").is_file():
@@ -98,14 +98,14 @@ class ArrowSource:
             )
         state = folder / "state.json"
         if not state.is_file():
-            return ArrowSource(list_files(path, ".arrow", key), text_field, prefixes)
+            return ArrowSource(list_files(path, ".arrow", key), text_field, beside)
         try:
             files = tuple(folder / entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{key}: {state} is damaged: {error!r}") from error
         if absent := [f for f in files if not f.is_file()]:
             raise UserError(f"{key}: {absent[0]} is missing, although {state} lists it")
-        return ArrowSource(files, text_field, prefixes)
+        return ArrowSource(files, text_field, beside)
 
     def units(self) -> Sequence[Unit]:
         """One per file."""
@@ -117,14 +117,13 @@ class ArrowSource:
         row = 0
         try:
             with _opened_arrow(path) as (names, batches):
-                if missing := _no_column(path, self.text_field, self.prefixes, names):
+                if missing := _no_column(path, self.text_field, self.beside, names):
                     yield 0, missing
                     return
                 for batch in _reading(path, batches):
                     if row + batch.num_rows > position:
-                        lengths = _checked(path, batch.column(self.prefixes.key)) if self.prefixes else None
-                        columns = (_checked(path, batch.column(self.text_field)), lengths)
-                        yield from _rows(columns, self.text_field, self.prefixes, str(path), row, 0, position)
+                        columns = [_checked(path, batch.column(name)) for name in (self.text_field, *self.beside.keys)]
+                        yield from _rows(columns, self.text_field, self.beside, str(path), row, 0, position)
                     row += batch.num_rows
                 if row == 0:
                     yield 0, BadDocument("empty", str(path), "the file has no rows")
@@ -137,7 +136,7 @@ class ArrowSource:
 
     def fingerprint(self) -> Any:
         """Names, contents and the columns."""
-        return [self.text_field, fingerprint_files(self.files), *fingerprint_prefixes(self.prefixes)]
+        return [self.text_field, fingerprint_files(self.files), *self.beside.fingerprint()]
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class HubSource:
     text_field: str
     streaming: bool = False
     key: str = "data.path"
-    prefixes: Prefixes | None = None
+    beside: Beside = NOTHING
 
     def units(self) -> Sequence[Unit]:
         """Ranges of rows."""
@@ -166,32 +165,32 @@ class HubSource:
     def read(self, unit: Unit, position: int = 0) -> Iterator[tuple[int, Item]]:
         """Rows of a range."""
         names = self._table.column_names
-        if names is not None and (missing := _no_column(f"{self.name} ({self.split})", self.text_field, self.prefixes, names)):
+        if names is not None and (missing := _no_column(f"{self.name} ({self.split})", self.text_field, self.beside, names)):
             yield 0, missing
             return
         first, end = unit
-        for row, text, prefix in self._texts(max(first, position), end):
+        for row, text, values in self._texts(max(first, position), end):
             origin = f"{self.name} ({self.split}) row {row}"
             if isinstance(text, UnicodeDecodeError):
                 yield row, BadDocument("invalid_utf8", origin, f"invalid UTF-8 at byte {text.start} of the text")
             else:
                 item = check_text(text, origin, f"column {self.text_field!r} holds {type(text).__name__}, not text")
-                yield row, self.prefixes.checked(item, prefix, origin) if self.prefixes else item
+                yield row, self.beside.checked(item, values, origin)
 
-    def _texts(self, start: int, end: int | None) -> Iterator[tuple[int, Any, Any]]:
-        """(row, text, prefix or None) of rows from ``start`` on; a text that cannot be decoded comes as its error."""
-        key = self.prefixes.key if self.prefixes else None
+    def _texts(self, start: int, end: int | None) -> Iterator[tuple[int, Any, list[Any]]]:
+        """(row, text, what stands beside it) of rows from ``start`` on; a text that cannot be decoded comes as its error."""
+        keys = self.beside.keys
         if end is None:
             for row, record in enumerate(self._table.skip(start), start):
-                yield row, record.get(self.text_field), record.get(key)
+                yield row, record.get(self.text_field), [record.get(key) for key in keys]
             return
-        table = self._table.select_columns([self.text_field, *([key] if key else [])])
+        table = self._table.select_columns([self.text_field, *keys])
         for row in range(start, end):
             try:
                 record = table[row]
-                yield row, record[self.text_field], record.get(key)
+                yield row, record[self.text_field], [record[key] for key in keys]
             except UnicodeDecodeError as error:
-                yield row, error, None
+                yield row, error, []
 
     def size_bytes(self) -> int:
         """Bytes of the prepared tables; 0 when streaming (not known)."""
@@ -199,11 +198,11 @@ class HubSource:
 
     def fingerprint(self) -> Any:
         """Name, configuration, split, and the library's fingerprint of the prepared tables."""
-        named = [self.name, self.config, self.split, self.text_field, *fingerprint_prefixes(self.prefixes)]
+        named = [self.name, self.config, self.split, self.text_field, *self.beside.fingerprint()]
         return named if self.streaming else [*named, self._table._fingerprint]
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return HubSource, (self.name, self.config, self.split, self.text_field, self.streaming, self.key, self.prefixes)  # not the table
+        return HubSource, (self.name, self.config, self.split, self.text_field, self.streaming, self.key, self.beside)  # not the table
 
     @cached_property
     def _table(self) -> Any:
@@ -295,27 +294,22 @@ def _checked(path: Path, column: Any) -> Any:
     return column
 
 
-def _rows(
-    columns: tuple[Any, Any], field: str, prefixes: Prefixes | None, path: str, row: int, first: int, position: int
-) -> Iterator[tuple[int, Item]]:
-    """Cells of one batch, (texts, prefixes), whose first row has position ``row``; ``first`` + position is the row in the file."""
-    column, lengths = columns
+def _rows(columns: Sequence[Any], field: str, beside: Beside, path: str, row: int, first: int, position: int) -> Iterator[tuple[int, Item]]:
+    """Cells of one batch, texts and what stands beside them. Its first row has position ``row``; ``first`` + position: in the file."""
+    column, *others = columns
     for i in range(max(0, position - row), len(column)):
         origin = f"{path} row {first + row + i}"
         try:
-            text, prefix = column[i].as_py(), None if lengths is None else lengths[i].as_py()
+            text, values = column[i].as_py(), [other[i].as_py() for other in others]
         except UnicodeDecodeError as error:
             yield row + i, BadDocument("invalid_utf8", origin, f"invalid UTF-8 at byte {error.start} of the text")
             continue
         item = check_text(text, origin, f"column {field!r} holds {'no value' if text is None else column.type}, not text")
-        yield row + i, prefixes.checked(item, prefix, origin) if prefixes else item
+        yield row + i, beside.checked(item, values, origin)
 
 
-def _no_column(path: Path | str, field: str, prefixes: Prefixes | None, names: Sequence[str]) -> Item | None:
+def _no_column(path: Path | str, field: str, beside: Beside, names: Sequence[str]) -> Item | None:
     """What to report where a column is missing; None if all are there."""
     if field not in names:
         return BadDocument("missing_text", str(path), f"no column {field!r} (columns: {', '.join(names)}); data.text_field names it")
-    if prefixes is not None and prefixes.key not in names:
-        columns = ", ".join(names)
-        return BadDocument("bad_prefix", str(path), f"no column {prefixes.key!r} (columns: {columns}); data.prefix_key names it")
-    return None
+    return beside.missing(names, str(path))

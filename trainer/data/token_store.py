@@ -2,7 +2,7 @@
 
 One folder: ``tokens.bin`` (all documents end to end, each with its end token, in the smallest integer type that holds the
 vocabulary), ``documents.npy`` (one DOCUMENT record each), ``origins.txt`` (one line each), ``prefixes.npy`` (one PREFIX record each,
-where the data have prefixes) and ``meta.json`` (counts, sizes, SHA-256).
+where the data have prefixes), ``clusters.npy`` (one number each, where they have clusters) and ``meta.json`` (counts, sizes, SHA-256).
 Imports no torch.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import UserError
+from trainer.data.clusters import CLUSTER
 from trainer.data.files import sha256_file
 from trainer.data.prefixes import PREFIX
 
@@ -29,6 +30,10 @@ DOCUMENT = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("key", "<u8"), ("trai
 
 PREFIXES = "prefixes.npy"
 """A store without it has documents without prefixes."""
+
+
+CLUSTERS = "clusters.npy"
+"""A store without it has documents without clusters."""
 
 
 class DamagedStore(Exception):
@@ -51,15 +56,23 @@ class TokenStore:
             self.documents = np.load(folder / "documents.npy", allow_pickle=False)
             if self.documents.dtype != DOCUMENT or len(self.documents) == 0:
                 raise DamagedStore(f"{folder / 'documents.npy'} is no list of documents")
-            self.prefixes = np.load(folder / PREFIXES, allow_pickle=False) if PREFIXES in self.meta["files"] else None
-            if self.prefixes is not None and (self.prefixes.dtype != PREFIX or len(self.prefixes) != len(self.documents)):
-                raise DamagedStore(f"{folder / PREFIXES} is no list of prefixes of {len(self.documents)} documents")
+            self.prefixes = self._beside(PREFIXES, PREFIX, "prefixes")
+            self.clusters = self._beside(CLUSTERS, CLUSTER, "clusters")
             self._tokens = np.memmap(folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedStore(f"{folder}: {error!r}") from error
         self._starts = np.concatenate(([0], np.cumsum(self.documents["tokens"])))
         if self._starts[-1] != len(self._tokens):
             raise DamagedStore(f"{folder}: {len(self._tokens)} tokens where the documents have {self._starts[-1]}")
+
+    def _beside(self, name: str, dtype: np.dtype, what: str) -> np.ndarray | None:
+        """One record per document, or None where the store has none of this kind."""
+        if name not in self.meta["files"]:
+            return None
+        found = np.load(self.folder / name, allow_pickle=False)
+        if found.dtype != dtype or len(found) != len(self.documents):
+            raise DamagedStore(f"{self.folder / name} is no list of {what} of {len(self.documents)} documents")
+        return found
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a document, as stored (a view of the mapped file)."""
@@ -80,7 +93,7 @@ class TokenStore:
     def content_hash(self) -> str:
         """Equal for equal tokens and documents, wherever they were read from."""
         files = self.meta["files"]
-        names = ["tokens.bin", "documents.npy", *([PREFIXES] if PREFIXES in files else [])]
+        names = ["tokens.bin", "documents.npy", *(name for name in (PREFIXES, CLUSTERS) if name in files)]
         return hashlib.sha256(" ".join(files[name]["sha256"] for name in names).encode()).hexdigest()
 
     def _check(self, verify: bool) -> None:

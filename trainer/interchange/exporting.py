@@ -58,6 +58,11 @@ def export_model(
     that is missing or damaged, a number that ``dtype`` cannot hold."""
     config = config_file.resolve(run_dir.config)
     check_target(target)
+    if config.data.cluster_key is not None:
+        raise UserError(
+            "hierarchical memories (model.feedforward) fetch parameters by clusters of documents, which transformers does not know: "
+            "a run with them cannot be exported"
+        )
     checkpoint, found_step = _find(run_dir, config, step)
     _, metadata = read_checkpoint_metadata(checkpoint)
     vocab_size = config.model.vocab_size or model_vocab_size(config, tokenizer_of(config.data).vocab_size)

@@ -202,7 +202,7 @@ def _mscale(factor: float, times: float) -> float:
 def family_of(config: ModelConfig) -> str:
     """``model_type`` of the family that ``config`` belongs to; ``longstride`` where there is none."""
     kinds = set(config.layer_kinds)
-    if "memory" in kinds or config.n_value_tables or (config.qkv_bias and config.qk_norm):
+    if "memory" in kinds or config.table_shapes or (config.qkv_bias and config.qk_norm):
         return OWN
     if config.qkv_bias or config.qk_norm:
         return "qwen2" if config.qkv_bias else "qwen3"
