@@ -79,6 +79,8 @@ class Recipe:
     tiled_mlp: bool = False
     offload_checkpoints: bool = False
     offload_parameters: bool = False
+    repeats_keys: bool = False
+    """Hugging Face's ``sdpa``: keys and values are copied for every query head before torch's FlashAttention 2 sees them."""
     swap: bool = True
     """MEMO's swapping; False: full recomputation."""
     host_bytes: float = 1.9e12
@@ -103,6 +105,8 @@ class Sizes:
 def sizes_of(recipe: Recipe) -> Sizes:
     shape, tokens = recipe.shape, recipe.tokens / recipe.sp
     local_kv_heads = max(1.0, shape.kv_heads / recipe.sp) if recipe.system == "alst" else shape.kv_heads / recipe.sp
+    if recipe.repeats_keys:
+        local_kv_heads = shape.heads / recipe.sp
     attended = recipe.tokens * local_kv_heads * shape.head_dim * 2
     width, q, kv, ffn = (tokens * n * 2 for n in (shape.width, shape.q, shape.kv, shape.ffn))
     return Sizes(width, q, kv, attended, ffn, same_heads=shape.heads / recipe.sp <= local_kv_heads)

@@ -20,7 +20,7 @@ from memory_mgmt.planner_greedy import solve_greedy
 from memory_mgmt.planner_groups import grouped, spread
 from memory_mgmt.planner_lp import Program, Solution
 from memory_mgmt.planner_memo import solve_memo
-from memory_mgmt.planner_problem import Problem, Tiling
+from memory_mgmt.planner_problem import UNLIMITED, Problem, Tiling
 from memory_mgmt.planner_rounding import rounded
 from memory_mgmt.planner_simulate import Evaluation, evaluate
 from memory_mgmt.policy import CLASSES, Policy
@@ -141,6 +141,16 @@ def solve(problem: Problem, time_limit: float = 10.0, *, with_worth: bool = True
     if not worth:
         worth = _worth_of_another_choice(problem, choice, deadline)
     return replace(choice, worth=worth, solve_time=time.monotonic() - started)
+
+
+def choice_of(problem: Problem, case: Case, solution: Solution) -> Choice | None:
+    """The policy of one solution in whole tiles, whatever device memory it takes; None where it exceeds another limit."""
+    started, unlimited = time.monotonic(), replace(problem, budget_bytes=UNLIMITED)
+    policy = case.policy(solution)
+    for one in (replace(policy, layers=rounded(policy.layers, case.problem)), policy):
+        if (found := _checked(unlimited, one, "lp")) is not None:
+            return _choice(problem, found, [found], None, solution.solver, started, complete=True)
+    return None
 
 
 def _floor(case: Case) -> float:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from memory_mgmt.planner import _FOR_SIMPLICITY, solve
+from memory_mgmt import planner_search
+from memory_mgmt.planner import _FOR_SIMPLICITY, cases, solve
 from memory_mgmt.planner_lp import Program
 from memory_mgmt.planner_memo import memo_alpha, solve_memo
 from memory_mgmt.planner_problem import ClassCost, LossTile, Problem, Stage
@@ -272,6 +273,23 @@ def test_smallest_budget() -> None:
     assert least.choice.peak_bytes <= least.budget_bytes
     assert solve(replace(problem, budget_bytes=least.budget_bytes)) is not None
     assert Program(replace(problem, budget_bytes=int(least.budget_bytes * 0.995))).solve() is None
+
+
+@quick
+@given(problems(groups=True))
+def test_smallest_budget_where_the_solver_gets_no_time(problem: Problem) -> None:
+    """A busy machine: the leanest solution of the program is the answer, in whole tiles or as it is."""
+    problem = replace(problem, tokens=64, share_tokens=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner_search, "solve", lambda *args: None)
+        try:
+            least = smallest_budget(problem)
+        except ValueError as error:
+            assert "no device memory is enough" in str(error)
+            return
+    assert evaluate(replace(problem, budget_bytes=least.budget_bytes), least.choice.policy).violations == ()
+    programs = [Program(case.units(), minimise="budget").solve() for case in cases(problem)]
+    assert min(found.budget_bytes for found in programs if found is not None) <= least.budget_bytes * (1 + 1e-6)
 
 
 def test_smallest_budget_counts_the_update() -> None:

@@ -1,4 +1,4 @@
-"""A tokenised source on disk: opened memory-mapped, never written again. store_builder.py makes it.
+"""A tokenised source on disk: read piece by piece, never written again. store_builder.py makes it.
 
 One folder: ``tokens.bin`` (all documents end to end, each with its end token, in the smallest integer type that holds the
 vocabulary), ``documents.npy`` (one DOCUMENT record each), ``origins.txt`` (one line each), ``prefixes.npy`` (one PREFIX record each,
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import UserError
+from models.errors import RunFailed, UserError
 from trainer.data.clusters import CLUSTER
 from trainer.data.files import sha256_file
 from trainer.data.prefixes import PREFIX
@@ -58,12 +60,15 @@ class TokenStore:
                 raise DamagedStore(f"{folder / 'documents.npy'} is no list of documents")
             self.prefixes = self._beside(PREFIXES, PREFIX, "prefixes")
             self.clusters = self._beside(CLUSTERS, CLUSTER, "clusters")
-            self._tokens = np.memmap(folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")
+            self._dtype = np.dtype(self.meta["dtype"])
+            self._tokens = os.open(folder / "tokens.bin", os.O_RDONLY)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedStore(f"{folder}: {error!r}") from error
+        weakref.finalize(self, os.close, self._tokens)
         self._starts = np.concatenate(([0], np.cumsum(self.documents["tokens"])))
-        if self._starts[-1] != len(self._tokens):
-            raise DamagedStore(f"{folder}: {len(self._tokens)} tokens where the documents have {self._starts[-1]}")
+        stored = os.fstat(self._tokens).st_size / self._dtype.itemsize
+        if self._starts[-1] != stored:
+            raise DamagedStore(f"{folder}: {stored:g} tokens where the documents have {self._starts[-1]}")
 
     def _beside(self, name: str, dtype: np.dtype, what: str) -> np.ndarray | None:
         """One record per document, or None where the store has none of this kind."""
@@ -75,9 +80,29 @@ class TokenStore:
         return found
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document, as stored (a view of the mapped file)."""
-        first = self._starts[document]
-        return self._tokens[first + start : first + stop]
+        """Tokens [start, stop) of a document, as stored; start and stop within it. Raises RunFailed when the disk does not give them.
+
+        Read, not mapped: pages of a mapped file count as this process's memory, which then grows by the size of the store over an epoch
+        while no tensor does, and a disk that fails ends the process instead of raising.
+        """
+        at = int(self._starts[document] + start) * self._dtype.itemsize
+        missing, parts = (stop - start) * self._dtype.itemsize, []
+        while missing > 0:
+            try:
+                part = os.pread(self._tokens, missing, at)  # 2 GiB at most
+            except OSError as error:
+                raise self._unreadable(str(error)) from error
+            if not part:
+                raise self._unreadable("it has become shorter")
+            parts.append(part)
+            at, missing = at + len(part), missing - len(part)
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), dtype=self._dtype)
+
+    def _unreadable(self, why: str) -> RunFailed:
+        return RunFailed(
+            f"data: {self.folder / 'tokens.bin'} cannot be read any more: {why}; the last checkpoint is intact. See that the disk is "
+            "well, delete that folder (it is made anew) and resume"
+        )
 
     @cached_property
     def origins(self) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.errors import UserError
+from models.errors import RunFailed, UserError
 from tests.trainer.data.corpus import texts, tokens_of, write_jsonl
 from tests.trainer.data.test_tokenizers import make_tokenizer
 from trainer.data import sources, store_builder
@@ -51,6 +51,29 @@ def test_store_holds_every_document_with_its_end_token(tmp_path: Path, builds: l
     assert content(again) == content(store)
     assert len(builds) == 1
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [store.folder.name], "no lock, no temporary file"
+
+
+def test_tokens_are_read_and_not_mapped(tmp_path: Path) -> None:
+    """Pages of a mapped file would count as memory of the process."""
+    store = open_or_build(spec_of(write_jsonl(tmp_path / "a.jsonl", texts()), tmp_path / "cache"))
+    last = len(texts()) - 1
+    want = tokens_of(texts()[last])
+    assert store.read(last, 2, 5).tolist() == want[2:5]
+    assert store.read(last, 3, 3).tolist() == []
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(store.folder) not in maps.read_text()
+    descriptor = store._tokens
+    del store
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_tokens_that_a_disk_no_longer_gives_end_the_run_with_a_remedy(tmp_path: Path) -> None:
+    store = open_or_build(spec_of(write_jsonl(tmp_path / "a.jsonl", texts()), tmp_path / "cache"))
+    os.truncate(store.folder / "tokens.bin", 3 * np.dtype(store.meta["dtype"]).itemsize)
+    assert store.read(0, 0, 3).tolist() == tokens_of(texts()[0])[:3]
+    with pytest.raises(RunFailed, match=r"tokens\.bin cannot be read any more: it has become shorter; .* delete that folder"):
+        store.read(0, 0, 4)
 
 
 def test_smallest_type_that_holds_the_vocabulary() -> None:
@@ -257,7 +280,6 @@ def test_building_imports_no_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_reading_copies_nothing(tmp_path: Path) -> None:
+def test_reading_keeps_the_stored_type(tmp_path: Path) -> None:
     store = open_or_build(spec_of(write_jsonl(tmp_path / "a.jsonl", texts()), tmp_path / "cache"))
-    assert isinstance(store.read(0, 0, 3), np.memmap)
     assert store.read(0, 0, 3).dtype == np.uint16
