@@ -12,9 +12,10 @@ from models.errors import UserError
 from models.memory.protocol import MemoryModule
 from models.transformer import Transformer
 from parallel.columns import share_tables
-from parallel.config import SequenceScheme
+from parallel.config import MemoryExchange, SequenceScheme
 from parallel.fsdp import shard_parameters
 from parallel.host_keys import DEFAULT_CHUNK, HostKeysAttention, KeyStore
+from parallel.memory_exchange import check_exchange
 from parallel.mesh import Mesh
 from parallel.ring_attention import RingAttention
 from parallel.schemes import attention_over
@@ -30,9 +31,9 @@ def split_sequence(
     scheme: SequenceScheme = "ring",
     head_chunk: int | None = None,
     narrow: bool = False,
+    memory: MemoryExchange = "states",
 ) -> None:
-    """Fill the seams through which a layer reaches tokens of other ranks: attention by ``scheme``, and the carry of memory states, which
-    is the same under every scheme. ``narrow``: gradients of keys and values travel in their own dtype.
+    """Fill the seams through which a layer reaches tokens of other ranks: attention by ``scheme``, memories by ``memory``. ``narrow``: gradients of keys and values travel in their own dtype.
 
     A memory layer, and attention inside of it, has of a tensor-parallel group's tokens those that its rank has in the residual stream:
     its sequence is split over cp x tp ranks."""
@@ -51,7 +52,8 @@ def split_sequence(
                     mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk, narrow)
             elif isinstance(mixer, MemoryModule):
                 check_layout(mixer, layout, mesh.dims.cp, mesh.dims.tp)
-                mixer.carry = RingCarry(mesh.tokens_group, layout, mesh.dims.tp)
+                check_exchange(mixer, memory, mesh.dims.cp * mesh.dims.tp)
+                mixer.carry = RingCarry(mesh.tokens_group, layout, mesh.dims.tp, ring=memory == "ring")
 
 
 def keep_keys_in_host(model: Transformer, mesh: Mesh | None, layout: Layout, store: KeyStore, chunk: int | None, narrow: bool) -> None:
@@ -91,12 +93,13 @@ def parallelize(
     head_chunk: int | None = None,
     gather_dtype: torch.dtype | None = None,
     narrow: bool = False,
+    memory: MemoryExchange = "states",
 ) -> None:
     """Sequence seams first, then tables by columns, then products and tokens within tensor-parallel groups, then FSDP2 around blocks that
     already hold their recompute and tiling wrappers.
 
     ``gather_dtype``: what products read under autocast; None without it. ``narrow``: see ``split_sequence``."""
-    split_sequence(model, mesh, layout, scheme, head_chunk, narrow)
+    split_sequence(model, mesh, layout, scheme, head_chunk, narrow, memory)
     if model.stack is not None:
         model.stack.agree = partial(most, mesh)
     share_tables(model, mesh)
