@@ -217,6 +217,9 @@ _UNREAD: dict[str, tuple[str, ...]] = {
 SEQUENTIAL: tuple[MemoryKind, ...] = ("slots", "fam")
 """Kinds whose state goes from rank to rank: only neighbours may share a sequence."""
 
+AFFINE: tuple[MemoryKind, ...] = ("gated_deltanet", "gsa", "infini", "mamba2", "mom")
+"""Kinds whose state is an affine function of the state before."""
+
 ROTATED: tuple[MemoryKind, ...] = ("infini", "fam")
 """Kinds whose own attention rotates queries and keys."""
 

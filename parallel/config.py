@@ -24,6 +24,9 @@ SequenceScheme = Literal["ring", "double_ring", "ulysses", "ring_x_ulysses", "al
 """How attention reaches the tokens of other ranks; ``docs/sequence_parallelism.md``."""
 
 
+MemoryExchange = Literal["states", "ring", "ulysses"]
+"""How memory layers reach what other ranks' tokens left; ``docs/memory_models.md``."""
+
 INNER_DEGREES = {"ring_x_ulysses": "ulysses", "double_ring": "ring_inner"}
 """The setting that says how many neighbouring ranks such a scheme puts together."""
 
@@ -65,6 +68,10 @@ class ParallelConfig(Section):
     head_chunk: PositiveInt | None = None
     """Heads exchanged and attended at a time: ulysses and ring_x_ulysses: query heads of one rank (null: all of them); allgather_kv:
     key/value heads (null: 1). Fewer need smaller buffers and more messages."""
+    memory_exchange: Literal["auto", "states", "ring", "ulysses"] = "states"
+    """How memory layers share a sequence. states: each family as its state allows (affine ones gather summaries, sums over tokens are
+    reduced, others go from rank to rank); ring: affine states go from rank to rank in columns; ulysses: all-to-all, every rank has all
+    tokens of some memory heads. auto: by exposed communication and buffers."""
     kv_dtype: KVDtype = "compute"
     """In which keys and values travel between ranks. compute: as they are computed; fp32 or bf16, narrower than train.precision: rounded to
     it once, where they are made, on one rank too, and computed with as they arrive: the same results at any cp, in fewer bytes."""

@@ -13,9 +13,10 @@ from models.memory.protocol import MemoryModule
 from models.transformer import Transformer
 from parallel.columns import share_tables
 from parallel.comm_dtypes import AS_COMPUTED, CommDtypes
-from parallel.config import SequenceScheme
+from parallel.config import MemoryExchange, SequenceScheme
 from parallel.fsdp import shard_parameters
 from parallel.host_keys import DEFAULT_CHUNK, HostKeysAttention, KeyStore
+from parallel.memory_exchange import check_exchange
 from parallel.mesh import Mesh
 from parallel.ring_attention import RingAttention
 from parallel.schemes import attention_over
@@ -31,9 +32,10 @@ def split_sequence(
     scheme: SequenceScheme = "ring",
     head_chunk: int | None = None,
     comm: CommDtypes = AS_COMPUTED,
+    memory: MemoryExchange = "states",
 ) -> None:
-    """Fill the seams through which a layer reaches tokens of other ranks: attention by ``scheme``, and the carry of memory states, which
-    is the same under every scheme. ``comm``: dtypes in which keys, values and their gradients travel.
+    """Fill the seams through which a layer reaches tokens of other ranks: attention by ``scheme``, memories by ``memory``. ``comm``: dtypes
+    in which keys, values and their gradients travel.
 
     A memory layer, and attention inside of it, has of a tensor-parallel group's tokens those that its rank has in the residual stream:
     its sequence is split over cp x tp ranks."""
@@ -52,7 +54,8 @@ def split_sequence(
                     mixer.inner_attention = attention_over(mesh, layout, mixer.window, scheme, head_chunk, comm)
             elif isinstance(mixer, MemoryModule):
                 check_layout(mixer, layout, mesh.dims.cp, mesh.dims.tp)
-                mixer.carry = RingCarry(mesh.tokens_group, layout, mesh.dims.tp)
+                check_exchange(mixer, memory, mesh.dims.cp * mesh.dims.tp)
+                mixer.carry = RingCarry(mesh.tokens_group, layout, mesh.dims.tp, ring=memory == "ring")
 
 
 def keep_keys_in_host(model: Transformer, mesh: Mesh | None, layout: Layout, store: KeyStore, chunk: int | None, comm: CommDtypes) -> None:
@@ -92,12 +95,13 @@ def parallelize(
     head_chunk: int | None = None,
     gather_dtype: torch.dtype | None = None,
     comm: CommDtypes = AS_COMPUTED,
+    memory: MemoryExchange = "states",
 ) -> None:
     """Sequence seams first, then tables by columns, then products and tokens within tensor-parallel groups, then FSDP2 around blocks that
     already hold their recompute and tiling wrappers.
 
     ``gather_dtype``: what products read under autocast; None without it. ``comm``: see ``split_sequence``."""
-    split_sequence(model, mesh, layout, scheme, head_chunk, comm)
+    split_sequence(model, mesh, layout, scheme, head_chunk, comm, memory)
     if model.stack is not None:
         model.stack.agree = partial(most, mesh)
     share_tables(model, mesh)

@@ -5,6 +5,8 @@ collective and fold them in global order, so contiguous and zigzag layouts are t
 gradients of the incoming states once and folds the transposed recurrence G_j = M_j^T G_{j+1} + dS_j. A transition that only
 decays, S_out = a_j S_in + E_j elementwise, sends its few decays instead of a matrix and folds without products of matrices.
 
+With ``parallel.memory_exchange: ring`` states go from rank to rank in columns instead (`parallel/state_ring.py`).
+
 Everything runs in the dtype of the summaries (float32 or float64), never under autocast: errors of a product of many M
 grow with their number. Every rank of the group joins every exchange, whatever its documents look like.
 
@@ -24,16 +26,18 @@ from models.batch import Bounds, Range
 from parallel.halo import exchange_halo
 from parallel.relay import arrive, pass_on
 from parallel.sequence import Layout, check_ranges, part_of, ranges_for
+from parallel.state_ring import ring_states, spread
 
 
 class RingCarry:
     """`models.memory.protocol.Carry` over a sequence-parallel group. ``parts``: so many neighbours of it share what ``layout`` gives to one
-    (the ranks of a tensor-parallel group, each with its tokens of the residual stream)."""
+    (the ranks of a tensor-parallel group, each with its tokens of the residual stream). ``ring``: states of `affine` and `diagonal` go from
+    rank to rank in columns instead of being gathered."""
 
     local = False
 
-    def __init__(self, group: dist.ProcessGroup | None, layout: Layout, parts: int = 1) -> None:
-        self.group, self.parts = group, parts
+    def __init__(self, group: dist.ProcessGroup | None, layout: Layout, parts: int = 1, ring: bool = False) -> None:
+        self.group, self.parts, self.ring = group, parts, ring
         self.layout: Layout = layout
         self.ranks = dist.get_world_size(group)
 
@@ -56,6 +60,8 @@ class RingCarry:
         """See `Carry.affine`. ``initial`` must be equal on all ranks; its gradient lands on one rank (the sum over ranks counts)."""
         order = self._places(bounds)
         with torch.autocast(initial.device.type, enabled=False):
+            if self.ring:
+                return ring_states(self.group, order, True, torch.stack(list(transitions)), torch.stack(list(updates)), initial)
             *incoming, final = _AffineExchange.apply(self.group, order, torch.stack(list(transitions)), torch.stack(list(updates)), initial)
         return incoming, final
 
@@ -63,8 +69,18 @@ class RingCarry:
         """See `Carry.diagonal`. ``initial`` as for `affine`."""
         order = self._places(bounds)
         with torch.autocast(initial.device.type, enabled=False):
+            if self.ring:
+                return ring_states(self.group, order, False, torch.stack(list(decays)), torch.stack(list(updates)), initial)
             *incoming, final = _DiagonalExchange.apply(self.group, order, torch.stack(list(decays)), torch.stack(list(updates)), initial)
         return incoming, final
+
+    def everywhere(self, final: Tensor, bounds: Bounds) -> Tensor:
+        """See `Carry.everywhere`; a broadcast where states went around the ring."""
+        return spread(self.group, self._places(bounds)[-1][0], final) if self.ring else final
+
+    def summary_bytes(self, transition: int, state: int) -> int:
+        """See `Carry.summary_bytes`."""
+        return state if self.ring else transition + state
 
     def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
         """See `Carry.tail`; one exchange, gradients flow to the rank that holds the token."""

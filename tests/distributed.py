@@ -15,7 +15,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo", "torch.testing", "pytest", "numpy.random", "trainer.build"]
+_PRELOAD = [
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "torch._dynamo",
+    "torch.testing",
+    "pytest",
+    "numpy.random",
+    "trainer.build",
+]
 """Imported once by the fork server, so that a rank does not spend seconds on it; ``trainer.build`` reaches every room."""
 _context: Any = None
 

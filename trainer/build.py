@@ -108,13 +108,14 @@ def shaped_model(
     apply_policy(model, policy or policy_of(config.memory, config.model.layer_kinds), store)
     comm = comm_dtypes(config.parallel.kv_dtype, config.parallel.kv_gradient_dtype)
     if mesh is not None:
-        assert config.parallel.sequence != "auto", "settled before"
+        scheme, memory, head_chunk = config.parallel.sequence, config.parallel.memory_exchange, config.parallel.head_chunk
+        assert scheme != "auto" and memory != "auto", "settled before"
         if config.engine == "deepspeed":  # which deals out parameters itself
-            split_sequence(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, comm)
+            split_sequence(model, mesh, config.layout, scheme, head_chunk, comm, memory)
         else:
             # A compiled graph takes gradients in their weights' dtype: those of bf16 copies would be rounded before they are summed.
             gather_dtype = torch.bfloat16 if config.train.precision == "bf16" and not compiled_layers(config) else None
-            parallelize(model, mesh, config.layout, config.parallel.sequence, config.parallel.head_chunk, gather_dtype, comm)
+            parallelize(model, mesh, config.layout, scheme, head_chunk, gather_dtype, comm, memory)
     if config.parallel.kv_residence == "host":
         assert store is not None, "host_store makes one"
         keep_keys_in_host(model, mesh, config.layout, store, config.parallel.kv_chunk, comm)

@@ -10,7 +10,7 @@ from memory_mgmt.config import MemoryConfig
 from models.config import ModelConfig, Section
 from optim.config import OptimConfig
 from parallel.config import ParallelConfig
-from trainer import tensor_rules
+from trainer import exchange_rules, tensor_rules
 from trainer.carry_rules import refused_carrying
 from trainer.compile_rules import refused_compile
 from trainer.config_sections import RUN_NAME, CheckpointSection, DataSection, GuardsSection, RunSection, TrainSection
@@ -90,6 +90,8 @@ class RunConfig(Section):
         self._check_per_document()
         parallel = self.parallel
         if parallel.tp > 1 and (refused := tensor_rules.refusal(self)):
+            raise ValueError(refused)
+        if refused := exchange_rules.refusal(self):
             raise ValueError(refused)
         if parallel.chosen_by_plan:
             return self  # checked for every choice

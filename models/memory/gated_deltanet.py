@@ -234,7 +234,9 @@ class GatedDeltaNet(RecurrentMixer):
             flops_backward=n * (2 * projections + op_backward + 2 * read_out),
             saved_bytes=int(saved),
             state_bytes=batch_size * (H * K * V * wide + self.halo * d * itemsize),
-            exchange_bytes=batch_size * (H * K * (K + V) * wide + self.halo * d * itemsize) if split else 0,
+            exchange_bytes=batch_size * (self.carry.summary_bytes(H * K * K * wide, H * K * V * wide) + self.halo * d * itemsize)
+            if split
+            else 0,
         )
 
 

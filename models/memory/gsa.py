@@ -190,7 +190,9 @@ class GatedSlotAttention(DiagonalMixer):
             flops_backward=n * (2 * projections + op_backward + summary_backward),
             saved_bytes=int(saved),
             state_bytes=batch_size * (H * states * wide + self.halo * d * itemsize),
-            exchange_bytes=batch_size * (H * (states + M) * wide + self.halo * d * itemsize) if split else 0,
+            exchange_bytes=batch_size * (self.carry.summary_bytes(H * M * wide, H * states * wide) + self.halo * d * itemsize)
+            if split
+            else 0,
         )
 
 

@@ -226,12 +226,15 @@ class InfiniAttention(SegmentedMixer, DiagonalMixer):
             saved = n * (itemsize * d + (streams if split else 0)) + batch_size * (tiles * state + self.halo * d * itemsize)
         else:
             saved = n * inside + batch_size * state * (2 if split else 1)
+        summaries = self.carry.summary_bytes(H * wide, H * K * wide if self.delta else state)
+        if self.delta:
+            summaries += self.carry.summary_bytes(H * K * K * wide, H * K * K * wide)
         return MemoryCost(
             flops_forward=n * (projections + near + read + summed + across),
             flops_backward=n * (2 * projections + 2.5 * near + 3 * (read + summed + across)),
             saved_bytes=int(saved),
             state_bytes=batch_size * (state + self.halo * d * itemsize),
-            exchange_bytes=int(batch_size * (state * (2 if self.delta else 1) + H * wide + self.halo * d * itemsize)) if split else 0,
+            exchange_bytes=batch_size * (summaries + self.halo * d * itemsize) if split else 0,
         )
 
 

@@ -200,7 +200,7 @@ class Mamba2(DiagonalMixer):
             flops_backward=n * (2 * projections + op_backward + summary_backward),
             saved_bytes=int(saved),
             state_bytes=batch_size * (H * K * V * wide + self.halo * d * itemsize),
-            exchange_bytes=batch_size * (H * (K * V + 1) * wide + self.halo * d * itemsize) if split else 0,
+            exchange_bytes=batch_size * (self.carry.summary_bytes(H * wide, H * K * V * wide) + self.halo * d * itemsize) if split else 0,
         )
 
 

@@ -168,7 +168,9 @@ class MixtureOfMemories(GatedDeltaNet):
             flops_backward=n * (2 * projections + 2 * routing + op_backward + 2 * read_out),
             saved_bytes=int(saved),
             state_bytes=batch_size * (A * K * V * wide + self.halo * d * itemsize),
-            exchange_bytes=batch_size * (A * K * (K + V) * wide + self.halo * d * itemsize) if split else 0,
+            exchange_bytes=batch_size * (self.carry.summary_bytes(A * K * K * wide, A * K * V * wide) + self.halo * d * itemsize)
+            if split
+            else 0,
         )
 
 

@@ -100,7 +100,7 @@ class Carry(Protocol):
         """Compose ``S_out = M S_in + E`` over all ranges of the sequence.
 
         transitions M_BHKK and updates E_BHKV per local range, initial S_BHKV before the sequence. Returns each local
-        range's incoming state and the state after the last token of the sequence.
+        range's incoming state and the state after the last token of the sequence, to be taken by `everywhere`.
         """
         ...
 
@@ -109,6 +109,14 @@ class Carry(Protocol):
 
         As `affine`, with decays a_BH?? per local range that broadcast to E (one number per head, one per row of the state ...).
         """
+        ...
+
+    def everywhere(self, final: Tensor, bounds: Bounds) -> Tensor:
+        """The state after the sequence that `affine` or `diagonal` gave, on every rank. A separate step: few callers want it."""
+        ...
+
+    def summary_bytes(self, transition: int, state: int) -> int:
+        """What a rank contributes to one of these exchanges, of bytes of a transition and of a state."""
         ...
 
     def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
@@ -204,6 +212,14 @@ class LocalCarry:
     def diagonal(self, decays: Sequence[Tensor], updates: Sequence[Tensor], initial: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
         """See `Carry.diagonal`."""
         return _folded([lambda state, a=a: a * state for a in decays], updates, initial, bounds)
+
+    def everywhere(self, final: Tensor, bounds: Bounds) -> Tensor:
+        """See `Carry.everywhere`."""
+        return final
+
+    def summary_bytes(self, transition: int, state: int) -> int:
+        """See `Carry.summary_bytes`: as if ranges were gathered."""
+        return transition + state
 
     def tail(self, x_BTC: Tensor, n: int, bounds: Bounds) -> Tensor:
         """See `Carry.tail`."""

@@ -135,6 +135,8 @@ class RecurrentMixer(MemoryModule):
             return {"state": final_BHKW, "conv": last_tokens(halos[last], pieces[last], self.halo)}
         if given is None:
             return {}
+        if self.traits.transition in ("affine_dense", "affine_diag"):
+            final_BHKW = self.carry.everywhere(final_BHKW, bounds)
         before_BnC = given["conv"].to(x_BTC.dtype)
         if not self.halo:
             return {"state": final_BHKW, "conv": before_BnC}
