@@ -46,9 +46,10 @@ screenshots: install
 	@$(BIN)/python scripts/screenshots.py
 
 # Three workers, also on two cores: ranks and jobs are waited for. The suite is a few long files that start ranks, which come first
-# (tests/conftest.py), and many short ones. A file stays in one worker, its runs are shared.
+# (tests/conftest.py), and many short ones. A file stays in one worker, its runs are shared. Bytecode is written, whatever the shell says:
+# without it each of some hundred processes would compile the project's sources again.
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

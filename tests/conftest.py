@@ -7,6 +7,8 @@ LONG = (
     "end_to_end/",
     "trainer/test_step_trace",
     "test_front_door",
+    "trainer/test_compile",
+    "trainer/test_guards",
     "trainer/test_settling",
     "trainer/test_choosing",
     "trainer/test_checkpoint",
@@ -14,6 +16,8 @@ LONG = (
     "optim/test_zero",
     "optim/test_fused_backward",
     "optim/test_driver",
+    "models/memory/test_conformance",
+    "test_launcher",
 )
 """Beginnings of paths under tests/."""
 

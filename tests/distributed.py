@@ -1,18 +1,26 @@
 """Run a function on real gloo ranks from inside a test.
 
 ``run_distributed(fn, world_size, *args)`` calls ``fn(*args)`` on every rank of a fresh gloo group and returns the list of
-results by rank. Processes come from a fork server that imported torch once, so a group starts in tens of milliseconds.
+results by rank. Processes come from a fork server that imported torch once, so a group starts in tens of milliseconds; what torch
+learns in its first step (which operation on which shards gives what) takes it most of a second more.
+``run_on_kept_ranks`` is the same on processes that are kept for the next call from the same module: for many cases in one file.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import datetime
+import gc
 import multiprocessing as mp
 import pickle
 import queue
+import random
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 _PRELOAD = [
@@ -20,12 +28,12 @@ _PRELOAD = [
     "torch.distributed.checkpoint",
     "torch.distributed.tensor",
     "torch._dynamo",
-    "torch.testing",
-    "pytest",
     "numpy.random",
+    "pytest",
     "trainer.build",
 ]
-"""Imported once by the fork server, so that a rank does not spend seconds on it; ``trainer.build`` reaches every room."""
+"""Imported once by the fork server, so that a rank does not spend seconds on it; ``trainer.build`` reaches every room. torch imports
+``_dynamo`` when the first optimizer is built, and a rank imports the test's module, which imports pytest."""
 _context: Any = None
 
 
@@ -37,26 +45,97 @@ def _forkserver() -> Any:
     return _context
 
 
-def _worker(fn: Callable, rank: int, world_size: int, store: str, args: tuple, timeout: float, results: Any) -> None:
+def _worker(rank: int, world_size: int, tasks: Any, results: Any) -> None:
+    """A rank: one task after another, each in a group of its own, until there is no more, one fails or the test's process is gone."""
+    import numpy
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    def seeds() -> tuple:
+        return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+
+    def begin(first: tuple) -> None:
+        """What a new process begins with."""
+        torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+        torch.set_rng_state(first[0])
+        random.setstate(first[1])
+        numpy.random.set_state(first[2])
+
+    first = seeds()
+    parent = mp.parent_process()
+    assert parent is not None
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout),
-        )
-        # Pickled here: the queue would pass tensors as shared-memory handles that die with this process.
-        results.put((rank, True, pickle.dumps(fn(*args))))
-        dist.barrier()
-        dist.destroy_process_group()
+        while tasks in wait([tasks, parent.sentinel]) and (task := tasks.recv()) is not None:
+            work, store, timeout = task
+            begin(first)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=timeout),
+            )
+            fn, args = pickle.loads(work)
+            # Pickled here: the queue would pass tensors as shared-memory handles that die with this process.
+            results.put((rank, True, pickle.dumps(fn(*args))))
+            del fn, args
+            dist.barrier()
+            dist.destroy_process_group()
+            gc.collect()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
         raise
+
+
+class _Ranks:
+    """Processes that are the ranks of one group after another."""
+
+    def __init__(self, world_size: int) -> None:
+        context = _forkserver()
+        self._results = context.Queue()
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        self._tasks = [sending for _, sending in pipes]
+        self._folder = tempfile.TemporaryDirectory(prefix="gloo-")
+        self._calls = 0
+        self._processes = [
+            context.Process(target=_worker, args=(rank, world_size, tasks, self._results), daemon=True)
+            for rank, (tasks, _) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+        for tasks, _ in pipes:
+            tasks.close()
+
+    def run(self, fn: Callable, args: tuple, timeout: float) -> list[Any]:
+        """Results by rank. Raises AssertionError; then these ranks are of no use any more."""
+        self._calls += 1
+        work = pickle.dumps((fn, args))
+        for tasks in self._tasks:
+            tasks.send((work, f"{self._folder.name}/store_{self._calls}", timeout))
+        answers: dict[int, Any] = {}
+        try:
+            while len(answers) < len(self._tasks):
+                rank, ok, value = self._results.get(timeout=timeout)
+                assert ok, f"rank {rank} of {len(self._tasks)} failed:\n{value}"
+                answers[rank] = pickle.loads(value)
+        except queue.Empty:
+            silent = sorted(set(range(len(self._tasks))) - set(answers))
+            raise AssertionError(f"ranks {silent} gave no result in {timeout} s") from None
+        return [answers[rank] for rank in range(len(self._tasks))]
+
+    def end(self, patience: float) -> None:
+        """Let them end, kill those that do not."""
+        for tasks in self._tasks:
+            with contextlib.suppress(OSError):  # it has ended by itself
+                tasks.send(None)
+        deadline = time.monotonic() + patience
+        for process in self._processes:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+        self._folder.cleanup()
 
 
 def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -64,26 +143,38 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
 
     Raises AssertionError with the failing rank's traceback, or when a rank gives no result within ``timeout`` seconds.
     """
-    context = _forkserver()
-    results = context.Queue()
-    with tempfile.TemporaryDirectory(prefix="gloo-") as folder:
-        processes = [
-            context.Process(target=_worker, args=(fn, rank, world_size, f"{folder}/store", args, timeout, results), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        answers: dict[int, Any] = {}
-        try:
-            while len(answers) < world_size:
-                rank, ok, value = results.get(timeout=timeout)
-                assert ok, f"rank {rank} of {world_size} failed:\n{value}"
-                answers[rank] = pickle.loads(value)
-        except queue.Empty:
-            raise AssertionError(f"ranks {sorted(set(range(world_size)) - set(answers))} gave no result in {timeout} s") from None
-        finally:
-            for process in processes:
-                process.join(timeout=10 if len(answers) == world_size else 0.5)
-                if process.is_alive():
-                    process.kill()
-    return [answers[rank] for rank in range(world_size)]
+    ranks, patience = _Ranks(world_size), 0.5
+    try:
+        answers = ranks.run(fn, args, timeout)
+        patience = 10.0
+        return answers
+    finally:
+        ranks.end(patience)
+
+
+_kept: dict[int, _Ranks] = {}
+"""By world size, for the module ``_kept_for``."""
+_kept_for = ""
+
+
+def run_on_kept_ranks(fn: Callable, world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """``run_distributed`` on processes that calls of the same module share: each call has a group, seeds and settings of torch as in a
+    new process. Not for what leaves its mark on a process, such as memory that is measured. Ranks that failed are not used again."""
+    global _kept_for
+    if fn.__module__ != _kept_for:
+        _end_kept()
+        _kept_for = fn.__module__
+    ranks = _kept.pop(world_size, None) or _Ranks(world_size)
+    try:
+        answers = ranks.run(fn, args, timeout)
+    except BaseException:
+        ranks.end(0.5)
+        raise
+    _kept[world_size] = ranks
+    return answers
+
+
+@atexit.register
+def _end_kept() -> None:
+    while _kept:
+        _kept.popitem()[1].end(10.0)

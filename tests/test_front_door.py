@@ -69,7 +69,7 @@ def test_does_without_torch(arguments: list[str], tmp_path: Path) -> None:
         (["train", "debug_cpu", "train.stps=3"], ["command line", "'train.steps'"]),
         (["train", "debug_cpu", "--nproc", "2"], ["parallel", "1 ranks", "2 were started"]),
         (["train", "debug_cpu", "--nproc", "2", "train.steps=0"], ["train.steps", "> 0"]),
-        (["train", "debug_cpu", "memory.budget_gib=0.001"], ["memory.budget_gib"]),
+        (["train", "debug_cpu", "model.layers=[swa]", "memory.budget_gib=0.001"], ["memory.budget_gib"]),
         (["train", "debug_cpu", "parallel.cp=2", "memory.budget_gib=0.001", "memory.plan=estimate"], ["memory.budget_gib"]),
         (["train", "debug_cpu", "data.source=text", "data.path=absent.txt"], ["absent.txt"]),
         (["train", "debug_cpu", "data.tokenizer=absent.json"], ["data.tokenizer", "absent.json"]),
@@ -81,17 +81,33 @@ def test_does_without_torch(arguments: list[str], tmp_path: Path) -> None:
         (["report", "absent"], ["absent"]),
     ],
 )
-def test_bad_usage_exits_2_says_where_and_writes_nothing(arguments: list[str], parts: list[str], tmp_path: Path) -> None:
-    done = run(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+def test_bad_usage_exits_2_says_where_and_writes_nothing(
+    arguments: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in set(os.environ) - set(CLEAN):
+        monkeypatch.delenv(name)
+    try:
+        code = main(arguments)
+    except SystemExit as end:  # argparse's own
+        code = end.code
+    err = capsys.readouterr().err
+    assert code == 2, err
     for part in parts:
-        assert part in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+        assert part in err, err
+    assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_version_says_which_one(tmp_path: Path) -> None:
     assert re.fullmatch(rf"longstride \S+.* in {re.escape(str(ROOT))}\n", run("--version", cwd=tmp_path).stdout)
+
+
+@pytest.mark.parametrize("arguments", [[], ["train", "debug_cpu", "train.stps=3"]])
+def test_a_process_ends_with_that_code(arguments: list[str], tmp_path: Path) -> None:
+    """By argparse, and by a rule of ours."""
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr and "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_debug_shows_where(tmp_path: Path) -> None:

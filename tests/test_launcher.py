@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -138,13 +139,50 @@ def test_ranks_are_connected_and_logged(launch: Callable[[str], Launch]) -> None
         assert f"from a child of {rank}" in started.log(rank)
 
 
-@pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((75, 75), 75), ((75, 0), 75), ((0, 3), 1), ((3, 75), 1), ((2, 2), 2)])
-def test_exit_codes(launch: Callable[[str], Launch], codes: tuple[int, int], expected: int) -> None:
-    code, _, err = launch(f"print('error: data.path: nothing there', file=log)\nsys.exit({codes}[env.rank])").end()
-    assert code == expected
-    if expected == 2:
-        assert err == "error: data.path: nothing there\n"
-    if expected == 1:
+CODES = {(0, 0): 0, (75, 75): 75, (75, 0): 75, (0, 3): 1, (3, 75): 1, (2, 2): 2}
+"""What two ranks end with, and then the launcher."""
+
+IN_TURN = """
+    import json, os, sys
+    from pathlib import Path
+    from models.errors import UserError
+    from parallel.launcher import launch_local
+
+    folder = Path(sys.argv[1])
+
+    def ended(codes):
+        own = folder / "_".join(map(str, codes))
+        own.mkdir()
+        worker = [sys.executable, str(folder / "worker.py"), str(os.getpid()), str(own), *map(str, codes)]
+        try:
+            return launch_local(worker, [own / f"rank_{rank}.log" for rank in range(2)], 1, 2.0), ""
+        except UserError as error:
+            return error.exit_code, f"error: {error}"
+
+    print(json.dumps([ended(codes) for codes in json.loads(sys.argv[2])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], tuple[int, str]]:
+    """Exit code and message of every case, all launched by one process: what one launch leaves behind would be seen in the next."""
+    folder = tmp_path_factory.mktemp("codes")
+    body = "print('error: data.path: nothing there', file=log)\nsys.exit(int(sys.argv[3 + env.rank]))\n"
+    (folder / "worker.py").write_text(textwrap.dedent(JOIN) + body)
+    (folder / "in_turn.py").write_text(textwrap.dedent(IN_TURN))
+    command = [sys.executable, str(folder / "in_turn.py"), str(folder), json.dumps(list(CODES))]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return dict(zip(CODES, map(tuple, json.loads(done.stdout)), strict=True))
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_exit_codes(ends: dict[tuple[int, int], tuple[int, str]], codes: tuple[int, int]) -> None:
+    code, err = ends[codes]
+    assert code == CODES[codes]
+    if code == 2:
+        assert err == "error: data.path: nothing there"
+    if code == 1:
         rank = codes.index(3)
         assert f"rank {rank} of 2 ended with exit code 3" in err and f"rank_{rank}.log" in err and "nothing there" in err
 

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from longstride import main
 from trainer.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +24,23 @@ ROOT = Path(__file__).resolve().parents[2]
 def longstride(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "longstride", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """``longstride`` for one rank in this process: the same is said and returned, and torch is not imported again for it."""
+    assert not torch.distributed.is_initialized()  # or a command that fails would end this process
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        capfd.readouterr()
+        code = main([*map(str, arguments)])
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +56,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "checkpoint.save_every_steps=2",
         "train.eval_sequences=0",
         "memory.plan=estimate",  # tracing has tests of its own
+        "train.threads_per_rank=1",
     ]
 
 
@@ -98,7 +119,7 @@ def trained(settings: list[str]) -> Path:
     return folder_of(settings) / "trained"
 
 
-def test_all_checkpoints_damaged_is_an_error_and_not_a_fresh_start(trained: Path) -> None:
+def test_all_checkpoints_damaged_is_an_error_and_not_a_fresh_start(trained: Path, here: Callable[..., subprocess.CompletedProcess]) -> None:
     run = RunDir(shutil.copytree(trained, trained.parent / "damaged"))
     for step in run.checkpoint_steps():
         shard = next(run.checkpoint(step).glob("*.distcp"))
@@ -106,29 +127,29 @@ def test_all_checkpoints_damaged_is_an_error_and_not_a_fresh_start(trained: Path
         data[len(data) // 2] ^= 1
         shard.write_bytes(data)
     before = run.metrics.read_bytes()
-    done = longstride("resume", run.path, "train.steps=8")
+    done = here("resume", run.path, "train.steps=8")
     assert done.returncode == 2 and "intact" in done.stderr and ".distcp" in done.stderr
     assert run.metrics.read_bytes() == before
 
 
-def test_the_newest_checkpoint_damaged_falls_back_and_says_so(trained: Path) -> None:
+def test_the_newest_checkpoint_damaged_falls_back_and_says_so(trained: Path, here: Callable[..., subprocess.CompletedProcess]) -> None:
     run = RunDir(shutil.copytree(trained, trained.parent / "half_damaged"))
     shard = next(run.checkpoint(4).glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    done = longstride("resume", run.path, "train.steps=6")
+    done = here("resume", run.path, "train.steps=6")
     assert done.returncode == 0, done.stderr
     assert "step_00000004" in done.stdout and shard.name in done.stdout and "resumed from step_00000002" in done.stdout
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_evaluation_of_a_run_and_of_one_checkpoint(settings: list[str]) -> None:
+def test_evaluation_of_a_run_and_of_one_checkpoint(settings: list[str], here: Callable[..., subprocess.CompletedProcess]) -> None:
     trained = longstride("train", "debug_cpu", *settings, "run.name=evaluated", "train.steps=4", "train.eval_sequences=2", "parallel.cp=2")
     assert trained.returncode == 0, trained.stderr
     run = RunDir(folder_of(settings) / "evaluated")
     last = [json.loads(line) for line in run.metrics.read_text().splitlines()][-1]
     assert last["split"] == "valid"
-    done = longstride("eval", run.path)
+    done = here("eval", run.path)
     assert done.returncode == 0 and f"step 4: loss {last['loss']:.4f} nats per token" in done.stdout, done.stdout + done.stderr
-    assert "step 2:" in longstride("eval", run.path, "--checkpoint", 2).stdout
-    missing = longstride("eval", run.path, "--checkpoint", 3)
+    assert "step 2:" in here("eval", run.path, "--checkpoint", 2).stdout
+    missing = here("eval", run.path, "--checkpoint", 3)
     assert missing.returncode == 2 and "2, 4" in missing.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import pytest
@@ -21,7 +22,7 @@ from optim.placement import Placed
 from optim.plan import plan, table
 from optim.routing import route
 from optim.rules import Adam
-from tests.distributed import run_distributed
+from tests.distributed import run_on_kept_ranks as run_distributed
 
 ELEMENTWISE = {"adamw_8bit": {}, "adamw_4bit": {}, "sgd": {"momentum": 0.9}}
 MATRICES = {
@@ -78,6 +79,16 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start:
         optimizer.zero_grad()
 
 
+@functools.cache
+def given_gradient(seed: int, shape: tuple[int, ...], graded: bool) -> torch.Tensor:
+    """To be copied: it is the same for all presets and meshes."""
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if graded and gradient.ndim == 2:
+        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+        gradient = left * 0.5 ** torch.arange(left.shape[1]).clamp(max=20) @ right
+    return gradient
+
+
 def feed(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -91,12 +102,8 @@ def feed(
     projection to some of them is well determined. ``through``: a dtype that gradients are rounded to first."""
     for step in range(start, start + steps):
         for i, parameter in enumerate(model.parameters()):
-            generator = torch.Generator().manual_seed(1000 * step + i)
-            gradient = torch.randn(parameter.shape, generator=generator)
-            if graded and gradient.ndim == 2:
-                left, _, right = torch.linalg.svd(gradient, full_matrices=False)
-                gradient = left * 0.5 ** torch.arange(left.shape[1]).clamp(max=20) @ right
-            gradient = gradient.to(through or parameter.dtype).to(parameter.dtype)
+            gradient = given_gradient(1000 * step + i, tuple(parameter.shape), graded)
+            gradient = gradient.to(through or parameter.dtype).to(parameter.dtype).clone()
             if isinstance(parameter, DTensor):
                 placed = Placed.of(parameter)
                 local = gradient[placed.rows.slice].clone()
