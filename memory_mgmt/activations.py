@@ -349,7 +349,10 @@ class Shapes:
         halo = self._halo_keys(self.w) if kind == "swa" else 0
         if halo:
             return 3 * halo
-        return self.n * c.attention_head_dim * self._exchanged.bytes_per_token()
+        values = self._exchanged.bytes_per_token()
+        if kind == "swa" and self.scheme in ("ring", "double_ring"):  # several calls per hop add their gradients up before those arrive
+            values += 2 * c.kv_heads * self.w
+        return self.n * c.attention_head_dim * values
 
     @property
     def _exchanged(self) -> Exchange:

@@ -80,10 +80,10 @@ class Exchange:
         return self.size if self.scheme == "ulysses" else self.degree
 
     def _ring(self, size: int, heads: int, kv_heads: int) -> int:
-        """Keys and values in hand and arriving, and those in hand as they are computed with where that is wider; the wide gradients of
-        the own, of those in hand, and from the third rank on of those sent and arriving, and of the queries."""
+        """Keys and values in hand and arriving, and those in hand as they are computed with where that is wider; their wide gradients,
+        sent and arriving (a hop's own, of one call, are added to what arrived), and those of the queries."""
         more = 2 if size > 2 else 1
-        return kv_heads * (more * (2 * self._sent + 4 * self.wide) + 2 * self._read) + heads * self.wide
+        return kv_heads * (more * 2 * self._sent + 4 * self.wide + 2 * self._read) + heads * self.wide
 
     def _gathered(self) -> int:
         """Keys and values of a chunk of heads from all ranks: here, in order, those of the next chunk on their way in two places; wide

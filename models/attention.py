@@ -25,7 +25,7 @@ from models.linear import Linear
 from models.rope import Rope, rotate
 from models.tokens import ALL_TOKENS, Tokens
 
-__all__ = ["Attention", "LocalAttention", "attend", "attend_backward", "attention_reference", "plan_tiles"]
+__all__ = ["Attention", "LocalAttention", "attend", "attend_backward", "attention_reference", "calls_of", "plan_tiles"]
 
 InnerAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Bounds], torch.Tensor]
 """(q_BHTD after rope, k_BGTD after rope, v_BGTD, bounds) -> out_BHTD"""
@@ -195,7 +195,7 @@ def attend_all_backward(
         mask = tile_mask(only, q_BHTD.device)
         return block_attention_backward(dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD, lse_BHT, mask, plan[0].scale, plan[0].kernel)
     dq_BHTD, dk_BGSD, dv_BGSD = (new_gradient(x) for x in (q_BHTD, k_BGSD, v_BGSD))
-    attend_backward(dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD, lse_BHT, plan, dq_BHTD, dk_BGSD, dv_BGSD)
+    attend_backward(dout_BHTD, q_BHTD, k_BGSD, v_BGSD, out_BHTD, lse_BHT, plan, dq_BHTD, lambda: (dk_BGSD, dv_BGSD))
     return dq_BHTD, dk_BGSD, dv_BGSD
 
 
@@ -219,6 +219,11 @@ def attend(
             merge(_unstack(out_acc, tile), _unstack(lse_acc, tile), out, lse)
 
 
+def calls_of(plan: Plan) -> int:
+    """How many calls of a kernel a plan is."""
+    return sum(len(group.tiles) for group in plan)
+
+
 def merge(out_acc_BHTD: torch.Tensor, lse_acc_BHT: torch.Tensor, out_BHTD: torch.Tensor, lse_BHT: torch.Tensor) -> None:
     """Add one more block of keys to an accumulated softmax, in place; ``lse_acc`` is finite, ``lse`` may be -inf (no effect)."""
     weight_BHT1 = torch.sigmoid(lse_BHT - lse_acc_BHT).unsqueeze(-1)
@@ -235,18 +240,19 @@ def attend_backward(
     lse_BHT: torch.Tensor,
     plan: Plan,
     dq_acc_BHTD: torch.Tensor,
-    dk_acc_BGSD: torch.Tensor,
-    dv_acc_BGSD: torch.Tensor,
+    dkv_acc: Callable[[], Sequence[torch.Tensor]],
 ) -> None:
     """Add the gradients of the blocks of ``plan`` to the accumulators, in place.
 
-    ``out`` (in q's dtype) and ``lse`` are the merged ones, over all plans of these queries.
+    ``out`` (in q's dtype) and ``lse`` are the merged ones, over all plans of these queries. ``dkv_acc`` gives (dk, dv) when the first of
+    them is to be added to: after the kernel's call, if there is one only (``calls_of``).
     """
     for rows, tile, how in _calls(plan, q_BHTD.device):
         k_block, v_block = _stack_k(k_BGSD[rows], tile), _stack_k(v_BGSD[rows], tile)
         dout, q, out, lse = (_stack_q(x[rows], tile) for x in (dout_BHTD, q_BHTD, out_BHTD, lse_BHT))
         dq, dk, dv = block_attention_backward(dout, q, k_block, v_block, out, lse, *how)
         _unstack(dq_acc_BHTD[rows], tile).add_(dq.unflatten(0, (-1, tile.count)))
+        dk_acc_BGSD, dv_acc_BGSD = dkv_acc()
         _add_overlapping(dk_acc_BGSD[rows], dk, tile)
         _add_overlapping(dv_acc_BGSD[rows], dv, tile)
 

@@ -30,8 +30,9 @@ from models.attention_plan import Pair, TileLimits, plan_rows
 from models.batch import Bounds, Range
 from parallel.comm_dtypes import AS_COMPUTED, CommDtypes, checked_dtypes
 from parallel.config import KVDtype, KVGradientDtype
-from parallel.ring_attention import RingPlan, any_sees, attend_around, backward_around, local_offsets
+from parallel.ring_attention import attend_around, backward_around
 from parallel.ring_links import Links
+from parallel.ring_plan import RingPlan, any_sees, local_offsets
 from parallel.sequence import Layout, check_ranges, ranges_for
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
 

@@ -22,8 +22,9 @@ from parallel.by_heads import ByHeads, by_heads
 from parallel.comm_dtypes import AS_COMPUTED, CommDtypes, checked_dtypes
 from parallel.config import KVDtype, KVGradientDtype
 from parallel.head_exchange import HeadExchange
-from parallel.ring_attention import RingPlan, plan_ring, ring_backward, ring_forward
+from parallel.ring_attention import ring_backward, ring_forward
 from parallel.ring_links import Links
+from parallel.ring_plan import RingPlan, plan_ring
 from parallel.sequence import Layout, check_ranges, ranges_for
 from parallel.sequence_mask import attend_public, checked_bounds
 

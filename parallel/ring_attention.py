@@ -14,10 +14,7 @@ Legend: B batch row, H query heads, G key/value heads, T local tokens, S receive
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -29,37 +26,23 @@ from models.attention import (
     Plan,
     attend,
     attend_backward,
+    calls_of,
     check_shapes,
     new_accumulators,
     new_gradient,
     tile_limits,
 )
-from models.attention_plan import Pair, TileLimits, plan_rows, sees
-from models.batch import Bounds, Range
+from models.attention_plan import TileLimits
+from models.batch import Bounds
 from models.block import Gradients
 from models.repeat import turns
 from parallel.comm_dtypes import AS_COMPUTED, CommDtypes, checked_dtypes
 from parallel.config import KVDtype, KVGradientDtype
 from parallel.halo import start_halo, start_return
-from parallel.ring_links import KEY_TAG, VALUE_TAG, Links, Travelling, keys_of
+from parallel.ring_links import KEY_TAG, VALUE_TAG, Links, Transfer, Travelling
+from parallel.ring_plan import HaloPlan, RingPlan, fits_halo, plan_halo, plan_ring
 from parallel.sequence import Layout, check_ranges, ranges_for
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
-
-
-class RingPlan(NamedTuple):
-    """Blocks by the hop at which their keys are here (``ring_links.keys_of``); hop 0 are the own ones."""
-
-    hops: tuple[Plan, ...]
-    comm: CommDtypes = AS_COMPUTED
-
-
-class HaloPlan(NamedTuple):
-    """Blocks of each local range with itself, and with the ``n`` tokens before it."""
-
-    n: int
-    own: Plan
-    halos: tuple[Plan, ...]
-    comm: CommDtypes = AS_COMPUTED
 
 
 class RingAttention:
@@ -114,75 +97,6 @@ class RingAttention:
                 width = self.links.width
                 bounds._cache[key] = plan_ring(held, self.cp_rank, bounds.documents, self.window, limits, bounds.prefixes, width)
         return bounds._cache[key]
-
-
-def fits_halo(window: int | None, bounds: Bounds) -> bool:
-    """Whether a window reaches back, and no further than one shard is long, so that only the keys before a range need to travel."""
-    return window is not None and window - 1 <= bounds.local_len and not bounds.prefixes
-
-
-def plan_ring(
-    held: Sequence[tuple[Range, ...]],
-    cp_rank: int,
-    documents: Sequence[tuple[int, ...]],
-    window: int | None,
-    limits: TileLimits,
-    prefixes: Sequence[tuple[int, ...]] = (),
-    width: int | None = None,
-) -> RingPlan:
-    """The blocks of ``cp_rank`` at each hop, up to the last hop at which any rank has one (the same number on all ranks).
-
-    ``held[r]`` are the ranges of rank r; ``width``: ranks of the inner ring of a double one. Pure integers.
-    """
-    size, inner = len(held), width or len(held)
-    masks = set(zip(documents, prefixes or [()] * len(documents), strict=True))
-
-    def needed(hop: int) -> bool:
-        return any(any_sees(held[r], held[keys_of(r, hop, size, inner)], masks, window) for r in range(size))
-
-    n_hops = next(hop for hop in reversed(range(size)) if needed(hop))  # hop 0 is: every token sees itself
-    plans, seq_len = [], sum(end - start for ranges in held for start, end in ranges)
-    for hop in range(n_hops + 1):
-        q_ranges, k_ranges = held[cp_rank], held[keys_of(cp_rank, hop, size, inner)]
-        keys = local_offsets(k_ranges)
-        pairs = [Pair(q, q0, k, k0) for q, q0 in local_offsets(q_ranges) for k, k0 in near(q, keys, documents, seq_len)]
-        plans.append(plan_rows(documents, pairs, window, limits, prefixes))
-    return RingPlan(tuple(plans))
-
-
-def plan_halo(
-    held: Sequence[tuple[Range, ...]], cp_rank: int, documents: Sequence[tuple[int, ...]], window: int, limits: TileLimits
-) -> HaloPlan:
-    """The blocks of ``cp_rank`` when each of its ranges comes with the ``window - 1`` tokens before it. Pure integers."""
-    n = window - 1
-    ranges = list(local_offsets(held[cp_rank]))
-    own = plan_rows(documents, [Pair(q, q0, q, q0) for q, q0 in ranges], window, limits)
-    halos = []
-    for (start, end), offset in ranges:
-        reach = min(n, start)  # what lies before index 0 is padding at the front of the halo
-        pair = Pair((start, end), offset, (start - reach, start), n - reach)
-        halos.append(plan_rows(documents, [pair], window, limits) if reach else ())
-    return HaloPlan(n, own, tuple(halos))
-
-
-def any_sees(
-    q_ranges: Sequence[Range], k_ranges: Sequence[Range], masks: Iterable[tuple[tuple[int, ...], tuple[int, ...]]], window: int | None
-) -> bool:
-    return any(sees(q, k, starts, window, ends) for q in q_ranges for k in k_ranges for starts, ends in masks)
-
-
-def near(
-    q_range: Range, keys: Sequence[tuple[Range, int]], documents: Sequence[tuple[int, ...]], seq_len: int
-) -> Sequence[tuple[Range, int]]:
-    """Of ranges of keys, those that share a document with the queries in some row; the rest are not worth a look."""
-    low = min(starts[bisect_right(starts, q_range[0]) - 1] for starts in documents)
-    high = max(next(iter(starts[bisect_left(starts, q_range[1]) :]), seq_len) for starts in documents)
-    return [(k, k0) for k, k0 in keys if k[0] < high and low < k[1]]
-
-
-def local_offsets(ranges: Sequence[Range]) -> list[tuple[Range, int]]:
-    """Each range with its local start."""
-    return list(zip(ranges, accumulate((end - start for start, end in ranges), initial=0), strict=False))
 
 
 def _hops(plan: RingPlan, x: torch.Tensor, alone: int, width: int) -> Iterator[int]:
@@ -257,25 +171,49 @@ def backward_around(
         kv_2BGSD = travelling.wait(hop)
         travelling.start(kv_2BGSD, hop)
         kv_2BGSD = kv_2BGSD.to(q_BHTD.dtype)
-        dkv_2BGSD = new_gradient(kv_2BGSD)
-        blocks = plan.hops[hop]
-        attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, blocks, dq_BHTD, dkv_2BGSD[0], dkv_2BGSD[1])
-        if followers is not None:
-            dkv_2BGSD += followers.wait()
-            followers = None
-        if comm.narrow_gradients:
-            dkv_2BGSD = dkv_2BGSD.to(q_BHTD.dtype)
-        followers = links.gradients(dkv_2BGSD, hop, last_hop)
-        del kv_2BGSD, dkv_2BGSD
+        sums = _Sums(kv_2BGSD.shape, q_BHTD, plan.hops[hop], followers)
+        followers = None
+        attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, plan.hops[hop], dq_BHTD, sums.own)
+        del kv_2BGSD
+        dkv_2BGSD = sums.whole()
+        followers = links.gradients(dkv_2BGSD.to(q_BHTD.dtype) if comm.narrow_gradients else dkv_2BGSD, hop, last_hop)
+        del dkv_2BGSD, sums
     # The own keys come last: their gradients take no room before, and the others' way home is hidden behind them.
     k_BGTD, v_BGTD = (comm.read(x, q_BHTD.dtype) for x in (k_BGTD, v_BGTD))
-    dk_BGTD, dv_BGTD = new_gradient(k_BGTD), new_gradient(v_BGTD)
-    attend_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, plan.hops[0], dq_BHTD, dk_BGTD, dv_BGTD)
-    if followers is not None:
-        home_2BGTD = followers.wait()
-        dk_BGTD += home_2BGTD[0]
-        dv_BGTD += home_2BGTD[1]
+    sums = _Sums(torch.Size((2, *k_BGTD.shape)), q_BHTD, plan.hops[0], followers)
+    del followers
+    attend_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, plan.hops[0], dq_BHTD, sums.own)
+    dk_BGTD, dv_BGTD = sums.whole()
     return dk_BGTD, dv_BGTD
+
+
+class _Sums:
+    """dkv_2BGSD of the keys in hand, in float32 (float64 for float64): what this rank finds, and what ``arriving`` brings.
+
+    What a single call of a kernel finds is added to what has arrived by then; several calls begin with zeros, so that none but the last
+    waits for a message.
+    """
+
+    def __init__(self, shape: torch.Size, q_BHTD: torch.Tensor, plan: Plan, arriving: Transfer | None) -> None:
+        self._arriving, self._dtype = arriving, torch.promote_types(q_BHTD.dtype, torch.float32)
+        later = arriving is not None and calls_of(plan) <= 1
+        self._found = None if later else q_BHTD.new_zeros(shape, dtype=self._dtype)
+
+    def own(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(dk, dv) for this rank to add to."""
+        if self._found is None:
+            assert self._arriving is not None
+            self._found, self._arriving = self._arriving.wait().to(self._dtype), None
+        return self._found[0], self._found[1]
+
+    def whole(self) -> torch.Tensor:
+        """With what arrived; once."""
+        self.own()
+        assert self._found is not None
+        if self._arriving is not None:
+            self._found += self._arriving.wait()
+            self._arriving = None
+        return self._found
 
 
 class _RingAttention(torch.autograd.Function):
@@ -290,7 +228,12 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx, dout_BHTD):  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT = ctx.saved_tensors
         grads = ring_backward(dout_BHTD, q_BHTD, k_BGTD, v_BGTD, out_BHTD, lse_BHT, ctx.plan, ctx.links)
-        return *(grad.to(dout_BHTD.dtype) for grad in grads), None, None
+        return *(_laid_out(grad, x) for grad, x in zip(grads, (q_BHTD, k_BGTD, v_BGTD), strict=True)), None, None
+
+
+def _laid_out(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """In the dtype of what it is the gradient of, and with its values in the same order, token after token: so the projections read it."""
+    return grad.to(like.dtype) if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
 
 
 class _HaloAttention(torch.autograd.Function):
@@ -318,12 +261,13 @@ class _HaloAttention(torch.autograd.Function):
         dq_BHTD, dk_BGTD, dv_BGTD = (new_gradient(x) for x in (q_BHTD, k_BGTD, v_BGTD))
         dk_halos, dv_halos = [new_gradient(x) for x in k_halos], [new_gradient(x) for x in v_halos]
         for i, blocks in enumerate(plan.halos):
-            attend_backward(dout_BHTD, q_BHTD, k_halos[i], v_halos[i], out_BHTD, lse_BHT, blocks, dq_BHTD, dk_halos[i], dv_halos[i])
+            sums = (dk_halos[i], dv_halos[i])
+            attend_backward(dout_BHTD, q_BHTD, k_halos[i], v_halos[i], out_BHTD, lse_BHT, blocks, dq_BHTD, lambda sums=sums: sums)
         if comm.narrow_gradients:
             dk_halos, dv_halos = [x.to(k_BGTD.dtype) for x in dk_halos], [x.to(v_BGTD.dtype) for x in dv_halos]
         pending = [start_return(x, plan.n, 2, bounds, layout, group, tag) for x, tag in ((dk_halos, KEY_TAG), (dv_halos, VALUE_TAG))]
         own_k, own_v = (comm.read(x, dtype) for x in (k_BGTD, v_BGTD))
-        attend_backward(dout_BHTD, q_BHTD, own_k, own_v, out_BHTD, lse_BHT, plan.own, dq_BHTD, dk_BGTD, dv_BGTD)
+        attend_backward(dout_BHTD, q_BHTD, own_k, own_v, out_BHTD, lse_BHT, plan.own, dq_BHTD, lambda: (dk_BGTD, dv_BGTD))
         pending[0].add_to(dk_BGTD)
         pending[1].add_to(dv_BGTD)
         grads = (dq_BHTD.to(q_BHTD.dtype), dk_BGTD.to(k_BGTD.dtype), dv_BGTD.to(v_BGTD.dtype))

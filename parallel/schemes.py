@@ -18,7 +18,8 @@ from parallel.comm_dtypes import AS_COMPUTED, CommDtypes
 from parallel.config import SequenceScheme
 from parallel.hybrid import HybridAttention
 from parallel.mesh import Mesh
-from parallel.ring_attention import RingAttention, fits_halo
+from parallel.ring_attention import RingAttention
+from parallel.ring_plan import fits_halo
 from parallel.sequence import Layout
 from parallel.ulysses import UlyssesAttention
 

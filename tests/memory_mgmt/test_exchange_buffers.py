@@ -97,3 +97,11 @@ def test_an_estimate_knows_the_scheme_and_its_stages() -> None:
     assert peak(sequence="allgather_kv", head_chunk=1) < peak(sequence="allgather_kv", head_chunk=4)
     assert peak(sequence="ring") < peak(sequence="double_ring", ring_inner=2)
     assert peak(sequence="ring_x_ulysses", ulysses=2, head_chunk=1) < peak(sequence="ring_x_ulysses", ulysses=2)
+
+
+def test_gradients_that_arrive_are_where_a_hops_own_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dq, its gradient and what the kernel makes, keys and values in hand and arriving, their gradients sent and arriving: no more."""
+    be_alone(monkeypatch)
+    shard = TOKENS * 16 * DIM * 4
+    measured = _measured("ring", None, (16, 16), "zigzag", torch.float32, comm_dtypes("compute", "fp32"))
+    assert measured < 13 * shard

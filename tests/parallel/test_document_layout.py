@@ -16,7 +16,7 @@ from models.batch import Batch, Bounds
 from models.errors import UserError
 from parallel import document_layout, host_keys, ring_attention
 from parallel.document_layout import document_ranges
-from parallel.ring_attention import plan_ring
+from parallel.ring_plan import plan_ring
 from parallel.sequence import ranges_for, shard_batch, shard_sequence, unshard_sequence
 from tests.parallel.simulated import Group, run_simulated
 from trainer.config import RunConfig

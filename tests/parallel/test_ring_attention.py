@@ -11,7 +11,8 @@ from models.attention import LocalAttention, attention_reference
 from models.attention_plan import TileLimits
 from models.batch import Bounds
 from parallel import ring_attention
-from parallel.ring_attention import HaloPlan, RingAttention, plan_halo, plan_ring
+from parallel.ring_attention import RingAttention
+from parallel.ring_plan import HaloPlan, plan_halo, plan_ring
 from parallel.sequence import ranges_for
 from tests.distributed import run_distributed
 
