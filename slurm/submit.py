@@ -81,7 +81,7 @@ def resubmit(args: argparse.Namespace) -> int:
     links = _links(args)
     old = config_file.resolve(run_dir.config)
     new = config_file.resolve(run_dir.config, args.overrides)
-    resume_rules.check(old, new, args.allow)
+    resume_rules.check(old, new, args.allow, run_dir.newest_step())
     print("".join(f"{line}\n" for line in announced(old, new)), end="", file=sys.stderr)
     check_engine(new)
     site = read_site()
