@@ -85,6 +85,8 @@ def end(run_dir: RunDir, job_id: str, attempt: int, exit_code: int) -> Decision:
         state = run_dir.read_state()
         reason = state.reason if state is not None and state.status == "failed" else decision.reason  # else they could not write why
         run_dir.write_state("stopped", step=saved, reason=f"{reason}; requeued")
+    if decision.word == "cancel" and not exit_code:  # more than the signal that it came by
+        run_dir.write_state("stopped", step=saved, reason=decision.reason)
     return decision
 
 
