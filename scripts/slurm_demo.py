@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.slurm.cluster import CannotStart, Cluster  # noqa: E402
 
-SITE = "rendezvous_host: 127.0.0.1\nenvironment: {GLOO_SOCKET_IFNAME: lo}\nexport: [HOME, PATH]\n"
+SITE = "rendezvous_host: 127.0.0.1\nexport: [HOME, PATH]\n"
 STEPS_BEFORE = 3
 """Steps that the run makes before it is interrupted."""
 

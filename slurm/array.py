@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 import secrets
-import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from slurm import client
 from slurm.script import Job, render
 from slurm.site import Site
 from slurm.submission import Submission, write_submission
-from slurm.submit import REPEATED, job_for, planned
+from slurm.submit import REPEATED, job_for, of_root, planned
 from trainer import config_file, sweep
 from trainer.commands.open_run import new_run, open_run, refuse_existing, with_values
 from trainer.config import RunConfig
@@ -128,7 +127,7 @@ def _queue(tasks: list[_Task], job: Job, script: str, options: dict[str, Any], s
     print(f"job array {number} queued: {len(tasks)} runs")
     for i, task in enumerate(tasks):
         print(f"  {number}_{i}  {task.run_dir.path}  {' '.join(f'{key}={value}' for key, value in task.values.items())}")
-    print(f"next:\n  longstride runs --root {shlex.quote(str(home.path.parent))}\n  longstride cancel RUN, or scancel {number} for all")
+    print(f"next:\n  longstride runs{of_root(home)}\n  longstride monitor RUN\n  longstride cancel RUN, or scancel {number} for all")
     sys.stdout.flush()
     return 0
 

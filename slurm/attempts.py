@@ -51,7 +51,7 @@ def start(run_dir: RunDir, job_id: str, nodes: str) -> str:
     if state is not None and state.status == "done" and state.step >= steps:
         return DONE
     records = read_records(run_dir)
-    saved = _saved_step(run_dir)
+    saved = run_dir.newest_step()
     submission = read_submission(run_dir)
     idle = _idle_attempts(records, {job_id, *submission.chain, *([submission.job_id] if submission.chain else [])}, saved)
     if idle >= submission.idle_attempts:
@@ -75,7 +75,7 @@ def end(run_dir: RunDir, job_id: str, attempt: int, exit_code: int) -> Decision:
     unfit = health.unfit_nodes(run_dir, attempt)
     if unfit and decision.word in ("requeue", "fail"):
         decision = _move(run_dir, job_id, unfit)
-    saved = _saved_step(run_dir)
+    saved = run_dir.newest_step()
     _append(run_dir, {"attempt": attempt, "job": job_id, "ended": time.time(), "saved_step": saved, **_as_dict(decision)})
     if decision.word in ("done", "cancel", "fail"):
         with contextlib.suppress(UserError):  # what is not cancelled ends when it starts: the run is done, or makes no progress
@@ -85,6 +85,8 @@ def end(run_dir: RunDir, job_id: str, attempt: int, exit_code: int) -> Decision:
         state = run_dir.read_state()
         reason = state.reason if state is not None and state.status == "failed" else decision.reason  # else they could not write why
         run_dir.write_state("stopped", step=saved, reason=f"{reason}; requeued")
+    if decision.word == "cancel" and not exit_code:  # more than the signal that it came by
+        run_dir.write_state("stopped", step=saved, reason=decision.reason)
     return decision
 
 
@@ -103,7 +105,7 @@ def _move(run_dir: RunDir, job_id: str, unfit: dict[str, str]) -> Decision:
     excluded = tuple(dict.fromkeys([*submission.excluded, *unfit]))
 
     def fail(reason: str) -> Decision:
-        run_dir.write_state("failed", step=_saved_step(run_dir), reason=reason)
+        run_dir.write_state("failed", step=run_dir.newest_step(), reason=reason)
         return Decision("fail", reason)
 
     if len(excluded) > MOST_EXCLUDED:
@@ -120,7 +122,7 @@ def _move(run_dir: RunDir, job_id: str, unfit: dict[str, str]) -> Decision:
         return fail(f"{why}; it could not be submitted again without it: {error}")
     job = f"{number}_{submission.task}" if submission.task else number
     write_submission(run_dir, replace(submission, job_id=job, excluded=excluded))
-    run_dir.write_state("queued", step=_saved_step(run_dir), reason=f"job {job}; {why}")
+    run_dir.write_state("queued", step=run_dir.newest_step(), reason=f"job {job}; {why}")
     return Decision("moved", f"{why}; job {job} goes on without it")
 
 
@@ -179,11 +181,6 @@ def _idle_attempts(records: list[dict[str, Any]], jobs: set[str], saved: int) ->
             break
         count += 1
     return count
-
-
-def _saved_step(run_dir: RunDir) -> int:
-    steps = run_dir.checkpoint_steps()
-    return steps[-1] if steps else 0
 
 
 def _as_dict(decision: Decision) -> dict[str, str]:

@@ -81,7 +81,7 @@ def resubmit(args: argparse.Namespace) -> int:
     links = _links(args)
     old = config_file.resolve(run_dir.config)
     new = config_file.resolve(run_dir.config, args.overrides)
-    resume_rules.check(old, new, args.allow)
+    resume_rules.check(old, new, args.allow, run_dir.newest_step())
     print("".join(f"{line}\n" for line in announced(old, new)), end="", file=sys.stderr)
     check_engine(new)
     site = read_site()
@@ -198,11 +198,18 @@ def _live_job(submission: Submission) -> client.QueuedJob | None:
 
 
 def _tell(run_dir: RunDir, job_id: str, chain: tuple[str, ...]) -> None:
-    behind = f"jobs {', '.join(chain)} wait behind it, in case it ends before the run does\n" if chain else ""
+    waiting = f"jobs {', '.join(chain)} wait" if len(chain) > 1 else f"job {''.join(chain)} waits"
+    behind = f"{waiting} behind it, in case it ends before the run does\n" if chain else ""
     run = shlex.quote(os.path.relpath(run_dir.path))
     print(
         f"job {job_id} queued: run {run_dir.path}\n{behind}"
         "it is saved and requeued before its time limit and after preemption, and resumes by itself until all steps are done\n"
-        f"next:\n  longstride runs --root {shlex.quote(os.path.relpath(run_dir.path.parent))}\n  tail -F {run}/slurm/job_{job_id}.log\n"
+        f"next:\n  longstride runs{of_root(run_dir)}\n  longstride monitor {run}\n  tail -F {run}/slurm/job_{job_id}.log\n"
         f"  longstride cancel {run}"
     )
+
+
+def of_root(run_dir: RunDir) -> str:
+    """How ``longstride runs`` is told where ``run_dir`` is, if that has to be said."""
+    root = os.path.relpath(run_dir.path.parent)
+    return "" if root == "runs" else f" --root {shlex.quote(root)}"

@@ -323,11 +323,12 @@ def test_lawful_changes_on_resume(overrides: list[str]) -> None:
         (["run.name=other"], ["run.name"]),
         (["parallel.dp_shard=2"], ["sequences per step from 4 to 8", "train.grad_accum=2"]),
         (["parallel.dp_shard=3"], ["divide 4"]),
+        (["train.steps=29"], ["train.steps 29 lies behind step 30"]),
     ],
 )
 def test_unlawful_changes_on_resume(overrides: list[str], parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        resume_rules.check(resolve(None, ["train.grad_accum=4"]), resolve(None, ["train.grad_accum=4", *overrides]))
+        resume_rules.check(resolve(None, ["train.grad_accum=4"]), resolve(None, ["train.grad_accum=4", *overrides]), saved_step=30)
     for part in parts:
         assert part in str(caught.value), str(caught.value)
 

@@ -238,10 +238,10 @@ def mesh_for(config: RunConfig, device: torch.device) -> Mesh | None:
 def train(config: RunConfig, run_dir_path: Path | str, resume: bool, stop: StopSignal | None = None) -> int:
     """Train on this rank until the end or a stop signal; every rank of the run calls this. Returns the exit code.
 
-    When there is more than one rank the process group is initialised before; ``memory_plan.json`` is written. ``stop`` None: it
-    stops for signals only. Raises UserError before anything is changed in the run directory, RunFailed afterwards.
+    When there is more than one rank the process group is initialised before; ``memory_plan.json`` is written. ``stop``: that of a job;
+    None: it stops for signals only. Raises UserError before anything is changed in the run directory, RunFailed afterwards.
     """
-    run_dir = RunDir(run_dir_path)
+    run_dir, by_hand = RunDir(run_dir_path), stop is None
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(stop or StopSignal())
@@ -260,7 +260,7 @@ def train(config: RunConfig, run_dir_path: Path | str, resume: bool, stop: StopS
         if is_main:
             status = "done" if exit_code == DONE else "stopped"
             run_dir.write_state(status, step=trainer.state.step, total_steps=config.train.steps, reason=trainer.stop_reason)
-        for line in closing_lines(trainer):
+        for line in closing_lines(trainer, by_hand):
             trainer.console.note(line)
     return exit_code
 
@@ -382,8 +382,8 @@ def describe_loss(loss: float, bytes_per_label: float | None) -> str:
     return f"loss {loss:.4f} nats per token{per_byte}, perplexity {math.exp(loss):.2f}"
 
 
-def closing_lines(trainer: Trainer) -> list[str]:
-    """What a person wants to know at the end of a run, and what to type next."""
+def closing_lines(trainer: Trainer, by_hand: bool) -> list[str]:
+    """What a person wants to know at the end of a run, and what to type next; a job that stopped goes on by itself."""
     path, planned = trainer.run_dir.path, trainer.plan.measurable_peak_bytes
     lines = []
     if trainer.last_train is not None and (by_position := trainer.last_train.position_lines()):
@@ -393,10 +393,11 @@ def closing_lines(trainer: Trainer) -> list[str]:
     lines.append(f"peak memory per rank: planned {gib(planned)}, measured {gib(trainer.peak_bytes)} ({trainer.monitor.source})")
     if trainer.stop_reason:
         lines.append(f"{trainer.stop_reason} after step {trainer.state.step}; everything is saved")
-    lines += [
+        return lines + (["next:", f"  longstride resume {shlex.quote(str(path))}"] if by_hand else [])
+    return [
+        *lines,
         "next:",
         f"  tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}",
         f"  longstride resume {shlex.quote(str(path))} train.steps={2 * trainer.config.train.steps}",
         f"  longstride plan {shlex.quote(str(path / 'config.yaml'))} data.seq_len={4 * trainer.config.data.seq_len}",
     ]
-    return lines

@@ -33,11 +33,16 @@ LAWFUL_KEYS = (
 )
 
 
-def check(old: RunConfig, new: RunConfig, allowed: Sequence[str] = ()) -> None:
+def check(old: RunConfig, new: RunConfig, allowed: Sequence[str] = (), saved_step: int = 0) -> None:
     """Raise UserError naming every changed setting that would make the resumed run another experiment.
 
-    ``allowed``: settings that a person lets change all the same. What a checkpoint does not fit is refused when it is loaded.
+    ``allowed``: settings that a person lets change all the same. ``saved_step``: of the newest checkpoint. What a checkpoint does not
+    fit is refused when it is loaded.
     """
+    if new.train.steps != old.train.steps and new.train.steps < saved_step:
+        raise UserError(
+            f"resume: train.steps {new.train.steps} lies behind step {saved_step}, which is saved already; give more, or leave it out"
+        )
     changed = changed_keys(old, new)
     idle = [key for key in allowed if key not in changed]
     if idle:

@@ -222,6 +222,10 @@ class RunDir:
             matches = [STEP_NAME.fullmatch(entry.name) for entry in entries if entry.is_dir()]
         return sorted(int(match[1]) for match in matches if match and match[0] == f"step_{int(match[1]):08d}")
 
+    def newest_step(self) -> int:
+        """Of the newest published checkpoint; 0 where there is none."""
+        return max(self.checkpoint_steps(), default=0)
+
     def create(self, private: bool = True) -> None:
         """Make the directory and its folders; ``private``: for nobody else to look into.
 

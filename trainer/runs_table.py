@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 
 from trainer.console import GIB, duration
@@ -141,6 +141,8 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
+LEAST_NEEDED = ("active", "valid", "MFU", "nodes", "tokens/s", "mem GiB")
+"""Columns that a narrow terminal does without, the first one first."""
 COLUMNS = ("run", "status", "step", "loss", "valid", "tokens/s", "MFU", "mem GiB", "saved", "active", "job", "nodes", "note")
 
 
@@ -181,14 +183,38 @@ _COLORS = {"running": "green", "done": "cyan", "stopped": "yellow", "failed": "r
 
 
 def render(rows: list[RunRow], stream: TextIO | None = None, *, now: float | None = None) -> None:
-    """Print rows: a coloured table on a terminal, tab-separated lines with a header line in a pipe (never cut off)."""
+    """Print rows: a coloured table on a terminal, with notes that do not fit on lines of their own; tab-separated lines with a header line
+    in a pipe (never cut off)."""
     console = Console(file=stream)
     cells = [_cells(row, time.time() if now is None else now) for row in rows]
     if not console.is_terminal:
         for line in (COLUMNS, *cells):
             console.file.write("\t".join(line) + "\n")
         return
-    table = Table(*COLUMNS, box=None, pad_edge=False)
+    names = _fitting(cells, console.width)
+    places = [COLUMNS.index(name) for name in names]
+    widths = [max(len(line[place]) for line in (COLUMNS, *cells)) for place in places]
+
+    def columns(line: tuple[str, ...]) -> str:
+        return "  ".join(line[place].ljust(width) for place, width in zip(places, widths, strict=True))
+
+    console.print(Text(columns(COLUMNS), style="bold"), soft_wrap=True)
     for row, line in zip(rows, cells, strict=True):
-        table.add_row(*map(Text, line), style=_COLORS.get(row.status, ""))
-    console.print(table)
+        text, note, style = columns(line), line[-1], _COLORS.get(row.status, "")
+        beside = len(text) + 2 + len(note) <= console.width
+        console.print(Text(f"{text}  {note}" if beside else text.rstrip(), style=style), soft_wrap=True)
+        if not beside:
+            console.print(Padding(Text(note, style=style), (0, 0, 0, 4)))
+
+
+def _fitting(cells: list[tuple[str, ...]], width: int) -> list[str]:
+    """The columns of a terminal that wide, notes not counted: those that say something, without the least needed if they are too many."""
+    names = [name for i, name in enumerate(COLUMNS[:-1]) if any(line[i] != "-" for line in cells)]
+
+    def needed() -> int:
+        return sum(2 + max(len(line[COLUMNS.index(name)]) for line in (COLUMNS, *cells)) for name in names) - 2
+
+    for name in LEAST_NEEDED:
+        if needed() > width and name in names:
+            names.remove(name)
+    return names

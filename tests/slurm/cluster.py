@@ -9,6 +9,7 @@ Try alone: ``python -m tests.slurm.cluster`` brings one up, shows it, and takes 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import getpass
 import os
 import shutil
@@ -25,6 +26,7 @@ import psutil
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 NODES = 2
+PR_SET_PDEATHSIG = 1
 
 # AuthInfo cred_expire: a requeued job waits that long, 120 s by default; 5 is the least that Slurm takes.
 # ReturnToService=1: a node that was lost comes back with its slurmd; one that somebody set DOWN stays so, though its slurmd lives. With 2
@@ -209,8 +211,9 @@ class Cluster:
         # A session of its own: Ctrl-C on the tests must not end it before the jobs are cleaned up.
         with (self.folder / "output.log").open("ab") as output:
             started = subprocess.Popen(
-                command, env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
+                command, env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )  # fmt: skip
         self._processes.append(psutil.Process(started.pid))
 
     def _until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
@@ -224,6 +227,11 @@ class Cluster:
                 logs = "\n".join(f"{log.name}: {log.read_text()[-800:]}" for log in sorted(self.folder.glob("*.log")))
                 raise CannotStart(f"no {what}; {'a daemon has ended' if ended else f'{seconds:.0f} s passed'}\n{logs}")
             time.sleep(0.1)
+
+
+def _end_with_parent() -> None:
+    """Tests that are killed leave no daemons behind."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _free_ports(count: int) -> Iterator[int]:

@@ -129,7 +129,7 @@ def test_notes_are_made_whatever_slurm_sends_meanwhile(tmp_path: Path) -> None:
     """Every program that makes a note gets SIGTERM, as in a preemption: the job still hears what it has to do."""
     programs = {
         "python": 'kill -TERM $$; kill -USR1 $$; case $2 in _job_start) echo 1 ;; _job_end) echo "requeue: $6" ;; esac',
-        "srun": "exit 3",
+        "srun": 'echo "cpus $SRUN_CPUS_PER_TASK"; exit 3',
         "squeue": "[ -e requeued ] && echo PENDING || echo RUNNING",
         "scontrol": "touch requeued",
     }
@@ -138,9 +138,11 @@ def test_notes_are_made_whatever_slurm_sends_meanwhile(tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o755)
     job = dataclasses.replace(JOB, run=tmp_path, submit_dir=tmp_path, python=str(tmp_path / "python"))
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}
+    env |= {"SLURM_JOB_CPUS_PER_NODE": "64(x2)"}
     script = render(job, Site(rendezvous_host="127.0.0.1"))
     done = subprocess.run(["bash"], input=script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and (tmp_path / "requeued").exists(), done.stdout + done.stderr
+    assert "cpus 64\n" in done.stdout, "of each node, as the job has them"
     assert "attempt 1" in done.stdout and "the ranks ended with exit code 3: requeue: 3" in done.stdout
 
 

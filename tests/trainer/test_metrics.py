@@ -171,15 +171,19 @@ def _scalars(folder, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-@pytest.mark.parametrize("resume_at", [6, 0])
-def test_tensorboard_curves_have_one_point_per_step_after_a_resume(tmp_path, resume_at):
+@pytest.mark.parametrize(("resume_at", "rolled_back"), [(6, False), (0, False), (6, True)])
+def test_tensorboard_curves_have_one_point_per_step_after_a_resume(tmp_path, resume_at, rolled_back):
     run = RunDir(tmp_path)
     first = MetricsWriter(run, 0)
     for step in range(10):
         first.write(record(step, lr=0.5, text="no number", flag=True, cursor={"epoch": 0, "step": step, "name": "x"}))
         first.write(record(step, "valid"))
-    del first  # as after a kill: never closed, yet flushed
-    second = MetricsWriter(run, resume_at)
+    if rolled_back:
+        second = first
+        second.rewind(resume_at)
+    else:
+        del first  # as after a kill: never closed, yet flushed
+        second = MetricsWriter(run, resume_at)
     for step in range(resume_at + 1 if resume_at else 0, 12):
         second.write(record(step, loss=100.0 + step))
     second.close()

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -125,6 +126,22 @@ def test_on_a_terminal_it_is_a_table_and_text_is_not_markup(tmp_path, monkeypatc
     stream = _Terminal()
     render(read_runs(tmp_path), stream)
     assert "[bold]x[/bold] [/nonsense]" in stream.getvalue()
+
+
+def test_a_narrow_terminal_has_whole_columns_and_notes_below_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "55")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    why = "attempts in a row brought no new checkpoint after step 7; the last one: rank 3: out of memory"
+    make(tmp_path, "a").write_state("failed", step=7, total_steps=100, reason=why)
+    make(tmp_path, "b").write_state("done", step=100, total_steps=100)
+    stream = _Terminal()
+    render(read_runs(tmp_path), stream)
+    head, *lines = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+    assert head.split() == ["run", "status", "step", "loss", "tokens/s", "mem", "GiB"], "without empty columns and the least needed"
+    assert lines[0].split()[:3] == ["a", "failed", "7/100"] and lines[-1].split()[:3] == ["b", "done", "100/100"]
+    assert " ".join(" ".join(lines[1:-1]).split()) == why and all(line.startswith("    ") for line in lines[1:-1])
+    assert all(len(line) <= 55 for line in (head, *lines))
 
 
 def test_200_runs_in_half_a_second_without_torch(tmp_path):

@@ -80,7 +80,7 @@ def resume(args: argparse.Namespace) -> int:
     refuse_imported(run_dir)
     old = config_file.resolve(run_dir.config)
     new = config_file.resolve(run_dir.config, args.overrides)
-    resume_rules.check(old, new, args.allow)
+    resume_rules.check(old, new, args.allow, run_dir.newest_step())
     print("".join(f"{line}\n" for line in announced(old, new)), end="", file=sys.stderr)
     return _start(new, run_dir, run_dir.name, args.nproc)
 
