@@ -5,9 +5,11 @@
     o_t = sum_m w_m S_m^T q_t, and the shared memory, which takes every token, with weight 1
     y = W_o (RMSNorm(o) * silu(W_g x))        the rest as in `models.memory.gated_deltanet`
 
-A memory that a token does not go to is neither decayed nor written: its gates are a = 1, b = 0. So all memories run as heads of one rule on
-all tokens, whose shapes do not depend on the routing, and are affine: one exchange over ranks. The price is the rule's arithmetic on
-tokens that a memory does not get. Convolutions are taken over the text, before the routing: over a memory's own tokens, as in
+A memory that a token does not go to is neither decayed nor written: its gates are a = 1, b = 0. Each memory works on its own tokens, sorted
+into lanes (`models.memory.lanes`) whose shapes do not depend on the routing; or, the same to rounding, all memories run as heads of one
+rule on all tokens. States are affine either way: one exchange over ranks, for which each memory's outputs are put back in the order of
+tokens. Projections and convolutions are those of all memories for all tokens: a token's convolution needs its neighbours', of which two in
+three go to a memory of eight by chance alone when two are chosen, nearly all to one of four. Convolutions are taken over the text, before the routing: over a memory's own tokens, as in
 the published code, a token would need its memory's last ones from any distance (and that code mixes neighbours of other rows in).
 Left out: the loss that balances the memories' load.
 
@@ -204,32 +206,42 @@ class MixtureOfMemories(GatedDeltaNet):
         return self.w_out(o.flatten() * F.silu(self.w_gate(x_C)))
 
     def cost(self, batch_size: int, tokens: int, itemsize: int) -> MemoryCost:
-        """See `MemoryModule.cost`: `GatedDeltaNet.cost` with a head for every memory of every head."""
+        """See `MemoryModule.cost`: `GatedDeltaNet.cost` with a head for every memory of every head, or for every memory that a token goes
+        to; of sequences that are one document."""
         H, K, V, c, R = self.n_heads, self.key_dim, self.value_dim, self.chunk_size, self.memories
         A, d, split, n, wide = R * H, self.d_model, not self.carry.local, batch_size * tokens, max(itemsize, 4)
         W = V + K if split else V
+        size = min(self.tile_tokens or tokens, tokens)
+        spans = [(a, min(a + size, tokens)) for a in range(0, tokens, size)]
+        bounds, k = Bounds.whole(1, tokens), self.top_k + self.shared
+        lanes = [self.in_lanes(bounds, span) for span in spans]
+        in_lanes = sum(b - a for (a, b), held in zip(spans, lanes, strict=True) if held)
+        slots = c * sum(chunks_needed(bounds, span, k, R, c) for span, held in zip(spans, lanes, strict=True) if held)
+        worked = batch_size * (slots * H + (tokens - in_lanes) * A)  # tokens times the heads that the rule works on for them
         projections = 2 * d * (H * (K + 2 * V) + A * (K + V + 2))
-        routing = 2 * d * self.n_memories  # once to know where to, once for the weights, which have a gradient
+        routing = 2 * d * self.n_memories  # dense or split, once to know where to, once for the weights, which alone have a gradient
         inverse = max(0, c * c - 256) / 3
-        op = 2 * A * (2 * c * K + inverse + c * (K + V) + 2 * K * W + c * W + K * W)
-        op_backward = 2 * A * (5 * c * K + 4 * c * W + 6 * K * W)
+        op = 2 * (2 * c * K + inverse + c * (K + V) + 2 * K * W + c * W + K * W)
+        op_backward = 2 * (5 * c * K + 4 * c * W + 6 * K * W)
         read_out = 2 * A * K * V if split else 0
-        # Projections before their convolutions, the gate; queries once; the rule's; every memory's output, its weight, their sum.
+        # Projections before their convolutions, the gate; queries and keys after theirs; of the rule inputs, inverse and states.
         projected = itemsize * (d + H * (K + 2 * V) + A * (K + V))
-        inside = wide * (H * (K + V) + A * (2 * K + V + c + K + W + K * W / c + V))
-        joined = wide * A * (K + V) if split else 0
-        if self.tile_tokens and self.tile_tokens < tokens:
-            saved = n * (itemsize * d + joined) + batch_size * wide * A * K * W * -(-tokens // self.tile_tokens)
+        of_rule = 3 * K + V + c + W + K * W / c
+        joined = A * (K + V) if split else 0
+        if len(spans) > 1:
+            saved = n * (itemsize * d + wide * joined) + batch_size * wide * A * K * W * len(spans)
+        elif in_lanes:
+            outputs = n * A * V if split else batch_size * slots * H * V
+            places = 8 * batch_size * (tokens * k + slots)
+            saved = n * (projected + wide * (H * (K + V) + A * K + joined)) + wide * (worked * of_rule + outputs) + places
         else:
-            saved = n * (projected + inside + joined)
+            saved = n * (projected + wide * (H * (K + V) + A * (of_rule + V) + joined))
         return MemoryCost(
-            flops_forward=n * (projections + 2 * routing + op + read_out),
-            flops_backward=n * (2 * projections + 2 * routing + op_backward + 2 * read_out),
+            flops_forward=n * (projections + read_out) + (2 * n - (0 if split else batch_size * in_lanes)) * routing + worked * op,
+            flops_backward=n * (2 * projections + 2 * routing + 2 * read_out) + worked * op_backward,
             saved_bytes=int(saved),
             state_bytes=batch_size * (A * K * V * wide + self.halo * d * itemsize),
-            exchange_bytes=batch_size * (self.carry.summary_bytes(A * K * K * wide, A * K * V * wide) + self.halo * d * itemsize)
-            if split
-            else 0,
+            exchange_bytes=batch_size * (A * K * (K + V) * wide + self.halo * d * itemsize) if split else 0,
         )
 
 
