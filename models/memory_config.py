@@ -141,6 +141,9 @@ class MixtureConfig(Section):
     """Memories that a token writes and reads."""
     shared: bool = True
     """One more memory that every token writes and reads."""
+    compute: Literal["routed", "dense"] = "routed"
+    """routed: each memory works on the tokens that go to it; dense: every memory on every token, those that do not go to it with gates that
+    leave it alone. The same result, to rounding."""
 
     @model_validator(mode="after")
     def _check(self) -> MixtureConfig:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from models.memory.chunks import Decays, bmm, running_sum
+from models.memory.lanes import Switches
 from models.repeat import repeated
 
 _BASE = 16
@@ -63,6 +64,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         log_decay_NGC: Tensor,
         state_GKW: Tensor,
         segment_NBC: Tensor | None,
+        switches: Switches | None,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(q_NGCK.device.type, enabled=False):
             g_NGC = running_sum(log_decay_NGC, segment_NBC)
@@ -71,12 +73,19 @@ class _GatedDeltaRule(torch.autograd.Function):
             inverse_NGCC = invert_unit_lower(lower)
             w_NGCK = bmm(inverse_NGCC, k_NGCK * (beta_NGC * decay.from_start_NGC).unsqueeze(-1))
             u_NGCW = _values(inverse_NGCC, v_NGCV * beta_NGC.unsqueeze(-1), state_GKW.shape[-1])
-            s_NGKW = _scan(w_NGCK, k_NGCK * decay.to_end_NGC.unsqueeze(-1), decay.whole_NG11, u_NGCW, state_GKW)
+            scanned = w_NGCK, k_NGCK * decay.to_end_NGC.unsqueeze(-1), decay.whole_NG11, u_NGCW, state_GKW
+            if switches is None:
+                s_NGKW = _scan(*scanned)
+                final_GKW = s_NGKW[-1].clone()
+            else:
+                s_NGKW, final_GKW = switches.scan(*scanned)
+            del scanned
             read_NGCC = bmm(q_NGCK, k_NGCK.mT).mul_(decay.pair_NGCC)
             o_NGCW = bmm(read_NGCC, u_NGCW)
             o_NGCW.flatten(0, 1).baddbmm_((q_NGCK * decay.from_start_NGC.unsqueeze(-1)).flatten(0, 1), s_NGKW[:-1].flatten(0, 1))
         ctx.save_for_backward(q_NGCK, k_NGCK, v_NGCV, beta_NGC, g_NGC, segment_NBC, inverse_NGCC, w_NGCK, u_NGCW, s_NGKW)
-        return o_NGCW, s_NGKW[-1].clone()
+        ctx.switches = switches
+        return o_NGCW, final_GKW
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -89,7 +98,13 @@ class _GatedDeltaRule(torch.autograd.Function):
             read = bmm(q, k.mT).mul_(decay.pair_NGCC)
             gram = bmm(k, k.mT).mul_(decay.pair_NGCC).tril_(-1)  # L without beta
             du = bmm(read.mT, do_NGCW)
-            ds = _scan_reverse(w, k * end, decay.whole_NG11, du, bmm(q_start.mT, do_NGCW), dfinal_GKW)
+            scanned = w, k * end, decay.whole_NG11, du, bmm(q_start.mT, do_NGCW), dfinal_GKW
+            if ctx.switches is None:
+                ds = _scan_reverse(*scanned)
+                dstate_GKW = ds[0]
+            else:
+                ds, dstate_GKW = ctx.switches.scan_reverse(*scanned)
+            del scanned
 
             # Through the read-out: O = diag(start) Q S + read U
             dq_start = bmm(do_NGCW, s[:-1].mT)
@@ -121,7 +136,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             dk = dk_end.mul_(end).addcmul_(dk_start, (beta * decay.from_start_NGC).unsqueeze(-1))
             dk.flatten(0, 1).baddbmm_(dread.mT.flatten(0, 1), q.flatten(0, 1))
             dk.flatten(0, 1).baddbmm_((dlower + dlower.mT).flatten(0, 1), k.flatten(0, 1))
-            return dq, dk, dvalue * beta.unsqueeze(-1), dbeta, running_sum(dg, segment, reverse=True), ds[0], None
+            return dq, dk, dvalue * beta.unsqueeze(-1), dbeta, running_sum(dg, segment, reverse=True), dstate_GKW, None, None
 
 
 def _values(inverse_NGCC: Tensor, value_NGCV: Tensor, width: int) -> Tensor:
@@ -167,6 +182,7 @@ def gated_delta_rule(
     log_decay_NGC: Tensor,
     state_GKW: Tensor,
     segment_NBC: Tensor | None = None,
+    switches: Switches | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs o_NGCW and final state of the gated delta rule over N chunks in order.
 
@@ -174,5 +190,6 @@ def gated_delta_rule(
     which leaves the state as it is. ``state`` may have more columns W than V; the extra ones receive no values.
     ``segment`` (integers, nondecreasing along C) counts the document starts in the chunk up to and including each
     token: nothing crosses from one number to the next, and the incoming state reaches only number 0.
+    ``switches``: chunks are lanes of several memories (`models.memory.lanes`), whose states ``state`` holds.
     """
-    return _GatedDeltaRule.apply(q_NGCK, k_NGCK, v_NGCV, beta_NGC, log_decay_NGC, state_GKW, segment_NBC)  # type: ignore[return-value]
+    return _GatedDeltaRule.apply(q_NGCK, k_NGCK, v_NGCV, beta_NGC, log_decay_NGC, state_GKW, segment_NBC, switches)  # type: ignore[return-value]

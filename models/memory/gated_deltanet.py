@@ -25,7 +25,7 @@ from models.batch import Bounds, Range
 from models.config import ModelConfig
 from models.linear import Linear, linear
 from models.memory.delta_rule import gated_delta_rule
-from models.memory.documents import plan_documents
+from models.memory.documents import DocumentPlan, plan_documents
 from models.memory.initial import initial_gate
 from models.memory.protocol import MemoryCost, MemoryTraits, State, last_tokens
 from models.memory.recurrent import RecurrentMixer, state_dtype
@@ -146,6 +146,15 @@ class GatedDeltaNet(RecurrentMixer):
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, before_BnC: Tensor, state_GKW: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Projections, convolutions and the delta rule of one tile: o_NGcW and the state after it."""
+        plan, q_NGcK, k_NGcK, v_NGcV, beta_BTH, log_decay_BTH = self._streams(bounds, span, weights, x_BTC, before_BnC)
+        q_NGcK, beta_BTH, log_decay_BTH = self._routed(weights, x_BTC, q_NGcK, beta_BTH, log_decay_BTH)
+        beta_NGc, log_decay_NGc = (to_chunks(z.unsqueeze(-1), self.chunk_size).squeeze(-1) for z in (beta_BTH, log_decay_BTH))
+        return gated_delta_rule(q_NGcK, k_NGcK, v_NGcV, beta_NGc, log_decay_NGc, state_GKW, plan.segment_NBC)
+
+    def _streams(
+        self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, before_BnC: Tensor
+    ) -> tuple[DocumentPlan, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Where documents begin in a tile; its queries, keys and values in chunks; b and log a, [B, T, H]."""
         plan = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device)
 
         def stream(weight: Tensor, conv: Tensor, scale: float, heads: int) -> Tensor:
@@ -157,9 +166,7 @@ class GatedDeltaNet(RecurrentMixer):
         v_NGcV = stream(weights.w_v, weights.conv_v, 0.0, self.state_shape[0])
         beta_BTH = linear(x_BTC, weights.w_beta).to(q_NGcK.dtype).sigmoid()
         step_BTH = F.softplus(linear(x_BTC, weights.w_decay).to(q_NGcK.dtype) + weights.dt_bias)
-        q_NGcK, beta_BTH, log_decay_BTH = self._routed(weights, x_BTC, q_NGcK, beta_BTH, -weights.A_log.exp() * step_BTH)
-        beta_NGc, log_decay_NGc = (to_chunks(z.unsqueeze(-1), self.chunk_size).squeeze(-1) for z in (beta_BTH, log_decay_BTH))
-        return gated_delta_rule(q_NGcK, k_NGcK, v_NGcV, beta_NGc, log_decay_NGc, state_GKW, plan.segment_NBC)
+        return plan, q_NGcK, k_NGcK, v_NGcV, beta_BTH, -weights.A_log.exp() * step_BTH
 
     def _routed(self, weights: Any, x_BTC: Tensor, q_NGcK: Tensor, beta: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and gates [B, T, H] as the rule gets them; here as they are."""

@@ -115,7 +115,7 @@ def test_layers_with_tables_of_their_own_are_all_traced() -> None:
     """A few layers would have a few of the tables."""
     for tables, cut in (({}, True), ({"shared_table": False}, False)):
         keys = {**MODEL["product_keys"], **tables}
-        cfg = config(model={**MODEL, "n_layers": 8, "product_keys": keys}, optim={"preset": "adamw_8bit"})
+        cfg = config(model={**MODEL, "n_layers": 8, "feedforward": ["product_keys"], "product_keys": keys}, optim={"preset": "adamw_8bit"})
         assert bool(_cuts(cfg, policy_of(cfg.memory, cfg.model.layer_kinds))) == cut
 
 

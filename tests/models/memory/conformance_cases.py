@@ -147,8 +147,13 @@ CASES: dict[str, Case] = {
         slow=_slow_deltanet,
         at_size={"chunk_size": 64},
     ),
+    "mom, dense": Case(
+        {"kind": "mom", "chunk_size": 8, "expand_v": 1.5, "mom": {"n_memories": 3, "top_k": 2, "compute": "dense"}},
+        slow=_slow_deltanet,
+        at_size={"chunk_size": 64},
+    ),
     "mom, one of four": Case(
-        {"kind": "mom", "chunk_size": 8, "conv_kernel": 1, "mom": {"n_memories": 4, "top_k": 1, "shared": False}},
+        {"kind": "mom", "chunk_size": 4, "conv_kernel": 1, "mom": {"n_memories": 4, "top_k": 1, "shared": False}},
         slow=_slow_deltanet,
         at_size={"chunk_size": 32},
     ),
