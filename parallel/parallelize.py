@@ -33,7 +33,8 @@ def split_sequence(
     narrow: bool = False,
     memory: MemoryExchange = "states",
 ) -> None:
-    """Fill the seams through which a layer reaches tokens of other ranks: attention by ``scheme``, memories by ``memory``. ``narrow``: gradients of keys and values travel in their own dtype.
+    """Fill the seams through which a layer reaches tokens of other ranks: attention by ``scheme``, memories by ``memory``.
+    ``narrow``: gradients of keys and values travel in their own dtype.
 
     A memory layer, and attention inside of it, has of a tensor-parallel group's tokens those that its rank has in the residual stream:
     its sequence is split over cp x tp ranks."""
@@ -53,7 +54,7 @@ def split_sequence(
             elif isinstance(mixer, MemoryModule):
                 check_layout(mixer, layout, mesh.dims.cp, mesh.dims.tp)
                 check_exchange(mixer, memory, mesh.dims.cp * mesh.dims.tp)
-                mixer.carry = RingCarry(mesh.tokens_group, layout, mesh.dims.tp, ring=memory == "ring")
+                mixer.carry = RingCarry(mesh.tokens_group, layout, mesh.dims.tp, ring=memory == "ring", by_heads=memory == "ulysses")
 
 
 def keep_keys_in_host(model: Transformer, mesh: Mesh | None, layout: Layout, store: KeyStore, chunk: int | None, narrow: bool) -> None:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.batch import Bounds
+from models.batch import Bounds, Range
 from models.config import ModelConfig
 from models.linear import Linear, linear
+from models.memory.by_heads import Rows
 from models.memory.gated_deltanet import GatedDeltaNet
 from models.memory.protocol import MemoryCost, State
 from models.memory.recurrent import state_dtype
@@ -78,6 +79,12 @@ class MixtureOfMemories(GatedDeltaNet):
     def weights(self) -> _Weights:  # type: ignore[override]
         """See `RecurrentMixer.weights`."""
         return _Weights(*super().weights(), *self.wide([self.w_router.weight]))
+
+    projections = (*GatedDeltaNet.projections, "w_router")
+
+    def head_rows(self, heads: Range) -> dict[str, Rows]:
+        """See `RecurrentMixer.head_rows`: all heads of a token go to the same memories."""
+        return {**super().head_rows(heads), "w_router": ((0, self.n_memories),)}
 
     def _route(self, x_BTC: Tensor, w_router: Tensor) -> Tensor:
         """[B, T, R]: weights of the memories that each token goes to, 0 for the others."""
@@ -147,7 +154,7 @@ class MixtureOfMemories(GatedDeltaNet):
     def cost(self, batch_size: int, tokens: int, itemsize: int) -> MemoryCost:
         """See `MemoryModule.cost`: `GatedDeltaNet.cost` with a head for every memory of every head."""
         H, K, V, c, R = self.n_heads, self.key_dim, self.value_dim, self.chunk_size, self.memories
-        A, d, split, n, wide = R * H, self.d_model, not self.carry.local, batch_size * tokens, max(itemsize, 4)
+        A, d, split, n, wide = R * H, self.d_model, self.crosses, batch_size * tokens, max(itemsize, 4)
         W = V + K if split else V
         projections = 2 * d * (H * (K + 2 * V) + A * (K + V + 2))
         routing = 2 * d * self.n_memories  # once to know where to, once for the weights, which have a gradient
@@ -161,6 +168,7 @@ class MixtureOfMemories(GatedDeltaNet):
         joined = wide * A * (K + V) if split else 0
         if self.tile_tokens and self.tile_tokens < tokens:
             saved = n * (itemsize * d + joined) + batch_size * wide * A * K * W * -(-tokens // self.tile_tokens)
+            saved += self.head_bytes(n, itemsize)
         else:
             saved = n * (projected + inside + joined)
         return MemoryCost(
@@ -170,7 +178,7 @@ class MixtureOfMemories(GatedDeltaNet):
             state_bytes=batch_size * (A * K * V * wide + self.halo * d * itemsize),
             exchange_bytes=batch_size * (self.carry.summary_bytes(A * K * K * wide, A * K * V * wide) + self.halo * d * itemsize)
             if split
-            else 0,
+            else self.head_bytes(n, itemsize),
         )
 
 
