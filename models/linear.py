@@ -10,6 +10,7 @@ Legend: n tokens of all rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.int8_weight import Int8Weight, in_dtype
+
+
+@dataclass(frozen=True)
+class Columns:
+    """In place of a weight: what `linear` would make of its input is in these columns of it already."""
+
+    first: int
+    last: int
 
 
 def gradient_dtype(weight: Tensor) -> torch.dtype:
@@ -61,8 +70,10 @@ class _CastLinear(torch.autograd.Function):
         return dx, dweight_OI, None
 
 
-def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+def linear(x: Tensor, weight_OI: Tensor | Columns) -> Tensor:
     """``x @ weight^T`` in autocast's dtype if it is on (never for float64), else in the operands' own."""
+    if isinstance(weight_OI, Columns):
+        return x[..., weight_OI.first : weight_OI.last]
     device, packed = x.device.type, isinstance(weight_OI, Int8Weight)
     if not packed and (not torch.is_autocast_enabled(device) or weight_OI.dtype == torch.float64):
         return F.linear(x, weight_OI)

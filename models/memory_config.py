@@ -223,6 +223,9 @@ SEQUENTIAL: tuple[MemoryKind, ...] = ("slots", "fam")
 AFFINE: tuple[MemoryKind, ...] = ("gated_deltanet", "gsa", "infini", "mamba2", "mom")
 """Kinds whose state is an affine function of the state before."""
 
+HEADWISE: tuple[MemoryKind, ...] = (*AFFINE, "titans")
+"""Kinds whose heads do not meet between their projections and what is made of their outputs; Titans as context (mac) is none of them."""
+
 ROTATED: tuple[MemoryKind, ...] = ("infini", "fam")
 """Kinds whose own attention rotates queries and keys."""
 

@@ -12,6 +12,10 @@ def refused_exchange(exchange: MemoryExchange, memory: MemoryModule, ranks: int)
     traits = memory.traits
     if exchange == "ring" and traits.transition not in ("affine_dense", "affine_diag"):
         return f"the state of {type(memory).__name__} is no affine function of the one before, so its columns cannot go around alone"
+    if exchange == "ulysses" and traits.head_splittable == 1:
+        return f"{type(memory).__name__} has no heads that do not meet, or only one"
+    if exchange == "ulysses" and traits.head_splittable < ranks:
+        return f"{type(memory).__name__} has {traits.head_splittable} heads, fewer than the {ranks} ranks of a sequence"
     return None
 
 

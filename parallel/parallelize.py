@@ -55,7 +55,7 @@ def split_sequence(
             elif isinstance(mixer, MemoryModule):
                 check_layout(mixer, layout, mesh.dims.cp, mesh.dims.tp)
                 check_exchange(mixer, memory, mesh.dims.cp * mesh.dims.tp)
-                mixer.carry = RingCarry(mesh.tokens_group, layout, mesh.dims.tp, ring=memory == "ring")
+                mixer.carry = RingCarry(mesh.tokens_group, layout, mesh.dims.tp, ring=memory == "ring", by_heads=memory == "ulysses")
 
 
 def keep_keys_in_host(model: Transformer, mesh: Mesh | None, layout: Layout, store: KeyStore, chunk: int | None, comm: CommDtypes) -> None:

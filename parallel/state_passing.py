@@ -23,7 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.batch import Bounds, Range
+from models.memory.by_heads import Heads
 from parallel.halo import exchange_halo
+from parallel.memory_heads import HeadsOverRanks
 from parallel.relay import arrive, pass_on
 from parallel.sequence import Layout, check_ranges, part_of, ranges_for
 from parallel.state_ring import ring_states, spread
@@ -32,14 +34,17 @@ from parallel.state_ring import ring_states, spread
 class RingCarry:
     """`models.memory.protocol.Carry` over a sequence-parallel group. ``parts``: so many neighbours of it share what ``layout`` gives to one
     (the ranks of a tensor-parallel group, each with its tokens of the residual stream). ``ring``: states of `affine` and `diagonal` go from
-    rank to rank in columns instead of being gathered."""
+    rank to rank in columns instead of being gathered; ``by_heads``: no state crosses, heads are exchanged (`parallel/memory_heads.py`)."""
 
     local = False
 
-    def __init__(self, group: dist.ProcessGroup | None, layout: Layout, parts: int = 1, ring: bool = False) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, layout: Layout, parts: int = 1, *, ring: bool = False, by_heads: bool = False
+    ) -> None:
         self.group, self.parts, self.ring = group, parts, ring
         self.layout: Layout = layout
         self.ranks = dist.get_world_size(group)
+        self.heads: Heads | None = HeadsOverRanks(group, layout, parts) if by_heads else None
 
     def held(self, bounds: Bounds) -> Bounds:
         """See `Carry.held`; the same object for all layers of a pass."""

@@ -1,9 +1,9 @@
 """Memory states that go from rank to rank in columns: the exchange of affine summaries as a pipeline.
 
-The state before token range j follows from the one before range j - 1, S_j = M_{j-1} S_{j-1} + E_{j-1} (`parallel/state_passing.py`). Columns
-of S do not meet: each block of columns goes along the ranges by itself, and a rank that waits for its next block has handed on the last
-one. M and E never leave their rank, and a rank keeps the states before its own ranges only: per range K (K + V) numbers of a head, whatever
-the number of ranks. Backward the gradients go the other way, G_j = M_j^T G_{j+1} + dS_j. Transitions that only decay do the same.
+The state before token range j follows from the one before range j - 1, S_j = M_{j-1} S_{j-1} + E_{j-1} (`parallel/state_passing.py`).
+Columns of S do not meet: each block of columns goes along the ranges by itself, and a rank that waits for its next block has handed on the
+last one. M and E never leave their rank, and a rank keeps the states before its own ranges only: per range K (K + V) numbers of a head,
+whatever the number of ranks. Backward the gradients go the other way, G_j = M_j^T G_{j+1} + dS_j. Transitions that only decay do the same.
 
 A chain of J ranges and k blocks takes J + k - 2 turns, each a k-th of a state's bytes and products; one block would take J - 1 whole ones.
 In the contiguous layout the chain visits the ranks in order; in the zigzag layout up and down again. What a rank sends in turn t its
@@ -16,36 +16,25 @@ Legend: B row, H head, K key, V value, R ranges of a rank, J ranges of all ranks
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import state_blocks
 from parallel.outbox import leave
 
 STATE_TAG, GRADIENT_TAG = 15, 16
 """Message tags, see ``parallel/halo.py``."""
 
-BLOCK_BYTES = 512 * 1024
-"""What a link carries in the time that a message takes to begin: some 10 us at 50 GB/s. Far smaller blocks cost more turns than they save."""
-
-
-def column_blocks(state_bytes: int, columns: int, hops: int) -> int:
-    """Into how many blocks of columns a state of ``state_bytes`` is cut that makes ``hops`` hops between ranks.
-
-    k blocks take (hops + k - 1) (a + state_bytes / (k b)) with latency a and bandwidth b, least at k^2 = (hops - 1) state_bytes / (a b), where
-    a b is ``BLOCK_BYTES``."""
-    best = math.sqrt(max(0, hops - 1) * state_bytes / BLOCK_BYTES)
-    return max(1, min(columns, round(best)))
-
 
 def hops_of(stops: Sequence[int]) -> int:
     """How often a state that visits the ranks ``stops`` goes over to another one."""
-    return sum(a != b for a, b in zip(stops, stops[1:], strict=False))
+    return sum(a != b for a, b in pairwise(stops))
 
 
 def ring_states(
@@ -77,9 +66,9 @@ class _Chain:
     @staticmethod
     def of(group: Any, stops: Sequence[int], state: Tensor, tag: int) -> _Chain:
         """For states like ``state``."""
-        blocks = column_blocks(state.numel() * state.element_size(), state.shape[-1], hops_of(stops))
+        blocks = state_blocks.column_blocks(state.numel() * state.element_size(), state.shape[-1], hops_of(stops))
         ends = [state.shape[-1] * b // blocks for b in range(blocks + 1)]
-        columns = tuple(slice(a, b) for a, b in zip(ends, ends[1:], strict=False))
+        columns = tuple(slice(a, b) for a, b in pairwise(ends))
         return _Chain(group, dist.get_rank(group), tuple(stops), columns, tag)
 
     def run(self, first: Tensor, moved: Callable[[int, slice, Tensor], Tensor]) -> None:

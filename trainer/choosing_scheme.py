@@ -12,6 +12,7 @@ from memory_mgmt.cost_model import Topology
 from memory_mgmt.cost_schemes import SchemeChoice, SequenceProblem, choose_scheme
 from models.errors import UserError
 from parallel.config import AUTO, INNER_DEGREES, SequenceScheme
+from trainer.choosing_memory_exchange import exchange_is_open, with_exchange
 from trainer.config import VALUE_BYTES, RunConfig
 from trainer.planning import rates_of, target_for
 
@@ -19,6 +20,18 @@ from trainer.planning import rates_of, target_for
 def scheme_is_open(config: RunConfig) -> bool:
     """Whether the scheme is to be chosen, now that the ranks of a sequence and the heads of each are known."""
     return config.parallel.scheme_is_auto and AUTO not in (config.parallel.cp, config.parallel.tp)
+
+
+def schemes_are_open(config: RunConfig) -> bool:
+    """Whether attention's scheme or the memories' exchange is to be chosen, now that the mesh is known."""
+    return scheme_is_open(config) or exchange_is_open(config)
+
+
+def with_schemes(config: RunConfig, device_name: str | None) -> tuple[RunConfig, list[str]]:
+    """``config`` with a scheme for attention and an exchange for memories, and why. Raises UserError as `with_scheme`."""
+    config, reasons = with_scheme(config, device_name)
+    config, more = with_exchange(config, device_name)
+    return config, reasons + more
 
 
 def with_scheme(config: RunConfig, device_name: str | None) -> tuple[RunConfig, list[str]]:

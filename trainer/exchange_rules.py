@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from models.memory_config import AFFINE
+from models.memory_config import AFFINE, HEADWISE
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -21,4 +21,12 @@ def refusal(config: RunConfig) -> str | None:
     kind = f"model.memory.kind {memory.kind}" + (f" with attach {memory.attach}" if memory.attach == "mac" else "")
     if exchange == "ring" and memory.kind not in AFFINE:
         return f"{asked} sends the columns of affine states ({', '.join(AFFINE)}); {kind} has another state: {remedy}"
+    if exchange == "ulysses" and (memory.kind not in HEADWISE or memory.attach == "mac"):
+        return f"{asked} deals out heads that do not meet ({', '.join(HEADWISE)}, not with attach mac); those of {kind} do: {remedy}"
+    ranks = config.parallel.cp * config.parallel.tp
+    if exchange == "ulysses" and config.model.memory_heads < ranks:
+        return (
+            f"{asked} gives every one of {ranks} ranks (parallel.cp x tp) a memory head, and model.memory has "
+            f"{config.model.memory_heads}; {remedy}, or model.memory.n_heads={ranks}"
+        )
     return None

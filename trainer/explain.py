@@ -32,6 +32,8 @@ def explain_run(config: RunConfig, device_name: str | None = None) -> list[str]:
     else:
         near = " (a window that a shard holds: the keys before it)" if "swa" in attention else ""
         lines.append(f"sequence: {parallel.sequence} over {parallel.cp} ranks{near}, layout {config.layout}")
+    if parallel.cp > 1 and "memory" in kinds:
+        lines.append(f"memory layers: {parallel.memory_exchange} over {parallel.cp} ranks")
     if parallel.kv_residence == "host":
         lines.append(f"keys and values of full attention: in host memory, {parallel.kv_chunk or 65536} tokens on the device at a time")
     if parallel.kv_dtype not in ("compute", config.train.precision):

@@ -139,6 +139,11 @@ def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
             raise UserError(
                 "parallel.layout: per_document needs a traced step (formulas know contiguous and zigzag); leave memory.plan at trace"
             )
+        if target.config.parallel.memory_exchange != "states":
+            raise UserError(
+                f"parallel.memory_exchange: {target.config.parallel.memory_exchange} needs a traced step (formulas know states); leave "
+                "memory.plan at trace"
+            )
         if target.config.parallel.kv_residence == "host":
             raise UserError(
                 "parallel.kv_residence: host needs a traced step (formulas keep keys on the device); leave memory.plan at trace"

@@ -26,7 +26,7 @@ from models.errors import UserError
 from optim.config import Preset
 from parallel.config import AUTO, INNER_DEGREES
 from trainer.choosing_offload import places
-from trainer.choosing_scheme import scheme_is_open, with_scheme
+from trainer.choosing_scheme import schemes_are_open, with_schemes
 from trainer.config import RunConfig
 from trainer.planning import Target, bare_plan, plan_target, predict, setting_for, target_for
 from trainer.sweep_traces import trace_ahead_of
@@ -59,7 +59,7 @@ class Settled:
     config: RunConfig
     tried: tuple[Tried, ...] = ()
     scheme: tuple[str, ...] = ()
-    """Why this scheme of sequence parallelism; nothing where it was given."""
+    """Why this scheme of sequence parallelism, and this exchange of memories; nothing where they were given."""
 
     def lines(self) -> list[str]:
         """The choice in words, then all that were tried."""
@@ -78,6 +78,7 @@ def open_settings(config: RunConfig) -> list[str]:
     preset = ["optim.preset"] if config.optim.preset == "auto" else []
     scheme = "sequence" if config.parallel.sequence == "auto" else INNER_DEGREES.get(config.parallel.sequence, "ulysses")
     open_scheme = [f"parallel.{scheme}"] if config.parallel.scheme_is_auto else []
+    open_scheme += ["parallel.memory_exchange"] if config.parallel.memory_exchange == "auto" else []
     return [f"parallel.{name}" for name in config.parallel.chosen_by_plan] + open_scheme + preset
 
 
@@ -93,8 +94,8 @@ def settled(config: RunConfig, device_name: str | None = None, ranks: int | None
         return Settled(config)
     if config.memory.plan == "estimate":
         raise UserError(f"{keys[0]}: auto needs traced steps; leave memory.plan at trace")
-    if scheme_is_open(config):
-        config, reasons = with_scheme(config, device_name)
+    if schemes_are_open(config):
+        config, reasons = with_schemes(config, device_name)
         return replace(settled(config, device_name, ranks), scheme=tuple(reasons))
     possible, refused = _possible(config, _ranks_of(config, ranks), device_name) if config.parallel.chosen_by_plan else ([config], [])
     if not possible:
@@ -122,11 +123,14 @@ def settled(config: RunConfig, device_name: str | None = None, ranks: int | None
 
 
 def _scheme_reasons(asked: RunConfig, chosen: RunConfig, device_name: str | None) -> tuple[str, ...]:
-    """Why the chosen degrees have their scheme, where ``asked`` leaves it open."""
-    if not asked.parallel.scheme_is_auto:
+    """Why the chosen degrees have their scheme and exchange, where ``asked`` leaves one open."""
+    if not asked.parallel.scheme_is_auto and asked.parallel.memory_exchange != "auto":
         return ()
-    open_again = chosen.parallel.model_copy(update={"sequence": asked.parallel.sequence, "ulysses": None, "ring_inner": None})
-    return tuple(with_scheme(chosen.model_copy(update={"parallel": open_again}), device_name)[1])
+    again: dict[str, str | None] = {"memory_exchange": asked.parallel.memory_exchange}
+    if asked.parallel.scheme_is_auto:
+        again |= {"sequence": asked.parallel.sequence, "ulysses": None, "ring_inner": None}
+    open_again = chosen.parallel.model_copy(update=again)
+    return tuple(with_schemes(chosen.model_copy(update={"parallel": open_again}), device_name)[1])
 
 
 def _with_preset(configs: Sequence[RunConfig], preset: Preset, asked: RunConfig) -> tuple[list[RunConfig], list[Tried]]:
@@ -187,7 +191,7 @@ def _possible(config: RunConfig, ranks: int, device_name: str | None) -> tuple[l
             refused.append(Tried(chosen, words, f"refused: parallel.tp {tp} would cross nodes of {on_node} ranks"))
             continue
         try:
-            choice = RunConfig.model_validate(dict(with_scheme(RunConfig.model_validate(dict(chosen)), device_name)[0]))
+            choice = RunConfig.model_validate(dict(with_schemes(RunConfig.model_validate(dict(chosen)), device_name)[0]))
             target_for(choice, device_name)  # refuses a vocabulary that tensor-parallel ranks cannot share
             possible.append(choice)
         except ValidationError as error:
@@ -248,7 +252,8 @@ def _may_fit(target: Target) -> bool:
     # Other presets ask a process of their own, an update in the backward pass and weights of few bits are traced or not known, and
     # formulas know the ring.
     optim = target.config.optim.model_copy(update={"preset": "adamw", "fuse_backward": False, "weights": None})
-    ring = target.config.parallel.model_copy(update={"sequence": "ring", "ulysses": None, "ring_inner": None, "head_chunk": None})
+    plain = {"sequence": "ring", "ulysses": None, "ring_inner": None, "head_chunk": None, "memory_exchange": "states"}
+    ring = target.config.parallel.model_copy(update=plain)
     model = target.config.model
     if model.memory.kind not in KNOWN_MEMORIES or model.memory.attach != "mixer":
         model = model.model_copy(update={"memory": MemoryModuleConfig()})

@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from models.batch import Bounds, Range
 from models.config import ModelConfig
 from models.linear import Linear, linear
+from models.memory.by_heads import Rows, rows_of
 from models.memory.delta_rule import gated_delta_rule
 from models.memory.documents import DocumentPlan, plan_documents
 from models.memory.initial import initial_gate
 from models.memory.protocol import MemoryCost, MemoryTraits, State, last_tokens
 from models.memory.recurrent import RecurrentMixer, state_dtype
-from models.memory.short_conv import conv_silu_chunks, gated_norm, to_chunks
+from models.memory.short_conv import conv_silu_chunks, from_chunks, gated_norm, to_chunks
 
 _L2_EPS = 1e-6
 
@@ -76,7 +77,7 @@ class GatedDeltaNet(RecurrentMixer):
             head_splittable=n_heads,
             layouts=frozenset({"contiguous", "zigzag"}),
         )
-        self.n_heads, self.key_dim, self.value_dim = n_heads, key_dim, value_dim
+        self.n_heads, self.key_dim, self.value_dim, self.copies = n_heads, key_dim, value_dim, memories
         self.norm_eps = norm_eps
         queries, values, written = n_heads * key_dim, n_heads * value_dim, memories * n_heads
         self.w_q = Linear(d_model, queries)
@@ -134,6 +135,39 @@ class GatedDeltaNet(RecurrentMixer):
 
     def _no_convolution(self) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(self.A_log.new_ones(linear.out_features, 1) for linear in (self.w_q, self.w_k, self.w_v))  # type: ignore[return-value]
+
+    # --- by heads (`models/memory/by_heads.py`) -----------------------------------------------------------------------------------
+
+    projections = ("w_q", "w_k", "w_v", "w_beta", "w_decay")
+
+    def head_rows(self, heads: Range) -> dict[str, Rows]:
+        """See `RecurrentMixer.head_rows`."""
+        queries, keys, values, one = (
+            rows_of(self.n_heads, heads, width, copies)
+            for width, copies in ((self.key_dim, 1), (self.key_dim, self.copies), (self.value_dim, self.copies), (1, self.copies))
+        )
+        projections = {"w_q": queries, "w_k": keys, "w_v": values, "w_beta": one, "w_decay": one}
+        return {**projections, "conv_q": queries, "conv_k": keys, "conv_v": values, "A_log": one, "dt_bias": one}
+
+    def state_rows(self, heads: Range) -> Rows:
+        """See `RecurrentMixer.state_rows`."""
+        return rows_of(self.n_heads, heads, 1, self.copies)
+
+    def output_rows(self, heads: Range) -> Rows:
+        """See `RecurrentMixer.output_rows`."""
+        return rows_of(self.n_heads, heads, self.value_dim, self.copies)
+
+    def recur(
+        self, bounds: Bounds, span: Range, weights: _Weights, f_BTE: Tensor, before_BnE: Tensor, state_GKW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `RecurrentMixer.recur`."""
+        o_NGcV, state_GKW = self._recur(bounds, span, weights, f_BTE, before_BnE, state_GKW)
+        return from_chunks(o_NGcV, *f_BTE.shape[:2]).flatten(2), state_GKW
+
+    def write(self, weights: _Weights, x_BTC: Tensor, o_BTX: Tensor) -> Tensor:
+        """See `RecurrentMixer.write`."""
+        o_BTHV = o_BTX.to(state_dtype(x_BTC)).unflatten(-1, (-1, self.value_dim))
+        return self._write_out(weights, x_BTC, to_chunks(o_BTHV, self.chunk_size))
 
     def whole_tile(
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, before_BnC: Tensor, state_GKV: Tensor
@@ -218,7 +252,7 @@ class GatedDeltaNet(RecurrentMixer):
     def cost(self, batch_size: int, tokens: int, itemsize: int) -> MemoryCost:
         """See `MemoryModule.cost`. With tiles only one tile's inside is alive; recomputation is not in ``flops_backward``."""
         H, K, V, c = self.n_heads, self.key_dim, self.value_dim, self.chunk_size
-        d, split = self.w_q.in_features, not self.carry.local
+        d, split = self.w_q.in_features, self.crosses
         W = V + K if split else V
         n = batch_size * tokens
         projections = 2 * d * H * (2 * K + 3 * V + 2)
@@ -234,6 +268,7 @@ class GatedDeltaNet(RecurrentMixer):
         joined = wide * H * (K + V) if split else 0
         if self.tile_tokens and self.tile_tokens < tokens:
             saved = n * (itemsize * d + joined) + batch_size * wide * H * K * W * -(-tokens // self.tile_tokens)
+            saved += self.head_bytes(n, itemsize)
         else:
             saved = n * (projected + inside + joined)
         return MemoryCost(
@@ -243,7 +278,7 @@ class GatedDeltaNet(RecurrentMixer):
             state_bytes=batch_size * (H * K * V * wide + self.halo * d * itemsize),
             exchange_bytes=batch_size * (self.carry.summary_bytes(H * K * K * wide, H * K * V * wide) + self.halo * d * itemsize)
             if split
-            else 0,
+            else self.head_bytes(n, itemsize),
         )
 
 

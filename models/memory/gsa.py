@@ -25,6 +25,7 @@ from models.batch import Bounds, Range
 from models.config import ModelConfig
 from models.linear import Linear, linear
 from models.memory.active_norm import active_norm
+from models.memory.by_heads import Rows, rows_of
 from models.memory.documents import plan_documents
 from models.memory.gated_slots import MIN_LOG_DECAY, gated_slots
 from models.memory.initial import initial_gate
@@ -132,8 +133,35 @@ class GatedSlotAttention(DiagonalMixer):
         q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM = streams
         o_NGcV, after = gated_slots(q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM, state_GKW, segment)
         assert o_NGcV is not None
-        o_BTC = from_chunks(o_NGcV, *x_BTC.shape[:2]).flatten(2)
-        return linear(active_norm(o_BTC, None, weights.norm, self.norm_eps).to(x_BTC.dtype), weights.w_out), after
+        return self.write(weights, x_BTC, from_chunks(o_NGcV, *x_BTC.shape[:2]).flatten(2)), after
+
+    # --- by heads (`models/memory/by_heads.py`) -----------------------------------------------------------------------------------
+
+    projections = ("w_q", "w_k", "w_v", "w_decay")
+
+    def head_rows(self, heads: Range) -> dict[str, Rows]:
+        """See `RecurrentMixer.head_rows`."""
+        keys, values, slots = (rows_of(self.n_heads, heads, width) for width in (self.key_dim, self.value_dim, self.n_slots))
+        return {"w_q": keys, "w_k": keys, "w_v": values, "w_decay": slots, "conv_q": keys, "conv_k": keys, "conv_v": values}
+
+    def output_rows(self, heads: Range) -> Rows:
+        """See `RecurrentMixer.output_rows`."""
+        return rows_of(self.n_heads, heads, self.value_dim)
+
+    def recur(
+        self, bounds: Bounds, span: Range, weights: _Weights, f_BTE: Tensor, before_BnE: Tensor, state_GKW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `RecurrentMixer.recur`."""
+        segment = plan_documents(bounds, span, self.chunk_size, self.halo, f_BTE.device).segment_NBC
+        q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM = self.streams(bounds, span, weights, f_BTE, before_BnE)
+        o_NGcV, after = gated_slots(q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM, state_GKW, segment)
+        assert o_NGcV is not None
+        return from_chunks(o_NGcV, *f_BTE.shape[:2]).flatten(2), after
+
+    def write(self, weights: _Weights, x_BTC: Tensor, o_BTX: Tensor) -> Tensor:
+        """See `RecurrentMixer.write`."""
+        o_BTX = o_BTX.to(state_dtype(x_BTC))
+        return linear(active_norm(o_BTX, None, weights.norm, self.norm_eps).to(x_BTC.dtype), weights.w_out)
 
     # --- twin and arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +197,7 @@ class GatedSlotAttention(DiagonalMixer):
     def cost(self, batch_size: int, tokens: int, itemsize: int) -> MemoryCost:
         """See `MemoryModule.cost`. With tiles only one tile's inside is alive; recomputation is not in ``flops_backward``."""
         H, K, V, M, c, d = self.n_heads, self.key_dim, self.value_dim, self.n_slots, self.chunk_size, self.d_model
-        split, n, wide = not self.carry.local, batch_size * tokens, max(itemsize, 4)
+        split, n, wide = self.crosses, batch_size * tokens, max(itemsize, 4)
         projections = 2 * d * H * (2 * K + 2 * V + M)
         states = M * (K + V)  # what a token adds to the state
         read = states + c * (K + V + 2 * M)
@@ -183,6 +211,7 @@ class GatedSlotAttention(DiagonalMixer):
         if self.tile_tokens and self.tile_tokens < tokens:
             tiles = -(-tokens // self.tile_tokens) * (2 if split else 1)
             saved = n * (itemsize * d + (streams if split else 0)) + batch_size * tiles * wide * H * states
+            saved += self.head_bytes(n, itemsize)
         else:
             saved = n * inside
         return MemoryCost(
@@ -192,7 +221,7 @@ class GatedSlotAttention(DiagonalMixer):
             state_bytes=batch_size * (H * states * wide + self.halo * d * itemsize),
             exchange_bytes=batch_size * (self.carry.summary_bytes(H * M * wide, H * states * wide) + self.halo * d * itemsize)
             if split
-            else 0,
+            else self.head_bytes(n, itemsize),
         )
 
 

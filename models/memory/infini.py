@@ -28,6 +28,7 @@ from models.batch import Bounds, Range
 from models.config import ModelConfig, RopeConfig
 from models.feedforward import compute_dtype
 from models.linear import Linear, linear
+from models.memory.by_heads import Rows, rows_of
 from models.memory.chunks import states
 from models.memory.protocol import MemoryCost, MemoryTraits, last_tokens
 from models.memory.recurrent import DiagonalMixer, Streams, state_dtype
@@ -98,13 +99,43 @@ class InfiniAttention(SegmentedMixer, DiagonalMixer):
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, state_GKW: Tensor, streams: Streams
     ) -> tuple[Tensor, Tensor]:
         """See `DiagonalMixer.mix`."""
+        o_BTX, after = self._found(bounds, span, weights, x_BTC, state_GKW, streams)
+        return self.write(weights, x_BTC, o_BTX), after
+
+    def _found(
+        self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, state_GKW: Tensor, streams: Streams
+    ) -> tuple[Tensor, Tensor]:
+        """What the heads of a tile came to, [B, T, H K], and the state after it."""
         plan = plan_segments(bounds, span, self.segment, x_BTC.device)
         q_BNcHK, k_BNcHK, v_BNcHK = streams
         states_MGKW = self._states(plan, k_BNcHK, v_BNcHK, state_GKW)
         near_BNcHK = self._attend(q_BNcHK, k_BNcHK, v_BNcHK)
         read = partial(_read, plan.fresh_BN, compute_dtype(x_BTC))
         (o_BNcHK,) = recomputed(read, q_BNcHK, states_MGKW, near_BNcHK, weights.gate)
-        return linear(plan.collect(o_BNcHK.flatten(3)), weights.w_out), states_MGKW[-1].clone()
+        return plan.collect(o_BNcHK.flatten(3)), states_MGKW[-1].clone()
+
+    # --- by heads (`models/memory/by_heads.py`) -----------------------------------------------------------------------------------
+
+    projections = ("w_q", "w_k", "w_v")
+
+    def head_rows(self, heads: Range) -> dict[str, Rows]:
+        """See `RecurrentMixer.head_rows`."""
+        rows = rows_of(self.n_heads, heads, self.head_dim)
+        return {"w_q": rows, "w_k": rows, "w_v": rows, "gate": (heads,)}
+
+    def output_rows(self, heads: Range) -> Rows:
+        """See `RecurrentMixer.output_rows`."""
+        return rows_of(self.n_heads, heads, self.head_dim)
+
+    def recur(
+        self, bounds: Bounds, span: Range, weights: _Weights, f_BTE: Tensor, before_BnE: Tensor, state_GKW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `RecurrentMixer.recur`."""
+        return self._found(bounds, span, weights, f_BTE, state_GKW, self.streams(bounds, span, weights, f_BTE, before_BnE))
+
+    def write(self, weights: _Weights, x_BTC: Tensor, o_BTX: Tensor) -> Tensor:
+        """See `RecurrentMixer.write`."""
+        return linear(o_BTX, weights.w_out)
 
     def _states(self, plan: Segments, k_BNcHK: Tensor, v_BNcHK: Tensor, state_GKW: Tensor) -> Tensor:
         """[M | z] before every segment and after the last, [N + 1, G, K, W]."""
@@ -206,7 +237,7 @@ class InfiniAttention(SegmentedMixer, DiagonalMixer):
     def cost(self, batch_size: int, tokens: int, itemsize: int) -> MemoryCost:
         """See `MemoryModule.cost`. With tiles only one tile's inside is alive; recomputation is not in ``flops_backward``."""
         H, K, c, d = self.n_heads, self.head_dim, min(self.segment, tokens), self.d_model
-        split, n, wide = not self.carry.local, batch_size * tokens, max(itemsize, 4)
+        split, n, wide = self.crosses, batch_size * tokens, max(itemsize, 4)
         tile = self.tile_tokens if 0 < self.tile_tokens < tokens else tokens
         projections, near = 8 * d * H * K, 2 * H * K * (c + 1)
         read, summed = 2 * H * K * (K + 1), 2 * H * K * (K + 1)
@@ -224,6 +255,7 @@ class InfiniAttention(SegmentedMixer, DiagonalMixer):
         if self.tile_tokens and tile < tokens:
             tiles = -(-tokens // tile) * ((3 if self.delta else 2) if split else 1)  # states of its own width for every walk over them
             saved = n * (itemsize * d + (streams if split else 0)) + batch_size * (tiles * state + self.halo * d * itemsize)
+            saved += self.head_bytes(n, itemsize)
         else:
             saved = n * inside + batch_size * state * (2 if split else 1)
         summaries = self.carry.summary_bytes(H * wide, H * K * wide if self.delta else state)
@@ -234,7 +266,7 @@ class InfiniAttention(SegmentedMixer, DiagonalMixer):
             flops_backward=n * (2 * projections + 2.5 * near + 3 * (read + summed + across)),
             saved_bytes=int(saved),
             state_bytes=batch_size * (state + self.halo * d * itemsize),
-            exchange_bytes=batch_size * (summaries + self.halo * d * itemsize) if split else 0,
+            exchange_bytes=batch_size * (summaries + self.halo * d * itemsize) if split else self.head_bytes(n, itemsize),
         )
 
 

@@ -14,7 +14,7 @@ Legend: B row, T token, C channel, H head, K state dimension (keys), V head size
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from models.batch import Bounds, Range
 from models.config import ModelConfig
 from models.linear import Linear, linear
 from models.memory.active_norm import active_norm
+from models.memory.by_heads import Rows, rows_of
 from models.memory.decayed_sum import decayed_sum
 from models.memory.documents import plan_documents
 from models.memory.initial import initial_gate
@@ -70,7 +71,7 @@ class Mamba2(DiagonalMixer):
             transition="affine_diag",
             read_at="token",
             halo_tokens=conv_kernel - 1,
-            head_splittable=n_groups,
+            head_splittable=n_heads,
             layouts=frozenset({"contiguous", "zigzag"}),
         )
         self.n_heads, self.head_size, self.state_dim, self.n_groups, self.norm_eps = n_heads, head_size, state_dim, n_groups, norm_eps
@@ -134,17 +135,62 @@ class Mamba2(DiagonalMixer):
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, state_GKW: Tensor, streams: Streams
     ) -> tuple[Tensor, Tensor]:
         """See `DiagonalMixer.mix`."""
+        o_BTX, after = self._read(bounds, span, weights, x_BTC, state_GKW, streams)
+        return self.write(weights, x_BTC, o_BTX), after
+
+    def _read(
+        self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, state_GKW: Tensor, streams: Streams
+    ) -> tuple[Tensor, Tensor]:
+        """What the heads of a tile came to, [B, T, H V], and the state after it."""
         B, T, _ = x_BTC.shape
         segment = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device).segment_NBC
         q_NQcK, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc = streams
         o_NGcV, after = decayed_sum(q_NQcK, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc, state_GKW, segment)
         assert o_NGcV is not None
         o_NGcV = torch.addcmul(o_NGcV, v_NGcV, weights.D.repeat(B).view(-1, 1, 1))
+        return from_chunks(o_NGcV, B, T).flatten(2), after
+
+    # --- by heads (`models/memory/by_heads.py`) -----------------------------------------------------------------------------------
+
+    projections = ("w_x", "w_B", "w_C", "w_dt")
+
+    def head_rows(self, heads: Range) -> dict[str, Rows]:
+        """See `RecurrentMixer.head_rows`. Every rank gets B and C of the groups that its heads are in."""
+        values, one = rows_of(self.n_heads, heads, self.head_size), rows_of(self.n_heads, heads, 1)
+        shared = tuple((group * self.state_dim, (group + 1) * self.state_dim) for group in self._groups_of(heads))
+        projections = {"w_x": values, "w_B": shared, "w_C": shared, "w_dt": one}
+        return {**projections, "conv_x": values, "conv_B": shared, "conv_C": shared, "A_log": one, "dt_bias": one, "D": one}
+
+    def _groups_of(self, heads: Range) -> list[int]:
+        """Of each of ``heads`` its group; one for all where they share it, and as few as there are where each has all its heads here."""
+        per_group = self.n_heads // self.n_groups
+        groups = [head // per_group for head in range(*heads)]
+        whole = heads[0] % per_group == heads[1] % per_group == 0
+        return sorted(set(groups)) if whole or len(set(groups)) == 1 else groups
+
+    def output_rows(self, heads: Range) -> Rows:
+        """See `RecurrentMixer.output_rows`."""
+        return rows_of(self.n_heads, heads, self.head_size)
+
+    def narrowed(self, heads: Range) -> Self:
+        """See `RecurrentMixer.narrowed`."""
+        narrow = super().narrowed(heads)
+        narrow.n_groups = len(self._groups_of(heads))
+        return narrow
+
+    def recur(
+        self, bounds: Bounds, span: Range, weights: _Weights, f_BTE: Tensor, before_BnE: Tensor, state_GKW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `RecurrentMixer.recur`."""
+        return self._read(bounds, span, weights, f_BTE, state_GKW, self.streams(bounds, span, weights, f_BTE, before_BnE))
+
+    def write(self, weights: _Weights, x_BTC: Tensor, o_BTX: Tensor) -> Tensor:
+        """See `RecurrentMixer.write`."""
         by_groups = (self.n_groups, -1)
-        o_BTgC = from_chunks(o_NGcV, B, T).flatten(2).unflatten(-1, by_groups)
+        o_BTgC = o_BTX.to(state_dtype(x_BTC)).unflatten(-1, by_groups)
         gate_BTgC = linear(x_BTC, weights.w_gate).unflatten(-1, by_groups)
         normed = active_norm(o_BTgC, gate_BTgC, weights.norm.unflatten(0, by_groups), self.norm_eps).flatten(2)
-        return linear(normed.to(x_BTC.dtype), weights.w_out), after
+        return linear(normed.to(x_BTC.dtype), weights.w_out)
 
     # --- twin and arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -179,7 +225,7 @@ class Mamba2(DiagonalMixer):
     def cost(self, batch_size: int, tokens: int, itemsize: int) -> MemoryCost:
         """See `MemoryModule.cost`. With tiles only one tile's inside is alive; recomputation is not in ``flops_backward``."""
         H, K, V, c, d, g = self.n_heads, self.state_dim, self.head_size, self.chunk_size, self.d_model, self.n_groups
-        split, n, wide = not self.carry.local, batch_size * tokens, max(itemsize, 4)
+        split, n, wide = self.crosses, batch_size * tokens, max(itemsize, 4)
         projections = 2 * d * (3 * H * V + 2 * g * K + H)
         # Scores per group; per head the scores' sum of values, K^T U and q S.
         op = 2 * (g * c * K + H * (c * V + 2 * K * V))
@@ -193,14 +239,16 @@ class Mamba2(DiagonalMixer):
         if self.tile_tokens and self.tile_tokens < tokens:
             tiles = -(-tokens // self.tile_tokens) * (2 if split else 1)
             saved = n * (itemsize * d + (streams if split else 0)) + batch_size * tiles * wide * H * K * V
+            saved += self.head_bytes(n, itemsize)
         else:
             saved = n * (inside + itemsize * H * V + states * (2 if split else 1))
+        summaries = self.carry.summary_bytes(H * wide, H * K * V * wide)
         return MemoryCost(
             flops_forward=n * (projections + op + summary),
             flops_backward=n * (2 * projections + op_backward + summary_backward),
             saved_bytes=int(saved),
             state_bytes=batch_size * (H * K * V * wide + self.halo * d * itemsize),
-            exchange_bytes=batch_size * (self.carry.summary_bytes(H * wide, H * K * V * wide) + self.halo * d * itemsize) if split else 0,
+            exchange_bytes=batch_size * (summaries + self.halo * d * itemsize) if split else self.head_bytes(n, itemsize),
         )
 
 

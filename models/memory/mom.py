@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from models.batch import Bounds, Range
 from models.config import ModelConfig
 from models.linear import Linear, linear
+from models.memory.by_heads import Rows
 from models.memory.delta_rule import gated_delta_rule
 from models.memory.gated_deltanet import GatedDeltaNet
 from models.memory.lanes import Lanes, chunks_needed, combined, picked, plan_lanes, returned, spread
@@ -85,6 +86,12 @@ class MixtureOfMemories(GatedDeltaNet):
     def weights(self) -> _Weights:  # type: ignore[override]
         """See `RecurrentMixer.weights`."""
         return _Weights(*super().weights(), *self.wide([self.w_router.weight]))
+
+    projections = (*GatedDeltaNet.projections, "w_router")
+
+    def head_rows(self, heads: Range) -> dict[str, Rows]:
+        """See `RecurrentMixer.head_rows`: all heads of a token go to the same memories."""
+        return {**super().head_rows(heads), "w_router": ((0, self.n_memories),)}
 
     def _route(self, x_BTC: Tensor, w_router: Tensor) -> Tensor:
         """[B, T, R]: weights of the memories that each token goes to, 0 for the others."""
@@ -209,7 +216,7 @@ class MixtureOfMemories(GatedDeltaNet):
         """See `MemoryModule.cost`: `GatedDeltaNet.cost` with a head for every memory of every head, or for every memory that a token goes
         to; of sequences that are one document."""
         H, K, V, c, R = self.n_heads, self.key_dim, self.value_dim, self.chunk_size, self.memories
-        A, d, split, n, wide = R * H, self.d_model, not self.carry.local, batch_size * tokens, max(itemsize, 4)
+        A, d, split, n, wide = R * H, self.d_model, self.crosses, batch_size * tokens, max(itemsize, 4)
         W = V + K if split else V
         size = min(self.tile_tokens or tokens, tokens)
         spans = [(a, min(a + size, tokens)) for a in range(0, tokens, size)]
@@ -229,7 +236,7 @@ class MixtureOfMemories(GatedDeltaNet):
         of_rule = 3 * K + V + c + W + K * W / c
         joined = A * (K + V) if split else 0
         if len(spans) > 1:
-            saved = n * (itemsize * d + wide * joined) + batch_size * wide * A * K * W * len(spans)
+            saved = n * (itemsize * d + wide * joined) + batch_size * wide * A * K * W * len(spans) + self.head_bytes(n, itemsize)
         elif in_lanes:
             outputs = n * A * V if split else batch_size * slots * H * V
             places = 8 * batch_size * (tokens * k + slots)
@@ -241,7 +248,9 @@ class MixtureOfMemories(GatedDeltaNet):
             flops_backward=n * (2 * projections + 2 * routing + 2 * read_out) + worked * op_backward,
             saved_bytes=int(saved),
             state_bytes=batch_size * (A * K * V * wide + self.halo * d * itemsize),
-            exchange_bytes=batch_size * (A * K * (K + V) * wide + self.halo * d * itemsize) if split else 0,
+            exchange_bytes=batch_size * (self.carry.summary_bytes(A * K * K * wide, A * K * V * wide) + self.halo * d * itemsize)
+            if split
+            else self.head_bytes(n, itemsize),
         )
 
 
@@ -250,4 +259,6 @@ def build(config: ModelConfig) -> MixtureOfMemories:
     own, memory = config.memory.mom, config.memory
     sizes = (config.memory_heads, config.memory_key_dim, config.memory_value_dim)
     mixture = (own.n_memories, own.top_k, own.shared)
-    return MixtureOfMemories(config.d_model, *sizes, *mixture, memory.conv_kernel, memory.chunk_size, config.norm_eps, own.compute == "routed")
+    return MixtureOfMemories(
+        config.d_model, *sizes, *mixture, memory.conv_kernel, memory.chunk_size, config.norm_eps, own.compute == "routed"
+    )

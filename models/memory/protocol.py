@@ -12,13 +12,16 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from models.batch import Bounds, Range
 from models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from models.memory.by_heads import Heads
 
 State = dict[str, Tensor]
 """What a memory remembers, batch first. Plain tensors handed in and out, never buffers: they are not model weights."""
@@ -57,7 +60,7 @@ class MemoryTraits:
     reset_every: int = 0
     """Tokens after which the state starts anew; 0: never."""
     head_splittable: int = 1
-    """Into how many independent heads the state splits."""
+    """Into how many independent heads the layer splits, between its projections and what is made of all heads' outputs."""
     layouts: frozenset[str] = frozenset({"contiguous"})
     """Sequence layouts the carry can serve exactly; empty: one rank only."""
     attach: Literal["mixer", "pre_attn", "post_attn", "parallel_attn", "ffn_replace", "ffn_parallel", "context_prefix", "stack"] = "mixer"
@@ -85,6 +88,8 @@ class Carry(Protocol):
     """True when no other rank is involved: a module may then simply carry its state through."""
     ranks: int
     """How many share the sequence."""
+    heads: Heads | None
+    """Set where ranks exchange heads, and no state crosses: for memories whose traits say how many there are."""
 
     def held(self, bounds: Bounds) -> Bounds:
         """The bounds of the tokens that a layer is given here, where ``bounds`` are those of this rank's batch."""
@@ -188,6 +193,7 @@ class LocalCarry:
 
     local = True
     ranks = 1
+    heads: Heads | None = None
 
     def held(self, bounds: Bounds) -> Bounds:
         """See `Carry.held`: all of them."""

@@ -9,9 +9,10 @@ Legend: B row, T token, C channel, H head, G = B*H, K and W the two sides of a h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from models.batch import Bounds, Range
 from models.int8_weight import Int8Weight, in_dtype
 from models.linear import widened
-from models.memory.protocol import MemoryModule, State, last_tokens, local_offsets, ranges_in_order
+from models.memory.by_heads import Rows, exchanged_numbers, through_heads, width_of
+from models.memory.protocol import LocalCarry, MemoryModule, State, last_tokens, local_offsets, ranges_in_order
 
 Streams = tuple[Tensor, ...]
 """What a mixer makes of a tile's inputs before any state is known."""
@@ -60,10 +62,56 @@ class RecurrentMixer(MemoryModule):
         """The outputs of this rank's ranges and the state after the sequence, where other ranks hold other ranges."""
         raise NotImplementedError
 
+    # --- what one whose heads do not meet defines besides (`models/memory/by_heads.py`) ---------------------------------------------
+
+    n_heads: int
+    projections: tuple[str, ...] = ()
+    """Names of those of `weights` through which a head gets tokens."""
+
+    def head_rows(self, heads: Range) -> dict[str, Rows]:
+        """Which rows of every one of ``projections``, and of other `weights` that are per head, belong to ``heads``."""
+        raise NotImplementedError
+
+    def state_rows(self, heads: Range) -> Rows:
+        """Which states of the H are those of ``heads``."""
+        return (heads,)
+
+    def output_rows(self, heads: Range) -> Rows:
+        """Which columns of all heads' outputs are those of ``heads``."""
+        raise NotImplementedError
+
+    def narrowed(self, heads: Range) -> Self:
+        """This mixer with ``heads`` alone, in one process; it shares everything else with this one."""
+        narrow = copy.copy(self)
+        narrow.n_heads, narrow.carry = heads[1] - heads[0], LocalCarry()
+        narrow.state_shape = (width_of(self.state_rows(heads)), *self.state_shape[1:])
+        return narrow
+
+    def recur(
+        self, bounds: Bounds, span: Range, weights: Any, f_BTE: Tensor, before_BnE: Tensor, state_GKW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(outputs of all heads [B, T, X], state after the tile), from projected tokens."""
+        raise NotImplementedError
+
+    def write(self, weights: Any, x_BTC: Tensor, o_BTX: Tensor) -> Tensor:
+        """y_BTC of tokens and of what their heads came to."""
+        raise NotImplementedError
+
+    @property
+    def crosses(self) -> bool:
+        """Whether summaries of token ranges go to other ranks; where heads do, every rank works as one process."""
+        return not self.carry.local and self.carry.heads is None
+
+    def head_bytes(self, tokens: int, itemsize: int) -> int:
+        """What the exchange of heads sends of ``tokens``, which is also what it leaves: kept where a tile's inside is not. 0 without."""
+        return 0 if self.carry.heads is None else tokens * itemsize * exchanged_numbers(self)
+
     # --- the walk -------------------------------------------------------------------------------------------------------------
 
     def forward(self, x_BTC: Tensor, state: State | None, bounds: Bounds) -> tuple[Tensor, State]:
         """See `MemoryModule.forward`."""
+        if self.carry.heads is not None:
+            return through_heads(self, x_BTC, state, bounds)
         start = self.init_state(len(x_BTC), x_BTC.device, state_dtype(x_BTC)) if state is None else state
         halos = self._halos(x_BTC, start["conv"], bounds)
         offsets = local_offsets(bounds)

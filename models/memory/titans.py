@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from models.batch import Bounds, Range
 from models.config import ModelConfig, TitansConfig
 from models.linear import Linear, linear
+from models.memory.by_heads import Rows, rows_of
 from models.memory.chunk_plan import Chunks, Share, plan_chunks
 from models.memory.chunk_scan import Rule, Turns, scan_chunks, turns_of
 from models.memory.dealing import collect, deal, share_in
@@ -164,15 +165,21 @@ class Titans(RecurrentMixer):
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, before_BnC: Tensor, state_GYF: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `RecurrentMixer.whole_tile`."""
+        o_BTD, state_GYF = self.recur(bounds, span, weights, x_BTC, before_BnC, state_GYF)
+        return self.write(weights, x_BTC, o_BTD), state_GYF
+
+    def recur(
+        self, bounds: Bounds, span: Range, weights: _Weights, f_BTE: Tensor, before_BnE: Tensor, state_GKW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `RecurrentMixer.recur`; tokens may be projected or not."""
         here = LocalCarry()
         chunks = plan_chunks(bounds, span, self.settings.chunk_size, self.settings.reset_every)
-        share = share_in(here, bounds.with_ranges((span,)), chunks, x_BTC.device)
-        features_BTE = self._features(bounds, span, weights, x_BTC, before_BnC)
+        share = share_in(here, bounds.with_ranges((span,)), chunks, f_BTE.device)
+        features_BTE = self._features(bounds, span, weights, f_BTE, before_BnE)
         turns, tokens = self._dealt(chunks, share, here, features_BTE)
         initial_GF = weights.initial.repeat(chunks.n_streams, 1)
-        o_NGpV, state_YGF = self._scan(turns, here, share.rank, self.to_streams(chunks, state_GYF), initial_GF, *tokens)
-        o_BTD = self._to_tokens(o_NGpV, share, here, x_BTC.shape[1])
-        return self._write_out(weights, x_BTC, o_BTD), self.to_rows(chunks, state_YGF)
+        o_NGpV, state_YGF = self._scan(turns, here, share.rank, self.to_streams(chunks, state_GKW), initial_GF, *tokens)
+        return self._to_tokens(o_NGpV, share, here, f_BTE.shape[1]), self.to_rows(chunks, state_YGF)
 
     def exchanged(self, pieces: list[Tensor], halos: list[Tensor], initial_BHKW: Tensor, bounds: Bounds) -> tuple[list[Tensor], Tensor]:
         """Several ranks: tokens are projected where they are, dealt so that every rank has a slice of every chunk, and brought back."""
@@ -200,7 +207,7 @@ class Titans(RecurrentMixer):
         outputs, o_tiles = [], iter(o_BTD.split([x.shape[1] for _, x in tiles], dim=1))
         for i in range(len(pieces)):
             own = [(span, x, next(o_tiles)) for span, x in self.tiles(pieces[i], bounds.ranges[i])]
-            written = [self.run(bounds, span, self._write_out, weights, x, o) for span, x, o in own]
+            written = [self.run(bounds, span, self.write, weights, x, o) for span, x, o in own]
             outputs.append(written[0] if len(written) == 1 else torch.cat(written, dim=1))
         return outputs, self.to_rows(chunks, state_YGF).unflatten(0, initial_BHKW.shape[:2])
 
@@ -237,6 +244,20 @@ class Titans(RecurrentMixer):
             o_NGpV = o_NGpV - written_inside(inside[0], tokens[2], error_NGpV, inside[1], carry, rank)
         return o_NGpV, torch.cat([state_ZGF, anchor_GF.unsqueeze(0)])
 
+    # ------------------------------------------------------------------------------------------------ by heads
+
+    projections = ("w_q", "w_k", "w_v", "w_rates")
+
+    def head_rows(self, heads: Range) -> dict[str, Rows]:
+        """See `RecurrentMixer.head_rows`."""
+        keys, values, rates = (rows_of(self.n_heads, heads, width) for width in (self.key_dim, self.value_dim, len(self.gates)))
+        projections = {"w_q": keys, "w_k": keys, "w_v": values, "w_rates": rates}
+        return {**projections, "conv_q": keys, "conv_k": keys, "conv_v": values, "rate_bias": (heads,), "initial": (heads,)}
+
+    def output_rows(self, heads: Range) -> Rows:
+        """See `RecurrentMixer.output_rows`."""
+        return rows_of(self.n_heads, heads, self.value_dim)
+
     # ------------------------------------------------------------------------------------------------ token-wise parts
 
     def _features(self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, before_BnC: Tensor) -> Tensor:
@@ -261,9 +282,10 @@ class Titans(RecurrentMixer):
         by_name = dict(zip(self.gates, rates.movedim(-1, 0).contiguous().unbind(0), strict=True))
         return q.contiguous(), k.contiguous(), v.contiguous(), by_name
 
-    def _write_out(self, weights: _Weights, x_BTC: Tensor, o_BTD: Tensor) -> Tensor:
+    def write(self, weights: _Weights, x_BTC: Tensor, o_BTX: Tensor) -> Tensor:
+        """See `RecurrentMixer.write`."""
         B, T, _ = x_BTC.shape
-        o_1GTV = o_BTD.view(B, T, self.n_heads, -1).transpose(1, 2).flatten(0, 1).unsqueeze(0)
+        o_1GTV = o_BTX.to(state_dtype(x_BTC)).reshape(B, T, self.n_heads, -1).transpose(1, 2).flatten(0, 1).unsqueeze(0)
         return linear(gated_norm(o_1GTV, linear(x_BTC, weights.w_gate), weights.norm, self.norm_eps), weights.w_out)
 
     def _to_tokens(self, o_NGpV: Tensor, share: Share, carry: Carry, tokens: int) -> Tensor:
@@ -297,13 +319,14 @@ class Titans(RecurrentMixer):
         """See `MemoryModule.cost`. With tiles only one tile's inside is alive; recomputation of tiles is not in ``flops_backward``, that of
         a chunk's inside, which is always made again, is."""
         sizes = (self.w_q.in_features, self.n_heads, self.key_dim, self.value_dim, self.halo)
-        shapes = TitansShapes(self.settings, *sizes, not self.carry.local, self.carry.ranks)
+        shapes = TitansShapes(self.settings, *sizes, self.crosses, self.carry.ranks if self.crosses else 1)
+        between, tiled = self.head_bytes(batch_size * tokens, itemsize), 0 < self.tile_tokens < tokens
         return MemoryCost(
             flops_forward=batch_size * tokens * shapes.flops_forward(),
             flops_backward=batch_size * tokens * shapes.flops_backward(),
-            saved_bytes=shapes.saved_bytes(batch_size, tokens, itemsize, self.tile_tokens),
+            saved_bytes=shapes.saved_bytes(batch_size, tokens, itemsize, self.tile_tokens) + (between if tiled else 0),
             state_bytes=batch_size * (shapes.state_elements * max(itemsize, 4) + self.halo * shapes.d_model * itemsize),
-            exchange_bytes=shapes.exchange_bytes(batch_size, tokens, itemsize),
+            exchange_bytes=between or shapes.exchange_bytes(batch_size, tokens, itemsize),
         )
 
 

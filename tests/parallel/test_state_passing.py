@@ -8,10 +8,11 @@ import torch.distributed as dist
 
 from models.batch import Bounds
 from models.memory.protocol import LocalCarry
-from parallel import state_ring
+from parallel import state_blocks
 from parallel.sequence import ranges_for
+from parallel.state_blocks import BLOCK_BYTES, column_blocks
 from parallel.state_passing import RingCarry
-from parallel.state_ring import BLOCK_BYTES, column_blocks, hops_of
+from parallel.state_ring import hops_of
 from tests.distributed import run_distributed
 
 B, H, K, V = 2, 2, 3, 4
@@ -49,7 +50,7 @@ def exchanged_on_ranks(layout):
     )[1]
     answers = {}
     for exchange in EXCHANGES:
-        state_ring.BLOCK_BYTES = 1 if exchange == "ring, many blocks" else 2**19
+        state_blocks.BLOCK_BYTES = 1 if exchange == "ring, many blocks" else 2**19
         for kind in KINDS:
             m, e, initial = summaries(kind, n_ranges)
             mine = [[x[j].requires_grad_() for j in places] for x in (m, e)]

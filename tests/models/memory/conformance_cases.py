@@ -6,7 +6,7 @@ To add an architecture: register it in ``models.memory.protocol.BUILDERS`` and g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from models.memory.protocol import MemoryModule, State, build_memory
 from models.memory.stack import Stacked, StackMemory
 from models.memory.stack_shapes import StackShapes
 from models.memory.titans import Titans
+from models.memory_config import HEADWISE
 from models.transformer import Block
 
 D, B, T = 12, 2, 41
@@ -185,12 +186,34 @@ CASES: dict[str, Case] = {
 }
 
 
+def _of_heads(case: Case) -> Case:
+    """The case with heads that divide among no number of ranks, some of which share keys where the kind has groups."""
+    if case.settings["kind"] != "mamba2":
+        return replace(case, settings={**case.settings, "n_heads": 5, "head_dim": 4})
+    groups = 3 if case.settings["mamba2"].get("n_groups", 1) > 1 else 1
+    sizes = {"state_dim": 5, "expand": 1.0 if groups > 1 else 1.25, "n_groups": groups}
+    return replace(case, settings={**case.settings, "n_heads": 6 if groups > 1 else 5, "mamba2": sizes})
+
+
+BY_HEADS: dict[str, Case] = {
+    f"{name}, by heads": _of_heads(case)
+    for name, case in CASES.items()
+    if case.settings["kind"] in HEADWISE and case.settings.get("attach", "mixer") == "mixer"
+}
+"""The kinds whose heads ranks may share: ``CASES`` have two."""
+
+
+def config_of(name: str, d_model: int = D, **changed: Any) -> ModelConfig:
+    """The settings of case ``name``; ``changed``: those of its memory."""
+    memory, heads = MemoryModuleConfig(**{**{**CASES, **BY_HEADS}[name].settings, **changed}), 2
+    layers = ("full", "swa") if memory.around_stack else ("swa", "memory")
+    return ModelConfig(d_model=d_model, n_heads=heads, head_dim=d_model // heads * 2, layers=layers, window=d_model // 2, memory=memory)
+
+
 def make(name: str, dtype: torch.dtype = torch.float64, slow: bool = True, d_model: int = D, **changed: Any) -> MemoryModule:
     """The module of case ``name`` with weights large enough that every part of it matters. ``changed``: settings."""
-    case, heads = CASES[name], 2
-    memory = MemoryModuleConfig(**{**case.settings, **changed})
-    layers = ("full", "swa") if memory.around_stack else ("swa", "memory")
-    config = ModelConfig(d_model=d_model, n_heads=heads, head_dim=d_model // heads * 2, layers=layers, window=d_model // 2, memory=memory)
+    case, config = {**CASES, **BY_HEADS}[name], config_of(name, d_model, **changed)
+    memory, layers = config.memory, config.layers
     module = (MemoryAsContext(config) if memory.attach == "mac" else build_memory(config)).to(dtype)
     if isinstance(module, StackMemory):
         module = Stacked(module, nn.ModuleList(Block(config, kind) for kind in layers), StackShapes.of(config)).to(dtype)
