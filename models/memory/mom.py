@@ -177,4 +177,6 @@ def build(config: ModelConfig) -> MixtureOfMemories:
     own, memory = config.memory.mom, config.memory
     sizes = (config.memory_heads, config.memory_key_dim, config.memory_value_dim)
     mixture = (own.n_memories, own.top_k, own.shared)
-    return MixtureOfMemories(config.d_model, *sizes, *mixture, memory.conv_kernel, memory.chunk_size, config.norm_eps)
+    module = MixtureOfMemories(config.d_model, *sizes, *mixture, memory.conv_kernel, memory.chunk_size, config.norm_eps)
+    module.kernel = memory.kernel
+    return module
