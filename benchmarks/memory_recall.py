@@ -127,6 +127,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "swa_grown": {"layers": ["swa", "swa"]},
     "full": {"layers": ["full", "full"]},
     "gated_deltanet": _behind(kind="gated_deltanet"),
+    "gated_deltanet_grown": _behind(kind="gated_deltanet"),
     "mamba2": _behind(kind="mamba2", mamba2={"state_dim": 64, "expand": 1.0}),
     "gsa": _behind(kind="gsa", gsa={"n_slots": 32}),
     "titans_mag": _with(kind="titans", attach="mag", titans=_NETWORK),
@@ -150,7 +151,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 RATES = (1e-2, 4e-3, 2e-3)
 """Learning rates in the order in which they are tried; with the curriculum the second is first."""
-GROWN = ("swa_grown", "rmt", "armt", "hmt", "slots", "lm2", "fam")
+GROWN = ("swa_grown", "gated_deltanet_grown", "rmt", "armt", "hmt", "slots", "lm2", "fam")
 """Variants that are trained with the curriculum."""
 
 

@@ -143,8 +143,14 @@ def block_of(q_BHTD: torch.Tensor, mask: BlockMask = NONE) -> Block:
     device = q_BHTD.device
     if device.type != "cuda":
         return Block(device.type, q_BHTD.dtype, q_BHTD.shape[-1], mask.kind)
-    capability, deterministic = _planned or (capability_of(device), torch.are_deterministic_algorithms_enabled())
+    capability, deterministic = circumstances(device)
     return Block(device.type, q_BHTD.dtype, q_BHTD.shape[-1], mask.kind, capability, deterministic)
+
+
+def circumstances(device: torch.device) -> tuple[tuple[int, int] | None, bool]:
+    """The compute capability of ``device`` (None: not known, or none) and whether only deterministic kernels may run; in a process that
+    traces steps of another machine, those of that machine and its run."""
+    return _planned or (capability_of(device), torch.are_deterministic_algorithms_enabled())
 
 
 @contextmanager

@@ -206,14 +206,14 @@ class ContextConfig(Section):
 _UNREAD: dict[str, tuple[str, ...]] = {
     "gsa": ("chunk_size",),
     "mamba2": ("head_dim", "expand_v"),
-    "titans": ("chunk_size",),
-    "hmt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach"),
-    "armt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach"),
-    "rmt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach"),
-    "infini": ("chunk_size", "conv_kernel", "expand_v"),
-    "slots": ("chunk_size", "conv_kernel", "expand_v"),
-    "fam": ("chunk_size", "conv_kernel", "expand_v"),
-    "neurocache": ("chunk_size", "conv_kernel", "expand_v"),
+    "titans": ("chunk_size", "kernel"),
+    "hmt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach", "kernel"),
+    "armt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach", "kernel"),
+    "rmt": ("n_heads", "head_dim", "expand_v", "conv_kernel", "chunk_size", "attach", "kernel"),
+    "infini": ("chunk_size", "conv_kernel", "expand_v", "kernel"),
+    "slots": ("chunk_size", "conv_kernel", "expand_v", "kernel"),
+    "fam": ("chunk_size", "conv_kernel", "expand_v", "kernel"),
+    "neurocache": ("chunk_size", "conv_kernel", "expand_v", "kernel"),
 }
 """Shared settings that a kind does not read."""
 
@@ -245,6 +245,10 @@ class MemoryModuleConfig(Section):
     """Taps of the causal depthwise convolution on q, k and v; 1 switches it off."""
     chunk_size: Annotated[int, Field(ge=1, le=1024)] = 64
     """Tokens per chunk of the parallel form; changes speed, not results. Not read by titans, whose chunks are part of the model."""
+    kernel: Literal["auto", "eager", "fla"] = "auto"
+    """What computes the recurrence of gated_deltanet, mom, mamba2 and gsa. eager: torch operations, everywhere, in float32; fla: kernels of
+    flash-linear-attention, on CUDA, products in the run's precision; auto: fla where it is installed and lawful, else eager
+    (``--explain`` says which and why)."""
     gsa: GatedSlotConfig = GatedSlotConfig()
     """What only kind gsa reads."""
     mamba2: Mamba2Config = Mamba2Config()

@@ -1,5 +1,5 @@
-"""Which attention scheme and which kernels a run would use, and why the others are passed over: ``longstride train CONFIG --explain`` for
-this machine, ``longstride plan CONFIG --device h100 --explain`` for one that is not there.
+"""Which attention scheme and which kernels, of attention and of memories, a run would use, and why the others are passed over:
+``longstride train CONFIG --explain`` for this machine, ``longstride plan CONFIG --device h100 --explain`` for one that is not there.
 
 Nothing is started. The choice itself is ``models/kernels.py``'s; this names the blocks that a configuration's layers are made of.
 """
@@ -13,6 +13,7 @@ from models.block import CAUSAL, NONE, BlockMask
 from models.kernels import IMPLEMENTATIONS, capability_of, explain
 from trainer.compile_rules import compile_lines
 from trainer.config import RunConfig
+from trainer.memory_kernels import memory_lines
 from trainer.planning import target_for
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -24,7 +25,7 @@ def explain_run(config: RunConfig, device_name: str | None = None) -> list[str]:
     kinds, parallel = config.model.layer_kinds, config.parallel
     attention = [kind for kind in ("full", "swa") if kind in kinds]
     if not attention:
-        return ["attention: no layer has any", *compile_lines(config)]
+        return ["attention: no layer has any", *compile_lines(config), *memory_lines(config, target_for(config, device_name).device)]
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in attention)
     lines = [f"attention layers: {counted}; {config.model.n_heads} query heads, {config.model.kv_heads} key/value heads"]
     if parallel.cp == 1:
@@ -42,7 +43,8 @@ def explain_run(config: RunConfig, device_name: str | None = None) -> list[str]:
         heads = f"{config.model.n_heads // parallel.tp} query and {config.model.kv_heads // parallel.tp} key/value heads"
         lines.append(f"tensor parallelism: {parallel.tp} ranks with {heads} each")
     lines += compile_lines(config)
-    return [*lines, *_kernels(config, target_for(config, device_name).device, "swa" in attention)]
+    device = target_for(config, device_name).device
+    return [*lines, *_kernels(config, device, "swa" in attention), *memory_lines(config, device)]
 
 
 def _kernels(config: RunConfig, planned: Device, has_window: bool) -> list[str]:

@@ -34,6 +34,7 @@ from trainer.choosing_offload import resolve_offload
 from trainer.compile_rules import plan_note
 from trainer.config import RunConfig
 from trainer.evals.registry import tokenizer_of
+from trainer.memory_kernels import check_memory_kernel
 from trainer.optimizer_plan import optimizer_plan
 from trainer.segment_rules import not_shared
 from trainer.tracing import TraceRequest, trace_step, trace_steps
@@ -127,6 +128,7 @@ def same_step(one: RunConfig, other: RunConfig) -> bool:
 
 def plan_target(target: Target, with_changes: bool = False) -> MemoryPlan:
     """``plan_run`` of a target."""
+    check_memory_kernel(target.config, target.device, here=False)
     if "auto" in (target.config.memory.offload_optimizer, target.config.memory.offload_parameters):
         config, plan = resolve_offload(target.config, lambda each: plan_target(target.with_config(each)), *target.room)
         if plan.fits or not with_changes:

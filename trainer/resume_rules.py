@@ -30,6 +30,7 @@ LAWFUL_KEYS = (
     "data.prefetch_batches",
     "model.memory.chunk_size",
     "model.memory.gsa.chunk_size",
+    "model.memory.kernel",  # equal to the products' rounding
 )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from memory_mgmt.native import cache_dir
 from memory_mgmt.policy import Policy
 from memory_mgmt.trace import Trace
+from models.memory.kernel_choice import installed_fla
 from trainer import trace_workers
 from trainer.compile_rules import compiled_layers
 from trainer.config import RunConfig
@@ -137,8 +138,8 @@ def _path(body: dict[str, Any], code: str) -> Path:
 
 
 def _code_digest() -> str:
-    """A hash of the rooms' sources and of torch's version: a change of either makes all traces anew."""
-    digest = hashlib.sha256(version("torch").encode())
+    """A hash of the rooms' sources and of the versions of torch and fla: a change of any makes all traces anew."""
+    digest = hashlib.sha256(f"{version('torch')} {installed_fla()}".encode())
     for room in CODE:
         for path in sorted((HOME / room).rglob("*")):
             if path.suffix in (".py", ".cpp", ".h"):

@@ -6,7 +6,8 @@ Legend: B row, N chunk, C token in chunk, R token whose convolution window reach
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ class DocumentPlan:
     """... its place in the range ..."""
     cut_ages_R: Tensor | None = None
     """... and its distance from the start of its document."""
+    starts: tuple[tuple[int, ...], ...] = ()
+    """Of every row the places in the range where documents start; empty where none does in any row."""
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What others make of ``starts``, for all layers."""
 
 
 def plan_documents(bounds: Bounds, span: Range, chunk: int, halo: int, device: torch.device) -> DocumentPlan:
@@ -57,7 +62,8 @@ def _plan(bounds: Bounds, span: Range, chunk: int, halo: int, device: torch.devi
                 cuts += [(row, t - start, t - s) for t in range(s, min(s + halo, following))]
     segment = marks.view(len(starts), n_chunks, chunk).cumsum(-1).transpose(0, 1)
     columns = torch.tensor(cuts, dtype=torch.int64).view(-1, 3).t().contiguous().to(device).unbind(0) if cuts else (None,) * 3
-    return DocumentPlan(segment.to(device), None if hidden is None else hidden.to(device), *columns)
+    places = tuple(tuple(s - start for s in row) for row in starts)
+    return DocumentPlan(segment.to(device), None if hidden is None else hidden.to(device), *columns, starts=places)
 
 
 def _hidden(bounds: Bounds, start: int, halo: int) -> Tensor | None:

@@ -23,11 +23,12 @@ from torch.nn import functional as F
 
 from models.batch import Bounds, Range
 from models.config import ModelConfig
+from models.feedforward import compute_dtype
 from models.linear import Linear, linear
 from models.memory.by_heads import Rows, rows_of
-from models.memory.delta_rule import gated_delta_rule
 from models.memory.documents import DocumentPlan, plan_documents
 from models.memory.initial import initial_gate
+from models.memory.kernels import gated_delta_rule
 from models.memory.protocol import MemoryCost, MemoryTraits, State, last_tokens
 from models.memory.recurrent import RecurrentMixer, state_dtype
 from models.memory.short_conv import conv_silu_chunks, from_chunks, gated_norm, to_chunks
@@ -183,7 +184,8 @@ class GatedDeltaNet(RecurrentMixer):
         plan, q_NGcK, k_NGcK, v_NGcV, beta_BTH, log_decay_BTH = self._streams(bounds, span, weights, x_BTC, before_BnC)
         q_NGcK, beta_BTH, log_decay_BTH = self._routed(weights, x_BTC, q_NGcK, beta_BTH, log_decay_BTH)
         beta_NGc, log_decay_NGc = (to_chunks(z.unsqueeze(-1), self.chunk_size).squeeze(-1) for z in (beta_BTH, log_decay_BTH))
-        return gated_delta_rule(q_NGcK, k_NGcK, v_NGcV, beta_NGc, log_decay_NGc, state_GKW, plan.segment_NBC)
+        rule = partial(gated_delta_rule, plan=plan, rows=len(x_BTC), kernel=self.kernel, dtype=compute_dtype(x_BTC))
+        return rule(q_NGcK, k_NGcK, v_NGcV, beta_NGc, log_decay_NGc, state_GKW)
 
     def _streams(
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, before_BnC: Tensor
@@ -284,7 +286,7 @@ class GatedDeltaNet(RecurrentMixer):
 
 def build(config: ModelConfig) -> GatedDeltaNet:
     """The module that ``config.memory`` describes (see `models.memory.protocol.build_memory`)."""
-    return GatedDeltaNet(
+    module = GatedDeltaNet(
         d_model=config.d_model,
         n_heads=config.memory_heads,
         key_dim=config.memory_key_dim,
@@ -293,3 +295,5 @@ def build(config: ModelConfig) -> GatedDeltaNet:
         chunk_size=config.memory.chunk_size,
         norm_eps=config.norm_eps,
     )
+    module.kernel = config.memory.kernel
+    return module

@@ -15,6 +15,7 @@ Legend: B row, T token, C channel, H head, K key, V value, W = K + V, M slot, G 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,14 @@ from torch.nn import functional as F
 
 from models.batch import Bounds, Range
 from models.config import ModelConfig
+from models.feedforward import compute_dtype
 from models.linear import Linear, linear
 from models.memory.active_norm import active_norm
 from models.memory.by_heads import Rows, rows_of
 from models.memory.documents import plan_documents
-from models.memory.gated_slots import MIN_LOG_DECAY, gated_slots
+from models.memory.gated_slots import MIN_LOG_DECAY
 from models.memory.initial import initial_gate
+from models.memory.kernels import gated_slots
 from models.memory.protocol import MemoryCost, MemoryTraits, State
 from models.memory.recurrent import DiagonalMixer, Streams, state_dtype, whole_decay
 from models.memory.short_conv import conv_silu_chunks, from_chunks, to_chunks
@@ -121,17 +124,19 @@ class GatedSlotAttention(DiagonalMixer):
     def summary(self, bounds: Bounds, span: Range, streams: Streams, state_GKW: Tensor) -> tuple[Tensor, Tensor]:
         """See `DiagonalMixer.summary`."""
         _, k_NGcK, v_NGcV, log_decay_NGcM = streams
-        segment = plan_documents(bounds, span, self.chunk_size, self.halo, state_GKW.device).segment_NBC
-        _, after = gated_slots(None, k_NGcK, v_NGcV, log_decay_NGcM, state_GKW, segment)
-        return whole_decay(log_decay_NGcM, segment).unsqueeze(-1), after
+        plan = plan_documents(bounds, span, self.chunk_size, self.halo, state_GKW.device)
+        rule = partial(gated_slots, plan=plan, rows=len(bounds.documents), kernel=self.kernel, dtype=compute_dtype(state_GKW))
+        _, after = rule(None, k_NGcK, v_NGcV, log_decay_NGcM, state_GKW)
+        return whole_decay(log_decay_NGcM, plan.segment_NBC).unsqueeze(-1), after
 
     def mix(
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, state_GKW: Tensor, streams: Streams
     ) -> tuple[Tensor, Tensor]:
         """See `DiagonalMixer.mix`."""
-        segment = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device).segment_NBC
+        plan = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device)
+        rule = partial(gated_slots, plan=plan, rows=len(x_BTC), kernel=self.kernel, dtype=compute_dtype(x_BTC))
         q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM = streams
-        o_NGcV, after = gated_slots(q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM, state_GKW, segment)
+        o_NGcV, after = rule(q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM, state_GKW)
         assert o_NGcV is not None
         return self.write(weights, x_BTC, from_chunks(o_NGcV, *x_BTC.shape[:2]).flatten(2)), after
 
@@ -228,7 +233,7 @@ class GatedSlotAttention(DiagonalMixer):
 def build(config: ModelConfig) -> GatedSlotAttention:
     """The module that ``config.memory`` describes (see `models.memory.protocol.build_memory`)."""
     own = config.memory.gsa
-    return GatedSlotAttention(
+    module = GatedSlotAttention(
         d_model=config.d_model,
         n_heads=config.memory_heads,
         key_dim=config.memory_key_dim,
@@ -239,3 +244,5 @@ def build(config: ModelConfig) -> GatedSlotAttention:
         chunk_size=own.chunk_size,
         norm_eps=config.norm_eps,
     )
+    module.kernel = config.memory.kernel
+    return module

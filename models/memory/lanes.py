@@ -4,8 +4,8 @@
 
 A lane begins with a chunk of its own and is filled up to whole chunks, so that no token's chunk, and not even its rounding, depends on
 another document, and no later token moves an earlier one. There are as many chunks as lanes can need at most, whatever the routing:
-memory is that of the tokens that are routed, no token is dropped and plans hold. Where a lane begins the host must know, once per tile: there
-the scan over chunks takes up another state.
+memory is that of the tokens that are routed, no token is dropped and plans hold. Where a lane begins the host must know, once per tile:
+there the scan over chunks takes up another state.
 
 Legend: B row, T token, k memories of a token, R all memories, L lane (document x memory), N chunk of tokens, n chunk of lanes, c place in
 it, H head, D channel.

@@ -14,6 +14,7 @@ Legend: B row, T token, C channel, H head, K state dimension (keys), V head size
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple, Self
 
 import torch
@@ -22,12 +23,13 @@ from torch.nn import functional as F
 
 from models.batch import Bounds, Range
 from models.config import ModelConfig
+from models.feedforward import compute_dtype
 from models.linear import Linear, linear
 from models.memory.active_norm import active_norm
 from models.memory.by_heads import Rows, rows_of
-from models.memory.decayed_sum import decayed_sum
 from models.memory.documents import plan_documents
 from models.memory.initial import initial_gate
+from models.memory.kernels import decayed_sum
 from models.memory.protocol import MemoryCost, MemoryTraits, State
 from models.memory.recurrent import DiagonalMixer, Streams, state_dtype, whole_decay
 from models.memory.short_conv import conv_silu_chunks, from_chunks, to_chunks
@@ -127,9 +129,10 @@ class Mamba2(DiagonalMixer):
     def summary(self, bounds: Bounds, span: Range, streams: Streams, state_GKW: Tensor) -> tuple[Tensor, Tensor]:
         """See `DiagonalMixer.summary`."""
         _, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc = streams
-        segment = plan_documents(bounds, span, self.chunk_size, self.halo, state_GKW.device).segment_NBC
-        _, after = decayed_sum(None, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc, state_GKW, segment)
-        return whole_decay(log_decay_NGc.unsqueeze(-1), segment).unsqueeze(-1), after
+        plan = plan_documents(bounds, span, self.chunk_size, self.halo, state_GKW.device)
+        rule = partial(decayed_sum, plan=plan, rows=len(bounds.documents), kernel=self.kernel, dtype=compute_dtype(state_GKW))
+        _, after = rule(None, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc, state_GKW)
+        return whole_decay(log_decay_NGc.unsqueeze(-1), plan.segment_NBC).unsqueeze(-1), after
 
     def mix(
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, state_GKW: Tensor, streams: Streams
@@ -143,9 +146,10 @@ class Mamba2(DiagonalMixer):
     ) -> tuple[Tensor, Tensor]:
         """What the heads of a tile came to, [B, T, H V], and the state after it."""
         B, T, _ = x_BTC.shape
-        segment = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device).segment_NBC
+        plan = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device)
+        rule = partial(decayed_sum, plan=plan, rows=B, kernel=self.kernel, dtype=compute_dtype(x_BTC))
         q_NQcK, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc = streams
-        o_NGcV, after = decayed_sum(q_NQcK, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc, state_GKW, segment)
+        o_NGcV, after = rule(q_NQcK, k_NQcK, v_NGcV, dt_NGc, log_decay_NGc, state_GKW)
         assert o_NGcV is not None
         o_NGcV = torch.addcmul(o_NGcV, v_NGcV, weights.D.repeat(B).view(-1, 1, 1))
         return from_chunks(o_NGcV, B, T).flatten(2), after
@@ -255,7 +259,7 @@ class Mamba2(DiagonalMixer):
 def build(config: ModelConfig) -> Mamba2:
     """The module that ``config.memory`` describes (see `models.memory.protocol.build_memory`)."""
     own = config.memory.mamba2
-    return Mamba2(
+    module = Mamba2(
         d_model=config.d_model,
         n_heads=config.memory_heads,
         head_size=config.memory_value_dim,
@@ -265,3 +269,5 @@ def build(config: ModelConfig) -> Mamba2:
         chunk_size=config.memory.chunk_size,
         norm_eps=config.norm_eps,
     )
+    module.kernel = config.memory.kernel
+    return module

@@ -9,8 +9,9 @@ A memory that a token does not go to is neither decayed nor written: its gates a
 into lanes (`models.memory.lanes`) whose shapes do not depend on the routing; or, the same to rounding, all memories run as heads of one
 rule on all tokens. States are affine either way: one exchange over ranks, for which each memory's outputs are put back in the order of
 tokens. Projections and convolutions are those of all memories for all tokens: a token's convolution needs its neighbours', of which two in
-three go to a memory of eight by chance alone when two are chosen, nearly all to one of four. Convolutions are taken over the text, before the routing: over a memory's own tokens, as in
-the published code, a token would need its memory's last ones from any distance (and that code mixes neighbours of other rows in).
+three go to a memory of eight by chance alone when two are chosen, nearly all to one of four. Convolutions are taken over the text, before
+the routing: over a memory's own tokens, as in the published code, a token would need its memory's last ones from any distance (and that
+code mixes neighbours of other rows in).
 Left out: the loss that balances the memories' load.
 
 Legend: B row, T token, C channel, H head, R memory (the shared one last), E memories to choose from, K key, V value, G = B*R*H, N chunk,
@@ -259,6 +260,8 @@ def build(config: ModelConfig) -> MixtureOfMemories:
     own, memory = config.memory.mom, config.memory
     sizes = (config.memory_heads, config.memory_key_dim, config.memory_value_dim)
     mixture = (own.n_memories, own.top_k, own.shared)
-    return MixtureOfMemories(
+    module = MixtureOfMemories(
         config.d_model, *sizes, *mixture, memory.conv_kernel, memory.chunk_size, config.norm_eps, own.compute == "routed"
     )
+    module.kernel = "eager" if module.routed else memory.kernel  # fla has no lanes
+    return module

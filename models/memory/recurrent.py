@@ -40,6 +40,8 @@ class RecurrentMixer(MemoryModule):
         super().__init__()
         self.d_model, self.state_shape = d_model, state_shape
         self.halo, self.chunk_size = conv_kernel - 1, chunk_size
+        self.kernel = "auto"
+        """Of the recurrence (``model.memory.kernel``)."""
 
     def init_state(self, batch_size: int, device: torch.device | str, dtype: torch.dtype) -> State:
         """``state`` [B, H, K, W] and ``conv`` [B, kernel - 1, d_model], the last inputs of the layer."""

@@ -41,6 +41,8 @@ from trainer.commands.places import HOME, find_run
 from trainer.commands.terminal import progress, tell
 from trainer.compile_rules import announced, check_compiler
 from trainer.config import RunConfig
+from trainer.memory_kernels import check_memory_kernel
+from trainer.planning import this_machine
 from trainer.run_dir import RunDir
 from trainer.run_timeline import drawn
 from trainer.settling import open_settings
@@ -98,6 +100,7 @@ def _start(config: RunConfig, run_dir: RunDir | None, name: str, nproc: int | No
         config = with_values(config, "train", device="cpu")
     check_engine(config)
     check_compiler(config)
+    check_memory_kernel(config, this_machine(config.train.device), here=True)
     if run_dir is None and env.rank == 0:
         check_init_from(config)
     config = _settled_by_one(config, started, env)

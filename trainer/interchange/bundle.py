@@ -16,7 +16,7 @@ _ROOMS = Path(__file__).resolve().parents[2]
 _ROOM = "models"
 _TOP = ("configuration_longstride", "modeling_longstride")
 _PROTOCOL = "models.memory.protocol"
-OPTIONAL = ("flash_attn",)
+OPTIONAL = ("flash_attn", "fla")
 """Packages that are imported only where they are asked for by name."""
 _NOTE = "# Written by longstride export from longstride's own sources (Apache-2.0).\n"
 
