@@ -54,6 +54,7 @@ class TracedBuffer:
     freed_in: Phase | None
     """None: outlives the step."""
     stream: str = "compute"
+    """CUDA: the stream it was allocated on, whose pool takes it back: ``compute``, or ``side 1`` and so on (gathers, reductions)."""
     place: Place = "device"
 
 
