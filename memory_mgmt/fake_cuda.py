@@ -7,8 +7,8 @@ GPU that torch can use. What torch gets wrong about cuda tensors without one, an
   nothing.
 - operators that have one fused CUDA kernel are decomposed into several when no kernel is registered, with temporaries that the
   GPU never makes. A kernel that is never called (fake tensors use shapes only) is registered for them.
-- torch.cuda's streams, events and queries raise, and fake tensors initialise the GPU. Objects that do nothing take their place; they know which stream is
-  current, because that decides whose pool memory comes from.
+- torch.cuda's streams, events and queries raise, and fake tensors initialise the GPU. Objects that do nothing take their place; they
+  know which stream is current, because that decides whose pool memory comes from.
 
 Imports torch inside ``install`` only.
 """
