@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from operator import attrgetter
@@ -165,7 +166,7 @@ class Trace:
             buffers, ops = _records(TracedBuffer, data["buffers"]), _records(TracedOp, data["ops"])
             marks = [(time, label) for time, label in data["marks"]]
             return Trace(data["device"], buffers, ops, marks, data["end"], data["notes"])
-        except (OSError, EOFError, KeyError, TypeError, json.JSONDecodeError, gzip.BadGzipFile) as error:
+        except (OSError, EOFError, KeyError, TypeError, json.JSONDecodeError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: not a saved trace ({error})") from None
 
 
