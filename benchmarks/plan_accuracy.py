@@ -1,11 +1,14 @@
 """Planned against measured peak memory of real training runs on this machine's CPU: three steps each, real processes, real text.
 
-Measured is the growth of the resident set of rank 0 above the process before the model (``MemoryMonitor``), the largest of the steps;
-planned is what ``longstride plan`` says it will be. ``heap`` in the table: what happens to freed blocks (``host_allocator.py``). One thread
-per rank, so that results do not depend on the machine's cores. Writes plan_accuracy.json and .md beside this file.
+Two things are measured. *Tensors*: the most that torch's CPU allocator had handed out, by its own log of the whole run
+(``memory_mgmt/allocator_log.py``; of runs of one process), beside the tensors in the plan. *Resident*: growth of the resident set of
+rank 0 above the process before the model (``MemoryMonitor``), the largest of the steps, beside all that the plan counts. ``heap``: what
+happens to freed blocks (``host_allocator.py``); of an ordinary heap the plan knows two bounds. One thread per rank, so that results do not
+depend on the machine's cores. Writes plan_accuracy.json and .md beside this file.
 
-    python benchmarks/plan_accuracy.py            all cases, about five minutes on two idle cores
+    python benchmarks/plan_accuracy.py            all cases, about ten minutes on two idle cores
     python benchmarks/plan_accuracy.py NAME ...   some of them: their rows are made anew
+    python benchmarks/plan_accuracy.py --tensors  only the tensors of rows that are there
 """
 
 from __future__ import annotations
@@ -21,6 +24,11 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HOME))  # run as a script, not as a module
+
+from memory_mgmt.devices import MIB  # noqa: E402
+from memory_mgmt.plan import MemoryPlan  # noqa: E402
+
 COMMON = [
     "train.steps=3",
     "train.eval_sequences=0",
@@ -56,22 +64,16 @@ CASES = {
 }
 
 
+UNLOGGED = ("batch", "overhead", "outside")
+"""Kinds of a plan's terms that torch's allocator does not hand out; batches are numpy's."""
+LOGGED = "--logged"
+"""Hidden: run ``longstride`` with the rest of the words, under the allocator's log, and write the peak to the first of them."""
+
+
 def run(overrides: list[str]) -> dict[str, Any]:
-    """Planned and measured bytes of one configuration, and what becomes of freed blocks."""
+    """Planned and measured resident bytes of one configuration, and what becomes of freed blocks."""
     with tempfile.TemporaryDirectory() as root:
-        command = [
-            sys.executable,
-            str(HOME / "longstride.py"),
-            "train",
-            "debug_cpu",
-            *COMMON,
-            *overrides,
-            f"run.root={root}",
-            "run.name=case",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(overrides)}: exit code {done.returncode}\n{done.stderr[-2000:]}{done.stdout[-1000:]}")
+        _longstride([str(HOME / "longstride.py")], overrides, root)
         records = [json.loads(line) for line in (Path(root) / "case" / "metrics.jsonl").read_text().splitlines()]
         measured = max(record["memory_peak_bytes"] for record in records if record["split"] == "train")
         plan = json.loads((Path(root) / "case" / "memory_plan.json").read_text())
@@ -79,16 +81,64 @@ def run(overrides: list[str]) -> dict[str, Any]:
         return {"planned": records[0]["memory_planned_bytes"], "measured": measured, "heap": heap}
 
 
-def main(names: list[str]) -> None:
+def tensors(overrides: list[str]) -> dict[str, int]:
+    """Planned and logged bytes of tensors, and how much less than planned may be resident; nothing for several ranks, which are
+    processes of their own."""
+    if any(word.startswith("parallel.cp=") for word in overrides):
+        return {}
+    with tempfile.TemporaryDirectory() as root:
+        out = Path(root) / "peak"
+        _longstride([__file__, LOGGED, str(out)], overrides, root)
+        plan = MemoryPlan.from_json((Path(root) / "case" / "memory_plan.json").read_text())
+        planned = sum(size for kind, size in plan.by_kind().items() if kind not in UNLOGGED)
+        return {"planned_tensors": planned, "logged_tensors": int(out.read_text()), "spread": plan.spread_bytes}
+
+
+def _longstride(script: list[str], overrides: list[str], root: str) -> None:
+    command = [sys.executable, *script, "train", "debug_cpu", *COMMON, *overrides, f"run.root={root}", "run.name=case"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(overrides)}: exit code {done.returncode}\n{done.stderr[-2000:]}{done.stdout[-1000:]}")
+
+
+def logged(out: str, arguments: list[str]) -> int:
+    """Run ``longstride`` here and write the peak of what torch's CPU allocator handed out."""
+    from longstride import main as longstride
+    from memory_mgmt.allocator_log import record_cpu_allocations
+
+    with record_cpu_allocations() as log:
+        code = longstride(arguments)
+    Path(out).write_text(str(log.peak_bytes()))
+    return code
+
+
+def main(names: list[str], only_tensors: bool) -> None:
     """Run the cases and write their rows into the results, one by one."""
     file = Path(__file__).with_suffix(".json")
-    kept = json.loads(file.read_text())["cases"] if names and file.exists() else {}
+    kept = json.loads(file.read_text())["cases"] if (names or only_tensors) and file.exists() else {}
     for name in names or CASES:
-        found = run(CASES[name])
-        kept[name] = {**found, "error": found["planned"] / found["measured"] - 1}
-        planned, measured = found["planned"] / 2**20, found["measured"] / 2**20
-        print(f"{name:<42} planned {planned:8.1f}  measured {measured:8.1f} MiB  {kept[name]['error']:+.1%}  {found['heap']}", flush=True)
+        resident = kept[name] if only_tensors else run(CASES[name])
+        kept[name] = {**resident, "error": resident["planned"] / resident["measured"] - 1, **tensors(CASES[name])}
+        print(row_of(name, kept[name]), flush=True)
         write(file, {case: kept[case] for case in CASES if case in kept})
+
+
+def row_of(name: str, row: dict[str, Any]) -> str:
+    """A line of the table."""
+    cells = [name]
+    if "logged_tensors" in row:
+        cells += [f"{row['planned_tensors'] / MIB:.1f}", f"{row['logged_tensors'] / MIB:.1f}"]
+        cells += [f"{row['planned_tensors'] / row['logged_tensors'] - 1:+.2%}"]
+    else:
+        cells += ["", "", ""]
+    planned, measured = row["planned"] / MIB, row["measured"] / MIB
+    if row["heap"] == "ordinary":
+        least = (row["planned"] - row["spread"]) / MIB
+        where = "inside" if least <= measured <= planned else f"{max(least - measured, measured - planned):.1f} MiB outside"
+        cells += [row["heap"], f"{least:.1f} to {planned:.1f}", f"{measured:.1f}", where]
+    else:
+        cells += [row["heap"], f"{planned:.1f}", f"{measured:.1f}", f"{row['error']:+.1%}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def write(file: Path, rows: dict[str, dict[str, Any]]) -> None:
@@ -102,14 +152,16 @@ def write(file: Path, rows: dict[str, dict[str, Any]]) -> None:
         "",
         f"{machine}; torch {versions['torch']}. `python benchmarks/plan_accuracy.py`",
     ]
-    lines += ["", "| run | heap | planned MiB | measured MiB | error |", "|---|---|---:|---:|---:|"]
-    for name, row in rows.items():
-        planned, measured = row["planned"] / 2**20, row["measured"] / 2**20
-        lines.append(f"| {name} | {row['heap']} | {planned:.1f} | {measured:.1f} | {row['error']:+.1%} |")
     lines += [
         "",
-        "heap: *given back*: memory is tight, freed blocks go back to the system; *arena*: planned addresses; *ordinary*: there is room to",
-        "spare and the C library keeps its holes, which the plan counts near the most that was measured.",
+        "| run | tensors planned MiB | logged MiB | error | heap | resident planned MiB | measured MiB | error |",
+        "|---|---:|---:|---:|---|---:|---:|---:|",
+        *(row_of(name, row) for name, row in rows.items()),
+        "",
+        "Tensors: what torch's CPU allocator handed out at most in the whole run, by its own log (not of several ranks). Resident: growth",
+        "of the process. heap: *given back*: memory is tight, freed blocks go back to the system; *arena*: planned addresses; *ordinary*:",
+        "there is room to spare and the C library keeps its holes, which differ from run to run: the plan says what there is at least and",
+        "at most, and counts the most (`docs/decisions/0047`).",
     ]
     if missing := [name for name in CASES if name not in rows]:
         lines += ["", f"Not measured yet: {'; '.join(missing)}."]
@@ -117,4 +169,7 @@ def write(file: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:2] == [LOGGED]:
+        sys.exit(logged(sys.argv[2], sys.argv[3:]))
+    words = sys.argv[1:]
+    main([word for word in words if word != "--tensors"], "--tensors" in words)

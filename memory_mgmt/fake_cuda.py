@@ -7,7 +7,8 @@ GPU that torch can use. What torch gets wrong about cuda tensors without one, an
   nothing.
 - operators that have one fused CUDA kernel are decomposed into several when no kernel is registered, with temporaries that the
   GPU never makes. A kernel that is never called (fake tensors use shapes only) is registered for them.
-- torch.cuda's streams, events and queries raise, and fake tensors initialise the GPU. Objects that do nothing take their place.
+- torch.cuda's streams, events and queries raise, and fake tensors initialise the GPU. Objects that do nothing take their place; they
+  know which stream is current, because that decides whose pool memory comes from.
 
 Imports torch inside ``install`` only.
 """
@@ -16,8 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,14 +68,13 @@ def install(n_devices: int) -> None:
         return
     _library.restore_guard()
     _register_kernels(torch)
-    stream = _Stream()
     replaced: dict[str, Any] = {
         "Stream": _Stream,
         "Event": _Event,
-        "current_stream": lambda device=None: stream,
-        "default_stream": lambda device=None: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "set_stream": lambda stream: None,
+        "current_stream": lambda device=None: _now.stream,
+        "default_stream": lambda device=None: _DEFAULT,
+        "stream": _on,
+        "set_stream": lambda stream: setattr(_now, "stream", stream or _now.stream),
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "device_count": lambda: n_devices,
@@ -140,19 +143,23 @@ class _Event:
 
 
 class _Stream:
-    """A CUDA stream that has nothing to do."""
+    """A CUDA stream that has nothing to do; while it is current, memory is allocated from its pool."""
 
     device_index = 0
-    cuda_stream = 0
+    _numbers = itertools.count()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        self.cuda_stream = next(self._numbers)
+        """0 for the default one, as in CUDA."""
+        self._entered: list[contextlib.AbstractContextManager[None]] = []
 
     def __enter__(self) -> _Stream:
+        self._entered.append(_on(self))
+        self._entered[-1].__enter__()
         return self
 
     def __exit__(self, *args: Any) -> None:
-        pass
+        self._entered.pop().__exit__(None, None, None)
 
     def wait_stream(self, stream: Any) -> None:
         pass
@@ -168,3 +175,25 @@ class _Stream:
 
     def query(self) -> bool:
         return True
+
+
+_DEFAULT = _Stream()
+
+
+class _Current(threading.local):
+    """The current stream of a thread."""
+
+    stream = _DEFAULT
+
+
+_now = _Current()
+
+
+@contextlib.contextmanager
+def _on(stream: _Stream | None) -> Iterator[None]:
+    before = _now.stream
+    _now.stream = stream or before
+    try:
+        yield
+    finally:
+        _now.stream = before

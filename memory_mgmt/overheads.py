@@ -81,6 +81,14 @@ def reserved_peak(buffers: Iterable[TracedBuffer], unit: int = SEGMENT, slack: i
     return -(-heap.top // unit) * unit
 
 
+def reserved_by_streams(buffers: Iterable[TracedBuffer]) -> int:
+    """Bytes that CUDA's caching allocator holds for ``buffers``: every stream has a pool of its own, and none takes what another freed."""
+    pools: dict[str, list[TracedBuffer]] = {}
+    for buffer in buffers:
+        pools.setdefault(buffer.stream, []).append(buffer)
+    return sum(reserved_peak(pool) for pool in pools.values())
+
+
 def resident_peak(buffers: Sequence[TracedBuffer], mmap_threshold: int) -> int:
     """Bytes a CPU process holds for ``buffers``: those from ``mmap_threshold`` up are mapped and given back one by one, the others come
     from the heap, which does not shrink."""

@@ -17,7 +17,8 @@ from memory_mgmt.plan import MemoryPlan, gib
 TOLERANCE = 0.05
 """Share by which measured and planned peak may part without a word."""
 CPU_NOISE_BYTES = 64 * 2**20
-"""On CPU the peak is that of the resident set, which libraries and threads move by tens of MiB."""
+"""On CPU the peak is that of the resident set, which libraries and threads move by tens of MiB. Of host memory the plan also counts
+batches, which are not the store's."""
 _CPU_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "Cannot allocate memory")
 
 
@@ -30,18 +31,34 @@ class PlanCheck:
     resident: Mapping[str, int] = field(default_factory=dict)
     """Bytes of tensors that are there from step to step, by kind, counted one by one: parameters, optimizer."""
     _warned_at: float = 0.0
+    _host_peak: int = 0
+    _host_warned_at: float = 0.0
 
     def measurements(self) -> dict[str, float]:
-        """What this step did to host memory, and resets it: peak bytes of parked tensors, bytes copied, seconds waited."""
+        """What this step did to host memory, beside what was planned, and resets it: peak bytes of parked tensors, bytes copied, seconds
+        waited."""
         if self.store is None:
             return {}
         found = self.store.statistics(reset=True)
+        self._host_peak = found.peak_bytes
+        predicted = self.plan.prediction
         return {
             "host_peak_bytes": found.peak_bytes,
             "host_planned_bytes": self.plan.host_bytes,
             "copied_bytes": found.copied.to_host + found.copied.to_device,
             "exposed_copy_seconds": found.waited_seconds,
+            **({"exposed_copy_planned_seconds": predicted.exposed_copy_seconds} if predicted is not None else {}),
         }
+
+    def host_warning(self) -> str | None:
+        """The same as ``warning`` for the host memory of the step whose ``measurements`` were taken last."""
+        planned, gap = self.plan.host_bytes, self._host_peak - self.plan.host_bytes
+        share = abs(gap) / max(1, planned)
+        if self.store is None or abs(gap) < CPU_NOISE_BYTES or share <= max(TOLERANCE, 2 * self._host_warned_at):
+            return None
+        self._host_warned_at = share
+        side = "more" if gap > 0 else "less"
+        return f"host memory: measured {gib(self._host_peak)}, planned {gib(planned)}: {share:.0%} {side} than planned"
 
     def warning(self, measured_bytes: int) -> str | None:
         """A line when the measured peak is further from the planned one than ``TOLERANCE`` and what chance explains.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from operator import attrgetter
@@ -54,6 +55,7 @@ class TracedBuffer:
     freed_in: Phase | None
     """None: outlives the step."""
     stream: str = "compute"
+    """CUDA: the stream it was allocated on, whose pool takes it back: ``compute``, or ``side 1`` and so on (gathers, reductions)."""
     place: Place = "device"
 
 
@@ -164,7 +166,7 @@ class Trace:
             buffers, ops = _records(TracedBuffer, data["buffers"]), _records(TracedOp, data["ops"])
             marks = [(time, label) for time, label in data["marks"]]
             return Trace(data["device"], buffers, ops, marks, data["end"], data["notes"])
-        except (OSError, EOFError, KeyError, TypeError, json.JSONDecodeError, gzip.BadGzipFile) as error:
+        except (OSError, EOFError, KeyError, TypeError, json.JSONDecodeError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path}: not a saved trace ({error})") from None
 
 

@@ -73,6 +73,7 @@ class StepRecorder(TorchDispatchMode):
         self._buffers: list[TracedBuffer] = []
         self._ops: list[TracedOp] = []
         self._kernels: dict[Hashable, int] = {}
+        self._streams: dict[int, str] = {0: "compute"}
         self._marks: list[tuple[int, Region]] = []
         self._region = Region("build", None, "")
         self._modules: list[str] = []
@@ -277,12 +278,19 @@ class StepRecorder(TorchDispatchMode):
             phase=self._region.phase,
             freed_in=None,
             place=place,
+            stream=self._stream() if place == "device" else "compute",
         )
         self._buffers.append(buffer)
         self.regions_of[buffer.id] = (self._region, None)
         if key is not None:
             self._live[key] = buffer
         return buffer
+
+    def _stream(self) -> str:
+        """The stream whose pool a tensor comes from that is allocated now."""
+        if self.device_type == "cpu":
+            return "compute"
+        return self._streams.setdefault(torch.cuda.current_stream().cuda_stream, f"side {len(self._streams)}")
 
     def _scratch(self, op: str, size: int, layer: int | None) -> None:
         buffer = self._new(None, size, op, layer, "device")

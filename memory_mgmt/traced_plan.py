@@ -12,7 +12,7 @@ from memory_mgmt.address_planning import plan_addresses
 from memory_mgmt.address_problem import Lifetime
 from memory_mgmt.arena_recording import ALIGNMENT, SMALLEST_BYTES
 from memory_mgmt.devices import MIB, Device
-from memory_mgmt.overheads import SEGMENT, fixed_terms, live_peak, reserved_peak, resident_peak
+from memory_mgmt.overheads import SEGMENT, fixed_terms, live_peak, reserved_by_streams, resident_peak
 from memory_mgmt.plan import Addresses, Kind, MemoryPlan, Moment, Term, gib
 from memory_mgmt.trace import Trace, TracedBuffer
 
@@ -145,7 +145,8 @@ def _beside(trace: Trace, device: Device, tight: bool) -> tuple[int, str]:
         held, why = _with_arena(trace)
         return max(0, held - live), why
     if device.is_cuda:
-        return max(0, reserved_peak(buffers) - live), "the caching allocator with expandable segments, simulated on the traced step"
+        text = "the caching allocator with expandable segments, a pool per stream, simulated on the traced step"
+        return max(0, reserved_by_streams(buffers) - live), text
     if tight:
         held = resident_peak(buffers, MMAP_THRESHOLD_FIXED)
         return max(0, held - live), f"the C library's heap of blocks below {MMAP_THRESHOLD_FIXED // MIB} MiB, simulated"
@@ -160,8 +161,8 @@ def _with_arena(trace: Trace) -> tuple[int, str]:
     served = {buffer.id for buffer in large}
     lifetimes = [Lifetime(b.id, b.lower, b.upper, b.size) for b in large]
     region = plan_addresses(lifetimes, time_limit=REGION_SECONDS, alignment=ALIGNMENT["cuda"]).height
-    held = -(-region // SEGMENT) * SEGMENT + reserved_peak(b for b in trace.of("device") if b.id not in served)
-    watched = reserved_peak(trace.of("device"))
+    held = -(-region // SEGMENT) * SEGMENT + reserved_by_streams(b for b in trace.of("device") if b.id not in served)
+    watched = reserved_by_streams(trace.of("device"))
     text = f"simulated on the traced step: {gib(held)} with the arena's region of {gib(region)}, {gib(watched)} in the steps watched first"
     return max(held, watched), text
 

@@ -270,10 +270,14 @@ def predict(target: Target, trace: Trace) -> Prediction | None:
 
 def rates_of(device: Device, deterministic: bool = True) -> Rates | None:
     """Achieved rates: measured ones where ``longstride plan --calibrate`` ran on this kind of device, else the device table's, with the
-    attention kernel that ``models/kernels.py`` chooses (``train.deterministic`` excludes cuDNN)."""
+    attention kernel that ``models/kernels.py`` chooses (``train.deterministic`` excludes cuDNN). Raises UserError for measured ones that
+    cannot be read."""
     measured = calibration_path(device.name)
     if measured.exists():
-        return Rates.from_calibration(measured)
+        try:
+            return Rates.from_calibration(measured)
+        except ValueError as error:  # damaged, or of an earlier release
+            raise UserError(f"{error}; measure again with longstride plan --calibrate, or delete that file") from None
     by_cudnn = not deterministic and device.capability in ((9, 0), (10, 0))
     attention = "cudnn" if by_cudnn else "flash2"
     try:

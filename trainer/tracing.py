@@ -121,13 +121,22 @@ def trace_steps(requests: Sequence[TraceRequest]) -> list[Trace]:
     if wanted:
         for_one_process(wanted, lambda missing: trace_workers.run([wanted[path] for path in missing]))
         _forget_oldest(paths[0].parent, set(paths))
-    return [Trace.load(path) for path in paths]
+    return [_load(path) or trace_step(request) for path, request in zip(paths, requests, strict=True)]
 
 
 def kept(request: TraceRequest) -> Trace | None:
     """The trace of a step if it is kept from before; traces nothing."""
     path = _path(request.to_dict(), _code_digest())
-    return Trace.load(path) if path.exists() else None
+    return _load(path) if path.exists() else None
+
+
+def _load(path: Path) -> Trace | None:
+    """A kept trace; one that is damaged (the machine went down, or its disk was full) is removed, to be made again."""
+    try:
+        return Trace.load(path)
+    except ValueError:
+        path.unlink(missing_ok=True)
+        return None
 
 
 def _path(body: dict[str, Any], code: str) -> Path:

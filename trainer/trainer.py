@@ -222,8 +222,9 @@ class Trainer:
         reading = self.monitor.read()
         peak_bytes = reading.peak_bytes
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
-        if split == "train" and (warning := self.check.warning(peak_bytes)):
-            self.console.note(warning)
+        if split == "train":
+            for warning in filter(None, (self.check.warning(peak_bytes), self.check.host_warning())):
+                self.console.note(warning)
         record: dict[str, Any] = {
             "step": self.state.step,
             "split": split,

@@ -15,11 +15,15 @@ from memory_mgmt import calibration
 from memory_mgmt.calibration import Calibration, calibrate, describe, load, save
 from memory_mgmt.cost_model import Rates, Topology, op_seconds, predict_step
 from memory_mgmt.devices import DEVICES
+from memory_mgmt.plan import MemoryPlan
 from memory_mgmt.trace import TracedOp
 from models.batch import Batch, Bounds
+from models.errors import UserError
 from models.kernels import CAUSAL, block_attention
 from models.transformer import Transformer, init_weights
 from tests.distributed import run_distributed
+from trainer import planning
+from trainer.commands import open_run as opening
 from trainer.config import RunConfig
 from trainer.config_file import resolve
 from trainer.planning import target_of
@@ -64,6 +68,18 @@ def test_a_stored_calibration_is_read_back(measured: Calibration, tmp_path: Path
     rates = Rates.from_calibration(path)
     assert rates == again.rates and rates.matmul == measured.rates.matmul
     assert rates.source == f"calibration of {measured.device} on {measured.date}, torch {torch.__version__}"
+
+
+def test_rates_stay_with_the_run_and_damaged_ones_are_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "calibration-cpu.json"
+    kept.write_text("cut sho")
+    for module in (planning, opening):
+        monkeypatch.setattr(module, "calibration_path", lambda name: kept)
+    with pytest.raises(UserError, match=r"calibration-cpu\.json: not a calibration.*; measure again with longstride plan --calibrate"):
+        planning.rates_of(DEVICES["cpu"])
+    plan = MemoryPlan("test", "cpu", 1, (), (), None, None)
+    run = opening.open_run(resolve(None, [f"run.root={tmp_path}"]), None, "run", plan)
+    assert (run.path / "calibration.json").read_bytes() == kept.read_bytes()
 
 
 def test_other_files_are_refused(measured: Calibration, tmp_path: Path) -> None:

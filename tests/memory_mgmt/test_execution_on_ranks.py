@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from memory_mgmt.apply import apply_policy
 from memory_mgmt.offload import HostStore
@@ -75,3 +76,27 @@ def test_bf16_on_ranks_gives_the_same_bits_as_the_plain_model_on_ranks():
     plain = (config, None, *args[2:])
     for got, want in zip(run_distributed(ranks_gradients, 2, *args), run_distributed(ranks_gradients, 2, *plain), strict=True):
         assert_same(got, want, 0)
+
+
+def replicas_gradients(config, policies):
+    """Gradients under torch's DistributedDataParallel, which ends with an error where a weight's gradient arrives twice; by policy."""
+    found, rank = [], dist.get_rank()
+    for policy in policies:
+        store, model = HostStore("cpu"), make(config)
+        apply_policy(model, policy, store)
+        whole = make_batch(0)
+        mine = slice(rank, rank + 1)
+        bounds = Bounds(TOKENS, whole.bounds.ranges, whole.bounds.documents[mine])
+        replica = DistributedDataParallel(model)
+        replica(Batch(whole.tokens_BT[mine], whole.labels_BT[mine], whole.positions_BT[mine], bounds)).sum().backward()
+        assert store.used_bytes == 0
+        found.append([p.grad.detach() * dist.get_world_size() for p in model.parameters()])  # it averages
+    return found
+
+
+def test_weight_gradients_are_reduced_once_between_replicas_too():
+    config = config_of("full", "swa", "memory", n_layers=3)
+    want = gradients(make(config), batches=1)[1:]
+    for got in run_distributed(replicas_gradients, 2, config, RANK_POLICIES):
+        for one in got:
+            assert_same(one, want, 1e-12)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memory_mgmt.offload import HostStore
-from memory_mgmt.plan import MemoryPlan, Moment, Term
+from memory_mgmt.plan import MemoryPlan, Moment, Prediction, Term
 from memory_mgmt.plan_check import PlanCheck, is_out_of_memory, tensor_bytes
 
 GIB = 2**30
@@ -61,6 +61,23 @@ def test_host_memory_is_measured_and_reset_each_step():
     assert "planned 10.00 GiB" in " ".join(lines[1].split()) and "host memory" in lines[-1]
     parked.drop()
     assert PlanCheck(plan()).measurements() == {}
+
+
+def test_host_memory_that_parts_from_its_plan_is_told_once():
+    check = PlanCheck(replace(plan(), host_bytes=2**20), HostStore("cpu"))
+    assert check.host_warning() is None  # nothing measured yet, and too little planned to miss
+    parked = check.store.park(torch.empty(66 * 2**20, dtype=torch.uint8), (0, "x"))
+    check.measurements()
+    assert "host memory: measured 66.0 MiB, planned 1.0 MiB" in (check.host_warning() or "")
+    assert check.host_warning() is None
+    parked.drop()
+    assert PlanCheck(plan()).host_warning() is None
+
+
+def test_copies_are_measured_beside_their_prediction():
+    predicted = Prediction(1.0, 1.0, None, 1.0, 0.0, 0.0, 0.25, 0, 0)
+    found = PlanCheck(replace(plan(), prediction=predicted), HostStore("cpu")).measurements()
+    assert (found["exposed_copy_seconds"], found["exposed_copy_planned_seconds"]) == (0.0, 0.25)
 
 
 def test_tensor_bytes_counts_what_is_held_here():

@@ -86,3 +86,12 @@ def test_on_cuda_the_arena_may_need_more_than_the_caching_allocator_and_the_plan
     ]
     plain, served = (on_cuda(*turns, *small, arena=arena) for arena in (False, True))
     assert served.peak_bytes - plain.peak_bytes == 2 * MIB
+
+
+def test_on_cuda_a_stream_cannot_take_what_another_one_freed():
+    """The caching allocator has a pool per stream: gathered parameters leave theirs behind."""
+    one_after_another = [block(1, 2, 4, 8), replace(block(2, 5, 7, 8), stream="side 1"), block(3, 8, 10, 8)]
+    same = on_cuda(*(replace(b, stream="compute") for b in one_after_another), arena=False)
+    apart = on_cuda(*one_after_another, arena=False)
+    assert held(same, "reserved but not used") == 0
+    assert held(apart, "reserved but not used") == 8 * MIB

@@ -6,9 +6,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from memory_mgmt.trace import Trace
+from trainer import config_file, tracing
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 4
@@ -94,3 +98,23 @@ def test_those_who_wait_hear_why_it_failed(tmp_path: Path) -> None:
 def test_nobody_waits_in_vain(fate: str, tmp_path: Path) -> None:
     codes, outputs, calls = run(tmp_path, fate)
     assert codes == [0] * PROCESSES and len(calls) > 1 and all(output.startswith("[") for output in outputs)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-5], lambda raw: b"", lambda raw: raw[:20] + bytes([raw[20] ^ 255]) + raw[21:]])
+def test_a_damaged_trace_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]) -> None:
+    made: list[str] = []
+
+    def run_process(bodies: list[dict[str, str]]) -> None:
+        for body in bodies:
+            made.append(body["out"])
+            Trace("cpu", [], [], [], 1, {"number": len(made)}).save(Path(body["out"]))
+
+    monkeypatch.setattr(tracing, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(tracing.trace_workers, "run", run_process)
+    request = tracing.TraceRequest(config_file.resolve(config_file.find("debug_cpu", ROOT / "configs")), 320, "cpu")
+    assert tracing.trace_step(request).notes == tracing.trace_step(request).notes == {"number": 1}
+    kept = Path(made[0])
+    kept.write_bytes(damage(kept.read_bytes()))
+    assert tracing.trace_step(request).notes == {"number": 2}
+    kept.write_bytes(damage(kept.read_bytes()))
+    assert tracing.kept(request) is None and not kept.exists()

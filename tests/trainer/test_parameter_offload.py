@@ -290,6 +290,8 @@ def test_the_planner_counts_the_copies_of_parameters_against_the_link() -> None:
         target = planning.target_for(config, "h100")
         setting = planning.setting_for(target)
         trace = trace_step(target.request(baseline_policy(setting)))
+        streams = {kind: {b.stream for b in trace.of("device") if b.kind == kind} for kind in ("parameter", "gradient", "skeletal")}
+        assert streams["skeletal"] == {"compute"} and streams["gradient"] != {"compute"}, "FSDP2 reduces on a stream of its own"
         problems.append(problem_of_trace(trace, baseline_policy(setting), setting))
     block = 4 * block_parameters(config.model, "full")
     once, twice = problems
