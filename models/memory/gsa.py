@@ -133,12 +133,17 @@ class GatedSlotAttention(DiagonalMixer):
         self, bounds: Bounds, span: Range, weights: _Weights, x_BTC: Tensor, state_GKW: Tensor, streams: Streams
     ) -> tuple[Tensor, Tensor]:
         """See `DiagonalMixer.mix`."""
+        o_BTX, after = self._read(bounds, span, x_BTC, state_GKW, streams)
+        return self.write(weights, x_BTC, o_BTX), after
+
+    def _read(self, bounds: Bounds, span: Range, x_BTC: Tensor, state_GKW: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        """What the heads of a tile came to, [B, T, H V], and the state after it."""
         plan = plan_documents(bounds, span, self.chunk_size, self.halo, x_BTC.device)
         rule = partial(gated_slots, plan=plan, rows=len(x_BTC), kernel=self.kernel, dtype=compute_dtype(x_BTC))
         q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM = streams
         o_NGcV, after = rule(q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM, state_GKW)
         assert o_NGcV is not None
-        return self.write(weights, x_BTC, from_chunks(o_NGcV, *x_BTC.shape[:2]).flatten(2)), after
+        return from_chunks(o_NGcV, *x_BTC.shape[:2]).flatten(2), after
 
     # --- by heads (`models/memory/by_heads.py`) -----------------------------------------------------------------------------------
 
@@ -157,11 +162,7 @@ class GatedSlotAttention(DiagonalMixer):
         self, bounds: Bounds, span: Range, weights: _Weights, f_BTE: Tensor, before_BnE: Tensor, state_GKW: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `RecurrentMixer.recur`."""
-        segment = plan_documents(bounds, span, self.chunk_size, self.halo, f_BTE.device).segment_NBC
-        q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM = self.streams(bounds, span, weights, f_BTE, before_BnE)
-        o_NGcV, after = gated_slots(q_NGcK, k_NGcK, v_NGcV, log_decay_NGcM, state_GKW, segment)
-        assert o_NGcV is not None
-        return from_chunks(o_NGcV, *f_BTE.shape[:2]).flatten(2), after
+        return self._read(bounds, span, f_BTE, state_GKW, self.streams(bounds, span, weights, f_BTE, before_BnE))
 
     def write(self, weights: _Weights, x_BTC: Tensor, o_BTX: Tensor) -> Tensor:
         """See `RecurrentMixer.write`."""
