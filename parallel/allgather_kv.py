@@ -112,7 +112,7 @@ class _AllGatherKV(torch.autograd.Function):
             if returning is not None:
                 returning.put()
             with in_flight(2 if heads.stop < k_BGnD.shape[1] else 0):
-                returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]), comm.narrow_gradients)
+                returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]), comm.gradient(q_BHnD.dtype))
         if returning is not None:
             returning.put()
         return dq_BHnD, dk_BGnD, dv_BGnD, None, None, None, None
@@ -160,8 +160,7 @@ class _Gather:
 
 
 class _Scatter:
-    """Gradients of a few heads' keys and values of all tokens, on their way home to be summed: in float32 (float64 for float64),
-    or ``narrow`` in the dtype of the targets."""
+    """Gradients of a few heads' keys and values of all tokens, on their way home to be summed in ``dtype``."""
 
     def __init__(
         self,
@@ -169,9 +168,8 @@ class _Scatter:
         dv_BgTD: torch.Tensor,
         exchange: HeadExchange,
         targets: tuple[torch.Tensor, torch.Tensor],
-        narrow: bool,
+        dtype: torch.dtype,
     ) -> None:
-        dtype = targets[0].dtype if narrow else torch.promote_types(dk_BgTD.dtype, torch.float32)
         both_TBgD = torch.cat([x.permute(2, 0, 1, 3).to(dtype) for x in (dk_BgTD, dv_BgTD)], 2)
         by_rank = list(exchange.by_rank(both_TBgD).unflatten(0, (exchange.size, -1)).unbind(0))
         self._sent: list[torch.Tensor] | None = by_rank
@@ -223,7 +221,7 @@ def allgather_kv_attention(
         scale: of the scores; None: 1/sqrt(D).
         kv_dtype: in which keys and values travel: ``compute`` (theirs), or ``fp32`` or ``bf16`` where that is narrower: they are rounded to
             it once, this rank's own too, so that the result is the same at any number of ranks, one included.
-        kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
+        kv_gradient_dtype: in which gradients of keys and values travel; ``compute`` (theirs) or ``bf16``: fewer bytes than ``fp32``.
         head_chunk: key/value heads gathered and attended at a time.
         mask: [B or 1, T/cp, T] booleans, True where one of this rank's tokens sees a token of the whole sequence (in its order, whatever
             the layout), instead of all else that says so: any mask, at the cost of all scores. Tokens that see nothing get 0.
