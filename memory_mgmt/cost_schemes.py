@@ -2,15 +2,15 @@
 
 Per layer of full attention and micro-batch, on one of P ranks with n tokens (rows counted in), G key/value and H query heads of size d, b
 bytes per value, k per value of keys and values on their way (b, or what ``parallel.kv_dtype`` says) and w per gradient (float32, or float64
-for float64; b with ``parallel.kv_gradient_dtype: compute``). S is the number of key/value heads that the ranks of a Ulysses group of U get
-together: G, or more where several read the same one. Bytes that a rank sends:
+for float64; b with ``parallel.kv_gradient_dtype: compute``, 2 with ``bf16``). S is the number of key/value heads that the ranks of a
+Ulysses group of U get together: G, or more where several read the same one. Bytes that a rank sends:
 
   scheme           forward                                  backward
   ring             (P-1) n 2G d k                           (P-1) n 2G d (k + w)
   double_ring      as ring; to other inner rings, of I ranks, N = P/I of them:
                    (N-1) n 2G d k                           n 2G d ((N-1) k + N w)
   allgather_kv     (P-1) n 2G d k                           (P-1) n 2G d (k + w)
-  ulysses          (U-1)/U n d (2H b + 2S k), U = P         (U-1)/U n d (4H b + 2S (k + w')), w' = w where keys are shared, else b
+  ulysses          (U-1)/U n d (2H b + 2S k), U = P         (U-1)/U n d (4H b + 2S (k + w')), w' = w where keys are shared, else at most b
   ring_x_ulysses   that of ulysses with U, and of a ring of P/U ranks with U n tokens and a rank's own key/value heads
 
 The ring's transfers run beside the attention of the same hop, all but the first keys of the backward pass, and the double ring's messages
@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 
 from memory_mgmt.cost_ops import communication_seconds
 from memory_mgmt.cost_rates import Rates, Topology
-from parallel.config import INNER_DEGREES, SequenceScheme
+from parallel.config import INNER_DEGREES, KVGradientDtype, SequenceScheme
 from parallel.head_plan import head_ranges, keys_are_shared, plan_stages
 
 TIE = 0.02
@@ -53,8 +53,8 @@ class SequenceProblem:
     precision: str
     topology: Topology
     rates: Rates
-    narrow: bool = False
-    """``parallel.kv_gradient_dtype`` is compute."""
+    gradient_dtype: KVGradientDtype = "fp32"
+    """``parallel.kv_gradient_dtype``."""
     kv_bytes: int | None = None
     """Of a value of keys and values on their way (``parallel.kv_dtype``); None: as computed."""
 
@@ -71,7 +71,7 @@ class SequenceProblem:
     @property
     def gradient_bytes(self) -> int:
         """Of gradients of keys and values on their way."""
-        return self.value_bytes if self.narrow else max(4, self.value_bytes)
+        return {"fp32": max(4, self.value_bytes), "compute": self.value_bytes, "bf16": 2}[self.gradient_dtype]
 
     def attention_seconds(self) -> tuple[float, float]:
         """(forward, backward) of one rank's share, causal: half of all scores, two and five products over them."""
@@ -206,7 +206,7 @@ def _ulysses(p: SequenceProblem, scheme: SequenceScheme, size: int, head_chunk: 
     shared = keys_are_shared(p.n_heads, p.n_kv_heads, size)
     stages = len(plan_stages(p.n_heads, p.n_kv_heads, size, head_chunk))
     value = p.tokens * p.head_dim * p.value_bytes
-    of_keys = p.tokens * p.head_dim * (p.gradient_bytes if shared else p.value_bytes)
+    of_keys = p.tokens * p.head_dim * (p.gradient_bytes if shared else min(p.gradient_bytes, p.value_bytes))
     keys = 2 * dealt * p.tokens * p.head_dim * p.key_bytes
     alone = p.key_bytes != p.value_bytes  # keys and values are a message of their own
     parts = {  # by messages, whole, with what stays here: forward in and out, backward in and out

@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from models.attention import DEFAULT_CALL, KernelCall, LocalAttention, Plan, attend_all, attend_all_backward, check_shapes, tile_limits
+from models.attention import DEFAULT_CALL, KernelCall, LocalAttention, check_shapes, tile_limits
 from models.attention_plan import Pair, plan_rows
 from models.batch import Bounds
 from models.repeat import in_flight
@@ -26,6 +26,7 @@ from parallel.config import KVDtype, KVGradientDtype
 from parallel.head_exchange import HeadExchange
 from parallel.sequence import Layout, check_ranges
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
+from parallel.visible import AnyMask, Planned, attended_by, check_mask
 
 
 class AllGatherKVAttention:
@@ -38,6 +39,7 @@ class AllGatherKVAttention:
         head_chunk: key/value heads gathered and attended at a time.
         call: what the kernels are told.
         comm: dtypes in which keys, values and their gradients travel, and in which the latter are summed.
+        mask: which tokens are seen, instead of ``window`` and what bounds say (parallel/visible.py).
     Raises (on call):
         ValueError: when tensors or bounds are not this rank's part of the sequence.
     """
@@ -50,10 +52,12 @@ class AllGatherKVAttention:
         head_chunk: int = 1,
         call: KernelCall = DEFAULT_CALL,
         comm: CommDtypes = AS_COMPUTED,
+        mask: AnyMask | None = None,
     ) -> None:
         if head_chunk < 1:
             raise ValueError(f"head_chunk is {head_chunk}; at least 1 key/value head is gathered at a time")
         self.window, self.head_chunk, self.call, self.comm = window, head_chunk, call, comm
+        self.mask = mask
         self.exchange = HeadExchange(group, layout)
         self._alone = LocalAttention(window, call, comm.keys)
 
@@ -61,10 +65,10 @@ class AllGatherKVAttention:
         if self.exchange.size == 1:
             return self._alone(q_BHnD, k_BGnD, v_BGnD, bounds)
         check_shapes(q_BHnD, k_BGnD, bounds)
-        plan = self._plan(q_BHnD, bounds)
-        return _AllGatherKV.apply(q_BHnD, k_BGnD, v_BGnD, plan, self.exchange, self.head_chunk, self.comm)  # pyright: ignore[reportReturnType]
+        seen = self.mask or self._plan(q_BHnD, bounds)
+        return _AllGatherKV.apply(q_BHnD, k_BGnD, v_BGnD, seen, self.exchange, self.head_chunk, self.comm)  # pyright: ignore[reportReturnType]
 
-    def _plan(self, q_BHnD: torch.Tensor, bounds: Bounds) -> Plan:
+    def _plan(self, q_BHnD: torch.Tensor, bounds: Bounds) -> Planned:
         """This rank's queries against all keys, planned once per micro-step."""
         limits = tile_limits(q_BHnD, self.window, self.call)
         key = ("allgather kv", self.exchange.layout, self.window, self.exchange.size, limits)
@@ -77,38 +81,38 @@ class AllGatherKVAttention:
                     pairs.append(Pair(held, offset, (0, held[0]), 0))
                 if held[1] < bounds.seq_len:  # seen only where a prefix is
                     pairs.append(Pair(held, offset, (held[1], bounds.seq_len), held[1]))
-            bounds._cache[key] = plan_rows(bounds.documents, pairs, self.window, limits, bounds.prefixes)
+            bounds._cache[key] = Planned(plan_rows(bounds.documents, pairs, self.window, limits, bounds.prefixes))
         return bounds._cache[key]
 
 
 class _AllGatherKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHnD, k_BGnD, v_BGnD, plan, exchange, head_chunk, comm):
+    def forward(ctx, q_BHnD, k_BGnD, v_BGnD, seen, exchange, head_chunk, comm):
         out_BHnD = torch.empty_like(q_BHnD)
         lses = []
         for _, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, comm, head_chunk, messages=1):
-            out, lse = attend_all(q_BHnD[:, queries], k, v, plan)
+            out, lse = seen.forward(q_BHnD[:, queries], k, v)
             out_BHnD[:, queries].copy_(out)
             lses.append(lse)
         lse_BHn = lses[0] if len(lses) == 1 else torch.cat(lses, 1)
-        ctx.args = (plan, exchange, head_chunk, comm)
+        ctx.args = (seen, exchange, head_chunk, comm)
         ctx.save_for_backward(q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BHn)
         return out_BHnD
 
     @staticmethod
     def backward(ctx, dout_BHnD):  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BHnD, k_BGnD, v_BGnD, out_BHnD, lse_BHn = ctx.saved_tensors
-        plan, exchange, head_chunk, comm = ctx.args
+        seen, exchange, head_chunk, comm = ctx.args
         dq_BHnD, dk_BGnD, dv_BGnD = (torch.empty_like(x) for x in (q_BHnD, k_BGnD, v_BGnD))
         returning: _Scatter | None = None
         for heads, queries, k, v in _gathered(q_BHnD, k_BGnD, v_BGnD, exchange, comm, head_chunk, messages=2):
             dout, q, out, lse = (x[:, queries] for x in (dout_BHnD, q_BHnD, out_BHnD, lse_BHn))
-            dq, dk, dv = attend_all_backward(dout, q, k, v, out, lse, plan)
+            dq, dk, dv = seen.backward(dout, q, k, v, out, lse)
             dq_BHnD[:, queries].copy_(dq)
             if returning is not None:
                 returning.put()
             with in_flight(2 if heads.stop < k_BGnD.shape[1] else 0):
-                returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]), comm.narrow_gradients)
+                returning = _Scatter(dk, dv, exchange, (dk_BGnD[:, heads], dv_BGnD[:, heads]), comm.gradient(q_BHnD.dtype))
         if returning is not None:
             returning.put()
         return dq_BHnD, dk_BGnD, dv_BGnD, None, None, None, None
@@ -156,8 +160,7 @@ class _Gather:
 
 
 class _Scatter:
-    """Gradients of a few heads' keys and values of all tokens, on their way home to be summed: in float32 (float64 for float64),
-    or ``narrow`` in the dtype of the targets."""
+    """Gradients of a few heads' keys and values of all tokens, on their way home to be summed in ``dtype``."""
 
     def __init__(
         self,
@@ -165,9 +168,8 @@ class _Scatter:
         dv_BgTD: torch.Tensor,
         exchange: HeadExchange,
         targets: tuple[torch.Tensor, torch.Tensor],
-        narrow: bool,
+        dtype: torch.dtype,
     ) -> None:
-        dtype = targets[0].dtype if narrow else torch.promote_types(dk_BgTD.dtype, torch.float32)
         both_TBgD = torch.cat([x.permute(2, 0, 1, 3).to(dtype) for x in (dk_BgTD, dv_BgTD)], 2)
         by_rank = list(exchange.by_rank(both_TBgD).unflatten(0, (exchange.size, -1)).unbind(0))
         self._sent: list[torch.Tensor] | None = by_rank
@@ -200,6 +202,7 @@ def allgather_kv_attention(
     kv_dtype: KVDtype = "compute",
     kv_gradient_dtype: KVGradientDtype = "fp32",
     head_chunk: int = 1,
+    mask: torch.Tensor | None = None,
     bounds: Bounds | None = None,
 ) -> torch.Tensor:
     """Attention with keys and values gathered a few heads at a time. All ranks of the group call it together; autograd works.
@@ -218,8 +221,10 @@ def allgather_kv_attention(
         scale: of the scores; None: 1/sqrt(D).
         kv_dtype: in which keys and values travel: ``compute`` (theirs), or ``fp32`` or ``bf16`` where that is narrower: they are rounded to
             it once, this rank's own too, so that the result is the same at any number of ranks, one included.
-        kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
+        kv_gradient_dtype: in which gradients of keys and values travel; ``compute`` (theirs) or ``bf16``: fewer bytes than ``fp32``.
         head_chunk: key/value heads gathered and attended at a time.
+        mask: [B or 1, T/cp, T] booleans, True where one of this rank's tokens sees a token of the whole sequence (in its order, whatever
+            the layout), instead of all else that says so: any mask, at the cost of all scores. Tokens that see nothing get 0.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
             otherwise gathered from all ranks at every call.
     Returns:
@@ -227,13 +232,21 @@ def allgather_kv_attention(
     Raises:
         ValueError, UserError: for tensors, masks, heads or kernels that do not go together; see ``sequence_bounds``.
     """
+    given = bounds
     bounds = checked_bounds(
         (q, k, v), group, bounds, causal=causal, window=window, document_ids=document_ids, prefix=prefix, layout=layout, kernel=kernel
     )
     call, comm = KernelCall(kernel, scale), checked_dtypes(kv_dtype, kv_gradient_dtype, q.dtype)
+    seen = None
+    if mask is not None:
+        said = {"window": window, "document_ids": document_ids, "prefix": prefix, "bounds": given, "causal=False": None if causal else True}
+        check_mask(mask, q.shape[0], q.shape[1], bounds.seq_len, **said)
+        seen = AnyMask(mask, call)
     scheme = (
         LocalAttention(window, call, comm.keys)
         if bounds.local_len == bounds.seq_len
-        else AllGatherKVAttention(given_or_all(group), layout, window, head_chunk, call, comm)
+        else AllGatherKVAttention(given_or_all(group), layout, window, head_chunk, call, comm, seen)
     )
+    if seen is not None and bounds.local_len == bounds.seq_len:
+        return attended_by(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, comm).transpose(1, 2)
     return attend_public(scheme, q, k, v, bounds)

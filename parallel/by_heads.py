@@ -139,7 +139,7 @@ class ByHeads(NamedTuple):
     n_kv_heads: int
     head_chunk: int | None
     comm: CommDtypes
-    """Gradients of keys and values travel in float32 only where several ranks have parts of one."""
+    """Gradients of keys and values travel wider than they are made only where several ranks have parts of one."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -199,7 +199,8 @@ class ByHeads(NamedTuple):
             # Of what leaves only the gradients: keys and values are parts of the message that everything came in.
             leaving = [part.gradients() for keys in here for part in keys.only(stage.leaving[exchange.rank])]
             here = _kept(here, turn.kv, stage.leaving[exchange.rank])
-            nothing = k.new_empty(k[:, :0].shape, dtype=wide(k) if self.shared and not self.comm.narrow_gradients else k.dtype)
+            travels = self.comm.gradient(k.dtype) if self.shared else self.comm.whole_gradient(k.dtype)
+            nothing = k.new_empty(k[:, :0].shape, dtype=travels)
             del q, k, v, out, dout
             if returning is not None:
                 returning.finish(heads, self.shared)

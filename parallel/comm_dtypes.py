@@ -10,6 +10,7 @@ is (that of rounding counts as 1), without being rounded itself. What is kept fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
@@ -25,8 +26,18 @@ class CommDtypes:
 
     keys: torch.dtype | None = None
     """Of keys and values; None: as they are computed."""
-    narrow_gradients: bool = False
-    """Gradients travel in the dtype that keys and values are computed in, not in float32."""
+    gradients: KVGradientDtype = "fp32"
+    """Of their gradients, as the setting says."""
+
+    def gradient(self, computed: torch.dtype) -> torch.dtype:
+        """In what gradients of tensors in ``computed`` travel where parts of them are added up."""
+        if self.gradients == "bf16":
+            return torch.bfloat16
+        return computed if self.gradients == "compute" else torch.promote_types(computed, torch.float32)
+
+    def whole_gradient(self, computed: torch.dtype) -> torch.dtype:
+        """The same where one rank has all of them: never wider than they are made."""
+        return min(self.gradient(computed), computed, key=lambda dtype: dtype.itemsize)
 
     def sent(self, x: torch.Tensor) -> torch.Tensor:
         """Keys or values as they travel."""
@@ -51,16 +62,18 @@ AS_COMPUTED = CommDtypes()
 
 def comm_dtypes(kv_dtype: KVDtype, kv_gradient_dtype: KVGradientDtype) -> CommDtypes:
     """What two settings mean."""
-    return CommDtypes(_DTYPES[kv_dtype], kv_gradient_dtype == "compute")
+    return CommDtypes(_DTYPES[kv_dtype], kv_gradient_dtype)
 
 
 def checked_dtypes(kv_dtype: KVDtype, kv_gradient_dtype: KVGradientDtype, computed: torch.dtype) -> CommDtypes:
     """The same for tensors of dtype ``computed``. Raises ValueError for a name that is none, or a dtype that only sends more bytes."""
     if kv_dtype not in _DTYPES:
         raise ValueError(f"kv_dtype is {kv_dtype!r}; use one of {', '.join(_DTYPES)}")
+    if kv_gradient_dtype not in get_args(KVGradientDtype):
+        raise ValueError(f"kv_gradient_dtype is {kv_gradient_dtype!r}; use one of {', '.join(get_args(KVGradientDtype))}")
     comm = comm_dtypes(kv_dtype, kv_gradient_dtype)
     if comm.keys is None or comm.keys == computed:
-        return CommDtypes(None, comm.narrow_gradients)
+        return CommDtypes(None, comm.gradients)
     if comm.keys.itemsize >= computed.itemsize:
         raise ValueError(f"kv_dtype {kv_dtype} has no fewer bits than q, k and v, which are {computed}; use kv_dtype='compute'")
     return comm

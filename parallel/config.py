@@ -32,7 +32,7 @@ INNER_DEGREES = {"ring_x_ulysses": "ulysses", "double_ring": "ring_inner"}
 
 KVDtype = Literal["compute", "fp32", "bf16"]
 """In which dtype keys and values travel."""
-KVGradientDtype = Literal["fp32", "compute"]
+KVGradientDtype = Literal["fp32", "compute", "bf16"]
 """In which dtype gradients of keys and values travel."""
 
 
@@ -77,7 +77,7 @@ class ParallelConfig(Section):
     it once, where they are made, on one rank too, and computed with as they arrive: the same results at any cp, in fewer bytes."""
     kv_gradient_dtype: KVGradientDtype = "fp32"
     """In which gradients of keys and values travel between ranks. fp32: added up in float32 and rounded once; compute: in the dtype of the
-    products, half the bytes with bf16, rounded at every rank they pass."""
+    products, half the bytes with bf16, and bf16 whatever that is: rounded at every rank they pass."""
     kv_residence: Literal["device", "host"] = "device"
     """Where keys and values of full attention live, on one rank as in the ring. host: in host memory, from where they come to the device
     chunk by chunk, forward and backward; a window that a shard holds keeps its keys on the device. The ring only."""

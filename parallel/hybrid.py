@@ -147,7 +147,7 @@ def hybrid_attention(
         scale: of the scores; None: 1/sqrt(D).
         kv_dtype: in which keys and values travel: ``compute`` (theirs), or ``fp32`` or ``bf16`` where that is narrower: they are rounded to
             it once, this rank's own too, so that the result is the same at any number of ranks, one included.
-        kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
+        kv_gradient_dtype: in which gradients of keys and values travel; ``compute`` (theirs) or ``bf16``: fewer bytes than ``fp32``.
         head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
             otherwise gathered from all ranks at every call.

@@ -176,7 +176,7 @@ def backward_around(
         attend_backward(dout_BHTD, q_BHTD, kv_2BGSD[0], kv_2BGSD[1], out_BHTD, lse_BHT, plan.hops[hop], dq_BHTD, sums.own)
         del kv_2BGSD
         dkv_2BGSD = sums.whole()
-        followers = links.gradients(dkv_2BGSD.to(q_BHTD.dtype) if comm.narrow_gradients else dkv_2BGSD, hop, last_hop)
+        followers = links.gradients(dkv_2BGSD.to(comm.gradient(q_BHTD.dtype)), hop, last_hop)
         del dkv_2BGSD, sums
     # The own keys come last: their gradients take no room before, and the others' way home is hidden behind them.
     k_BGTD, v_BGTD = (comm.read(x, q_BHTD.dtype) for x in (k_BGTD, v_BGTD))
@@ -263,8 +263,7 @@ class _HaloAttention(torch.autograd.Function):
         for i, blocks in enumerate(plan.halos):
             sums = (dk_halos[i], dv_halos[i])
             attend_backward(dout_BHTD, q_BHTD, k_halos[i], v_halos[i], out_BHTD, lse_BHT, blocks, dq_BHTD, lambda sums=sums: sums)
-        if comm.narrow_gradients:
-            dk_halos, dv_halos = [x.to(k_BGTD.dtype) for x in dk_halos], [x.to(v_BGTD.dtype) for x in dv_halos]
+        dk_halos, dv_halos = ([x.to(comm.gradient(dtype)) for x in halos] for halos in (dk_halos, dv_halos))
         pending = [start_return(x, plan.n, 2, bounds, layout, group, tag) for x, tag in ((dk_halos, KEY_TAG), (dv_halos, VALUE_TAG))]
         own_k, own_v = (comm.read(x, dtype) for x in (k_BGTD, v_BGTD))
         attend_backward(dout_BHTD, q_BHTD, own_k, own_v, out_BHTD, lse_BHT, plan.own, dq_BHTD, lambda: (dk_BGTD, dv_BGTD))
@@ -308,7 +307,7 @@ def ring_attention(
         scale: of the scores; None: 1/sqrt(D).
         kv_dtype: in which keys and values travel: ``compute`` (theirs), or ``fp32`` or ``bf16`` where that is narrower: they are rounded to
             it once, this rank's own too, so that the result is the same at any number of ranks, one included.
-        kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
+        kv_gradient_dtype: in which gradients of keys and values travel; ``compute`` (theirs) or ``bf16``: fewer bytes than ``fp32``.
         rings: for a double ring (inner, outer): groups of neighbouring ranks, and of the ranks with this one's place among theirs.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
             otherwise gathered from all ranks at every call.

@@ -14,44 +14,19 @@ Legend: B batch row, H query heads, G key/value heads, n local tokens, T tokens 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 
-from models.attention import DEFAULT_CALL, KernelCall, LocalAttention, Plan, attend_all, attend_all_backward, check_shapes, tile_limits
+from models.attention import DEFAULT_CALL, KernelCall, LocalAttention, check_shapes, tile_limits
 from models.attention_plan import Pair, plan_rows
 from models.batch import Bounds
-from models.block import Gradients
 from parallel.by_heads import ByHeads, by_heads
 from parallel.comm_dtypes import AS_COMPUTED, CommDtypes, checked_dtypes
 from parallel.config import KVDtype, KVGradientDtype
 from parallel.head_exchange import HeadExchange
 from parallel.sequence import Layout, check_ranges
 from parallel.sequence_mask import attend_public, checked_bounds, given_or_all
-
-
-@dataclass(frozen=True)
-class WholeSequence:
-    """Attention as if alone: this rank has every token of its heads."""
-
-    plan: Plan
-
-    def forward(self, q_BhTD: torch.Tensor, k_BgTD: torch.Tensor, v_BgTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``parallel.by_heads.InnerAttention``."""
-        return attend_all(q_BhTD, k_BgTD, v_BgTD, self.plan)
-
-    def backward(
-        self,
-        dout_BhTD: torch.Tensor,
-        q_BhTD: torch.Tensor,
-        k_BgTD: torch.Tensor,
-        v_BgTD: torch.Tensor,
-        out_BhTD: torch.Tensor,
-        lse_BhT: torch.Tensor,
-    ) -> Gradients:
-        """See ``parallel.by_heads.InnerAttention``."""
-        return attend_all_backward(dout_BhTD, q_BhTD, k_BgTD, v_BgTD, out_BhTD, lse_BhT, self.plan)
+from parallel.visible import Planned
 
 
 class UlyssesAttention:
@@ -98,7 +73,7 @@ class UlyssesAttention:
         heads = (q_BHnD.shape[1], k_BGnD.shape[1])
         return ByHeads(self.exchange, self._inner(q_BHnD, bounds), *heads, self.head_chunk, self.comm)
 
-    def _inner(self, q_BHnD: torch.Tensor, bounds: Bounds) -> WholeSequence:
+    def _inner(self, q_BHnD: torch.Tensor, bounds: Bounds) -> Planned:
         """Attention of the whole sequence, planned once per micro-step."""
         limits = tile_limits(q_BHnD, self.window, self.call)
         key = ("ulysses", self.exchange.layout, self.window, self.exchange.size, limits)
@@ -106,7 +81,7 @@ class UlyssesAttention:
             check_ranges(bounds, self.exchange.layout, self.exchange.rank, self.exchange.size)
             whole = (0, bounds.seq_len)
             pairs = [Pair(whole, 0, whole, 0)]
-            bounds._cache[key] = WholeSequence(plan_rows(bounds.documents, pairs, self.window, limits, bounds.prefixes))
+            bounds._cache[key] = Planned(plan_rows(bounds.documents, pairs, self.window, limits, bounds.prefixes))
         return bounds._cache[key]
 
 
@@ -144,7 +119,7 @@ def ulysses_attention(
         scale: of the scores; None: 1/sqrt(D).
         kv_dtype: in which keys and values travel: ``compute`` (theirs), or ``fp32`` or ``bf16`` where that is narrower: they are rounded to
             it once, this rank's own too, so that the result is the same at any number of ranks, one included.
-        kv_gradient_dtype: in which gradients of keys and values travel; ``compute``: theirs, half of fp32's bytes in bf16.
+        kv_gradient_dtype: in which gradients of keys and values travel; ``compute`` (theirs) or ``bf16``: fewer bytes than ``fp32``.
         head_chunk: query heads of one rank exchanged and attended at a time; None: all of them.
         bounds: of this batch (``parallel.sequence_mask.sequence_bounds``), instead of causal, document_ids and prefix, which are
             otherwise gathered from all ranks at every call.

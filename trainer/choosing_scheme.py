@@ -76,7 +76,7 @@ def _choice(config: RunConfig, device_name: str | None, possible: list[tuple[Seq
         precision=config.train.precision,
         topology=Topology(min(target.ranks_per_node, target.ranks), parallel.cp, parallel.dp_shard, parallel.dp_replicate, tp=parallel.tp),
         rates=rates,
-        narrow=parallel.kv_gradient_dtype == "compute",
+        gradient_dtype=parallel.kv_gradient_dtype,
         kv_bytes=None if parallel.kv_dtype == "compute" else VALUE_BYTES[parallel.kv_dtype],
     )
     if config.parallel.sequence == "auto" and not problem.topology.crosses_nodes(parallel.cp):

@@ -55,7 +55,7 @@ def _all_sent() -> list[tuple[int, int, int, int]]:
 
 
 def _sent(
-    scheme: SequenceScheme, ulysses: int, heads: tuple[int, int], head_chunk: int | None, narrow: bool, kv_dtype: KVDtype = "compute"
+    scheme: SequenceScheme, ulysses: int, heads: tuple[int, int], head_chunk: int | None, narrow: Any, kv_dtype: KVDtype = "compute"
 ) -> tuple[int, int, int, int]:
     """(forward, backward) bytes of this rank in bfloat16, or where ``kv_dtype`` is that in float32, and those that leave its ``ulysses``
     neighbours."""
@@ -64,7 +64,7 @@ def _sent(
     bounds = Bounds.whole(1, SEQ_LEN).with_ranges(ranges_for("zigzag", SEQ_LEN, rank, size))
     dtype = torch.bfloat16 if kv_dtype == "compute" else torch.float32
     q, k, v = (torch.randn(1, n, SEQ_LEN // size, DIM, dtype=dtype, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
-    attend = attention_over(mesh, "zigzag", None, scheme, head_chunk, comm_dtypes(kv_dtype, "compute" if narrow else "fp32"))
+    attend = attention_over(mesh, "zigzag", None, scheme, head_chunk, comm_dtypes(kv_dtype, GRADIENTS.get(narrow, narrow)))
     with Sent(ulysses) as forward:
         out = attend(q, k, v, bounds)
     with Sent(ulysses) as backward:
@@ -77,6 +77,7 @@ def problem(cp: int, tokens: int, heads: tuple[int, int] = (32, 8), ranks_per_no
     return SequenceProblem(*heads, dim, tokens, 1, 2, "bf16", topology, Rates.from_device(DEVICES["h100"]))
 
 
+GRADIENTS: dict[Any, Any] = {False: "fp32", True: "compute"}
 VOLUMES: list[Any] = [
     ("ring", 1, (4, 2), None, False),
     ("ring", 1, (4, 2), None, True),
@@ -93,17 +94,17 @@ VOLUMES: list[Any] = [
     ("ring_x_ulysses", 2, (4, 2), None, True),
     ("ring", 1, (4, 2), None, True, "bf16"),
     ("double_ring", 2, (4, 2), None, False, "bf16"),
-    ("allgather_kv", 1, (4, 2), 1, False, "bf16"),
-    ("ulysses", 4, (8, 4), 1, False, "bf16"),
-    ("ulysses", 4, (7, 1), None, False, "bf16"),
-    ("ring_x_ulysses", 2, (4, 2), None, False, "bf16"),
+    ("allgather_kv", 1, (4, 2), 1, "bf16", "bf16"),
+    ("ulysses", 4, (8, 4), 1, "bf16", "bf16"),
+    ("ulysses", 4, (7, 1), None, "bf16", "bf16"),
+    ("ring_x_ulysses", 2, (4, 2), None, "bf16", "bf16"),
 ]
 
 
 def test_volumes_are_those_of_the_engine() -> None:
     by_rank = run_distributed(_all_sent, 4)
     for i, (scheme, ulysses, heads, head_chunk, narrow, *kv_dtype) in enumerate(VOLUMES):
-        given = replace(problem(4, SEQ_LEN // 4, heads, dim=DIM), narrow=narrow)
+        given = replace(problem(4, SEQ_LEN // 4, heads, dim=DIM), gradient_dtype=GRADIENTS.get(narrow, narrow))
         given = replace(given, value_bytes=4, kv_bytes=2) if kv_dtype else given
         cost = scheme_cost(given, scheme, ulysses, head_chunk)
         if kv_dtype and scheme in ("ring", "double_ring", "allgather_kv"):

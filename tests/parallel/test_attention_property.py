@@ -271,6 +271,11 @@ def test_gradients_that_travel_in_bf16_are_rounded_and_no_more(monkeypatch, sche
     assert all(n < 2.5 * w for w, n in zip(wide[2:], narrow[2:], strict=True)), (wide, narrow)
     if scheme == "ring" and window is None:  # elsewhere every part is one kernel's, which is rounded already
         assert all(w < n for w, n in zip(wide[2:], narrow[2:], strict=True))
+    case.options, tensors = {"kv_gradient_dtype": "bf16"}, case.tensors(torch.float32, 5)
+    shards = run_simulated(monkeypatch, _call, 4, case, tensors)
+    wanted = _expected(case, tensors, case.length)
+    errors = [_error(unshard_sequence(list(part), 1, "zigzag"), e) for part, e in zip(zip(*shards, strict=True), wanted, strict=True)]
+    assert max(errors[:2]) < 1e-5 and all(1e-4 < error < 1e-2 for error in errors[2:]), errors
 
 
 @pytest.mark.parametrize("scheme", list(FUNCTIONS))
@@ -314,6 +319,7 @@ REFUSED = [
     ((4, 2), {"kernel": "cudnn"}, UserError, "'cudnn' cannot compute .* it runs on CUDA only; use 'auto'"),
     ((4, 2), {"kv_dtype": "fp32"}, ValueError, "no fewer bits than q, k and v, which are torch.bfloat16; use kv_dtype='compute'"),
     ((4, 2), {"kv_dtype": "fp8"}, ValueError, "kv_dtype is 'fp8'; use one of compute, fp32, bf16"),
+    ((4, 2), {"kv_gradient_dtype": "fp8"}, ValueError, "kv_gradient_dtype is 'fp8'; use one of fp32, compute, bf16"),
     ((4, 2), {"layout": "striped"}, ValueError, "layout is 'striped'"),
 ]
 
