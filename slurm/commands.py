@@ -75,11 +75,17 @@ def _with_job(row: RunRow, submission: Submission | None, jobs: list[QueuedJob])
         return replace(row, status="died", reason=GONE)
     row = replace(row, job=job.id, nodes=job.nodes or row.nodes)
     where = f"job {job.id} {job.state.lower()}" + (f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason else "")
+    if row.status == "stopped" and job.state == "RUNNING" and row.updated > _last_start(row):
+        return replace(row, reason=f"{where}; {row.reason}")  # saved, and about to end
     if row.status != "running" or job.state == "PENDING":
         status = {"PENDING": "queued", "RUNNING": "starting"}.get(job.state, row.status)
         before = row.reason if row.status == "stopped" else ""
         return replace(row, status=status, reason="; ".join(part for part in (where, before) if part))
     return replace(row, reason=where)
+
+
+def _last_start(row: RunRow) -> float:
+    return max((float(record["started"]) for record in attempts.read_records(RunDir(row.path)) if "started" in record), default=0.0)
 
 
 def _with_accounts(rows: list[RunRow], submissions: dict[Path, Submission]) -> list[RunRow]:

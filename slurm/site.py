@@ -21,6 +21,18 @@ from trainer.config_file import describe, read_mapping
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_KEY|_KEY$|^KEY$|AUTH", re.IGNORECASE)
 """Names of variables that hold secrets as a rule."""
+ASSIGNED = re.compile(r"(?:^|[\s;&(])([A-Za-z_][A-Za-z0-9_]*)=(?!\$|\s|$|[\"']\$)")
+"""Variables that a line of bash gives a value that stands in it."""
+OF_SITE = {
+    "--partition": "partition", "--account": "account", "--qos": "qos", "--time": "time", "--mem": "mem", "--export": "export",
+    "--cpus-per-task": "cpus_per_node", "--signal": "warn_seconds",
+}  # fmt: skip
+"""Options of sbatch that have a key of their own: among ``sbatch`` they would win over the command line, or be lost."""
+OF_JOB = (
+    "--job-name", "--comment", "--nodes", "--ntasks", "--ntasks-per-node", "--array", "--dependency", "--requeue", "--no-requeue",
+    "--open-mode", "--chdir", "--output",
+)  # fmt: skip
+"""Options that every job has from what is submitted."""
 
 
 class Site(Section):
@@ -81,7 +93,23 @@ class Site(Section):
         for option in options:
             if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.*)?", option):
                 raise ValueError(f"'{option}' is not an option such as --constraint=h100")
+            name = option.split("=")[0]
+            if name in OF_SITE:
+                raise ValueError(f"{name} has a key of its own: {OF_SITE[name]}")
+            if name in OF_JOB:
+                raise ValueError(f"{name} follows from what is submitted, and cannot be set here")
         return options
+
+    @field_validator("setup", "health")
+    @classmethod
+    def _check_lines(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
+        secret = next((name for line in lines for name in ASSIGNED.findall(line) if SECRET.search(name)), None)
+        if secret is not None:
+            raise ValueError(
+                f"{secret} looks like a secret, and what stands here stands in the job's script; keep it in a file that only you can read: "
+                "setup: [source FILE]"
+            )
+        return lines
 
 
 def site_path() -> Path:

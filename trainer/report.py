@@ -112,7 +112,9 @@ def _figure(title: str, curves: dict[str, Curve], *, logarithmic: bool = False) 
             lines.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
         else:
             lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        legend.append(f'<span style="color:{colour}">&#9632;</span> {html.escape(name)} {curve[-1][1]:.4g}')
+        value = curve[-1][1]
+        last_value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        legend.append(f'<span style="color:{colour}">&#9632;</span> {html.escape(name)} {last_value}')
     levels = [10.0**power for power in ticks(scaled(low), scaled(high)) if power == round(power)] if wide else ticks(low, high)
     grid = [
         f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{down(tick):.1f}" y2="{down(tick):.1f}" stroke="#d8dee4"/>'

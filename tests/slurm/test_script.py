@@ -157,6 +157,11 @@ def test_notes_are_made_whatever_slurm_sends_meanwhile(tmp_path: Path) -> None:
         ("export: [AWS_SECRET_ACCESS_KEY]", ["export", "looks like a secret"]),
         ("export: ['HOME;rm']", ["is not the name of a variable"]),
         ("sbatch: ['constraint=h100']", ["sbatch", "is not an option"]),
+        ("sbatch: ['--export=ALL']", ["sbatch", "--export has a key of its own: export"]),
+        ("sbatch: ['--time=1']", ["sbatch", "--time has a key of its own: time"]),
+        ("sbatch: ['--no-requeue']", ["sbatch", "--no-requeue follows from what is submitted"]),
+        ("setup: ['cd /; export HF_TOKEN=hf_x']", ["setup", "HF_TOKEN looks like a secret", "source FILE"]),
+        ("health: ['PASSWORD=\"x\" check']", ["health", "PASSWORD looks like a secret"]),
         ("idle_attempts: 0", ["idle_attempts"]),
         ("warn_seconds: soon", ["warn_seconds"]),
         ("partition: 3", ["partition"]),
@@ -170,6 +175,11 @@ def test_a_bad_site_file_names_the_key(text: str, parts: list[str], tmp_path: Pa
         read_site(tmp_path / "site.yaml")
     for part in ["site.yaml", *parts]:
         assert part in str(error.value)
+
+
+def test_secrets_may_be_read_in_the_job() -> None:
+    lines = ("source ~/.secrets", "export HF_TOKEN=$(cat ~/.hf)", 'export WANDB_API_KEY="$(cat ~/.wandb)"', "unset HF_TOKEN", "X=1 y")
+    assert Site(setup=lines).setup == lines
 
 
 def test_a_site_file_and_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

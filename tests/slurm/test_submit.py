@@ -185,6 +185,23 @@ def test_runs_shows_the_queue_and_knows_a_job_by_its_token(
     assert line[1] == shown[0] and shown[1] in line[-1]
 
 
+def test_a_run_that_has_saved_and_is_about_to_end_does_not_start(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = submitted(slurm)
+    slurm.queue(("41", "RUNNING", "n1", "None", f"longstride {read_submission(run_dir).token}"))
+
+    def shown() -> tuple[str, str]:
+        capsys.readouterr()
+        assert main(["runs"]) == 0
+        line = capsys.readouterr().out.splitlines()[1].split("\t")
+        return line[1], line[-1]
+
+    attempts.start(run_dir, "41", "n1")
+    run_dir.write_state("stopped", step=3, reason="stopped by SIGUSR1")
+    assert shown() == ("stopped", "job 41 running on n1; stopped by SIGUSR1")
+    attempts.start(run_dir, "41", "n1")
+    assert shown() == ("starting", "job 41 running on n1; stopped by SIGUSR1")
+
+
 def test_runs_without_an_answer_shows_what_directories_say(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
     submitted(slurm)
     slurm.answer("squeue", "squeue: error: no DNS\nsqueue: error: no DNS\nsqueue: fatal: no   configuration\n", code=1)
