@@ -113,7 +113,8 @@ def page(report: dict[str, Any]) -> str:
         "# Mixture of Memories: memories on their own tokens, or all on all",
         "",
         f"{where(report['machine'], 'torch')}. One thread, float32, load average {load} before. Made by "
-        "`python benchmarks/mom_routing.py`; its first lines say what is measured. Difference: largest of a result or a gradient, over its largest value.",
+        "`python benchmarks/mom_routing.py`; its first lines say what is measured. Difference: largest of a result or a "
+        "gradient, over its largest value.",
         "",
         "| layer | routed, tokens/s | dense, tokens/s | x | routed, peak MiB | dense, peak MiB | x | difference |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
