@@ -121,9 +121,10 @@ def quantise_matrices_(model: nn.Module) -> None:
 
 def parameter_groups(model: nn.Module, routed: Sequence[Routed], config: OptimConfig) -> list[dict[str, Any]]:
     """Parameter groups: decayed first, each with its own weight decay and learning rate; empty ones are left out. ``lr_factor`` is for a
-    caller that sets rates by a schedule of ``config.lr``. Raises ValueError for a group of the configuration that matches no name."""
+    caller that sets rates by a schedule of ``config.lr``; ``fixed_lr`` in its place is a rate that follows none. Raises ValueError for a
+    group of the configuration that matches no name."""
     narrow = 1.0 if config.mup_base_width is None else config.mup_base_width / _width(model)
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, float, bool], list[nn.Parameter]] = {}
     matched: set[str] = set()
     for one in sorted(routed, key=lambda one: not one.decayed):
         own = next((group for group in config.groups if fnmatchcase(one.name, group.match)), None)
@@ -134,7 +135,8 @@ def parameter_groups(model: nn.Module, routed: Sequence[Routed], config: OptimCo
             rate = rate if own.lr is None else own.lr
             decay = decay if own.weight_decay is None else own.weight_decay
         factor = rate / config.lr * (narrow if one.decayed or one.makes_logits else 1.0)
-        groups.setdefault((one.decayed, decay, factor), []).append(one.parameter)
+        fixed = own is not None and own.schedule == "none"
+        groups.setdefault((one.decayed, decay, factor, fixed), []).append(one.parameter)
     for group in config.groups:
         if group.match not in matched:
             names = ", ".join(one.name for one in routed[:4])
@@ -142,8 +144,9 @@ def parameter_groups(model: nn.Module, routed: Sequence[Routed], config: OptimCo
                 f"optim.groups: {group.match!r} matches no parameter, or none that a group before it leaves; names are {names}, ..."
             )
     return [
-        {"params": parameters, "weight_decay": decay, "lr": config.lr * factor, "lr_factor": factor}
-        for (_, decay, factor), parameters in groups.items()
+        {"params": parameters, "weight_decay": decay, "lr": config.lr * factor}
+        | ({"fixed_lr": config.lr * factor} if fixed else {"lr_factor": factor})
+        for (_, decay, factor, fixed), parameters in groups.items()
     ]
 
 

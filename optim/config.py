@@ -94,11 +94,14 @@ class GroupConfig(Section):
     """Peak learning rate; null: as without this group."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Decoupled weight decay; null: as without this group."""
+    schedule: Literal["run", "none"] = "run"
+    """run: its rate follows optim.schedule; none: it has its rate from the first step to the last, as values of memory layers in
+    arXiv 2412.09764."""
 
     @model_validator(mode="after")
     def _check_something_is_set(self) -> GroupConfig:
-        if self.lr is None and self.weight_decay is None:
-            raise ValueError(f"group {self.match} sets nothing; give it lr or weight_decay")
+        if self.lr is None and self.weight_decay is None and self.schedule == "run":
+            raise ValueError(f"group {self.match} sets nothing; give it lr, weight_decay or schedule")
         return self
 
 

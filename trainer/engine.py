@@ -265,7 +265,7 @@ class Engine:
 
     def _set_rates(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
+            group["lr"] = group["fixed_lr"] if "fixed_lr" in group else lr * group.get("lr_factor", 1.0)
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
         """Loss over whole-sequence ``batches`` without gradients; every rank must give equally many, at least one."""

@@ -4,8 +4,8 @@
 
 A lane begins with a chunk of its own and is filled up to whole chunks, so that no token's chunk, and not even its rounding, depends on
 another document, and no later token moves an earlier one. There are as many chunks as lanes can need at most, whatever the routing:
-memory is that of the tokens that are routed, no token is dropped and plans hold. Where a lane begins the host must know, once per tile:
-there the scan over chunks takes up another state.
+memory is that of the tokens that are routed, no token is dropped and plans hold. Where a lane begins, the scan over chunks takes up
+another state: this the host must know, once per tile.
 
 Legend: B row, T token, k memories of a token, R all memories, L lane (document x memory), N chunk of tokens, n chunk of lanes, c place in
 it, H head, D channel.
@@ -179,16 +179,16 @@ def plan_lanes(chosen_BTk: Tensor, bounds: Bounds, span: Range, heads: int, memo
     B, T, k = chosen_BTk.shape
     documents, device = _documents(bounds, span, chosen_BTk.device), chosen_BTk.device
     n_documents = documents.edges_BE.shape[1] - 1
-    goes_BTR = torch.zeros(B, T + 1, memories, dtype=torch.int64, device=device)
+    goes_BTR = torch.zeros(B, T + 1, memories, dtype=torch.int32, device=device)
     goes_BTR[:, 1:].scatter_(2, chosen_BTk, 1)
-    before_BTR = goes_BTR.cumsum(1)  # tokens of each memory before place t
+    before_BTR = goes_BTR.cumsum(1, dtype=torch.int32)  # tokens of each memory before place t
     at_edges_BER = before_BTR.gather(1, documents.edges_BE.unsqueeze(-1).expand(-1, -1, memories))
-    counts_BL = at_edges_BER.diff(dim=1).flatten(1)
+    counts_BL = at_edges_BER.diff(dim=1).flatten(1).long()
     used_BL = (counts_BL + chunk - 1) // chunk
     first_BL = used_BL.cumsum(1) - used_BL
     lane_BTk = documents.number_BT.unsqueeze(-1) * memories + chosen_BTk
     begin_BTR = before_BTR.gather(1, documents.begin_BT.unsqueeze(-1).expand(-1, -1, memories))
-    place_BTk = (before_BTR[:, :-1] - begin_BTR).gather(2, chosen_BTk)
+    place_BTk = (before_BTR[:, :-1] - begin_BTR).gather(2, chosen_BTk).long()
     slot_BTk = first_BL.gather(1, lane_BTk.flatten(1)).view(B, T, k) * chunk + place_BTk
     n = chunks_needed(bounds, span, k, memories, chunk)
     switches = _switches(_on_host(counts_BL, documents, k, memories), documents, n_documents, memories, chunk)

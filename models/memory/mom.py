@@ -8,10 +8,10 @@
 A memory that a token does not go to is neither decayed nor written: its gates are a = 1, b = 0. Each memory works on its own tokens, sorted
 into lanes (`models.memory.lanes`) whose shapes do not depend on the routing; or, the same to rounding, all memories run as heads of one
 rule on all tokens. States are affine either way: one exchange over ranks, for which each memory's outputs are put back in the order of
-tokens. Projections and convolutions are those of all memories for all tokens: a token's convolution needs its neighbours', of which two in
-three go to a memory of eight by chance alone when two are chosen, nearly all to one of four. Convolutions are taken over the text, before
-the routing: over a memory's own tokens, as in the published code, a token would need its memory's last ones from any distance (and that
-code mixes neighbours of other rows in).
+tokens. Projections and convolutions are those of all memories for all tokens: a convolution reads a token's neighbours, so that with two
+chosen of eight by chance a memory needs two tokens in three, of four nearly all. Convolutions are taken over the text, before the routing:
+over a memory's own tokens, as in the published code, a token would need its memory's last ones from any distance (and that code mixes
+neighbours of other rows in).
 Left out: the loss that balances the memories' load.
 
 Legend: B row, T token, C channel, H head, R memory (the shared one last), E memories to choose from, K key, V value, G = B*R*H, N chunk,

@@ -52,10 +52,14 @@ def all_layers(config, layer, **changes):
     return Policy((layer,) * len(config.layer_kinds), **changes)
 
 
+CLUSTERS = (((0, 2), (50, 5)), ((0, 1),))
+"""For layers that fetch parameters by document."""
+
+
 def make_batch(seed=0, tokens=TOKENS):
     ids = torch.randint(VOCAB, (2, tokens), generator=torch.Generator().manual_seed(seed))
     documents = ((0, tokens // 2 + 2), (0,))
-    return Batch(ids, ids.roll(-1, 1), torch.arange(tokens).expand(2, tokens), Bounds(tokens, ((0, tokens),), documents))
+    return Batch(ids, ids.roll(-1, 1), torch.arange(tokens).expand(2, tokens), Bounds(tokens, ((0, tokens),), documents, (), CLUSTERS))
 
 
 def gradients(model, bf16=False, batches=1):

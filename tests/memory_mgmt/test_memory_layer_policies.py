@@ -15,7 +15,10 @@ from tests.memory_mgmt.test_execution import PRECISIONS, all_layers, assert_same
 
 KEYS = {"n_keys": 6, "heads": 2, "top_k": 3, "key_dim": 8, "qk_norm": True}
 BESIDE = {**KEYS, "attach": "beside"}
-CONFIG = config_of("swa", "memory", n_layers=4, feedforward=("product_keys", "product_keys", "dense"), product_keys=BESIDE)
+HIERARCHICAL = {"branching": (2, 3), "units": (5, 3)}
+CONFIG = config_of(
+    "swa", "memory", n_layers=4, feedforward=("product_keys", "hierarchical", "dense"), product_keys=BESIDE, hierarchical=HIERARCHICAL
+)
 PARTS = LayerPolicy(Split(0.5, 0.5, 0), Split(0.3, 0.3, 0.4), Split(0.6, 0.4, 0), Split(0.5, 0.0, 0.5))
 POLICIES = {
     "block": all_layers(CONFIG, RECOMPUTE_BLOCK),
@@ -46,10 +49,15 @@ def test_same_losses_and_gradients(name: str, precision: str) -> None:
     assert_same(got, results(make(CONFIG, dtype), bf16), tolerance)
 
 
-@pytest.mark.parametrize("keys", [KEYS, BESIDE], ids=["in place", "beside"])
-def test_recomputing_the_feed_forward_keeps_only_the_stream(keys: dict) -> None:
-    """Of a layer that reads a table: its share of what waits for backward is the formula's (``Shapes.product_keys_kept``)."""
-    config = config_of("swa", n_layers=1, d_model=32, feedforward=("product_keys",), product_keys=keys)
+@pytest.mark.parametrize(
+    "settings",
+    [{"product_keys": KEYS}, {"product_keys": BESIDE}, {"hierarchical": HIERARCHICAL}],
+    ids=["in place", "beside", "hierarchical"],
+)
+def test_recomputing_the_feed_forward_keeps_only_the_stream(settings: dict) -> None:
+    """Of a layer that reads a table: its share of what waits for backward is the formula's (``Shapes.reader_kept``)."""
+    (kind,) = settings
+    config = config_of("swa", n_layers=1, d_model=32, feedforward=(kind,), **settings)
     batch = make_batch()
 
     def kept(policy: LayerPolicy) -> int:
@@ -58,7 +66,7 @@ def test_recomputing_the_feed_forward_keeps_only_the_stream(keys: dict) -> None:
 
     again, whole = (kept(LayerPolicy(KEEP, RECOMPUTE, KEEP, split)) for split in (RECOMPUTE, KEEP))
     shapes = Shapes(config, rows=2, tokens=96, precision="fp64")
-    assert whole - again == pytest.approx(shapes.product_keys_kept() - shapes.stream, rel=0.05)
+    assert whole - again == pytest.approx(shapes.reader_kept(kind) - shapes.stream, rel=0.05)
 
 
 @pytest.mark.parametrize("split", [SWAP, Split(0.0, 0.0, 0.0, 1.0)])

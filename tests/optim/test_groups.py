@@ -39,6 +39,33 @@ def test_groups_have_their_own_rate_and_decay(preset: str) -> None:
     assert found["norm.bias"] == (pytest.approx(2e-3), 0.0)
 
 
+@pytest.mark.parametrize("preset", ["adamw", "adamw_8bit"])
+def test_a_rate_outside_the_schedule_stays(preset: str) -> None:
+    """Through an engine's steps: the others follow the rate that each step is given."""
+    from trainer.build import build_engine
+    from trainer.config import RunConfig
+
+    groups = [
+        {"match": "embed.*", "lr": 3e-3, "schedule": "none"},
+        {"match": "head.*", "schedule": "none"},
+        {"match": "norm.*", "lr": 2e-3},
+    ]
+    values = {"model": {"d_model": 16, "n_heads": 2, "layers": ["swa"]}, "optim": {"preset": preset, "lr": 1e-3, "groups": groups}}
+    engine = build_engine(RunConfig.model_validate(values), 64, None, torch.device("cpu"))
+    tokens = torch.arange(8).view(1, 8)
+    batch = Batch(tokens, tokens + 1, tokens, Bounds.whole(1, 8))
+    for lr in (1e-4, 5e-4):
+        engine.forward_backward([batch])
+        before = engine.model.embed.weight.detach().clone()
+        engine.step(lr)
+        found = rates(engine.optimizer, engine.model)  # type: ignore[arg-type]
+        assert found["embed.weight"][0] == pytest.approx(3e-3) and found["head.weight"][0] == pytest.approx(1e-3)
+        assert found["norm.weight"][0] == pytest.approx(2 * lr) and found["blocks.0.mixer.wq.weight"][0] == pytest.approx(lr)
+        assert not torch.equal(before, engine.model.embed.weight)
+    with pytest.raises(ValueError, match="give it lr, weight_decay or schedule"):
+        OptimConfig.model_validate({"groups": [{"match": "up.*", "schedule": "run"}]})
+
+
 def test_a_group_that_matches_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"optim\.groups: 'blocks\.\*' matches no parameter.*names are embed\.weight"):
         build_optimizer(make(), groups=({"match": "blocks.*", "lr": 1e-3},))

@@ -17,6 +17,7 @@ from memory_mgmt.trace import Trace
 from parallel.columns import sent_bytes
 from tests.distributed import run_distributed
 from tests.trainer.test_step_trace import VOCAB, config, request
+from tests.trainer.test_step_trace import real_peak as peak_of
 from trainer.build import build_engine, mesh_for
 from trainer.config import RunConfig
 from trainer.step_trace import _batch, _cuts, trace_request
@@ -92,10 +93,9 @@ HIERARCHICAL = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_planned_documents_of_hierarchical_memories(name: str) -> None:
+def test_planned_documents_of_hierarchical_memories() -> None:
     """As many as are planned for, of clusters apart from each other: the allocator's peak, and their rows of the table's gradient."""
-    settings = config_of(CASES[name]).model_dump(mode="json") | {"model": HIERARCHICAL}
+    settings = config_of({}).model_dump(mode="json") | {"model": HIERARCHICAL}
     settings["data"] |= {"source": "jsonl", "path": "any", "cluster_key": "cluster"}
     settings["train"] |= {"grad_accum": 1}
     cfg = RunConfig.model_validate(settings)
@@ -104,11 +104,20 @@ def test_planned_documents_of_hierarchical_memories(name: str) -> None:
     assert rows == 2 * 4 * (24 + 40)  # two layers
     assert trace.peak()[0] == pytest.approx(measured, rel=0.02)
     assert any(b.kind == "gradient" and b.size == rows * 3 * cfg.model.d_model * 4 for b in trace.of("device"))
-    if name == "kept":  # over two ranks each fetches for its two documents, half of the columns from the other
-        settings["parallel"] |= {"cp": 2}
-        shared = trace_request({**request(RunConfig.model_validate(settings)), "world_size": 2})
-        sent = [op for op in shared.ops if "alltoall" in op.name and op.module.endswith("ffn") and op.phase == "forward"]
-        assert [op.message_bytes for op in sent] == [2 * 2 * (24 + 40) * (3 * cfg.model.d_model // 2) * 4] * 2
+    # Over two ranks each fetches for its two documents, half of the columns from the other.
+    settings["parallel"] |= {"cp": 2}
+    shared = trace_request({**request(RunConfig.model_validate(settings)), "world_size": 2})
+    sent = [op for op in shared.ops if "alltoall" in op.name and op.module.endswith("ffn") and op.phase == "forward"]
+    assert [op.message_bytes for op in sent] == [2 * 2 * (24 + 40) * (3 * cfg.model.d_model // 2) * 4] * 2
+
+
+def test_routed_memories_take_what_is_planned_whatever_the_routing() -> None:
+    """The trace knows no routing; lanes are as large as they can need to be."""
+    mixture = {"kind": "mom", "chunk_size": 32, "mom": {"n_memories": 6, "top_k": 1}}
+    model = {"layers": ["memory", "swa"], "n_layers": 2, "memory": mixture}
+    cfg = config(model=model, memory={"memory_tile_tokens": 256}, optim={"preset": "adamw_8bit"})
+    trace = trace_request(request(cfg))
+    assert trace.peak()[0] == pytest.approx(peak_of(cfg), rel=0.02)
 
 
 def test_layers_with_tables_of_their_own_are_all_traced() -> None:
