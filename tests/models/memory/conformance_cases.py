@@ -195,7 +195,7 @@ def _of_heads(case: Case) -> Case:
     return replace(case, settings={**case.settings, "n_heads": 6 if groups > 1 else 5, "mamba2": sizes})
 
 
-_SAME_HEADS = ("mom, one of four", "titans, linear, reset", "titans, shifted")
+_SAME_HEADS = ("mom, dense", "mom, one of four", "titans, linear, reset", "titans, shifted")
 """Cases that differ from others in what happens inside a head."""
 
 BY_HEADS: dict[str, Case] = {
