@@ -239,8 +239,7 @@ class MixtureOfMemories(GatedDeltaNet):
         if len(spans) > 1:
             saved = n * (itemsize * d + wide * joined) + batch_size * wide * A * K * W * len(spans) + self.head_bytes(n, itemsize)
         elif in_lanes:
-            in_order = split or self.carry.heads is not None  # what ranks exchange is in the order of tokens
-            outputs = n * A * V if in_order else batch_size * slots * H * V
+            outputs = n * A * V if split or self.carry.heads is not None else batch_size * slots * H * V
             places = 8 * batch_size * (tokens * k + slots)
             saved = n * (projected + wide * (H * (K + V) + A * K + joined)) + wide * (worked * of_rule + outputs) + places
         else:

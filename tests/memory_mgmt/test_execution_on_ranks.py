@@ -19,7 +19,7 @@ from tests.distributed import run_distributed
 from tests.memory_mgmt.test_execution import PARTS, SWAP_ALL, TOKENS, VOCAB, assert_same, config_of, fill, gradients, make, make_batch
 
 
-def ranks_gradients(config, policy, layout, cp, dp_shard, micro_batches, bf16, scheme="ring", head_chunk=None):
+def ranks_gradients(config, policy, layout, cp, dp_shard, micro_batches, bf16, scheme="ring", head_chunk=None, memory="states"):
     """Losses and whole gradients of a model that is split over sequence and FSDP2 ranks."""
     degrees = ParallelConfig(cp=cp, dp_shard=dp_shard, sequence=scheme, head_chunk=head_chunk)
     mesh = build_mesh(ParallelDims.from_config(degrees, dist.get_world_size()), "cpu")
@@ -27,7 +27,7 @@ def ranks_gradients(config, policy, layout, cp, dp_shard, micro_batches, bf16, s
     model = Transformer(config, VOCAB).to(torch.float32 if bf16 else torch.float64)
     if policy is not None:
         apply_policy(model, policy, store)
-    parallelize(model, mesh, layout, scheme, head_chunk)
+    parallelize(model, mesh, layout, scheme, head_chunk, memory=memory)
     fill(model)
     for i in range(micro_batches):
         batch = make_batch(i)
@@ -68,6 +68,29 @@ def test_same_gradients_under_every_scheme(layer, scheme, head_chunk):
     got = run_distributed(ranks_gradients, 2, config, Policy((layer,) * 2), "zigzag", 2, 1, 1, False, scheme, head_chunk)
     for one in got:
         assert_same(one, want, 1e-12)
+
+
+def by_every_exchange(config):
+    """Gradients under two policies by every exchange, the last ones in bf16."""
+    runs = [(exchange, number, False) for exchange in ("ring", "ulysses") for number in (0, 1)]
+    runs += [(exchange, 1, True) for exchange in ("states", "ring", "ulysses")]
+    return {
+        (exchange, number, bf16): ranks_gradients(config, RANK_POLICIES[number], "zigzag", 2, 1, 1, bf16, memory=exchange)
+        for exchange, number, bf16 in runs
+    }
+
+
+def test_same_gradients_by_every_memory_exchange():
+    config = config_of("full", "swa", "memory", n_layers=3)
+    want = gradients(make(config))[1:]
+    for of_rank in run_distributed(by_every_exchange, 2, config):
+        errors = {}
+        for (exchange, _, bf16), got in of_rank.items():
+            if bf16:
+                errors[exchange] = sum(float((g.double() - w).square().sum()) for g, w in zip(got, want, strict=True))
+            else:
+                assert_same(got, want, 1e-12)
+        assert max(errors.values()) < 1.5 * errors["states"] < 0.01 * sum(float(w.square().sum()) for w in want), errors
 
 
 def test_bf16_on_ranks_gives_the_same_bits_as_the_plain_model_on_ranks():

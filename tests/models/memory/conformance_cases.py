@@ -195,10 +195,13 @@ def _of_heads(case: Case) -> Case:
     return replace(case, settings={**case.settings, "n_heads": 6 if groups > 1 else 5, "mamba2": sizes})
 
 
+_SAME_HEADS = ("mom, dense", "mom, one of four", "titans, linear, reset", "titans, shifted")
+"""Cases that differ from others in what happens inside a head."""
+
 BY_HEADS: dict[str, Case] = {
     f"{name}, by heads": _of_heads(case)
     for name, case in CASES.items()
-    if case.settings["kind"] in HEADWISE and case.settings.get("attach", "mixer") == "mixer"
+    if case.settings["kind"] in HEADWISE and case.settings.get("attach", "mixer") == "mixer" and name not in _SAME_HEADS
 }
 """The kinds whose heads ranks may share: ``CASES`` have two."""
 

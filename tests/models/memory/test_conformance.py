@@ -336,7 +336,7 @@ def test_split_sequence_equals_one_process(name, scenario, answers):
     want = split_run(name, module, scenario)
     compared = 0
     for size in SIZES:
-        for how in ways(name, size):
+        for how in ways(name, size, scenario):
             parts = [answers[rank][name, how, size, scenario] for rank in range(size)]
             for ranges, part in parts:
                 for key in ("y", "dx"):
