@@ -316,8 +316,8 @@ def own_answers(known: Sequence[Own]) -> Iterator[list[Own]]:
     """longstride's plans for ``own_cases``, again after each that is new; ``known`` ones with the same settings are not made again."""
     answers = {one.case: one for one in known}
     cases = own_cases()
-    # What did not fit before is of most interest.
-    for case in sorted(cases, key=lambda case: case.name in answers and bool(answers[case.name].fits)):
+    # Few ranks are traced soon; of those, what did not fit before is of most interest.
+    for case in sorted(cases, key=lambda case: (case.recipe.gpus, case.name in answers and bool(answers[case.name].fits))):
         if case.name not in answers or answers[case.name].settings != own_overrides(case.recipe):
             answers[case.name] = own_choice(case.name, case.recipe, case.peak_gib, case.seconds)
             yield [answers[one.name] for one in cases if one.name in answers]

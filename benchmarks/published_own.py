@@ -5,16 +5,20 @@ Part of ``plan_published.py --own``. A recipe that gives every GPU a sequence of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from published_methods import estimate
 from published_recipes import Recipe
 
+import trainer.choosing
 import trainer.planning
+import trainer.settling
 from memory_mgmt.cost_model import Rates
-from memory_mgmt.devices import GIB
+from memory_mgmt.devices import GIB, Device
 from memory_mgmt.plan_view import policy_lines
 from memory_mgmt.policy import Policy
 from models.errors import UserError
@@ -100,12 +104,22 @@ def own_overrides(recipe: Recipe) -> tuple[str, ...]:
 @contextmanager
 def _attention_kernel(recipe: Recipe) -> Iterator[None]:
     """Inside, plans are made with the rates of the recipe's attention kernel."""
-    before = trainer.planning.rates_of
-    trainer.planning.rates_of = lambda device, deterministic=True: Rates.from_device(device, attention=recipe.attention)
-    try:
+
+    def rates(device: Device, deterministic: bool = True) -> Rates:
+        return Rates.from_device(device, attention=recipe.attention)
+
+    with patch.object(trainer.planning, "rates_of", rates):
         yield
-    finally:
-        trainer.planning.rates_of = before
+
+
+@contextmanager
+def _unhurried() -> Iterator[None]:
+    """Inside, a busy machine does not cut tries short: an answer that is kept must not depend on what else ran here."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(trainer.settling, "TIME_LIMIT", math.inf))
+        for module in (trainer.settling, trainer.choosing):
+            stack.enter_context(patch.object(module, "_SOLVE_SECONDS", 600.0))
+        yield
 
 
 def own_choice(case: str, recipe: Recipe, peak_gib: float | None, seconds: float | None) -> Own:
@@ -113,7 +127,7 @@ def own_choice(case: str, recipe: Recipe, peak_gib: float | None, seconds: float
     settings = own_overrides(recipe)
     theirs = estimate(recipe).seconds
     try:
-        with _attention_kernel(recipe):
+        with _attention_kernel(recipe), _unhurried():
             config = settled(resolve(None, list(settings)), recipe.device).config
             target = target_for(config, recipe.device)
             plan = plan_target(target)

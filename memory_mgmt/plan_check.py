@@ -79,15 +79,16 @@ class PlanCheck:
             f"the plan is in memory_plan.json, made by: {self.plan.method}"
         )
 
-    def state(self, measured_bytes: int) -> list[str]:
-        """Plan beside state, line by line, for a person whose run ran out of memory."""
-        plan = self.plan
+    def state(self, measured_bytes: int, now_bytes: Mapping[str, int] | None = None) -> list[str]:
+        """Plan beside state, line by line, for a person whose run ran out of memory. ``now_bytes``: of tensors that come and go, counted
+        at this moment, by kind."""
+        plan, counted = self.plan, {**self.resident, **(now_bytes or {})}
         kinds = plan.by_kind()
         lines = [
             f"planned peak {gib(plan.measurable_peak_bytes)} at '{plan.peak_moment}', measured {gib(measured_bytes)} when memory ran out"
         ]
         for kind, size in kinds.items():
-            now = self.resident.get(kind)
+            now = counted.get(kind)
             lines.append(f"  {kind:<14} planned {gib(size):>10}" + (f"  now {gib(now):>10}" if now is not None else ""))
         if self.store is not None:
             lines.append(f"  {'host memory':<14} planned {gib(plan.host_bytes):>10}  now {gib(self.store.used_bytes):>10}")

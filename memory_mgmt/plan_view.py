@@ -118,11 +118,20 @@ def _sections(plan: MemoryPlan) -> list[list[tuple[str, str]]]:
         [("binding", plan.binding)] * bool(plan.binding) + [("more would buy", text) for text in plan.worth],
         [
             ("verdict", verdict(plan)),
+            *_budget_lines(plan),
             *(("would lower it", f"{change.settings} -> {gib(change.peak_bytes)} ({change.cost})") for change in plan.changes),
             *([("not counted", "; ".join(plan.not_counted))] if plan.not_counted else []),
         ],
     ]
     return [_once(group) for group in groups if group]
+
+
+def _budget_lines(plan: MemoryPlan) -> list[tuple[str, str]]:
+    """What would have to be allowed for this policy, where the device's memory is what it exceeds."""
+    if plan.limit_bytes is None or plan.peak_bytes <= plan.limit_bytes:
+        return []
+    larger = " and a device that has it" if plan.device_bytes is not None and plan.peak_bytes > plan.device_bytes else ""
+    return [("would be enough", f"memory.budget_gib={plan.smallest_budget_gib:.2f}{larger}")]
 
 
 def _once(lines: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 from memory_mgmt.arena import Arena, arena_step
 from memory_mgmt.monitor import MemoryMonitor
 from memory_mgmt.plan import MemoryPlan, gib
-from memory_mgmt.plan_check import PlanCheck, is_out_of_memory
+from memory_mgmt.plan_check import PlanCheck, is_out_of_memory, tensor_bytes
 from models.batch import Batch
 from models.errors import RunFailed
 from optim.schedule import learning_rate
@@ -208,7 +208,9 @@ class Trainer:
     def _out_of_memory(self) -> RunFailed:
         """Print plan beside state, leave a note for the next plan, and say what to do."""
         measured, step = self.monitor.read().peak_bytes, self.state.step + 1
-        for line in self.check.state(measured):
+        gradients = {name: p.grad for name, p in self.engine.model.named_parameters() if p.grad is not None}
+        now = {"gradients": tensor_bytes(gradients)} if self.engine.by_parameter else {}  # else flat tensors of the engine's own
+        for line in self.check.state(measured, now):
             print(line, flush=True)
             beside(line)
         out_of_memory.record(self.run_dir, self.engine.rank, step, self.plan.measurable_peak_bytes, measured)

@@ -96,6 +96,12 @@ def test_shown_plan_holds_every_term_the_verdict_and_what_is_missing():
         assert "clipping" not in shown  # nothing of it is held at the peak
 
 
+def test_a_plan_that_does_not_fit_names_the_smallest_budget_that_is_enough():
+    assert "would be enough memory.budget_gib=6.00\n" in plain(example(budget_bytes=5 * GIB))
+    assert "would be enough memory.budget_gib=6.00 and a device that has it\n" in plain(example(device_bytes=5 * GIB))
+    assert "would be enough" not in plain(example(budget_bytes=6 * GIB))
+
+
 def test_device_table():
     assert device_named("H100").peak_tflops["bf16"] == 989.5
     with pytest.raises(ValueError, match="a100-80"):

@@ -80,5 +80,12 @@ def test_copies_are_measured_beside_their_prediction():
     assert (found["exposed_copy_seconds"], found["exposed_copy_planned_seconds"]) == (0.0, 0.25)
 
 
+def test_state_counts_what_comes_and_goes_at_that_moment():
+    terms = (Term("gradients", "gradients", GIB, GIB), Term("parameters", "parameters", GIB, GIB))
+    check = PlanCheck(replace(plan(), terms=terms), resident={"parameters": GIB // 2})
+    lines = [" ".join(line.split()) for line in check.state(2 * GIB, {"gradients": GIB // 4})]
+    assert "gradients planned 1.00 GiB now 0.25 GiB" in lines and "parameters planned 1.00 GiB now 0.50 GiB" in lines
+
+
 def test_tensor_bytes_counts_what_is_held_here():
     assert tensor_bytes({"a": torch.ones(3), "b": torch.ones(2, dtype=torch.float64)}) == 28
