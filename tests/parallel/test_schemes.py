@@ -15,7 +15,7 @@ from parallel.allgather_kv import AllGatherKVAttention
 from parallel.hybrid import HybridAttention
 from parallel.sequence import ranges_for
 from parallel.ulysses import UlyssesAttention
-from tests.distributed import run_distributed
+from tests.distributed import run_on_kept_ranks as run_distributed
 
 SEQ_LEN = 48
 DOCUMENTS = {
