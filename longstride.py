@@ -60,7 +60,7 @@ def _dispatch(arguments: list[str]) -> int:
         parser.print_help(sys.stderr)
         return 2
     if not arguments[0].startswith("-") and arguments[0] not in verbs:
-        parser.error(f"there is no verb '{arguments[0]}'{_did_you_mean(arguments[0], verbs)}; verbs: {', '.join(verbs)}")
+        parser.error(f"there is no verb '{arguments[0]}'{_did_you_mean(arguments[0], verbs)} (there are: {', '.join(verbs)})")
     args, rest = parser.parse_known_args(arguments)
     if rest:  # argparse does not put key=value that follow an option with those before it
         verb = verbs[arguments[0]]
