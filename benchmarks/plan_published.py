@@ -316,8 +316,13 @@ def own_answers(known: Sequence[Own]) -> Iterator[list[Own]]:
     """longstride's plans for ``own_cases``, again after each that is new; ``known`` ones with the same settings are not made again."""
     answers = {one.case: one for one in known}
     cases = own_cases()
-    # Few ranks are traced soon; of those, what did not fit before is of most interest.
-    for case in sorted(cases, key=lambda case: (case.recipe.gpus, case.name in answers and bool(answers[case.name].fits))):
+
+    def order(case: Case) -> tuple[int, int, bool]:
+        """Several sequences can be dealt to ranks in many ways, and more ranks take longer to trace; what did not fit comes first."""
+        ranks, known = case.recipe.gpus, case.name in answers and bool(answers[case.name].fits)
+        return ranks // case.recipe.sp, ranks, known
+
+    for case in sorted(cases, key=order):
         if case.name not in answers or answers[case.name].settings != own_overrides(case.recipe):
             answers[case.name] = own_choice(case.name, case.recipe, case.peak_gib, case.seconds)
             yield [answers[one.name] for one in cases if one.name in answers]
