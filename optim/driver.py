@@ -7,6 +7,7 @@ can be loaded on any number of ranks. States exist from the start.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -15,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim import fused_low_rank
 from optim.clip import local_part
 from optim.elementwise import ElementwiseAdam, Rule
-from optim.exchange import run_together, with_weight
-from optim.fused import BITS, fused_step_
+from optim.exchange import alone, run_together, with_weight
+from optim.fused import BITS, WHOLE, fused_step_
 from optim.lane import Lane
 from optim.methods import Projecting, Steps
 from optim.pieces import piece_elements, row_chunks
@@ -65,8 +67,9 @@ class ComposedOptimizer(torch.optim.Optimizer):
             lane.kind = kinds.setdefault(lane.alike(), len(kinds))
             by_rule.setdefault(lane.rule, []).append(lane)
         for lanes in by_rule.values():
-            for index, lane in enumerate(lanes):
-                lane.take_turn(index, len(lanes))
+            until = [0.0, *itertools.accumulate(lane.renewal_cost for lane in lanes)]
+            for lane, before in zip(lanes, until, strict=False):
+                lane.take_turn(before, until[-1])
 
     def plan(self, *, strict: bool = False) -> list[PlannedParameter]:
         """What each parameter gets (``optim/plan.py``); ``strict``: raises ValueError where that is not what was asked for."""
@@ -188,7 +191,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         """``_update_rows`` by a kernel; what no kernel writes, weights of few bits, some rows at a time."""
         weight, gradient = (as_rows(local_part(cast(Tensor, one)))[within] for one in (lane.parameter, lane.parameter.grad))
         stored, first = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}, within.start or 0
-        adam, bits = cast(ElementwiseAdam, lane.rule).adam, BITS[lane.codecs["exp_avg"].name]
+        adam, bits = cast(ElementwiseAdam, lane.rule).adam, BITS[lane.codecs["exp_avg"].name] if lane.codecs else WHOLE
         if lane.writer is EXACT and weight.is_contiguous():
             fused_step_(weight, gradient.contiguous(), stored, adam, bits, step, lr, decay, True)
             return
@@ -226,6 +229,11 @@ class ComposedOptimizer(torch.optim.Optimizer):
         )
 
     def _matrices(self, lanes: Sequence[Lane], group: dist.ProcessGroup | None, lr: float, decay: float) -> None:
+        by_kernel = [lane for lane in lanes if lane.path == "C++" and lane.summed is None]
+        if by_kernel:
+            for rule in dict.fromkeys(lane.rule for lane in by_kernel):
+                self._fused_matrices([lane for lane in by_kernel if lane.rule == rule], lr, decay)
+            lanes = [lane for lane in lanes if lane.path != "C++" or lane.summed is not None]
         states, steps = [], cast(list[Steps], [])
         for lane, gradient in zip(lanes, _gradients(lanes, group), strict=True):
             stored = self._stored(lane)
@@ -240,6 +248,27 @@ class ComposedOptimizer(torch.optim.Optimizer):
             lanes[i].write_(
                 slice(0, len(local_part(lanes[i].parameter))), stored, update, lr, decay, int(self.state[lanes[i].parameter]["step"])
             )
+
+    def _fused_matrices(self, lanes: Sequence[Lane], lr: float, decay: float) -> None:
+        """Of matrices of one method that this rank has whole, by a kernel."""
+        method = cast(fused_low_rank.Known, fused_low_rank.known(lanes[0].rule))
+        numbers, stored, gradients = self._next(lanes), [self._stored(lane) for lane in lanes], [lane.gradient() for lane in lanes]
+        states = [_decoded(lane, kept, None) if lane.codecs else kept for lane, kept in zip(lanes, stored, strict=True)]
+        made = [{name: state._version for name, state in one.items()} for one in states]
+        spaces = [
+            alone(method.composed.space(gradient, one, lane.placed.rows, number, lane.key))
+            for lane, gradient, one, number in zip(lanes, gradients, states, numbers, strict=True)
+        ]
+        weights, lefts = [local_part(lane.parameter) for lane in lanes], [space.side == "left" for space in spaces]
+        bases = [space.basis.contiguous() for space in spaces]
+        size = fused_low_rank.scratch_elements(weights, bases, lefts, method.lift)
+        scratch = weights[0].new_empty(size)  # not of the workspace: of large matrices it is too much to keep
+        gradients = [gradient.contiguous() for gradient in gradients]
+        fused_low_rank.step_(method, weights, gradients, bases, states, numbers, lefts, scratch, lr, decay)
+        for lane, kept, one, before in zip(lanes, stored, states, made, strict=True):
+            if lane.codecs:
+                written = {name for name, state in one.items() if state._version != before[name]} | {"exp_avg", "exp_avg_sq"}
+                _encode(lane, kept, {name: one[name] for name in written})
 
     def _stored(self, lane: Lane) -> dict[str, Tensor]:
         """This rank's parts of what is kept."""

@@ -1,4 +1,5 @@
-"""One step of Adam whose moments are kept in 8 or 4 bits, as one kernel: decode, update, encode and write without a temporary.
+"""One step of Adam whose moments are kept in 8 or 4 bits, as one kernel: decode, update, encode and write without a temporary. On CPU of
+moments in float32 too.
 
 path       where                                        source
 ``C++``    CPU, with a compiler (g++ or clang++)         ``fused_adam.cpp``, compiled once, in about two seconds
@@ -36,6 +37,8 @@ Path = Literal["eager", "C++", "triton", "by device"]
 """What there is; ``by device``: the parameter is on the meta device, and either."""
 BITS = {"int8": 8, "int4": 4}
 """Codec -> of a code."""
+WHOLE = 32
+"""Of moments that are float32."""
 BLOCK = 128
 _CODES, _SCALES = ("exp_avg.codes", "exp_avg_sq.codes"), ("exp_avg.scales", "exp_avg_sq.scales")
 THREAD_ELEMENTS = 1 << 18
@@ -48,23 +51,29 @@ _library.define(
 )
 
 
-def path_for(rule: object, codecs: Mapping[str, Codec], device: torch.device) -> tuple[Path, str]:
-    """Which path updates such a parameter, and why it is the eager one (empty where it is not)."""
+def path_for(rule: object, codecs: Mapping[str, Codec], device: torch.device, dtype: torch.dtype) -> tuple[Path, str]:
+    """Which path updates such a parameter, and why it is the eager one (empty where it is not). ``dtype``: in which the update is
+    computed."""
     if not isinstance(rule, ElementwiseAdam):
         return "eager", f"no kernel for {type(rule).__name__}"
+    if not codecs and dtype == torch.float32 and device.type in ("cpu", "meta"):
+        return _native_or_not(device)
     if set(codecs) != {"exp_avg", "exp_avg_sq"}:
         return "eager", "moments are not in few bits"
     found = {codec.name for codec in codecs.values() if isinstance(codec, BlockCodec) and codec.block == BLOCK}
     if len(found) != 1 or not found <= set(BITS):
         return "eager", f"no kernel for {', '.join(sorted({codec.name for codec in codecs.values()}))}"
-    if device.type == "meta":
-        return "by device", ""
-    if device.type == "cpu":
-        missing = missing_native()
-        return ("eager", missing) if missing else ("C++", "")
+    if device.type in ("cpu", "meta"):
+        return _native_or_not(device)
     if device.type == "cuda":
         return ("triton", "") if has_triton() else ("eager", "the package triton is not installed")
     return "eager", f"no kernel for {device.type}"
+
+
+def _native_or_not(device: torch.device) -> tuple[Path, str]:
+    if device.type == "meta":
+        return "by device", ""
+    return ("eager", missing_native()) if missing_native() else ("C++", "")
 
 
 def fused_step_(
@@ -78,7 +87,10 @@ def fused_step_(
     if adam.form == "torch":
         eps *= (1 - beta2**step) ** 0.5
     numbers = [beta2, 1 - beta1, 1 - beta2, eps, adam.correction(step), 1 - lr * decay if decay else 1.0, lr]
-    mean, square = ({part: stored[f"{name}.{part}"] for part in ("codes", "scales")} for name in ("exp_avg", "exp_avg_sq"))
+    if bits == WHOLE:
+        mean, square = ({"codes": stored[name], "scales": stored[name][:0]} for name in ("exp_avg", "exp_avg_sq"))
+    else:
+        mean, square = ({part: stored[f"{name}.{part}"] for part in ("codes", "scales")} for name in ("exp_avg", "exp_avg_sq"))
     torch.ops.longstride.fused_adam_(
         weight, gradient, mean["codes"], mean["scales"], square["codes"], square["scales"], bits, numbers, writes
     )
