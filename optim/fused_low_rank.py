@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,11 @@ from torch.utils.flop_counter import register_flop_formula
 from models import native
 from optim.composed import Composed, Point
 from optim.coordinate_rules import AdamRule
+from optim.exchange import alone
 from optim.fused import Path
 from optim.lifts import Back, ScaledGradient
+from optim.methods import Rows
+from optim.projectors import Projector
 from optim.rules import Adam, NormGrowth
 
 _library = torch.library.Library("longstride", "FRAGMENT")
@@ -51,6 +54,17 @@ class Known:
         beta2 = self.adam.betas[1]
         eps = self.adam.eps if self.adam.form == "hf" else self.adam.eps * (1 - beta2**step) ** 0.5
         return eps, self.adam.correction(step) * (self.scale if self.lift == 0 else 1.0)
+
+    def left(self, shape: tuple[int, ...]) -> bool:
+        """Which side of a matrix is projected."""
+        return self.composed.side((shape[0], shape[1])) == "left"
+
+    def basis(self, gradient: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Tensor:
+        """Of this step, renewed if due; of a matrix that this rank has whole."""
+        projector = cast(Projector, self.composed.projector)
+        if "basis" in states and not projector.refresh.due(step, key):
+            return states["basis"]
+        return alone(projector.basis(gradient, states, rows, step, key))
 
     def settings(self, lr: float, decay: float) -> list[float]:
         """As ``Settings`` of the kernel has them."""
@@ -195,7 +209,7 @@ def _check(weight: Tensor, gradient: Tensor, basis: Tensor, mean: Tensor, square
 
 def _flops(*shapes: Any, **_: Any) -> int:
     """Of the products, for torch's counter; its arguments are those of the operator, shapes for tensors."""
-    weights, _, bases, *_, lift = shapes
+    weights, bases, lift = shapes[0], shapes[2], shapes[-1]
     return sum(2 * rows * columns * basis[1] * (2 if lift == 0 else 1) for (rows, columns), basis in zip(weights, bases, strict=True))
 
 

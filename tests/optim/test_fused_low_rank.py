@@ -113,7 +113,7 @@ def test_rows_have_their_bits_whatever_rows_are_beside_them() -> None:
 @pytest.mark.parametrize("shape", [(700, 300), (300, 700)])
 def test_threads_share_the_long_side_and_nothing_else(preset: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     given = gradients(shape, 2)
-    settings = (
+    settings: dict[str, Any] = (
         {"preset": preset, "rank": 256, "kernel": "auto", "svd": "exact"} if preset == "galore" else {"preset": preset, "kernel": "auto"}
     )
     alone = {name: tensor.clone() for name, tensor in stepped(optimizer_of(shape, **settings), given).items()}
@@ -126,7 +126,7 @@ def test_threads_share_the_long_side_and_nothing_else(preset: str, shape: tuple[
 def test_not_a_number_is_not_lost(preset: str) -> None:
     given = gradients((40, 24), 2)
     given[1][7, 3] = torch.nan
-    settings = {"rank": 4} if preset != "apollo_mini" else {}
+    settings: dict[str, Any] = {"rank": 4} if preset != "apollo_mini" else {}
     found = stepped(optimizer_of((40, 24), preset, "auto", update_gap=9, **settings), given)
     assert found["weight"][7].isnan().all() and found["exp_avg"][7].isnan().all()
 
@@ -152,6 +152,14 @@ def test_the_operator_refuses_what_does_not_belong_together() -> None:
         step([weight], [gradient.double()], [basis], [moment], [moment.clone()], [], *rest)
     with pytest.raises(ValueError, match="floats of scratch memory"):
         step([weight], [gradient], [basis], [moment], [moment.clone()], [], scratch[:3], *rest[1:])
+
+
+def test_weights_that_lie_otherwise_are_stepped_all_the_same() -> None:
+    given = gradients((40, 24), 3)
+    expected, found = optimizer_of((40, 24), "galore", "auto", rank=4), optimizer_of((40, 24), "galore", "auto", rank=4)
+    (weight,) = found.lanes
+    weight.data = weight.data.T.contiguous().T
+    assert not weight.is_contiguous() and near(stepped(found, given)["weight"], stepped(expected, given)["weight"])
 
 
 def test_a_layer_of_several_matrices_is_stepped_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
