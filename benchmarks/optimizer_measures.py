@@ -30,7 +30,6 @@ class Running:
         self.model = copy.deepcopy(workload.model)
         self.steps, self.error, self.seconds = 0, "", list[float]()
         self.first_wall = 0.0
-        self._give_gradients()
         try:
             self.stepper: Stepper | None = system.build(self.model, workload.rank, gap)
         except Exception as error:  # whatever a foreign package raises is reported, not hidden
@@ -44,7 +43,7 @@ class Running:
         gradients = self.workload.gradients[self.steps % len(self.workload.gradients)]
         for name, parameter in self.model.named_parameters():
             if parameter.grad is None:
-                parameter.grad = gradients[name].clone()
+                parameter.grad = gradients[name].to(parameter.dtype, copy=True)
             else:
                 parameter.grad.copy_(gradients[name])
 

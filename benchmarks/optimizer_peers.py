@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from optim.build import build_optimizer
+from optim.build import build_optimizer, quantise_matrices_
 from optim.config import READ, Preset
 from optim.routing import route
 
@@ -72,6 +72,8 @@ def ours(name: str, preset: str, reference: str | None = None, **settings: Any) 
     """A preset of longstride's; settings that it does not read are not passed."""
 
     def build(model: nn.Module, rank: int, gap: int) -> Stepper:
+        if preset == "q_galore":  # as the trainer keeps its weights: matrices in eight bits, everything else in bfloat16
+            quantise_matrices_(model.bfloat16())
         read = READ.get(preset, ())
         wanted = {"rank": rank, "update_gap": gap, "rest": "adamw", **settings}
         if preset == "apollo_mini":

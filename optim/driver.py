@@ -7,6 +7,7 @@ can be loaded on any number of ranks. States exist from the start.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -15,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optim import fused_low_rank
 from optim.clip import local_part
 from optim.elementwise import ElementwiseAdam, Rule
 from optim.exchange import run_together, with_weight
-from optim.fused import BITS, fused_step_
+from optim.fused import BITS, WHOLE, fused_step_, whole_step_
 from optim.lane import Lane
 from optim.methods import Projecting, Steps
 from optim.pieces import piece_elements, row_chunks
@@ -65,8 +67,9 @@ class ComposedOptimizer(torch.optim.Optimizer):
             lane.kind = kinds.setdefault(lane.alike(), len(kinds))
             by_rule.setdefault(lane.rule, []).append(lane)
         for lanes in by_rule.values():
-            for index, lane in enumerate(lanes):
-                lane.take_turn(index, len(lanes))
+            until = [0.0, *itertools.accumulate(lane.renewal_cost for lane in lanes)]
+            for lane, before in zip(lanes, until, strict=False):
+                lane.take_turn(before, until[-1])
 
     def plan(self, *, strict: bool = False) -> list[PlannedParameter]:
         """What each parameter gets (``optim/plan.py``); ``strict``: raises ValueError where that is not what was asked for."""
@@ -115,6 +118,7 @@ class ComposedOptimizer(torch.optim.Optimizer):
         elementwise = [lane for lane in lanes if not lane.is_method and not isinstance(lane.rule, RowSparse)]
         if elementwise:
             work = self._workspace(elementwise[0].parameter.device)
+            elementwise = self._whole_moments(elementwise, lr, decay)
             for lane in elementwise:
                 if lane.path != "eager":
                     self._update_rows(lane, self._next([lane])[0], work, lr, decay)
@@ -184,11 +188,24 @@ class ComposedOptimizer(torch.optim.Optimizer):
         move_(weights, update, lr, decay)
         deal_rows({"weight": weights, **together}, [{"weight": one, **kept} for one, kept in zip(parameters, stored, strict=True)])
 
+    def _whole_moments(self, lanes: Sequence[Lane], lr: float, decay: float) -> list[Lane]:
+        """Those whose moments and weights are float32, by a kernel, all of one rule in one call. The others are returned."""
+        mine = [lane for lane in lanes if not lane.codecs and lane.writer is EXACT and _has_kernel(lane)]
+        alike: dict[tuple[Any, int], list[Lane]] = {}
+        for lane, number in zip(mine, self._next(mine), strict=True):
+            alike.setdefault((lane.rule, number), []).append(lane)
+        for (rule, number), some in alike.items():
+            weights = [local_part(lane.parameter) for lane in some]
+            gradients = [local_part(cast(Tensor, lane.parameter.grad)).contiguous() for lane in some]
+            whole_step_(weights, gradients, [self._stored(lane) for lane in some], rule.adam, number, lr, decay)
+        taken = {id(lane) for lane in mine}
+        return [lane for lane in lanes if id(lane) not in taken]
+
     def _fused_rows(self, lane: Lane, step: int, work: Workspace, lr: float, decay: float, within: slice) -> None:
         """``_update_rows`` by a kernel; what no kernel writes, weights of few bits, some rows at a time."""
         weight, gradient = (as_rows(local_part(cast(Tensor, one)))[within] for one in (lane.parameter, lane.parameter.grad))
         stored, first = {name: as_rows(tensor) for name, tensor in self._stored(lane).items()}, within.start or 0
-        adam, bits = cast(ElementwiseAdam, lane.rule).adam, BITS[lane.codecs["exp_avg"].name]
+        adam, bits = cast(ElementwiseAdam, lane.rule).adam, BITS[lane.codecs["exp_avg"].name] if lane.codecs else WHOLE
         if lane.writer is EXACT and weight.is_contiguous():
             fused_step_(weight, gradient.contiguous(), stored, adam, bits, step, lr, decay, True)
             return
@@ -226,6 +243,13 @@ class ComposedOptimizer(torch.optim.Optimizer):
         )
 
     def _matrices(self, lanes: Sequence[Lane], group: dist.ProcessGroup | None, lr: float, decay: float) -> None:
+        by_kernel: dict[Any, list[Lane]] = {}
+        others: list[Lane] = []
+        for lane in lanes:
+            (by_kernel.setdefault(lane.rule, []) if lane.summed is None and _has_kernel(lane) else others).append(lane)
+        for some in by_kernel.values():
+            self._fused_matrices(some, lr, decay)
+        lanes = others
         states, steps = [], cast(list[Steps], [])
         for lane, gradient in zip(lanes, _gradients(lanes, group), strict=True):
             stored = self._stored(lane)
@@ -241,10 +265,38 @@ class ComposedOptimizer(torch.optim.Optimizer):
                 slice(0, len(local_part(lanes[i].parameter))), stored, update, lr, decay, int(self.state[lanes[i].parameter]["step"])
             )
 
+    def _fused_matrices(self, lanes: Sequence[Lane], lr: float, decay: float) -> None:
+        """Of matrices of one method that this rank has whole, by a kernel."""
+        method = cast(fused_low_rank.Known, fused_low_rank.known(lanes[0].rule))
+        numbers, stored, gradients = self._next(lanes), [self._stored(lane) for lane in lanes], [lane.gradient() for lane in lanes]
+        states = [_decoded(lane, kept, None) if lane.codecs else kept for lane, kept in zip(lanes, stored, strict=True)]
+        made = [
+            {name: state._version for name, state in one.items()} if lane.codecs else {} for lane, one in zip(lanes, states, strict=True)
+        ]
+        bases = [
+            method.basis(gradient, one, lane.placed.rows, number, lane.key).contiguous()
+            for lane, gradient, one, number in zip(lanes, gradients, states, numbers, strict=True)
+        ]
+        weights = [local_part(lane.parameter) for lane in lanes]
+        lefts = [method.left(lane.placed.shape) for lane in lanes]
+        size = fused_low_rank.scratch_elements(weights, bases, lefts, method.lift)
+        scratch = weights[0].new_empty(size)  # not of the workspace: of large matrices it is too much to keep
+        gradients = [gradient.contiguous() for gradient in gradients]
+        fused_low_rank.step_(method, weights, gradients, bases, states, numbers, lefts, scratch, lr, decay)
+        for lane, kept, one, before in zip(lanes, stored, states, made, strict=True):
+            if lane.codecs:
+                written = {name for name, state in one.items() if state._version != before[name]} | {"exp_avg", "exp_avg_sq"}
+                _encode(lane, kept, {name: one[name] for name in written})
+
     def _stored(self, lane: Lane) -> dict[str, Tensor]:
         """This rank's parts of what is kept."""
         state = self.state[lane.parameter]
         return {name: local_part(state[name]) for name in lane.stored()}
+
+
+def _has_kernel(lane: Lane) -> bool:
+    """In C++, which takes contiguous memory."""
+    return lane.path == "C++" and local_part(lane.parameter).is_contiguous()
 
 
 def together(lanes: Sequence[Lane]) -> Iterator[tuple[dist.ProcessGroup | None, list[Lane]]]:

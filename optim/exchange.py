@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.methods import GatherRows, OnOwner, Rows, Steps, Sum, SumRows, Weight
+from optim.methods import GatherRows, OnOwner, Request, Rows, Steps, Sum, SumRows, Weight
 from optim.owners import done_by_owners
 
 Communication = Sum | SumRows | GatherRows | OnOwner
 """Requests that other ranks take part in."""
+Returned = TypeVar("Returned")
 
 
 def run_together(steps: Sequence[Steps], group: dist.ProcessGroup | None) -> Iterator[tuple[int, Any]]:
@@ -37,6 +38,17 @@ def run_together(steps: Sequence[Steps], group: dist.ProcessGroup | None) -> Ite
             except StopIteration as ended:
                 yield i, ended.value
         waiting = going_on
+
+
+def alone(steps: Generator[Request, Any, Returned]) -> Returned:
+    """What ``steps`` return on a rank that has whole matrices: requests of the others are answered by its own part."""
+    answer = None
+    while True:
+        try:
+            request = steps.send(answer)
+        except StopIteration as ended:
+            return ended.value
+        answer = answered([cast(Communication, request)], None)[0]
 
 
 def with_weight(steps: Steps, weight: Callable[[], Tensor]) -> Steps:

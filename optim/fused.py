@@ -1,4 +1,5 @@
-"""One step of Adam whose moments are kept in 8 or 4 bits, as one kernel: decode, update, encode and write without a temporary.
+"""One step of Adam whose moments are kept in 8 or 4 bits, as one kernel: decode, update, encode and write without a temporary. On CPU of
+moments in float32 too.
 
 path       where                                        source
 ``C++``    CPU, with a compiler (g++ or clang++)         ``fused_adam.cpp``, compiled once, in about two seconds
@@ -16,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -36,6 +37,8 @@ Path = Literal["eager", "C++", "triton", "by device"]
 """What there is; ``by device``: the parameter is on the meta device, and either."""
 BITS = {"int8": 8, "int4": 4}
 """Codec -> of a code."""
+WHOLE = 32
+"""Of moments that are float32."""
 BLOCK = 128
 _CODES, _SCALES = ("exp_avg.codes", "exp_avg_sq.codes"), ("exp_avg.scales", "exp_avg_sq.scales")
 THREAD_ELEMENTS = 1 << 18
@@ -46,25 +49,48 @@ _library.define(
     "fused_adam_(Tensor(a!) weight, Tensor gradient, Tensor(b!) mean_codes, Tensor(c!) mean_scales, Tensor(d!) square_codes, "
     "Tensor(e!) square_scales, int bits, float[] numbers, bool writes) -> ()"
 )
+_library.define("whole_adam_(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, float[] numbers) -> ()")
 
 
-def path_for(rule: object, codecs: Mapping[str, Codec], device: torch.device) -> tuple[Path, str]:
-    """Which path updates such a parameter, and why it is the eager one (empty where it is not)."""
+def path_for(rule: object, codecs: Mapping[str, Codec], device: torch.device, dtype: torch.dtype) -> tuple[Path, str]:
+    """Which path updates such a parameter, and why it is the eager one (empty where it is not). ``dtype``: in which the update is
+    computed."""
     if not isinstance(rule, ElementwiseAdam):
         return "eager", f"no kernel for {type(rule).__name__}"
+    if not codecs and dtype == torch.float32 and device.type in ("cpu", "meta"):
+        return _native_or_not(device)
     if set(codecs) != {"exp_avg", "exp_avg_sq"}:
         return "eager", "moments are not in few bits"
     found = {codec.name for codec in codecs.values() if isinstance(codec, BlockCodec) and codec.block == BLOCK}
     if len(found) != 1 or not found <= set(BITS):
         return "eager", f"no kernel for {', '.join(sorted({codec.name for codec in codecs.values()}))}"
-    if device.type == "meta":
-        return "by device", ""
-    if device.type == "cpu":
-        missing = missing_native()
-        return ("eager", missing) if missing else ("C++", "")
+    if device.type in ("cpu", "meta"):
+        return _native_or_not(device)
     if device.type == "cuda":
         return ("triton", "") if has_triton() else ("eager", "the package triton is not installed")
     return "eager", f"no kernel for {device.type}"
+
+
+def whole_step_(
+    weights: list[Tensor], gradients: list[Tensor], states: list[dict[str, Tensor]], adam: Adam, step: int, lr: float, decay: float
+) -> None:
+    """``fused_step_`` of many tensors whose moments are float32, in one call."""
+    means, squares = ([one[name] for one in states] for name in ("exp_avg", "exp_avg_sq"))
+    torch.ops.longstride.whole_adam_(weights, gradients, means, squares, _numbers(adam, step, lr, decay))
+
+
+def _numbers(adam: Adam, step: int, lr: float, decay: float) -> list[float]:
+    """As ``Settings`` of the kernel has them."""
+    (beta1, beta2), eps = adam.betas, adam.eps
+    if adam.form == "torch":
+        eps *= (1 - beta2**step) ** 0.5
+    return [beta2, 1 - beta1, 1 - beta2, eps, adam.correction(step), 1 - lr * decay if decay else 1.0, lr]
+
+
+def _native_or_not(device: torch.device) -> tuple[Path, str]:
+    if device.type == "meta":
+        return "by device", ""
+    return ("eager", missing_native()) if missing_native() else ("C++", "")
 
 
 def fused_step_(
@@ -74,11 +100,11 @@ def fused_step_(
     ``gradient``). All contiguous, float32, of the same rows."""
     if not weight.numel():
         return
-    (beta1, beta2), eps = adam.betas, adam.eps
-    if adam.form == "torch":
-        eps *= (1 - beta2**step) ** 0.5
-    numbers = [beta2, 1 - beta1, 1 - beta2, eps, adam.correction(step), 1 - lr * decay if decay else 1.0, lr]
-    mean, square = ({part: stored[f"{name}.{part}"] for part in ("codes", "scales")} for name in ("exp_avg", "exp_avg_sq"))
+    numbers = _numbers(adam, step, lr, decay)
+    if bits == WHOLE:
+        mean, square = ({"codes": stored[name], "scales": stored[name][:0]} for name in ("exp_avg", "exp_avg_sq"))
+    else:
+        mean, square = ({part: stored[f"{name}.{part}"] for part in ("codes", "scales")} for name in ("exp_avg", "exp_avg_sq"))
     torch.ops.longstride.fused_adam_(
         weight, gradient, mean["codes"], mean["scales"], square["codes"], square["scales"], bits, numbers, writes
     )
@@ -129,6 +155,16 @@ def _on_cpu(
     _native()(bits, *(tensor.data_ptr() for tensor in tensors), rows, size // rows, settings, threads)
 
 
+def _whole_on_cpu(weights: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor], numbers: list[float]) -> None:
+    settings, step = struct.pack("7fi", *numbers, True), _native()
+    for tensors in zip(weights, gradients, means, squares, strict=True):
+        _check(tensors)
+        weight, gradient, mean, square = (tensor.data_ptr() for tensor in tensors)
+        size = tensors[0].numel()
+        threads = max(1, min(torch.get_num_threads(), size // THREAD_ELEMENTS))
+        step(WHOLE, weight, gradient, mean, 0, square, 0, size, 1, settings, threads)
+
+
 def _on_cuda(
     weight: Tensor,
     gradient: Tensor,
@@ -147,7 +183,7 @@ def _on_cuda(
     launch(tensors, bits, numbers, writes)
 
 
-def _check(tensors: tuple[Tensor, ...]) -> None:
+def _check(tensors: Sequence[Tensor]) -> None:
     weight, gradient, *_ = tensors
     if gradient.shape != weight.shape or {weight.dtype, gradient.dtype} != {torch.float32}:
         raise ValueError(f"fused_adam_ takes float32 of equal shapes, not {weight.dtype} {weight.shape} and {gradient.dtype}")
@@ -158,3 +194,5 @@ def _check(tensors: tuple[Tensor, ...]) -> None:
 _library.impl("fused_adam_", _on_cpu, "CPU")
 _library.impl("fused_adam_", _on_cuda, "CUDA")
 _library.impl("fused_adam_", lambda *_: None, "Meta")
+_library.impl("whole_adam_", _whole_on_cpu, "CPU")
+_library.impl("whole_adam_", lambda *_: None, "Meta")

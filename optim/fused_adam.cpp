@@ -1,4 +1,4 @@
-// One step of Adam whose moments are kept in 8 or 4 bits, block by block: decode, update, encode and write, all of a block in the core's
+// One step of Adam whose moments are kept in 8 or 4 bits (or float32), block by block: decode, update, encode and write, all of a block in the core's
 // first cache. The same operations in the same order as the eager path (codec_int8.py, codec_int4.py, rules.py, driver.py), each rounded once
 // by IEEE 754, and a fused multiply-add where torch's CPU kernels have one: the same bits. Compile with -ffp-contract=off.
 //
@@ -188,13 +188,22 @@ CLONES void rows_int4(float *weight, const float *gradient, Moments moments, int
     run_rows<Int4>(weight, gradient, moments, from, to, columns, s);
 }
 
+// Moments in float32, which are updated where they lie.
+CLONES void rows_whole(float *weight, const float *gradient, Moments moments, int64_t from, int64_t to, int64_t columns, Settings s) {
+    float *mean = reinterpret_cast<float *>(moments.mean_codes), *square = reinterpret_cast<float *>(moments.square_codes);
+    for (int64_t at = from * columns; at < to * columns; at += BLOCK) {
+        int count = static_cast<int>(to * columns - at < BLOCK ? to * columns - at : BLOCK);
+        adam(gradient + at, weight + at, mean + at, square + at, count, s);
+    }
+}
+
 }  // namespace
 
 // All pointers are to contiguous memory; the rows are dealt to ``threads``, which share nothing.
 extern "C" void fused_adam(int bits, float *weight, const float *gradient, uint8_t *mean_codes, float *mean_scales, uint8_t *square_codes,
                            float *square_scales, int64_t rows, int64_t columns, const Settings *settings, int threads) {
     Moments moments{mean_codes, mean_scales, square_codes, square_scales};
-    auto work = bits == 8 ? rows_int8 : rows_int4;
+    auto work = bits == 32 ? rows_whole : bits == 8 ? rows_int8 : rows_int4;
     std::vector<std::thread> others;
     int64_t share = (rows + threads - 1) / threads;
     for (int i = 1; i < threads; i++) {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.parts import Part
+from optim import fused_low_rank
 from optim.clip import local_part
 from optim.codecs import Codec
 from optim.elementwise import Rule, Storage
@@ -80,8 +81,7 @@ class Lane:
             self.codecs = {name: codec for name, codec in found.items() if codec is not None}
         self.parts = {name: {part: f"{name}.{part}" for part in codec.parts(self.specs[name].shape)} for name, codec in self.codecs.items()}
         self.kept = self._kept()
-        asked = ("eager", "as asked for") if self.kernel == "eager" else None
-        self.path, self.eager_because = asked or path_for(self.rule, self.codecs, self.parameter.device)
+        self.path, self.eager_because = self._path()
 
     def _deal_anew(self, part: Part) -> None:
         if self.writer not in (EXACT, WRITERS["bf16"]):
@@ -97,11 +97,30 @@ class Lane:
         self.placed = placed
         self.specs = dict(self.rule.states(placed.shape))  # pyright: ignore[reportArgumentType]
         self.kept = self._kept()
+        self.path, self.eager_because = self._path()
 
-    def take_turn(self, index: int, count: int) -> None:
-        """Be number ``index`` of ``count`` matrices of the same method: where its gap allows, no other is renewed in the same steps."""
+    def _path(self) -> tuple[Path, str]:
+        if self.kernel == "eager":
+            return "eager", "as asked for"
+        if not self.is_method or fused_low_rank.known(self.rule) is None:
+            return path_for(self.rule, self.codecs, self.parameter.device, self.dtype)
+        if self.writer is not EXACT or self.parameter.dtype != torch.float32:
+            return "eager", "weights are not float32"
+        if self.placed.rows.ranks > 1 or self.placed.group is not None:
+            return "eager", "ranks share the matrix"
+        return fused_low_rank.path_for(self.parameter.device)
+
+    @property
+    def renewal_cost(self) -> float:
+        """Of a renewal, beside those of the same method."""
+        of_shape = getattr(self.rule, "renewal_cost", None)
+        return 1.0 if of_shape is None else of_shape(self.placed.shape)
+
+    def take_turn(self, before: float, total: float) -> None:
+        """Come after matrices of the same method whose renewals cost ``before``, ``total`` all of them: where the gap allows, no other is
+        renewed in the same steps, and after dear ones there is a longer pause."""
         gap = getattr(self.rule, "gap", 1)
-        self.key += index * gap // count - self.key % gap
+        self.key += int(before * gap // total) - self.key % gap
 
     def alike(self) -> Hashable:
         """Equal for lanes whose rows can be updated as those of one tensor."""

@@ -19,6 +19,7 @@ from optim.config import OptimConfig
 from optim.driver import ComposedOptimizer
 from optim.frugal import Frugal
 from optim.fused import BITS
+from optim.fused_low_rank import known
 from optim.lane import Lane
 from optim.methods import Rows
 from optim.placement import Placed, storage_bytes
@@ -118,8 +119,13 @@ def _of_lane(lane: Lane, measured: int | None) -> PlannedParameter:
         _fallbacks(lane, rank),
         lane.planned_bytes(),
         measured,
-        f"eager: {lane.eager_because}" if lane.path == "eager" and BITS.keys() & {c.name for c in lane.codecs.values()} else lane.path,
+        f"eager: {lane.eager_because}" if lane.path == "eager" and _has_kernels(lane) else lane.path,
     )
+
+
+def _has_kernels(lane: Lane) -> bool:
+    """Somewhere, so that it is of interest why there is none here."""
+    return bool(BITS.keys() & {codec.name for codec in lane.codecs.values()}) or known(lane.rule) is not None
 
 
 def _of_torch(

@@ -55,7 +55,13 @@ def _plain_step(rule: Any) -> int:
     refresh = own if own is not None else getattr(getattr(rule, "projector", None), "refresh", None)
     if refresh is not None:
         return next((step for step in range(2, refresh.gap + 2) if not refresh.due(step, 0)), 2)
-    return 2 * rule.root_gap + 1 if isinstance(rule, Shampoo) else 2
+    if not isinstance(rule, Shampoo):
+        return 2
+    first = rule.root_gap + rule.late + 1
+    plain = (
+        step for step in range(first, first + rule.statistics_gap) if step % rule.statistics_gap and (step - rule.late) % rule.root_gap
+    )
+    return next(plain, first)
 
 
 def _pattern(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -18,6 +18,8 @@ from optim.rules import TORCH_ADAM, Adam
 TINY = torch.finfo(torch.float32).tiny
 Sides = tuple[Literal["left", "right"], ...]
 SIDES: Sides = ("left", "right")
+SMALL = 150
+"""Order of a matrix whose products take about as long as a renewal's other operations."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Shampoo:
     States lie by rows as the matrix does: row k of a block's V and L̂ with row k of the block, of R with its column. So every rank keeps
     its share; a block's owner, which preconditions and renews, gets the codes with the gradient. Renewal is in float64. Eigenvector
     matrices of fewer than ``least`` elements stay float32. Before the first root there are no requests, then one for the owners and a
-    sum. ``stagger``: the first renewals are delayed, by up to ``statistics_gap`` - 1 steps, so that each matrix has its own.
+    sum. ``stagger``: the first renewals are delayed, by up to ``statistics_gap`` - 1 steps, so that each matrix has its own, and roots are
+    made of the statistics some half of ``statistics_gap`` steps after those, which is about as much work again.
     """
 
     order: int = 1200
@@ -58,6 +61,16 @@ class Shampoo:
         """See ``Method``."""
         return self.statistics_gap
 
+    @property
+    def late(self) -> int:
+        """Steps from statistics to the roots that are made of them."""
+        return min(self.statistics_gap // 2 + 1, self.statistics_gap - 1) if self.stagger else 0
+
+    def renewal_cost(self, shape: tuple[int, int]) -> float:
+        """Of a renewal, in products of order-p matrices; by it the steps between renewals are dealt out (``Lane.take_turn``)."""
+        sizes = [[stop - start for start, stop in blocks_of(span, self.order)] for span in shape]
+        return float(sum(p**3 + q**3 + SMALL**3 for p in sizes[0] for q in sizes[1]))
+
     def states(self, shape: tuple[int, int]) -> Mapping[str, StateSpec]:
         found = {"exp_avg": StateSpec(shape, "rows", codec="moment"), "exp_avg_sq": StateSpec(shape, "rows", codec="variance")}
         for name, span, across, placement in (("left", *shape, "rows"), ("right", *shape[::-1], "chunk")):
@@ -74,15 +87,12 @@ class Shampoo:
 
     def step(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, step: int, key: int) -> Steps:
         since = step - (Refresh(self.statistics_gap).shift(key) if self.stagger else 0)
-        renew, roots = (
-            since >= self.statistics_gap and since % self.statistics_gap == 0,
-            since >= self.root_gap and since % self.root_gap == 0,
-        )
         direction = gradient_in
-        if renew or since >= self.root_gap:
-            jobs = list(self._blocks(gradient_in, states, rows, renew, roots, since))
+        work = self._work((rows.total, gradient_in.shape[1]), since)
+        if work.renew or work.preconditions:
+            jobs = list(self._blocks(gradient_in, states, rows, work))
             answers = yield OnOwner(tuple(block.job() for block in jobs))
-            preconditioned = torch.empty_like(gradient_in) if since >= self.root_gap else None
+            preconditioned = torch.empty_like(gradient_in) if work.preconditions else None
             for block, answer in zip(jobs, answers, strict=True):
                 block.take(answer, preconditioned)
             if preconditioned is not None:
@@ -91,11 +101,17 @@ class Shampoo:
                 direction = preconditioned.mul_(norm / other.clamp(min=TINY))
         return self.rule.ratio(direction, states, step).mul_(self.rule.correction(step))
 
-    def _blocks(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, renew: bool, roots: bool, since: int) -> Iterator[_Block]:
+    def _work(self, shape: tuple[int, int], since: int) -> Work:
+        """That is due in step ``since`` of a matrix's own count."""
+        for_roots = since - self.late
+        renew = since >= self.statistics_gap and since % self.statistics_gap == 0
+        roots = for_roots >= self.root_gap and for_roots % self.root_gap == 0
+        codecs = tuple(self._codec(blocks_of(span, self.order)[0][1]) for span in shape)
+        return Work(codecs, self.decay, self.ridge, renew, roots, since == self.statistics_gap, for_roots > self.root_gap)
+
+    def _blocks(self, gradient_in: Tensor, states: dict[str, Tensor], rows: Rows, work: Work) -> Iterator[_Block]:
         shape = (rows.total, gradient_in.shape[1])
         columns = Rows.chunk(shape[1], rows.rank, rows.ranks)
-        codecs = tuple(self._codec(blocks_of(span, self.order)[0][1]) for span in shape)
-        work = Work(codecs, self.decay, self.ridge, renew, roots, since == self.statistics_gap, since > self.root_gap)
         for i, (top, bottom) in enumerate(blocks_of(shape[0], self.order)):
             for j, (left, right) in enumerate(blocks_of(shape[1], self.order)):
                 mine = {"left": (rows.within(top, bottom), j), "right": (columns.within(left, right), i)}
@@ -120,11 +136,16 @@ class Work:
     renew: bool
     """Statistics; their vectors and values are given and returned."""
     roots: bool
-    """Inverse roots too, which are then returned."""
+    """Inverse roots, of statistics that are given, renewed or not; they are returned."""
     first: bool
     """No statistics yet."""
     given: bool
     """Roots are given; they are used unless they are renewed."""
+
+    @property
+    def preconditions(self) -> bool:
+        """There are roots."""
+        return self.given or self.roots
 
     def __call__(self, gradient_Bpq: Tensor, *others: Tensor) -> Sequence[Tensor]:
         given, made = iter(others), []
@@ -132,12 +153,14 @@ class Work:
         for side, codec in zip(SIDES, self.codecs, strict=True):
             order = gradient_Bpq.shape[1 if side == "left" else 2]
             names = codec.parts((order, order))
-            if self.renew:
-                vectors, values = self._statistics(gradient_Bpq, side, codec, {name: next(given) for name in names}, next(given))
-                packed = _packed(codec, vectors.mT.float())
-                made += [*packed.values(), values.float()]
+            if self.renew or self.roots:
+                packed, values = {name: next(given) for name in names}, next(given)
+                if self.renew:
+                    vectors, new = self._statistics(gradient_Bpq, side, codec, packed, values)
+                    packed, values = _packed(codec, vectors.mT.float()), new.float()
+                    made += [*packed.values(), values]
                 if self.roots:
-                    root = self._root(_unpacked(codec, packed, order), values.float().double())
+                    root = self._root(_unpacked(codec, packed, order), values.double())
                     diagonal = root.diagonal(dim1=1, dim2=2).float()
                     parts = _packed(codec, (root - torch.diag_embed(root.diagonal(dim1=1, dim2=2))).float())
                     made += [*parts.values(), diagonal]
@@ -221,11 +244,12 @@ class _Block:
         for index, side in enumerate(SIDES):
             statistics = self._states_of(index, side, "vectors", "values")
             roots = self._states_of(index, side, "roots", "diagonal")
-            if work.renew:
+            if work.renew or work.roots:
                 self.inputs += statistics
+            if work.renew:
                 self.outputs += statistics
-                if work.roots:
-                    self.outputs += roots
+            if work.roots:
+                self.outputs += roots
             if work.given and not work.roots:
                 self.inputs += roots
 
@@ -238,23 +262,19 @@ class _Block:
             found.append((local, Dealt(self.counts[index], (shape[1],), dtype)))
         return [*found, (self.states[f"{side}_{vector}"][rows, across], Dealt(self.counts[index], ()))]
 
-    @property
-    def preconditions(self) -> bool:
-        return self.work.given or self.work.roots
-
     def job(self) -> Job:
         lie = Dealt(self.counts[0], (self.gradient.shape[1],))
         p, q = lie.shape
         # Products of an order-p matrix with p x q; a renewal is some ten products of p x p in float64, a root some fifteen.
         cost = p * q * (p + q) + (p**3 + q**3) * (20 * self.work.renew + 30 * self.work.roots)
-        outputs = ([lie] if self.preconditions else []) + [dealt for _, dealt in self.outputs]
+        outputs = ([lie] if self.work.preconditions else []) + [dealt for _, dealt in self.outputs]
         inputs = ((self.gradient, lie), *self.inputs)
         return Job(self.work, tuple(t for t, _ in inputs), tuple(d for _, d in inputs), tuple(outputs), float(cost))
 
     def take(self, answer: Sequence[Tensor], preconditioned: Tensor | None) -> None:
         """Write what came back."""
         rest = list(answer)
-        if self.preconditions:
+        if self.work.preconditions:
             assert preconditioned is not None
             preconditioned[self.place] = rest.pop(0)
         for (state, _), new in zip(self.outputs, rest, strict=True):

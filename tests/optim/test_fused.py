@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from models import native
 from optim import fused
+from optim.build import build_optimizer
 from optim.fused import missing_native
 from optim.plan import plan, table_by_kind
 from tests.optim.fused_cases import SHAPES, gradients, kept, optimizer_of, stepped
@@ -31,6 +35,32 @@ def test_the_kernel_has_the_bits_of_the_eager_path(preset: str, shape: tuple[int
         if tensor.ndim:
             assert torch.equal(tensor[:whole], found[name][:whole]), name
     torch.testing.assert_close(found["weight"], expected["weight"], rtol=1e-6, atol=1e-8)
+
+
+@needs_compiler
+@vector_bits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_in_float32_have_a_kernel_too(dtype: torch.dtype) -> None:
+    """All in one call where weights are float32, and one by one where they are rounded; a tensor that misses a step counts by itself."""
+    settings: dict[str, Any] = {} if dtype == torch.float32 else {"weights": "bf16_stochastic"}
+
+    def trained(kernel: str) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 64), nn.LayerNorm(64), nn.Linear(64, 16)).to(dtype)
+        optimizer = build_optimizer(
+            model, preset="composed", rule="adam", lr=1e-2, weight_decay=0.1, rest="adamw", kernel=kernel, **settings
+        )
+        assert {row.kernel for row in plan(optimizer)} == {"C++" if kernel == "auto" else "eager"}
+        for step in range(5):
+            for i, parameter in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(10 * step + i)
+                parameter.grad = None if (step, i) == (1, 2) else torch.randn(parameter.shape, generator=generator).to(dtype)
+            optimizer.step()
+        states = {f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+        return {name: p.detach() for name, p in model.named_parameters()} | states
+
+    eager, fused = trained("eager"), trained("auto")
+    assert eager.keys() == fused.keys() and all(torch.equal(tensor, fused[name]) for name, tensor in eager.items())
 
 
 @needs_compiler

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from optim.build import build_optimizer
 from optim.codec_eigen4 import EIGEN4
+from optim.driver import ComposedOptimizer
 from optim.projectors import Refresh
 from optim.shampoo import Shampoo, blocks_of
 from tests.optim.lockstep import Simulator, relative
@@ -57,7 +60,8 @@ class Side:
         self.root = np.diag(np.diag(root)) + self.store(root - np.diag(np.diag(root)))
 
 
-def shampoo(gradients: list[np.ndarray], order: int, gap: int, root_gap: int, coded: bool) -> list[np.ndarray]:
+def shampoo(gradients: list[np.ndarray], order: int, gap: int, root_gap: int, coded: bool, late: int = 0) -> list[np.ndarray]:
+    """Updates. ``late``: steps from statistics to their roots; the direction is the gradient until there are any."""
     m, n = gradients[0].shape
     places = [(slice(*a), slice(*b)) for a in blocks_of(m, order) for b in blocks_of(n, order)]
     sides = [[Side(len(range(m)[rows]), coded), Side(len(range(n)[columns]), coded)] for rows, columns in places]
@@ -69,7 +73,7 @@ def shampoo(gradients: list[np.ndarray], order: int, gap: int, root_gap: int, co
             if step % gap == 0:
                 left.statistics(block @ block.T)
                 right.statistics(block.T @ block)
-            if step % root_gap == 0:
+            if step > late and (step - late) % root_gap == 0:
                 left.renew_root()
                 right.renew_root()
             direction[rows, columns] = left.root @ block @ right.root
@@ -88,6 +92,24 @@ def test_the_paper_in_float64(shape: tuple[int, int], order: int, coded: bool) -
     simulator = Simulator(Shampoo(order, 2, 6, stagger=False, least=1 if coded else 1 << 30), shape)
     for gradient, expected in zip(gradients, shampoo([g.double().numpy() for g in gradients], order, 2, 6, coded), strict=True):
         close(simulator.step(gradient), expected)
+
+
+def test_roots_may_be_made_some_steps_after_their_statistics() -> None:
+    """What ``stagger`` does, of key 0: the paper's roots, each used a little later."""
+    gradients, method = tape((40, 24), noise=2.0), Shampoo(17, 5, 5, least=1)
+    simulator = Simulator(method, (40, 24), key=0)
+    assert method.late == 3
+    for gradient, expected in zip(gradients, shampoo([g.double().numpy() for g in gradients], 17, 5, 5, True, late=3), strict=True):
+        close(simulator.step(gradient), expected)
+
+
+def test_dear_renewals_get_more_steps() -> None:
+    """Of three small matrices and three large ones none of the large ones shares its step with another."""
+    model = torch.nn.ModuleList(torch.nn.Linear(64, size, bias=False) for size in (64, 64, 64, 640, 640, 640))
+    optimizer = build_optimizer(model, preset="shampoo_4bit", statistics_gap=9, root_gap=9)
+    assert isinstance(optimizer, ComposedOptimizer)
+    turns = [Refresh(9).shift(lane.key) for lane in optimizer.lanes.values()]
+    assert len({*turns[3:]}) == 3 and min(b - a for a, b in itertools.pairwise(turns[3:])) >= 2, turns
 
 
 def test_the_code_is_the_paper_s() -> None:

@@ -14,8 +14,8 @@ from optim.driver import ComposedOptimizer
 from optim.stacking import Workspace, stacks
 
 STACKED = {
-    "adamw_8bit": {},
-    "adamw_4bit": {},
+    "adamw_8bit": {"kernel": "eager"},
+    "adamw_4bit": {"kernel": "eager"},
     "sgd": {"momentum": 0.9},
 }
 
