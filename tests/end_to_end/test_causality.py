@@ -14,7 +14,7 @@ from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
 from parallel.parallelize import split_sequence
 from parallel.sequence import ranges_for, shard_batch
-from tests.distributed import run_distributed
+from tests.distributed import run_on_kept_ranks as run_distributed
 
 SEQ_LEN = 72
 DOCUMENTS = (0, 5, 29, 30, 55)

@@ -15,7 +15,7 @@ from parallel.dims import ParallelDims
 from parallel.mesh import build_mesh
 from parallel.parallelize import parallelize
 from parallel.sequence import shard_batch
-from tests.distributed import run_distributed
+from tests.distributed import run_on_kept_ranks as run_distributed
 from tests.memory_mgmt.test_execution import PARTS, SWAP_ALL, TOKENS, VOCAB, assert_same, config_of, fill, gradients, make, make_batch
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from models.batch import Bounds
 from parallel.halo import exchange_halo, halo_segments
 from parallel.sequence import ranges_for
-from tests.distributed import run_distributed
+from tests.distributed import run_on_kept_ranks as run_distributed
 
 SEQ_LEN = 24
 REACHES = (0, 1, 3, 7, 13, 24, 30)

@@ -14,7 +14,7 @@ from parallel import ring_attention
 from parallel.ring_attention import RingAttention
 from parallel.ring_plan import HaloPlan, plan_halo, plan_ring
 from parallel.sequence import ranges_for
-from tests.distributed import run_distributed
+from tests.distributed import run_on_kept_ranks as run_distributed
 
 SEQ_LEN = 48
 DOCUMENTS = {

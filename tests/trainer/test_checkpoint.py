@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from models.errors import RunFailed, UserError
-from tests.distributed import run_distributed
+from tests.distributed import run_on_kept_ranks as run_distributed
 from tests.trainer.small_run import Progress, Run, manager, same, saved
 from trainer.run_dir import RunDir
 
