@@ -10,6 +10,7 @@ script: whatever ends it, the next call does only what is missing.
 
   python benchmarks/memory_million.py                          # all that is missing, then the page and the picture
   python benchmarks/memory_million.py --only gated_deltanet
+  python benchmarks/memory_million.py --by-turns 1 --only titans_mag_segments   # speeds, in one process
   python benchmarks/memory_million.py --report                 # page and picture from what is there
 
 Legend: B batch (1), T tokens.
@@ -23,6 +24,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,8 +55,8 @@ POLICY = MemoryConfig(recompute="block", loss_tile_tokens=4096, ffn_tile_tokens=
 FLAT = 0.10
 
 
-def run_case(name: str, tokens: int) -> dict[str, Any]:
-    """Loss, seconds and peak growth of the measured step; in a process of its own."""
+def run_case(name: str, sizes: list[int]) -> list[dict[str, Any]]:
+    """Loss, seconds and peak growth of measured steps of ``sizes``, one after the other; in a process of its own."""
     import torch
 
     from memory_mgmt.apply import apply_policy
@@ -82,8 +84,8 @@ def run_case(name: str, tokens: int) -> dict[str, Any]:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
-    result: dict[str, Any] = {}
-    for n in (WARM_UP_TOKENS, tokens):
+    found: list[dict[str, Any]] = []
+    for n in (WARM_UP_TOKENS, *sizes):
         text = torch.randint(VOCAB_SIZE, (1, n + 1), generator=generator, dtype=torch.int32)
         monitor.reset()
         begun, cpu = time.perf_counter(), time.process_time()
@@ -97,8 +99,8 @@ def run_case(name: str, tokens: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
-        result = {"loss": loss.item(), "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": monitor.peak_bytes()}
-    return result
+        found.append({"loss": loss.item(), "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": monitor.peak_bytes()})
+    return found[1:]
 
 
 def protocol() -> dict[str, Any]:
@@ -136,14 +138,13 @@ def write(file: Path, text: str) -> None:
 def measure_missing(file: Path, name: str, sizes: list[int]) -> None:
     """A model's steps, the short ones first."""
     for tokens in sizes:
-        known = read(file)
-        if any((one["model"], one["tokens"]) == (name, tokens) for one in known):
+        if any((one["model"], one.get("tokens")) == (name, tokens) for one in read(file)):
             continue
         printed, failure = python(Path(__file__).resolve(), "--child", name, str(tokens))
         if failure:
             print(f"{name} at {tokens:,}: {failure}", file=sys.stderr)
             return
-        one = {"model": name, "tokens": tokens, **json.loads(printed.splitlines()[-1]), "machine": machine("torch")}
+        one = {"model": name, "tokens": tokens, **json.loads(printed.splitlines()[-1])[0], "machine": machine("torch")}
         lines = [{"protocol": protocol()}, *read(file), one]
         write(file, "".join(json.dumps(line) + "\n" for line in lines))
         print(
@@ -152,9 +153,38 @@ def measure_missing(file: Path, name: str, sizes: list[int]) -> None:
         )
 
 
+def alternate(file: Path, name: str, rounds: int) -> None:
+    """The shortest and the longest step by turns in one process, so that what else the machine does meets both; speed is compared in
+    these. Of the short one as many as make about half as many tokens, before and after each long one."""
+    short, long = SIZES[0], SIZES[-1]
+    around = [short] * max(1, long // short // 4)
+    sizes = [*around, *[long, *around] * rounds]
+    printed, failure = python(Path(__file__).resolve(), "--child", name, *map(str, sizes))
+    if failure:
+        print(f"{name} by turns: {failure}", file=sys.stderr)
+        return
+    steps = [[n, step["cpu_seconds"]] for n, step in zip(sizes, json.loads(printed.splitlines()[-1]), strict=True)]
+    one = {"model": name, "by_turns": steps, "machine": machine("torch")}
+    write(file, "".join(json.dumps(line) + "\n" for line in [{"protocol": protocol()}, *read(file), one]))
+    print(by_turns(one), flush=True)
+
+
+def by_turns(one: dict[str, Any]) -> str:
+    """What an alternating run says of speed."""
+    rates: dict[int, list[float]] = {}
+    for n, seconds in one["by_turns"]:
+        rates.setdefault(n, []).append(n / seconds)
+    short, long = min(rates), max(rates)
+    times = median(rates[long]) / median(rates[short])
+    even = "within 10 percent" if abs(times - 1) <= FLAT else "more than 10 percent apart"
+    counts = f"{len(rates[short])} steps of {short:,} and {len(rates[long])} of {long:,} tokens by turns in one process"
+    speeds = f"{median(rates[short]):,.0f} and {median(rates[long]):,.0f} tokens per CPU second"
+    return f"- {one['model']}, {counts}: {speeds}, {times:.2f} ({even})."
+
+
 def measured_sizes(steps: list[dict[str, Any]]) -> str:
     """The lengths that any model has, of those that are to be measured."""
-    return ", ".join(f"{n:,}" for n in SIZES if any(one["tokens"] == n for one in steps)) or "no"
+    return ", ".join(f"{n:,}" for n in SIZES if any(one.get("tokens") == n for one in steps)) or "no"
 
 
 def report(steps: list[dict[str, Any]]) -> str:
@@ -171,6 +201,7 @@ def report(steps: list[dict[str, Any]]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     verdicts = []
+    turns, steps = [one for one in steps if "by_turns" in one], [one for one in steps if "by_turns" not in one]
     for name in MODELS:
         mine = sorted((one for one in steps if one["model"] == name), key=lambda one: one["tokens"])
         for one in mine:
@@ -179,6 +210,8 @@ def report(steps: list[dict[str, Any]]) -> str:
             lines.append(f"| {name} | {one['tokens']:,} | {peak} | {one['cpu_seconds']:.1f} | {speed:,.0f} | {one['loss']:.4f} |")
         if len(mine) > 1:
             verdicts.append(verdict(name, mine[0], mine[-1]))
+        verdicts += [by_turns(one) for one in turns if one["model"] == name]
+    steps = steps or turns
     measured = [f"Measured on {where(steps[-1]['machine'], 'torch')}, beside other work."] if steps else []
     return "\n".join([*lines, "", *verdicts, "", *measured, ""])
 
@@ -201,6 +234,7 @@ def draw(steps: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    steps = [one for one in steps if "by_turns" not in one]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
     for name in MODELS:
         mine = sorted((one for one in steps if one["model"] == name), key=lambda one: one["tokens"])
@@ -226,15 +260,19 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES))
     parser.add_argument("--report", action="store_true", help="write page and picture from the steps so far")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_suffix(".jsonl"), help="file of the steps")
-    parser.add_argument("--child", nargs=2, metavar=("MODEL", "TOKENS"), help=argparse.SUPPRESS)
+    parser.add_argument("--by-turns", type=int, metavar="ROUNDS", default=0, help="the shortest and the longest step by turns, instead")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)  # model, then tokens of each step
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(run_case(args.child[0], int(args.child[1]))))
+        print(json.dumps(run_case(args.child[0], [int(n) for n in args.child[1:]])))
         return 0
     try:
         if not args.report:
             for name in args.only:
-                measure_missing(args.results, name, args.sizes)
+                if args.by_turns:
+                    alternate(args.results, name, args.by_turns)
+                else:
+                    measure_missing(args.results, name, args.sizes)
         steps = read(args.results)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

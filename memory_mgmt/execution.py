@@ -115,6 +115,8 @@ class BlockExecution:
         else:
             mixed = mixer.inner_attention(*entered, one.bounds)  # type: ignore[operator]
         del entered
+        if self.block.for_state:
+            return x_BTC
         with torch.autocast(x_BTC.device.type, enabled=False):
             y_BTC = _leave(one, x_BTC, mixed, one.parts.leave_weights(), None)
         return self.block.feed_forward(y_BTC, one.bounds) if one.parts.ends_with_mixer else y_BTC

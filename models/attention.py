@@ -105,6 +105,10 @@ class Attention(nn.Module):
         q_BHTD, k_BGTD = self._heads(x_BTC, self.wq, self.q_norm), self._heads(x_BTC, self.wk, self.k_norm)
         return q_BHTD, k_BGTD, self._heads(x_BTC, self.wv, None)
 
+    def keys(self, x_BTC: torch.Tensor, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(k_BGTD after rope, v_BGTD) of these tokens alone."""
+        return self.rope(self._heads(x_BTC, self.wk, self.k_norm), positions_BT), self._heads(x_BTC, self.wv, None)
+
     def _heads(self, x_BTC: torch.Tensor, project: Linear, norm: RMSNorm | None) -> torch.Tensor:
         y_BTHD = project(x_BTC).unflatten(-1, (-1, self.head_dim))
         return (y_BTHD if norm is None else norm(y_BTHD)).transpose(1, 2)  # [B, T, heads, D] -> [B, heads, T, D], a view

@@ -13,8 +13,9 @@ Try alone: ``pytest tests/models/test_transformer.py``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,7 @@ from models.parts import Part
 from models.product_keys import ProductKeyMemory
 from models.segments import Segment, Step, put_together
 from models.value_table import TableReader, ValueTable
+from models.window_keys import WindowKeys
 
 __all__ = ["Block", "LossHead", "RMSNorm", "SwiGLU", "Transformer", "init_weights"]
 
@@ -69,14 +71,21 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.ff_width) if reader is None else reader
         self.run: Callable[..., Tensor] = call
+        self.for_state = False
+        """Nothing is wanted of this layer but what its mixer hands on (`models.layer_segments`): the stream stays as it is."""
 
     def forward(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
         """The residual stream after this layer."""
+        window = self.mixer.inner_attention if isinstance(self.mixer, Attention) else None
+        if self.for_state and isinstance(window, WindowKeys):
+            last = max(0, x_BTC.shape[1] - window.window + 1)
+            window.hand_on(*self.mixer.keys(self.norm1(x_BTC[:, last:]), positions_BT[:, last:]))
+            return x_BTC
         return self.run(self._body, x_BTC, positions_BT, bounds)
 
     def _body(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
-        x_BTC = x_BTC + self._mix(self.norm1(x_BTC), positions_BT, bounds)
-        return self.feed_forward(x_BTC, bounds)
+        mixed_BTC = self._mix(self.norm1(x_BTC), positions_BT, bounds)
+        return x_BTC if self.for_state else self.feed_forward(x_BTC + mixed_BTC, bounds)
 
     def feed_forward(self, x_BTC: Tensor, bounds: Bounds) -> Tensor:
         """The stream after the feed-forward, from the one after the mixer."""
@@ -211,7 +220,8 @@ class Transformer(nn.Module):
         state after it.
         """
         if segment is not None:
-            x_BwC, state = self._segment(batch, segment.state, segment.step)
+            with self._state_alone(not segment.loss):
+                x_BwC, state = self._segment(batch, segment.state, segment.step)
             if not segment.loss:
                 return x_BwC.new_empty(0), state
             return self._loss(x_BwC, segment.step.take(batch.labels_BT, IGNORE_INDEX)), state
@@ -232,6 +242,17 @@ class Transformer(nn.Module):
         x_BwC = self._embedded(step.take(batch.tokens_BT))
         state = self.stack.opened(None, x_BwC) if state is None else state
         return self.stack.step(Backbone(self.blocks, self.run_blocks), x_BwC, state, step)
+
+    @contextlib.contextmanager
+    def _state_alone(self, alone: bool) -> Iterator[None]:
+        """Around a step of which only the state after it is wanted: of the last layer that is what its mixer hands on. A memory around the
+        stack reads the last layer's output."""
+        last = cast(Block, self.blocks[-1])
+        last.for_state = alone and self.stack is None and not torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            last.for_state = False
 
     def _by_segments(self, segmented: StackMemory | LayerSegments, batch: Batch, use: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """``use(x_BwC, labels_Bw)`` of every step's tokens, in the order of the tokens; all steps are kept for a backward pass."""

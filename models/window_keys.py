@@ -2,7 +2,8 @@
 
 Differentiable: what is handed on is part of the graph, so whoever runs the segments decides whether gradients go through.
 
-Legend: B row, T token of the segment, S key, H query head, G key/value head, D head size, n tokens a query sees before its own.
+Legend: B row, T token of the segment, t of its last tokens, S key, H query head, G key/value head, D head size, n tokens a query sees
+before its own.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class WindowKeys:
             # Copies: a view would keep the whole segment's keys alive.
             self._left = Keys(*(x.narrow(2, x.shape[2] - n, n).clone() for x in (k_BGSD, v_BGSD)))
         return attended(q_BHTD, k_BGSD, v_BGSD, self._plan(q_BHTD, bounds))
+
+    def hand_on(self, k_BGtD: Tensor, v_BGtD: Tensor) -> None:
+        """In place of a call where nothing else is wanted of the segment: its last tokens (``window`` - 1 of them, or all)."""
+        n, pairs = self.window - 1, zip(self._before(k_BGtD, v_BGtD), (k_BGtD, v_BGtD), strict=True)
+        self._left = Keys(*(torch.cat(pair, 2)[:, :, -n:] if n else pair[0] for pair in pairs))
 
     def _before(self, k_BGTD: Tensor, v_BGTD: Tensor) -> Keys:
         if self._given is not None:

@@ -95,6 +95,31 @@ def test_gradients_are_those_of_the_whole_sequence(kind):
     assert all(memory.handed is None for memory in segments_of(model).states.memories.values())
 
 
+@pytest.mark.parametrize("kind", ["window", "wide window", "window of one", "gated_deltanet", "mag", "after"])
+@pytest.mark.parametrize("policy", ["plain", "block, tiles"])
+def test_where_only_the_state_is_wanted_the_last_layer_stops_at_it(kind, policy):
+    """The same states, no feed-forward of the last layer; the step that follows runs it again."""
+    model, batch = make(kind), make_batch()
+    if policy != "plain":
+        apply_policy(model, policy_of(MemoryConfig(**POLICIES[policy]), model.config.layer_kinds))
+    ran: list[int] = []
+    for i, block in enumerate(model.blocks):
+        cast(Block, block).norm2.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    segments, states, counts = segments_of(model), [], []
+    with segments.in_place(), torch.no_grad():
+        for loss in (False, True):
+            state, found = None, []
+            for step in segments.plan_carried(batch.bounds):
+                _, state = model(batch, Segment(step, state, loss=loss))
+                found.append(state)
+            states.append(found)
+            counts.append(ran.count(len(model.blocks) - 1))
+            ran.clear()
+    same(states[0], states[1])
+    if policy == "plain":  # a policy runs what is inside of a block without the modules' own calls
+        assert counts == [0, len(states[0])]
+
+
 @pytest.mark.parametrize("kind", ["gated_deltanet", "mal"])
 @pytest.mark.parametrize(("window", "states"), [(1, "all"), (2, "all"), (4, "sqrt")])
 def test_a_window_of_segments_truncates(kind, window, states):
