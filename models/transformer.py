@@ -76,10 +76,10 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, positions_BT: Tensor, bounds: Bounds) -> Tensor:
         """The residual stream after this layer."""
-        window = self.mixer.inner_attention if isinstance(self.mixer, Attention) else None
-        if self.for_state and isinstance(window, WindowKeys):
-            last = max(0, x_BTC.shape[1] - window.window + 1)
-            window.hand_on(*self.mixer.keys(self.norm1(x_BTC[:, last:]), positions_BT[:, last:]))
+        mixer = self.mixer
+        if self.for_state and isinstance(mixer, Attention) and isinstance(mixer.inner_attention, WindowKeys):
+            last = max(0, x_BTC.shape[1] - mixer.inner_attention.window + 1)
+            mixer.inner_attention.hand_on(*mixer.keys(self.norm1(x_BTC[:, last:]), positions_BT[:, last:]))
             return x_BTC
         return self.run(self._body, x_BTC, positions_BT, bounds)
 
