@@ -127,7 +127,7 @@ def _exchanges(ranks: int) -> dict[str, dict[str, float]]:
 
             def step(carry: Any = carry, bounds: Any = bounds, m: Any = m, e: Any = e, initial: Any = initial) -> None:
                 incoming, _ = carry.affine(m, e, initial, bounds)
-                torch.autograd.grad(sum(x.square().sum() for x in incoming), [*m, *e])
+                torch.autograd.grad([x.square().sum() for x in incoming], [*m, *e])
 
             found[f"{layout}, {'ring' if ring else 'states'}"] = _measured(step, 9)
     return found
