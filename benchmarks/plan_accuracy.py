@@ -84,7 +84,7 @@ def run(overrides: list[str]) -> dict[str, Any]:
 def tensors(overrides: list[str]) -> dict[str, int]:
     """Planned and logged bytes of tensors, and how much less than planned may be resident; nothing for several ranks, which are
     processes of their own."""
-    if any(word.startswith("parallel.cp=") for word in overrides):
+    if _of_several_ranks(overrides):
         return {}
     with tempfile.TemporaryDirectory() as root:
         out = Path(root) / "peak"
@@ -92,6 +92,10 @@ def tensors(overrides: list[str]) -> dict[str, int]:
         plan = MemoryPlan.from_json((Path(root) / "case" / "memory_plan.json").read_text())
         planned = sum(size for kind, size in plan.by_kind().items() if kind not in UNLOGGED)
         return {"planned_tensors": planned, "logged_tensors": int(out.read_text()), "spread": plan.spread_bytes}
+
+
+def _of_several_ranks(overrides: list[str]) -> bool:
+    return any(word.startswith("parallel.cp=") for word in overrides)
 
 
 def _longstride(script: list[str], overrides: list[str], root: str) -> None:
@@ -165,6 +169,9 @@ def write(file: Path, rows: dict[str, dict[str, Any]]) -> None:
     ]
     if missing := [name for name in CASES if name not in rows]:
         lines += ["", f"Not measured yet: {'; '.join(missing)}."]
+    single = [name for name, row in rows.items() if "logged_tensors" not in row and not _of_several_ranks(CASES[name])]
+    if single:
+        lines += ["", f"Tensors not logged yet (`--tensors`): {'; '.join(single)}."]
     file.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
