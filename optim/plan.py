@@ -57,7 +57,7 @@ class PlannedParameter:
     measured_bytes: int | None
     """Of this rank's states, by storage; None of one that is only planned."""
     kernel: str = "torch"
-    """What runs the update of Adam moments and of low-rank methods: ``C++``, ``triton``, ``eager`` and why, ``by device`` on the meta device."""
+    """What runs updates by Adam and low-rank methods: ``C++``, ``triton``, ``eager`` and why, ``by device`` on the meta device."""
 
 
 def plan(
