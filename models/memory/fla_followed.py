@@ -60,7 +60,7 @@ def _states_of_delta(q: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return _made(q, n, _CHUNK, K), _made(v, n, _CHUNK, V), _made(v, N * K, _CHUNK, V), _made(v, n, K, V)
 
 
-def gated_delta_rule(
+def followed_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, initial_state: Tensor, **rest: Any
 ) -> tuple[Tensor, Tensor]:
     """Output and state of ``fla.ops.gated_delta_rule.chunk_gated_delta_rule``."""
@@ -88,7 +88,7 @@ class _SimpleGla(torch.autograd.Function):
         return dq, dk, dv, dg, dstate
 
 
-def simple_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, initial_state: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+def followed_simple_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, initial_state: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
     """Output and state of ``fla.ops.simple_gla.chunk_simple_gla``."""
     return _SimpleGla.apply(q, k, v, g, initial_state)  # type: ignore[return-value]
 
@@ -127,7 +127,7 @@ class _Gsa(torch.autograd.Function):
         return dq, dk, dv, ds.to(s.dtype).view(s.shape), dg.view(g.shape), dkeys, dvalues
 
 
-def gsa(
+def followed_gsa(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, *, initial_state: tuple[Tensor, Tensor], **rest: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Output and state of ``fla.ops.gsa.chunk_gsa``."""

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from models.errors import UserError
-from models.memory import fla_followed as followed
 from models.memory.documents import DocumentPlan
+from models.memory.fla_followed import followed_delta_rule, followed_gsa, followed_simple_gla
 
 
 class Operators(NamedTuple):
@@ -72,7 +72,7 @@ def gated_delta_rule(
         v_NGCV = torch.nn.functional.pad(v_NGCV, (0, extra))
     inputs = [layout.tokens(x.to(dtype)) for x in (q_NGCK, k_NGCK, v_NGCV)]
     gates = [layout.tokens(x.unsqueeze(-1)).squeeze(-1) for x in (log_decay_NGC, beta_NGC)]
-    function: Callable[..., Any] = followed.gated_delta_rule if layout.followed else operators().gated_delta_rule
+    function: Callable[..., Any] = followed_delta_rule if layout.followed else operators().gated_delta_rule
     o_BTHW, after = function(*inputs, *gates, scale=1.0, initial_state=layout.before(state_GKW), output_final_state=True, **layout.lengths)
     return layout.chunks(o_BTHW, state_GKW.dtype), layout.after(after)
 
@@ -97,7 +97,7 @@ def decayed_sum(
     layout = _Layout(plan, v_NGCV, rows)
     inputs = [layout.tokens(x.to(dtype)) for x in (_per_head(q_NQCK, heads), k_NGCK, v_NGCV)]
     g_BTH = layout.tokens(log_decay_NGC.unsqueeze(-1)).squeeze(-1)
-    function: Callable[..., Any] = followed.simple_gla if layout.followed else operators().simple_gla
+    function: Callable[..., Any] = followed_simple_gla if layout.followed else operators().simple_gla
     o_BTHV, after = function(*inputs, g_BTH, scale=1.0, initial_state=layout.before(state_GKV), output_final_state=True, **layout.lengths)
     return layout.chunks(o_BTHV, state_GKV.dtype), layout.after(after)
 
@@ -122,7 +122,7 @@ def gated_slots(
     before_SHMW = layout.before(state_GMW)
     K = k_NGCK.shape[-1]
     states = (before_SHMW[..., :K].mT.contiguous(), before_SHMW[..., K:].contiguous())
-    function: Callable[..., Any] = followed.gsa if layout.followed else operators().gsa
+    function: Callable[..., Any] = followed_gsa if layout.followed else operators().gsa
     g_BTHM = layout.tokens(log_decay_NGCM)
     o_BTHV, (keys_SHKM, values_SHMV) = function(*inputs, g_BTHM, scale=1.0, initial_state=states, output_final_state=True, **layout.lengths)
     return layout.chunks(o_BTHV, state_GMW.dtype), layout.after(torch.cat([keys_SHKM.mT, values_SHMV], -1))

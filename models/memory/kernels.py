@@ -13,10 +13,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from models.kernels import circumstances
-from models.memory import fla_kernels
 from models.memory.decayed_sum import decayed_sum as eager_decayed_sum
 from models.memory.delta_rule import gated_delta_rule as eager_delta_rule
 from models.memory.documents import DocumentPlan
+from models.memory.fla_kernels import decayed_sum as fla_decayed_sum
+from models.memory.fla_kernels import gated_delta_rule as fla_delta_rule
+from models.memory.fla_kernels import gated_slots as fla_gated_slots
 from models.memory.gated_slots import gated_slots as eager_gated_slots
 from models.memory.kernel_choice import Recurrence, Rule, choose
 
@@ -47,7 +49,7 @@ def gated_delta_rule(
     """`models.memory.delta_rule.gated_delta_rule`."""
     inputs = (q_NGCK, k_NGCK, v_NGCV, beta_NGC, log_decay_NGC, state_GKW)
     if by_fla(kernel, "gated_delta_rule", dtype, v_NGCV, k_NGCK.shape[-1], v_NGCV.shape[-1]):
-        return fla_kernels.gated_delta_rule(*inputs, plan, rows, dtype)
+        return fla_delta_rule(*inputs, plan, rows, dtype)
     return eager_delta_rule(*inputs, plan.segment_NBC)
 
 
@@ -66,7 +68,7 @@ def decayed_sum(
     """`models.memory.decayed_sum.decayed_sum`."""
     inputs = (q_NQCK, k_NQCK, v_NGCV, beta_NGC, log_decay_NGC, state_GKV)
     if by_fla(kernel, "decayed_sum", dtype, v_NGCV, k_NQCK.shape[-1], v_NGCV.shape[-1]):
-        return fla_kernels.decayed_sum(*inputs, plan, rows, dtype)
+        return fla_decayed_sum(*inputs, plan, rows, dtype)
     return eager_decayed_sum(*inputs, plan.segment_NBC)
 
 
@@ -84,5 +86,5 @@ def gated_slots(
     """`models.memory.gated_slots.gated_slots`."""
     inputs = (q_NGCK, k_NGCK, v_NGCV, log_decay_NGCM, state_GMW)
     if by_fla(kernel, "gated_slots", dtype, v_NGCV, k_NGCK.shape[-1], v_NGCV.shape[-1], log_decay_NGCM.shape[-1]):
-        return fla_kernels.gated_slots(*inputs, plan, rows, dtype)
+        return fla_gated_slots(*inputs, plan, rows, dtype)
     return eager_gated_slots(*inputs, plan.segment_NBC)

@@ -158,6 +158,11 @@ def followed_memory() -> dict[str, dict[str, float]]:
     interpreter.GridExecutor.__call__ = executed
     B, T, H, K, V, M = 1, 192, 2, 32, 48, 16
     token, gate = (B, T, H), [(B, T, H)]
+    followed = {
+        "gated_delta_rule": fla_followed.followed_delta_rule,
+        "simple_gla": fla_followed.followed_simple_gla,
+        "gsa": fla_followed.followed_gsa,
+    }
     cases = {
         "gated_delta_rule": ([(*token, K), (*token, K), (*token, V), *gate * 2], [(B, H, K, V)]),
         "simple_gla": ([(*token, K), (*token, K), (*token, V), *gate], [(B, H, K, V)]),
@@ -167,7 +172,7 @@ def followed_memory() -> dict[str, dict[str, float]]:
     for name, (shapes, states) in cases.items():
         own = memory_of(getattr(fla_kernels.operators(), name), shapes, states)
         with FakeTensorMode():
-            planned = memory_of(getattr(fla_followed, name), shapes, states)
+            planned = memory_of(followed[name], shapes, states)
         print(name, own, planned, file=sys.stderr)
         found[f"memory of {name}"] = {
             what: planned_bytes / own_bytes - 1
