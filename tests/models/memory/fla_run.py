@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mamba2": {"mamba2": {"state_dim": 16, "expand": 1.5}},
     "gsa": {"gsa": {"n_slots": 16, "chunk_size": 8}},
 }
-SCENARIOS = {"whole": False, "packed": False, "packed and split": True}
+SCENARIOS = {"whole": False, "packed and split": True}
 
 
 class OneOfMany(LocalCarry):

@@ -183,10 +183,11 @@ def _run(*arguments: str, **environment: str) -> dict[str, dict[str, float]]:
 
 
 @needs_package
+@pytest.mark.timeout(1200)  # a minute of one core, which is seldom had alone
 def test_its_kernels_in_tritons_interpreter_equal_the_oracle():
     found = _run("cpu", TRITON_INTERPRET="1")
     memory = [found.pop(name) for name in list(found) if name.startswith("memory of")]
-    assert len(found) == 9 and len(memory) == 3
+    assert len(found) == 6 and len(memory) == 3
     for case, errors in found.items():
         assert errors and max(errors.values()) < 2e-5, (case, errors)
     assert all(abs(off) < 0.03 for one in memory for off in one.values()), memory  # what a plan counts, against what they allocate
@@ -196,6 +197,6 @@ def test_its_kernels_in_tritons_interpreter_equal_the_oracle():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here: fla's kernels were not tested on one")
 def test_its_kernels_on_a_gpu_equal_the_oracle():
     found = _run("cuda")
-    assert len(found) == 9
+    assert len(found) == 6
     for case, errors in found.items():  # products in bfloat16
         assert errors and max(errors.values()) < 3e-2, (case, errors)
