@@ -159,7 +159,8 @@ _kept_for = ""
 
 def run_on_kept_ranks(fn: Callable, world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
     """``run_distributed`` on processes that calls of the same module share: each call has a group, seeds and settings of torch as in a
-    new process. Not for what leaves its mark on a process, such as memory that is measured. Ranks that failed are not used again."""
+    new process. Not for what leaves its mark on a process, such as memory that is measured, and not where meshes of many shapes follow one
+    another: torch's caches of sharding rules hold meshes of former calls, whose groups are gone. Ranks that failed are not used again."""
     global _kept_for
     if fn.__module__ != _kept_for:
         _end_kept()

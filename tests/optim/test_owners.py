@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from optim.build import build_optimizer
 from optim.methods import Dealt, Job, Rows
 from optim.owners import done_by_owners, owners
-from tests.distributed import run_distributed
+from tests.distributed import run_on_kept_ranks as run_distributed
 from tests.optim.test_driver import feed, make, sharded
 
 

@@ -20,7 +20,7 @@ from optim.fused_backward import fuse_backward
 from optim.methods import Rows
 from optim.plan import plan
 from optim.writers import EIGHT_BITS, Chance
-from tests.distributed import run_distributed
+from tests.distributed import run_on_kept_ranks as run_distributed
 from tests.optim.test_driver import feed, states_of, whole_tensors
 
 GALORE: dict[str, Any] = {"preset": "q_galore", "rank": 8, "update_gap": 2, "svd": "exact"}

@@ -18,7 +18,7 @@ from optim.methods import Rows
 from optim.plan import plan, table
 from optim.writers import WRITERS, Chance
 from optim.zero import build_zero_optimizer
-from tests.distributed import run_distributed
+from tests.distributed import run_on_kept_ranks as run_distributed
 from tests.optim.test_driver import PRESETS, feed, make, sharded, states_of, train, whole_tensors
 
 BF16 = torch.bfloat16
