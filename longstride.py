@@ -63,6 +63,8 @@ def _dispatch(arguments: list[str]) -> int:
         parser.error(f"there is no verb '{arguments[0]}'{_did_you_mean(arguments[0], verbs)} (there are: {', '.join(verbs)})")
     args, rest = parser.parse_known_args(arguments)
     if rest:  # argparse does not put key=value that follow an option with those before it
+        if arguments[0] not in verbs:
+            parser.error(f"there is no option {rest[0]} before the verb; a verb's options follow it")
         verb = verbs[arguments[0]]
         options = [word for word in rest if word.startswith("-")]
         if options:

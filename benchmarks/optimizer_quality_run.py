@@ -120,7 +120,7 @@ def train(text: Text, protocol: Protocol, config: OptimConfig, seed: int) -> dic
             break
         clip_grad_norm(parameters, config.clip_norm, None)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config, protocol.steps) * group["lr_factor"]
+            group["lr"] = group["fixed_lr"] if "fixed_lr" in group else learning_rate(step, config, protocol.steps) * group["lr_factor"]
         before = time.process_time()
         optimizer.step()
         in_optimizer.append(time.process_time() - before)

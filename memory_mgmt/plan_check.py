@@ -51,14 +51,14 @@ class PlanCheck:
         }
 
     def host_warning(self) -> str | None:
-        """The same as ``warning`` for the host memory of the step whose ``measurements`` were taken last."""
+        """The same as ``warning`` for the host memory of the step whose ``measurements`` were taken last; of too much only, because a plan
+        also counts what is not in the store that is measured (batches, an optimizer of DeepSpeed's)."""
         planned, gap = self.plan.host_bytes, self._host_peak - self.plan.host_bytes
-        share = abs(gap) / max(1, planned)
-        if self.store is None or abs(gap) < CPU_NOISE_BYTES or share <= max(TOLERANCE, 2 * self._host_warned_at):
+        share = gap / max(1, planned)
+        if self.store is None or gap < CPU_NOISE_BYTES or share <= max(TOLERANCE, 2 * self._host_warned_at):
             return None
         self._host_warned_at = share
-        side = "more" if gap > 0 else "less"
-        return f"host memory: measured {gib(self._host_peak)}, planned {gib(planned)}: {share:.0%} {side} than planned"
+        return f"host memory: measured {gib(self._host_peak)}, planned {gib(planned)}: {share:.0%} more than planned"
 
     def warning(self, measured_bytes: int) -> str | None:
         """A line when the measured peak is further from the planned one than ``TOLERANCE`` and what chance explains.

@@ -180,7 +180,8 @@ class _Fetched(torch.autograd.Function):
         for reading in ctx.plan:
             with again():
                 look_up, index_R1, ones_R1, rows_RW = _fetch(table, reading, ctx.offset, x_BTC.dtype)
-            drows_RW = torch.zeros_like(rows_RW)
+            # A block of many tokens is worked on in pieces, whose gradients are summed.
+            drows_RW = torch.zeros_like(rows_RW, dtype=torch.promote_types(rows_RW.dtype, torch.float32))
             begin = 0
             for block in reading.blocks:
                 own = slice(begin, begin + block.units)
@@ -188,7 +189,7 @@ class _Fetched(torch.autograd.Function):
                 for piece in block.pieces:
                     dx_SC = _block_backward(_taken(grads[0], piece), _taken(x_BTC, piece), rows_RW[own], drows_RW[own])
                     _added(dx_BTC, piece, dx_SC)
-            look_up.backward(table.weight.detach(), index_R1, ones_R1, drows_RW, add)
+            look_up.backward(table.weight.detach(), index_R1, ones_R1, drows_RW.to(rows_RW.dtype), add)
         return table.weight.new_zeros(()) if wanted else None, dx_BTC, None, None, None, None
 
 

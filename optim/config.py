@@ -184,8 +184,9 @@ class OptimConfig(Section):
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Global gradient norm above which gradients are scaled down; null switches clipping off."""
     kernel: Literal["auto", "eager", "fused"] = "auto"
-    """What updates parameters whose Adam moments are in eight or four bits. auto: one kernel where there is one (triton on CUDA, C++ on
-    CPU, with a compiler), else torch's own operations; eager: the latter; fused: a kernel, or the run is refused. Same numbers."""
+    """What updates parameters. auto: one kernel where there is one (Adam: in eight and four bits triton on CUDA, C++ on CPU, there in
+    float32 too; low-rank methods on whole matrices: C++ on CPU), else torch's own operations; eager: the latter; fused: a run of which no parameter
+    has a kernel is refused. Same numbers for Adam, low-rank methods to 1e-6."""
     fuse_backward: bool | None = None
     """Update every parameter inside the backward pass, as soon as its gradient is complete, and free the gradient. null: only with lomo,
     which is that."""

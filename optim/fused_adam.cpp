@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -208,7 +209,12 @@ extern "C" void fused_adam(int bits, float *weight, const float *gradient, uint8
     int64_t share = (rows + threads - 1) / threads;
     for (int i = 1; i < threads; i++) {
         int64_t from = i * share < rows ? i * share : rows, to = from + share < rows ? from + share : rows;
-        if (from < to) others.emplace_back(work, weight, gradient, moments, from, to, columns, *settings);
+        if (from >= to) continue;
+        try {
+            others.emplace_back(work, weight, gradient, moments, from, to, columns, *settings);
+        } catch (const std::system_error &) {  // there are no more threads to be had: its share is done here
+            work(weight, gradient, moments, from, to, columns, *settings);
+        }
     }
     work(weight, gradient, moments, 0, share < rows ? share : rows, columns, *settings);
     for (auto &other : others) other.join();

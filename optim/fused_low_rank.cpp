@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -332,13 +333,25 @@ Sizes sizes_of(int64_t rows, int64_t columns, int64_t rank, int64_t left, int32_
     return {columns * stride, back ? padded(columns, PANEL) * rank : 0, channels, AT_ONCE * stride};
 }
 
+// Threads that a step of such a matrix has work for.
+int64_t useful(int64_t rows, int64_t columns, int64_t rank, int64_t left, int64_t threads) {
+    int64_t parts = ((left ? columns : rows) + AT_ONCE - 1) / AT_ONCE;
+    return least(threads, least(parts, 1 + rows * columns * rank / THREAD_WORK));
+}
+
 // work(index, thread) for every index below count; which thread does it makes no difference to the result.
 void dealt(int64_t count, int64_t threads, const std::function<void(int64_t, int64_t)> &work) {
     auto share = [&](int64_t thread) {
         for (int64_t index = thread; index < count; index += threads) work(index, thread);
     };
     std::vector<std::thread> others;
-    for (int64_t thread = 1; thread < threads; thread++) others.emplace_back(share, thread);
+    for (int64_t thread = 1; thread < threads; thread++) {
+        try {
+            others.emplace_back(share, thread);
+        } catch (const std::system_error &) {  // there are no more threads to be had: its share is done here
+            share(thread);
+        }
+    }
     share(0);
     for (auto &other : others) other.join();
 }
@@ -353,7 +366,7 @@ void step(const Matrix &m, const Settings &s, float *scratch, int64_t threads) {
     for (int64_t first = 0; first < m.columns && sizes.up; first += PANEL)
         pack_transposed(m.basis + first * m.rank, m.columns - first, m.rank, m.rank, packed.up + first * m.rank);
     int64_t length = m.length(), parts = (length + AT_ONCE - 1) / AT_ONCE;
-    threads = least(threads, least(parts, 1 + m.rows * m.columns * m.rank / THREAD_WORK));
+    threads = useful(m.rows, m.columns, m.rank, m.left, threads);
     dealt(parts, threads, [&](int64_t index, int64_t thread) {
         int64_t from = index * AT_ONCE, to = least(from + AT_ONCE, length);
         if (thin) thin_part(m, s, known, from, to);
@@ -371,7 +384,7 @@ void step(const Matrix &m, const Settings &s, float *scratch, int64_t threads) {
 // Floats of scratch memory that a step of such a matrix takes.
 extern "C" int64_t low_rank_scratch(int64_t rows, int64_t columns, int64_t rank, int64_t left, int32_t lift, int64_t threads) {
     Sizes sizes = sizes_of(rows, columns, rank, left, lift);
-    return sizes.down + sizes.up + sizes.channels + threads * sizes.own;
+    return sizes.down + sizes.up + sizes.channels + useful(rows, columns, rank, left, threads) * sizes.own;
 }
 
 // All pointers are to contiguous memory; matrices are stepped one after the other, each by up to ``threads``.

@@ -106,8 +106,10 @@ class Lane:
             return path_for(self.rule, self.codecs, self.parameter.device, self.dtype)
         if self.writer is not EXACT or self.parameter.dtype != torch.float32:
             return "eager", "weights are not float32"
-        if self.placed.rows.ranks > 1 or self.placed.group is not None:
+        if self.placed.rows.ranks > 1:
             return "eager", "ranks share the matrix"
+        if self.placed.group is not None:
+            return "eager", "replicas step alike, also where one of their machines has no compiler"
         return fused_low_rank.path_for(self.parameter.device)
 
     @property

@@ -98,7 +98,8 @@ class Shampoo:
             if preconditioned is not None:
                 squares = yield Sum(torch.stack([part.square().sum() for part in (gradient_in, preconditioned)]))
                 norm, other = squares.sqrt().unbind()
-                direction = preconditioned.mul_(norm / other.clamp(min=TINY))
+                # Roots of a schedule that a former release kept may still be zeros.
+                direction = torch.where(other > 0, preconditioned.mul_(norm / other.clamp(min=TINY)), gradient_in)
         return self.rule.ratio(direction, states, step).mul_(self.rule.correction(step))
 
     def _work(self, shape: tuple[int, int], since: int) -> Work:

@@ -63,6 +63,8 @@ class AllGatherKVAttention:
 
     def __call__(self, q_BHnD: torch.Tensor, k_BGnD: torch.Tensor, v_BGnD: torch.Tensor, bounds: Bounds) -> torch.Tensor:
         if self.exchange.size == 1:
+            if self.mask is not None:
+                return attended_by(q_BHnD, k_BGnD, v_BGnD, self.mask, self.comm)
             return self._alone(q_BHnD, k_BGnD, v_BGnD, bounds)
         check_shapes(q_BHnD, k_BGnD, bounds)
         seen = self.mask or self._plan(q_BHnD, bounds)

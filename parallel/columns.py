@@ -77,10 +77,15 @@ def usage_of(model: Transformer) -> list[Usage]:
     for module in model.value_tables:
         table = cast(ValueTable, module)
         usage_V = table.take_usage()
+        mesh = table.columns.mesh
+        replicated = mesh is not None and mesh.size(0) > 1
+        if usage_V is None and replicated:  # nothing was read here, but perhaps by a replica
+            usage_V = torch.zeros(table.rows, device=table.weight.device)
         if usage_V is not None:
-            if table.columns.mesh is not None and table.columns.mesh.size(0) > 1:
-                dist.all_reduce(usage_V, group=table.columns.mesh.get_group(0))
-            found.append(Usage.of(usage_V))
+            if mesh is not None and replicated:
+                dist.all_reduce(usage_V, group=mesh.get_group(0))
+            if usage_V.any():
+                found.append(Usage.of(usage_V))
     return found
 
 

@@ -17,6 +17,8 @@ from models.errors import UserError
 from slurm import client
 
 LOOPBACK = "lo"
+ASKED = 8
+"""Other nodes whose way is looked at: each asks for a name, on every node, and a cluster's nodes share one network."""
 _ANY_PORT = 9
 """Nothing is sent there: connecting a datagram socket only chooses a route."""
 
@@ -40,7 +42,8 @@ def _interface(environment: Mapping[str, str]) -> str | None:
     except UserError:  # the controller is busy or away: gloo's own choice stands
         return None
     own = environment.get("SLURMD_NODENAME", "")
-    found = {interface_to(address) for name, address in addresses.items() if name != own}
+    others = [address for name, address in addresses.items() if name != own]
+    found = {interface_to(address) for address in others[:ASKED]}
     return found.pop() if len(found) == 1 else None
 
 

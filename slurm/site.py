@@ -19,10 +19,12 @@ from models.errors import UserError
 from trainer.config_file import describe, read_mapping
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_KEY|_KEY$|^KEY$|AUTH", re.IGNORECASE)
+SECRET = re.compile(
+    r"TOKEN(?!IZER|_PATH)|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_KEY|_KEY$|^KEY$|AUTH(?!ORS?$|_SOCK)", re.IGNORECASE
+)
 """Names of variables that hold secrets as a rule."""
-ASSIGNED = re.compile(r"(?:^|[\s;&(])([A-Za-z_][A-Za-z0-9_]*)=(?!\$|\s|$|[\"']\$)")
-"""Variables that a line of bash gives a value that stands in it."""
+ASSIGNED = re.compile(r"(?:^|[\s;&(])([A-Za-z_][A-Za-z0-9_]*)=(?![\"']?\$(?!\{\w+:?[-=][^}$])|\s|$)")
+"""Variables that a line of bash gives a value that stands in it, if only in case there is no other: ``${NAME:-value}``."""
 OF_SITE = {
     "--partition": "partition", "--account": "account", "--qos": "qos", "--time": "time", "--mem": "mem", "--export": "export",
     "--cpus-per-task": "cpus_per_node", "--signal": "warn_seconds",

@@ -34,7 +34,8 @@ from trainer.commands.open_run import (
 from trainer.commands.places import HOME, find_run
 from trainer.compile_rules import announced
 from trainer.config import RunConfig
-from trainer.planning import plan_run
+from trainer.memory_kernels import check_memory_kernel
+from trainer.planning import plan_run, target_for
 from trainer.run_dir import RunDir, write_atomic
 
 MOST_LINKS = 100
@@ -124,6 +125,7 @@ def planned(
         raise UserError("--device: say what the nodes compute on, such as h100 or cpu, here or as 'device' in site.yaml (docs/slurm.md)")
     config = with_values(config, "train", device="cpu" if device.lower() == "cpu" else "cuda")
     config = settle(config, device, None)
+    check_memory_kernel(config, target_for(config, device).device, here=True)  # the job runs this very installation
     if run_dir is not None and kept_plan(config, run_dir):
         return config, None
     plan = plan_run(config, device)

@@ -16,6 +16,7 @@ import multiprocessing as mp
 import pickle
 import queue
 import random
+import signal
 import tempfile
 import time
 import traceback
@@ -79,17 +80,18 @@ def _worker(rank: int, world_size: int, tasks: Any, results: Any) -> None:
             )
             fn, args = pickle.loads(work)
             # Pickled here: the queue would pass tensors as shared-memory handles that die with this process.
-            results.put((rank, True, pickle.dumps(fn(*args))))
+            answer = pickle.dumps(fn(*args))
             del fn, args
             dist.barrier()
             dist.destroy_process_group()
             gc.collect()
+            results.put((rank, True, answer))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
         raise
 
 
-class _Ranks:
+class Ranks:
     """Processes that are the ranks of one group after another."""
 
     def __init__(self, world_size: int) -> None:
@@ -108,12 +110,19 @@ class _Ranks:
         for tasks, _ in pipes:
             tasks.close()
 
-    def run(self, fn: Callable, args: tuple, timeout: float) -> list[Any]:
-        """Results by rank. Raises AssertionError; then these ranks are of no use any more."""
+    def begin(self, fn: Callable, args: tuple, timeout: float) -> None:
+        """Call ``fn`` on every rank and do not wait for it; ``timeout``: of the group, in seconds."""
         self._calls += 1
         work = pickle.dumps((fn, args))
-        for tasks in self._tasks:
-            tasks.send((work, f"{self._folder.name}/store_{self._calls}", timeout))
+        try:
+            for tasks in self._tasks:
+                tasks.send((work, f"{self._folder.name}/store_{self._calls}", timeout))
+        except OSError as error:
+            raise AssertionError(f"a rank of {len(self._tasks)} has ended by itself") from error
+
+    def run(self, fn: Callable, args: tuple, timeout: float) -> list[Any]:
+        """Results by rank. Raises AssertionError; then these ranks are of no use any more."""
+        self.begin(fn, args, timeout)
         answers: dict[int, Any] = {}
         try:
             while len(answers) < len(self._tasks):
@@ -124,6 +133,19 @@ class _Ranks:
             silent = sorted(set(range(len(self._tasks))) - set(answers))
             raise AssertionError(f"ranks {silent} gave no result in {timeout} s") from None
         return [answers[rank] for rank in range(len(self._tasks))]
+
+    def alive(self) -> bool:
+        """Whether all still run."""
+        return all(process.is_alive() for process in self._processes)
+
+    def kill(self) -> None:
+        """kill -9 for all of them, which must not have ended before."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+        self._folder.cleanup()
 
     def end(self, patience: float) -> None:
         """Let them end, kill those that do not."""
@@ -143,7 +165,7 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
 
     Raises AssertionError with the failing rank's traceback, or when a rank gives no result within ``timeout`` seconds.
     """
-    ranks, patience = _Ranks(world_size), 0.5
+    ranks, patience = Ranks(world_size), 0.5
     try:
         answers = ranks.run(fn, args, timeout)
         patience = 10.0
@@ -152,7 +174,7 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
         ranks.end(patience)
 
 
-_kept: dict[int, _Ranks] = {}
+_kept: dict[int, Ranks] = {}
 """By world size, for the module ``_kept_for``."""
 _kept_for = ""
 
@@ -165,7 +187,7 @@ def run_on_kept_ranks(fn: Callable, world_size: int, *args: Any, timeout: float 
     if fn.__module__ != _kept_for:
         _end_kept()
         _kept_for = fn.__module__
-    ranks = _kept.pop(world_size, None) or _Ranks(world_size)
+    ranks = _kept.pop(world_size, None) or Ranks(world_size)
     try:
         answers = ranks.run(fn, args, timeout)
     except BaseException:

@@ -130,6 +130,8 @@ class RunConfig(Section):
                 "holds them (`longstride cluster` writes one)"
             )
         memory, optim = self.memory, self.optim
+        if "hierarchical" in self.model.feedforward_kinds and optim.mup_base_width is not None:
+            raise ValueError("optim.mup_base_width does not scale the hidden units of model.feedforward hierarchical: leave it null")
         if memory.quantise == "feed_forward" and memory.recompute != "auto":
             raise ValueError(
                 "memory.quantise feed_forward keeps dense feed-forwards in eight bits, not layers that read value tables: "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from memory_mgmt.devices import Device
 from models.errors import UserError
-from models.memory.kernel_choice import Recurrence, cannot_fla, explain, missing_fla, recurrence_of, refusal
+from models.memory.kernel_choice import Recurrence, cannot_fla, choose, explain, missing_fla, recurrence_of, refusal
 from trainer.config import RunConfig
 
 
@@ -30,10 +30,13 @@ def check_memory_kernel(config: RunConfig, device: Device, here: bool) -> None:
     """Raise UserError where a kernel is named that cannot compute the memory layers on ``device``. ``here``: the run is about to begin on
     this machine, so that the package must be installed; a plan can be made without."""
     case, kernel = recurrence(config, device), config.model.memory.kernel
-    if case is None or kernel != "fla":
+    if case is None:
         return
     reason = cannot_fla(case) or (missing_fla() if here else None)
-    if reason is not None:
+    if kernel == "fla" and reason is not None:
         raise UserError(refusal(case, kernel, reason))
-    if config.memory.plan == "estimate":
-        raise UserError("model.memory.kernel: fla needs a traced step (formulas know the eager kernel); leave memory.plan at trace")
+    if config.memory.plan == "estimate" and choose(case, kernel, here)[0] == "fla":
+        raise UserError(
+            f"model.memory.kernel: {kernel} takes fla's kernels, and memory.plan estimate knows eager ones only; "
+            "set model.memory.kernel=eager, or leave memory.plan at trace"
+        )

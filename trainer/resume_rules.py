@@ -11,6 +11,8 @@ from trainer.config import RunConfig
 from trainer.config_file import changed_keys, value_of
 
 LAWFUL_SECTIONS = ("parallel.", "checkpoint.", "memory.", "guards.", "deepspeed.")
+UNLAWFUL_KEYS = ("parallel.kv_dtype",)
+"""Of lawful sections, what changes results on one rank too: keys and values are rounded."""
 LAWFUL_KEYS = (
     "run.private",
     "engine",  # the same updates, in the same checkpoints
@@ -30,8 +32,13 @@ LAWFUL_KEYS = (
     "data.prefetch_batches",
     "model.memory.chunk_size",
     "model.memory.gsa.chunk_size",
+    "model.memory.mom.compute",  # the same sums in another order
     "model.memory.kernel",  # equal to the products' rounding
 )
+
+
+def _lawful(key: str) -> bool:
+    return key in LAWFUL_KEYS or (key.startswith(LAWFUL_SECTIONS) and key not in UNLAWFUL_KEYS)
 
 
 def check(old: RunConfig, new: RunConfig, allowed: Sequence[str] = (), saved_step: int = 0) -> None:
@@ -48,12 +55,13 @@ def check(old: RunConfig, new: RunConfig, allowed: Sequence[str] = (), saved_ste
     idle = [key for key in allowed if key not in changed]
     if idle:
         raise UserError(f"--allow {idle[0]}: this setting is not changed; give it as {idle[0]}=value too")
-    unlawful = [key for key in changed if not key.startswith(LAWFUL_SECTIONS) and key not in LAWFUL_KEYS and key not in allowed]
+    unlawful = [key for key in changed if not _lawful(key) and key not in allowed]
     if unlawful:
         changes = ", ".join(f"{key} ({value_of(old, key)} -> {value_of(new, key)})" for key in unlawful)
         raise UserError(
             f"resume: {changes} would change the experiment under the same name\n"
-            f"may change: train.steps, {', '.join(section + '*' for section in LAWFUL_SECTIONS)} and how it runs; "
+            f"may change: train.steps, {', '.join(section + '*' for section in LAWFUL_SECTIONS)} "
+            f"(not {', '.join(UNLAWFUL_KEYS)}) and how it runs; "
             f"for anything else start a new run, or insist: {' '.join(f'--allow {key}' for key in unlawful)}"
         )
     if old.global_batch_sequences != new.global_batch_sequences:

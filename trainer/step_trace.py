@@ -98,7 +98,7 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
     # The mesh is real: it reads rank numbers out of tensors.
     mesh = build_mesh(ParallelDims.from_config(config.parallel, world_size), device_type) if dist.is_initialized() else None
     recorder = StepRecorder(device_type, request["threads"])
-    with FakeTensorMode():
+    with _threads(request["threads"]), FakeTensorMode():
         store = HostStore(device, fake_empty=recorder.host_empty)
         with torch.device(device):
             model = shaped_model(_traced_in_place(config), request["vocab_size"], mesh, policy, store)
@@ -121,6 +121,17 @@ def _record(config: RunConfig, policy: Policy, request: dict[str, Any]) -> StepR
             _step(recorder, engine, batches)
             recorder.finish()
     return recorder
+
+
+@contextlib.contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """What kernels take for each thread is traced as that of ``n``; nothing is computed here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _traced_in_place(config: RunConfig) -> RunConfig:

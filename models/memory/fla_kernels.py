@@ -138,7 +138,8 @@ def total(left_NGCL: Tensor, right_NGCR: Tensor, log_decay_NGCD: Tensor, plan: D
         last_B = torch.tensor([row[-1] if row else 0 for row in plan.starts], device=log.device)
         ended_BT = tokens < last_B.unsqueeze(-1)
         after_GTD = after_GTD.masked_fill(ended_BT.repeat_interleave(heads, 0).unsqueeze(-1), float("-inf"))
-    return (left * after_GTD.exp()).mT @ right
+    with torch.autocast(left.device.type, enabled=False):  # what crosses ranks stays in float32
+        return (left * after_GTD.exp()).mT @ right
 
 
 def _whole(log_decay_NGCD: Tensor, plan: DocumentPlan, rows: int) -> Tensor:

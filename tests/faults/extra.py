@@ -7,7 +7,6 @@ import io
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from slurm.attempts import read_records
-from tests.distributed import _forkserver, _worker, run_distributed
+from tests.distributed import Ranks, run_distributed
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_on_a_cluster import ROOT, SETTINGS, Place, losses, place, placed, state_of, steps  # noqa: F401 (a fixture)
 from tests.trainer.guarded_run import go_on, make_run, points, train, trajectory
@@ -35,23 +34,16 @@ KILLS, SAVE_EVERY = 25, 2
 """Moments for each way of saving, and steps between saves."""
 
 
-def _kill_ranks(run_dir: RunDir, store: Path, moment: Callable[[], bool], seconds: float = 0.0) -> None:
+def _kill_ranks(run_dir: RunDir, moment: Callable[[], bool], seconds: float = 0.0) -> None:
     """Two ranks begin the run or go on in it; ``seconds`` after ``moment`` both are killed."""
-    results = _forkserver().Queue()  # nobody reads it
-    arguments = [(go_on, rank, 2, str(store), (str(run_dir.path),), 300.0, results) for rank in range(2)]
-    processes = [_forkserver().Process(target=_worker, args=each, daemon=True) for each in arguments]
-    for process in processes:
-        process.start()
+    ranks = Ranks(2)
+    ranks.begin(go_on, (str(run_dir.path),), 300.0)
     deadline = time.monotonic() + 300
     while not moment():
-        assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
+        assert time.monotonic() < deadline and ranks.alive()
         time.sleep(0.002)
     time.sleep(seconds)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    ranks.kill()
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["saving", "saving in the background"])
@@ -62,12 +54,12 @@ def test_fifty_kills_at_random(tmp_path: Path, asynchronous: bool) -> None:
     settings = ["parallel.cp=2", "train.steps=100000", "checkpoint.keep_last=2", f"checkpoint.asynchronous={str(asynchronous).lower()}"]
     run_dir = make_run(tmp_path, "killed", *settings, f"checkpoint.save_every_steps={SAVE_EVERY}")
     chance, left = random.Random(int(asynchronous)), []
-    for number in range(KILLS):
+    for _ in range(KILLS):
 
         def first_save_has_begun(before: frozenset[tuple[str, int]] = frozenset(_folders(run_dir))) -> bool:
             return bool(_folders(run_dir) - before)
 
-        _kill_ranks(run_dir, tmp_path / f"store{number}", first_save_has_begun, chance.uniform(0, 0.1))
+        _kill_ranks(run_dir, first_save_has_begun, chance.uniform(0, 0.1))
         left.append(sorted({name.split("_")[0] for name in os.listdir(run_dir.checkpoints)}))
         lost = len(whole_lines(run_dir))
         if steps := run_dir.checkpoint_steps():
@@ -76,10 +68,10 @@ def test_fifty_kills_at_random(tmp_path: Path, asynchronous: bool) -> None:
             lost -= good.step
         assert 0 <= lost <= SAVE_EVERY * (1 + asynchronous)
     reached = len(whole_lines(run_dir))
-    _kill_ranks(run_dir, tmp_path / "last", lambda: len(whole_lines(run_dir)) > reached)
+    _kill_ranks(run_dir, lambda: len(whole_lines(run_dir)) > reached)
     found = whole_lines(run_dir)
     whole = make_run(tmp_path, "whole", *settings)
-    _kill_ranks(whole, tmp_path / "whole_store", lambda: len(whole_lines(whole)) >= len(found))
+    _kill_ranks(whole, lambda: len(whole_lines(whole)) >= len(found))
     assert whole_lines(whole)[: len(found)] == found and [step for step, *_ in found] == list(range(1, len(found) + 1))
     assert sum(".tmp-step" in names for names in left) >= 5, f"kills hit the middle of saves: {left}"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import _forkserver, _worker
+from tests.distributed import Ranks
 from trainer.checkpoint import CheckpointManager
 from trainer.config import CheckpointSection
 from trainer.run_dir import RunDir
@@ -144,29 +144,18 @@ def _save_for_ever(folder: str) -> None:
 
 def test_killed_ranks_leave_a_whole_checkpoint(tmp_path):
     run = RunDir(tmp_path / "run")
-    results = _forkserver().Queue()  # nobody reads it; it must outlive the processes
     for number, delay in enumerate((0.0, 0.07, 0.13, 0.2)):
-        processes = [
-            _forkserver().Process(
-                target=_worker,
-                args=(_save_for_ever, rank, 2, str(tmp_path / f"store{number}"), (str(run.path),), 60.0, results),
-                daemon=True,
-            )
-            for rank in range(2)
-        ]
         before = run.checkpoint_steps()
         if number:
             for step in before:  # a new sequence begins at step 1
                 run.checkpoint(step).rename(tmp_path / f"old-{number}-{step}")
-        for process in processes:
-            process.start()
+        ranks = Ranks(2)
+        ranks.begin(_save_for_ever, (str(run.path),), 60.0)
         deadline = time.monotonic() + 60
         while len(run.checkpoint_steps()) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(delay)
-        for process in processes:
-            process.kill()
-            process.join()
+        ranks.kill()
         checkpoints = CheckpointManager(run, CheckpointSection())
         checkpoints.clean()
         good = checkpoints.latest_good()

@@ -21,6 +21,8 @@ def cluster(args: argparse.Namespace) -> int:
     target, tree_path = Path(args.target), Path(args.target).with_suffix(".centres.npz")
     if target.suffix != ".jsonl":
         raise UserError(f"{target}: the documents are written as JSON lines; give it a name that ends in .jsonl")
+    if not target.parent.is_dir():
+        raise UserError(f"{target.parent} is no directory; make it first")
     for path in (target, *(() if args.like else (tree_path,))):
         if path.exists():
             raise UserError(f"{path} exists; give another name, or remove it")
@@ -50,7 +52,12 @@ def cluster(args: argparse.Namespace) -> int:
 
     if not args.like:
         _written(tree_path, lambda file: tree.save(Path(file.name)))
-    _written(target, write_documents)
+    try:
+        _written(target, write_documents)
+    except BaseException:
+        if not args.like:  # or the same command would be refused
+            tree_path.unlink(missing_ok=True)
+        raise
     print(f"{counts.sum()} documents in {(counts > 0).sum()} of {len(counts)} clusters ({_words(tree.branching)}): {target}")
     print(f"the largest has {counts.max()}; centres: {args.like or tree_path}")
     settings = f"data.source=jsonl data.path={target} data.cluster_key=cluster model.hierarchical.branching=[{_words(tree.branching)}]"

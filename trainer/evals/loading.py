@@ -38,6 +38,8 @@ def alone(config: RunConfig, data_path: str | None = None) -> RunConfig:
     """The same model and data on one rank; ``data_path`` replaces the run's held-out data by another of the same source kind."""
     values = config.model_dump()
     values["parallel"] |= {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
+    if values["model"]["memory"]["kernel"] == "fla":  # where the run trained; here what is here
+        values["model"]["memory"]["kernel"] = "auto"
     values["train"] |= {"eval_sequences": max(1, config.train.eval_sequences)}
     if data_path is not None:
         values["data"] |= {"valid_path": data_path}

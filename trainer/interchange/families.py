@@ -225,6 +225,7 @@ def hf_config(config: ModelConfig, vocab_size: int, dtype: str, max_positions: i
     }
     if family == OWN:
         own = config.model_dump(mode="json", exclude={"vocab_size"})
+        own["memory"]["kernel"] = "auto"  # whoever loads it has another machine
         auto_map = {
             "AutoConfig": "configuration_longstride.LongstrideConfig",
             "AutoModelForCausalLM": "modeling_longstride.LongstrideForCausalLM",
