@@ -185,8 +185,8 @@ class OptimConfig(Section):
     """Global gradient norm above which gradients are scaled down; null switches clipping off."""
     kernel: Literal["auto", "eager", "fused"] = "auto"
     """What updates parameters. auto: one kernel where there is one (Adam: in eight and four bits triton on CUDA, C++ on CPU, there in
-    float32 too; low-rank methods on whole matrices: C++ on CPU), else torch's own operations; eager: the latter; fused: a run of which no parameter
-    has a kernel is refused. Same numbers for Adam, low-rank methods to 1e-6."""
+    float32 too; low-rank methods on whole matrices: C++ on CPU), else torch's own operations; eager: the latter; fused: a run of which
+    no parameter has a kernel is refused. Same numbers for Adam, low-rank methods to 1e-6."""
     fuse_backward: bool | None = None
     """Update every parameter inside the backward pass, as soon as its gradient is complete, and free the gradient. null: only with lomo,
     which is that."""
