@@ -27,7 +27,7 @@ class Store:
     """Documents of random tokens."""
 
     documents = {"tokens": LENGTHS}
-    prefixes = None
+    prefixes = clusters = None
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         return np.random.default_rng(document).integers(0, VOCAB, LENGTHS[document])[start:stop]
