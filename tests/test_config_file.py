@@ -308,10 +308,16 @@ def test_shipped_configs_are_valid(name: str) -> None:
         ["memory.recompute=block"],
         ["checkpoint.save_every_steps=1"],
         ["parallel.dp_shard=2", "train.grad_accum=2"],
+        ["model.memory.kernel=eager"],
     ],
 )
 def test_lawful_changes_on_resume(overrides: list[str]) -> None:
     resume_rules.check(resolve(None, ["train.grad_accum=4"]), resolve(None, ["train.grad_accum=4", *overrides]))
+
+
+def test_how_memories_of_a_mixture_are_computed_may_change() -> None:
+    mixture = ["model.memory.kind=mom"]
+    resume_rules.check(resolve(None, mixture), resolve(None, [*mixture, "model.memory.mom.compute=dense"]))
 
 
 @pytest.mark.parametrize(
@@ -323,6 +329,7 @@ def test_lawful_changes_on_resume(overrides: list[str]) -> None:
         (["run.name=other"], ["run.name"]),
         (["parallel.dp_shard=2"], ["sequences per step from 4 to 8", "train.grad_accum=2"]),
         (["parallel.dp_shard=3"], ["divide 4"]),
+        (["parallel.kv_dtype=bf16"], ["parallel.kv_dtype (compute -> bf16)", "not parallel.kv_dtype", "--allow parallel.kv_dtype"]),
         (["train.steps=29"], ["train.steps 29 lies behind step 30"]),
     ],
 )

@@ -60,6 +60,7 @@ def test_does_without_torch(arguments: list[str], tmp_path: Path) -> None:
     [
         ([], ["VERB"]),
         (["trian"], ["no verb 'trian'", "did you mean train?", "resume"]),
+        (["--json", "runs"], ["no option --json before the verb"]),
         (["runs", "a", "b"], ["one word too many: b"]),
         (["plan", "debug_cpu", "--dev=cpu"], ["no option --dev=cpu"]),
         (["train"], ["CONFIG"]),

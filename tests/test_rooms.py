@@ -71,3 +71,12 @@ def test_the_declared_script_is_main() -> None:
     assert project["project"]["scripts"] == {"longstride": "longstride:main"}
     assert {name.removesuffix("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]} == set(ROOMS)
     assert set(project["tool"]["importlinter"]["root_packages"]) == set(ROOMS)
+
+
+def test_an_installed_package_has_every_file_that_is_not_python() -> None:
+    import tomllib
+
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for room in ROOMS:
+        beside = {path for path in (ROOT / room).rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        assert beside == {path for pattern in data.get(room, ()) for path in (ROOT / room).glob(pattern)}, room

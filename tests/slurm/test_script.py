@@ -162,6 +162,8 @@ def test_notes_are_made_whatever_slurm_sends_meanwhile(tmp_path: Path) -> None:
         ("sbatch: ['--no-requeue']", ["sbatch", "--no-requeue follows from what is submitted"]),
         ("setup: ['cd /; export HF_TOKEN=hf_x']", ["setup", "HF_TOKEN looks like a secret", "source FILE"]),
         ("health: ['PASSWORD=\"x\" check']", ["health", "PASSWORD looks like a secret"]),
+        ("setup: ['export HF_TOKEN=${HF_TOKEN:-hf_x}']", ["setup", "HF_TOKEN looks like a secret"]),
+        ("setup: ['export AUTHORIZATION=x']", ["setup", "AUTHORIZATION looks like a secret"]),
         ("idle_attempts: 0", ["idle_attempts"]),
         ("warn_seconds: soon", ["warn_seconds"]),
         ("partition: 3", ["partition"]),
@@ -179,6 +181,7 @@ def test_a_bad_site_file_names_the_key(text: str, parts: list[str], tmp_path: Pa
 
 def test_secrets_may_be_read_in_the_job() -> None:
     lines = ("source ~/.secrets", "export HF_TOKEN=$(cat ~/.hf)", 'export WANDB_API_KEY="$(cat ~/.wandb)"', "unset HF_TOKEN", "X=1 y")
+    lines += ("export TOKENIZERS_PARALLELISM=false HF_TOKEN_PATH=/x AUTHOR=me", "SSH_AUTH_SOCK=/x", 'HF_TOKEN="${HF_TOKEN:-$OTHER}"')
     assert Site(setup=lines).setup == lines
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from memory_mgmt.devices import device_named
 from models.config import MemoryModuleConfig, ModelConfig
 from models.errors import UserError
 from models.memory import fla_kernels, kernel_choice, kernels
@@ -20,6 +21,10 @@ from models.memory.kernel_choice import Recurrence, choose, explain, missing_fla
 from models.memory.protocol import LocalCarry, build_memory
 from tests.models.memory.conformance_cases import CASES, B, D, T, make, make_state, make_x, whole
 from tests.models.memory.fla_twins import TWINS
+from trainer.config_file import resolve
+from trainer.evals.loading import alone
+from trainer.interchange.families import hf_config
+from trainer.memory_kernels import check_memory_kernel
 
 AFFINE = ("gated_deltanet", "mom, dense", "mamba2", "mamba2, groups", "gsa")
 WHOLE, PACKED = whole(), whole(packed=True)
@@ -166,6 +171,25 @@ def test_the_recurrence_of_a_model(installed):
     assert recurrence_of(model.model_copy(update={"layers": ("swa",)}), "cuda", "bf16", None, False) is None
     with pytest.raises(ValueError, match="memory.kernel is not read by memory.kind titans; leave it at auto"):
         ModelConfig.model_validate({"memory": {"kind": "titans", "kernel": "eager"}})
+
+
+def test_plans_by_formula_refuse_it_named_or_chosen(installed):
+    settings = ["model.memory.kind=gated_deltanet", "model.memory.head_dim=64", "train.precision=bf16", "train.deterministic=false"]
+    for kernel in ("auto", "fla"):
+        config = resolve(None, [*settings, f"model.memory.kernel={kernel}", "memory.plan=estimate"])
+        with pytest.raises(UserError, match=f"model.memory.kernel: {kernel} takes fla's kernels.*eager"):
+            check_memory_kernel(config, device_named("h100"), here=True)
+        check_memory_kernel(resolve(None, [*settings, f"model.memory.kernel={kernel}"]), device_named("h100"), here=True)
+    eager = resolve(None, [*settings, "model.memory.kernel=eager", "memory.plan=estimate"])
+    check_memory_kernel(eager, device_named("h100"), here=True)
+    chosen = resolve(None, [*settings, "memory.plan=estimate"])
+    check_memory_kernel(chosen, device_named("cpu"), here=True)  # auto is eager there
+
+
+def test_where_a_run_is_evaluated_or_loaded_the_kernel_is_chosen_anew():
+    config = resolve(None, ["model.memory.kernel=fla"])
+    assert alone(config).model.memory.kernel == "auto"
+    assert hf_config(config.model, 32, "float32", 64)["longstride"]["memory"]["kernel"] == "auto"
 
 
 # --- the package itself -------------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ def test_the_command_writes_what_runs_read_and_overwrites_nothing(
     for refused, said in (
         (words, "out.jsonl exists"),
         (["cluster", "x.txt"], "ends in .jsonl"),
+        (["cluster", "absent/x.jsonl"], "absent is no directory; make it first"),
         (["cluster", "x.jsonl", "--source", "text"], "--path: source text needs"),
         (["cluster", "x.jsonl", "--source", "jsonl", "--path", "raw.jsonl", "--branching", "2,3"], "no text field 'text'"),
         (given, "--branching: say how many"),
@@ -92,3 +93,13 @@ def test_the_command_writes_what_runs_read_and_overwrites_nothing(
         assert main(refused) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "x.jsonl").exists()
+
+    def full(descriptor: int) -> None:
+        if (tmp_path / "x.centres.npz").exists():  # the second of the two
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        assert main([*given, "--branching", "2,3"]) == 2
+    assert "cannot write x.jsonl: No space left" in capsys.readouterr().err and not list(tmp_path.glob("*x.*"))
+    assert main([*given, "--branching", "2,3"]) == 0  # as if it had not been tried
